@@ -1,0 +1,1 @@
+"""The engine service: continuous batching over a paged KV cache, behind gRPC."""

@@ -1,0 +1,1 @@
+"""The engine core: scheduler, block pool, runner and sampler, with no network in it."""

@@ -1,0 +1,25 @@
+"""What one engine step hands to the model: tokens of all sequences, flattened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step's tokens, flattened over sequences; tensors live on the model's device.
+
+    The tokens of one sequence are contiguous and in order, so a sequence's queries are the
+    ``query_lengths[i]`` rows that follow those of sequence ``i - 1``. ``num_sequences`` is
+    ``len(query_lengths)``; each context length is at least the query length.
+    """
+
+    token_ids: Tensor  # [num_tokens] int64
+    positions: Tensor  # [num_tokens] int64
+    slots: Tensor  # [num_tokens] int64: block * block_size + offset, where K and V of each token go
+    block_tables: Tensor  # [num_sequences, max_blocks] int32, padded with 0
+    query_lengths: tuple[int, ...]  # tokens computed per sequence in this step
+    context_lengths: tuple[int, ...]  # tokens in the KV cache per sequence after this step
+    logits_rows: Tensor  # [num_rows] int64: rows of the flattened batch whose logits are wanted

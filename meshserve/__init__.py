@@ -1,0 +1,1 @@
+"""MeshServe: the Python client, the command line and the generated stubs."""

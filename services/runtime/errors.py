@@ -1,0 +1,379 @@
+"""The one table of error reasons, and the exception that becomes a gRPC status with details.
+
+Every error that leaves a service is a gRPC status with google.rpc.ErrorInfo (domain "meshserve",
+a stable reason), and where they apply BadRequest, RetryInfo and QuotaFailure. The reasons are
+documented in docs/errors.md, which a test holds against REASONS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from meshserve.v1 import types_pb2
+
+ERROR_DOMAIN = "meshserve"
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+# HTTP/2 implementations refuse large header blocks; a status must survive the way back.
+MAX_MESSAGE_CHARS = 1024
+MAX_VIOLATIONS = 16
+
+
+class Reason(StrEnum):
+    """Stable names of what went wrong; never renamed, never reused."""
+
+    INVALID_FIELD = "INVALID_FIELD"
+    MALFORMED_MESSAGE = "MALFORMED_MESSAGE"
+    MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
+    PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+    TEMPLATE_ERROR = "TEMPLATE_ERROR"
+    PROMPT_BLOCKED = "PROMPT_BLOCKED"
+    API_KEY_MISSING = "API_KEY_MISSING"
+    API_KEY_INVALID = "API_KEY_INVALID"
+    MODEL_NOT_ALLOWED = "MODEL_NOT_ALLOWED"
+    MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+    POLICY_NOT_FOUND = "POLICY_NOT_FOUND"
+    REQUEST_ID_IN_USE = "REQUEST_ID_IN_USE"
+    CAPABILITY_MISSING = "CAPABILITY_MISSING"
+    RATE_LIMITED = "RATE_LIMITED"
+    QUEUE_FULL = "QUEUE_FULL"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    CANCELLED = "CANCELLED"
+    ABORTED = "ABORTED"
+    DRAINING = "DRAINING"
+    SERVICE_UNAVAILABLE = "SERVICE_UNAVAILABLE"
+    ENGINE_RESTARTED = "ENGINE_RESTARTED"
+    CACHE_BACKEND_UNAVAILABLE = "CACHE_BACKEND_UNAVAILABLE"
+    LIMITS_UNAVAILABLE = "LIMITS_UNAVAILABLE"
+    SEQUENCE_FAILED = "SEQUENCE_FAILED"
+    INTERNAL = "INTERNAL"
+
+
+@dataclass(frozen=True, slots=True)
+class ReasonEntry:
+    """What a reason means: its gRPC code, for users, and the details beside ErrorInfo."""
+
+    code: grpc.StatusCode
+    meaning: str
+    remedy: str
+    details: tuple[str, ...] = ()
+
+
+_C = grpc.StatusCode
+REASONS: Mapping[Reason, ReasonEntry] = {
+    Reason.INVALID_FIELD: ReasonEntry(
+        _C.INVALID_ARGUMENT,
+        "A field of the request has a value that it may not have.",
+        "Mend the fields that BadRequest names.",
+        ("BadRequest",),
+    ),
+    Reason.MALFORMED_MESSAGE: ReasonEntry(
+        _C.INVALID_ARGUMENT,
+        "The bytes are not a message of the expected type, for example text that is not UTF-8.",
+        "Send the message that the contract declares.",
+    ),
+    Reason.MESSAGE_TOO_LARGE: ReasonEntry(
+        _C.RESOURCE_EXHAUSTED,
+        "A message is larger than a service takes.",
+        "Send less in one message.",
+    ),
+    Reason.PROMPT_TOO_LONG: ReasonEntry(
+        _C.INVALID_ARGUMENT,
+        "Prompt and completion together do not fit the model's context, or the prompt is larger "
+        "than the service takes.",
+        "Shorten the prompt or lower `max_tokens`; metadata tells the limit and the size.",
+        ("BadRequest",),
+    ),
+    Reason.TEMPLATE_ERROR: ReasonEntry(
+        _C.INVALID_ARGUMENT,
+        "The chat template refused the conversation or failed on it.",
+        "Mend the conversation as the template's own message says.",
+        ("BadRequest",),
+    ),
+    Reason.PROMPT_BLOCKED: ReasonEntry(
+        _C.INVALID_ARGUMENT,
+        "The safety filter blocked the prompt.",
+        "Metadata names the categories; the text is never repeated.",
+    ),
+    Reason.API_KEY_MISSING: ReasonEntry(
+        _C.UNAUTHENTICATED,
+        "The server asks for an API key and got none.",
+        "Send `authorization: Bearer KEY`.",
+    ),
+    Reason.API_KEY_INVALID: ReasonEntry(
+        _C.UNAUTHENTICATED,
+        "The API key is not known.",
+        "Check the key with who gave it to you.",
+    ),
+    Reason.MODEL_NOT_ALLOWED: ReasonEntry(
+        _C.PERMISSION_DENIED,
+        "The API key may not use this model.",
+        "Ask for access, or use a model from `ListModels`.",
+    ),
+    Reason.MODEL_NOT_FOUND: ReasonEntry(
+        _C.NOT_FOUND,
+        "No model has this name.",
+        "Use a name from `ListModels`; metadata suggests the nearest.",
+    ),
+    Reason.POLICY_NOT_FOUND: ReasonEntry(
+        _C.NOT_FOUND,
+        "No safety policy has this name.",
+        "Use a policy that the safety service was given.",
+    ),
+    Reason.REQUEST_ID_IN_USE: ReasonEntry(
+        _C.ALREADY_EXISTS,
+        "A request with this id is in flight.",
+        "Choose another `request_id`, or leave it to the server.",
+    ),
+    Reason.CAPABILITY_MISSING: ReasonEntry(
+        _C.UNIMPLEMENTED,
+        "The model or this server cannot do what is asked.",
+        "Metadata names the capability; `GetModel` lists what a model can do.",
+    ),
+    Reason.RATE_LIMITED: ReasonEntry(
+        _C.RESOURCE_EXHAUSTED,
+        "The caller sent more requests than its limit allows.",
+        "Wait as long as RetryInfo says.",
+        ("QuotaFailure", "RetryInfo"),
+    ),
+    Reason.QUEUE_FULL: ReasonEntry(
+        _C.RESOURCE_EXHAUSTED,
+        "The engine's queue is full.",
+        "Wait as long as RetryInfo says, or add engine replicas.",
+        ("RetryInfo",),
+    ),
+    Reason.DEADLINE_EXCEEDED: ReasonEntry(
+        _C.DEADLINE_EXCEEDED,
+        "The caller's deadline passed before the answer was complete.",
+        "Allow more time or ask for less.",
+    ),
+    Reason.CANCELLED: ReasonEntry(
+        _C.CANCELLED,
+        "The caller went away.",
+        "Nothing to do.",
+    ),
+    Reason.ABORTED: ReasonEntry(
+        _C.ABORTED,
+        "The request was aborted by another call.",
+        "Send it again if its answer is still wanted.",
+    ),
+    Reason.DRAINING: ReasonEntry(
+        _C.UNAVAILABLE,
+        "The replica is shutting down and takes nothing new.",
+        "Send the request again; another replica will take it.",
+        ("RetryInfo",),
+    ),
+    Reason.SERVICE_UNAVAILABLE: ReasonEntry(
+        _C.UNAVAILABLE,
+        "A service that the request needs cannot be reached.",
+        "Send the request again after the time in RetryInfo; metadata names the service.",
+        ("RetryInfo",),
+    ),
+    Reason.ENGINE_RESTARTED: ReasonEntry(
+        _C.UNAVAILABLE,
+        "The engine's core ended while it worked on the request and is being restarted.",
+        "Send the request again after the time in RetryInfo.",
+        ("RetryInfo",),
+    ),
+    Reason.CACHE_BACKEND_UNAVAILABLE: ReasonEntry(
+        _C.UNAVAILABLE,
+        "The cache service cannot reach its Redis-protocol server.",
+        "The gateway goes on without the cache; check `valkey.url`.",
+        ("RetryInfo",),
+    ),
+    Reason.LIMITS_UNAVAILABLE: ReasonEntry(
+        _C.UNAVAILABLE,
+        "The gateway cannot reach the Redis-protocol server that holds the limits, and is set to "
+        "refuse without them.",
+        "Check `valkey.url`, or set `gateway.rate_limit.when_unavailable: allow`.",
+        ("RetryInfo",),
+    ),
+    Reason.SEQUENCE_FAILED: ReasonEntry(
+        _C.INTERNAL,
+        "The model's computation failed for this request alone, for example with NaN logits.",
+        "Send it again; if it fails again, report it with its request id.",
+    ),
+    Reason.INTERNAL: ReasonEntry(
+        _C.INTERNAL,
+        "A defect in the server.",
+        "Report it with its request id; the log has the rest under the same trace id.",
+    ),
+}
+
+
+class ServiceError(Exception):
+    """An error that a caller is meant to see.
+
+    `field_violations` are (field path, what is wrong) pairs, `quota_violations` are
+    (subject, description) pairs. `metadata` goes into ErrorInfo and must never carry user text.
+    """
+
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        field_violations: Sequence[tuple[str, str]] = (),
+        quota_violations: Sequence[tuple[str, str]] = (),
+        retry_after_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.field_violations = tuple(field_violations)
+        self.quota_violations = tuple(quota_violations)
+        self.retry_after_s = retry_after_s
+        self.metadata = dict(metadata or {})
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        """The gRPC code that the table gives the reason."""
+        return REASONS[self.reason].code
+
+    def to_status(self) -> status_pb2.Status:
+        """The google.rpc.Status with all details."""
+        status = status_pb2.Status(
+            code=self.code.value[0], message=self.message[:MAX_MESSAGE_CHARS]
+        )
+        _pack(
+            status.details,
+            error_details_pb2.ErrorInfo(
+                reason=self.reason.value, domain=ERROR_DOMAIN, metadata=self.metadata
+            ),
+        )
+        if self.field_violations:
+            violations = [
+                error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+                for field, description in self.field_violations[:MAX_VIOLATIONS]
+            ]
+            _pack(status.details, error_details_pb2.BadRequest(field_violations=violations))
+        if self.retry_after_s is not None:
+            delay = duration_pb2.Duration()
+            delay.FromMilliseconds(max(0, round(self.retry_after_s * 1000)))
+            _pack(status.details, error_details_pb2.RetryInfo(retry_delay=delay))
+        if self.quota_violations:
+            quota = [
+                error_details_pb2.QuotaFailure.Violation(subject=subject, description=description)
+                for subject, description in self.quota_violations[:MAX_VIOLATIONS]
+            ]
+            _pack(status.details, error_details_pb2.QuotaFailure(violations=quota))
+        return status
+
+    @classmethod
+    def from_status(cls, status: status_pb2.Status) -> ServiceError | None:
+        """Restores what `to_status` made; None when the status is not of our domain."""
+        reason: Reason | None = None
+        metadata: dict[str, str] = {}
+        fields: list[tuple[str, str]] = []
+        quotas: list[tuple[str, str]] = []
+        retry_after_s: float | None = None
+        for detail in status.details:
+            info = error_details_pb2.ErrorInfo()
+            bad_request = error_details_pb2.BadRequest()
+            retry = error_details_pb2.RetryInfo()
+            quota = error_details_pb2.QuotaFailure()
+            if detail.Unpack(info) and info.domain == ERROR_DOMAIN and info.reason in _BY_NAME:
+                reason, metadata = _BY_NAME[info.reason], dict(info.metadata)
+            elif detail.Unpack(bad_request):
+                fields = [(v.field, v.description) for v in bad_request.field_violations]
+            elif detail.Unpack(retry):
+                retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+            elif detail.Unpack(quota):
+                quotas = [(v.subject, v.description) for v in quota.violations]
+        if reason is None:
+            return None
+        return cls(
+            reason,
+            status.message,
+            field_violations=fields,
+            quota_violations=quotas,
+            retry_after_s=retry_after_s,
+            metadata=metadata,
+        )
+
+    @classmethod
+    def from_rpc_error(cls, error: grpc.RpcError, *, peer: str) -> ServiceError:
+        """What a failed call of `peer` (a service's name) means to our own caller.
+
+        A peer's own ServiceError passes through unchanged; a bare status, as gRPC itself makes
+        when a peer is gone or a deadline passes, becomes the reason that fits.
+        """
+        code, details, status = _read_rpc_error(error)
+        if status is not None and (restored := cls.from_status(status)) is not None:
+            return restored
+        if code is _C.DEADLINE_EXCEEDED:
+            return cls(Reason.DEADLINE_EXCEEDED, "the deadline passed", metadata={"service": peer})
+        if code is _C.CANCELLED:
+            return cls(Reason.CANCELLED, "the call was cancelled", metadata={"service": peer})
+        if code is _C.UNAVAILABLE:
+            return cls(
+                Reason.SERVICE_UNAVAILABLE,
+                f"the {peer} service cannot be reached",
+                retry_after_s=1.0,
+                metadata={"service": peer},
+            )
+        if code is _C.RESOURCE_EXHAUSTED:
+            return cls(Reason.MESSAGE_TOO_LARGE, details, metadata={"service": peer})
+        return cls(
+            Reason.INTERNAL,
+            f"the {peer} service failed",
+            metadata={"service": peer, "code": code.name},
+        )
+
+
+_BY_NAME: Mapping[str, Reason] = {reason.value: reason for reason in Reason}
+
+
+def invalid_field(path: str, description: str) -> ServiceError:
+    """INVALID_ARGUMENT that names one field, for example `sampling.temperature`."""
+    return ServiceError(
+        Reason.INVALID_FIELD, f"{path}: {description}", field_violations=[(path, description)]
+    )
+
+
+def to_session_status(error: ServiceError) -> types_pb2.SessionStatus:
+    """The status of one session on a shared stream."""
+    # Wire-compatible by contract, so the bytes carry over.
+    return types_pb2.SessionStatus.FromString(error.to_status().SerializeToString())
+
+
+def from_session_status(status: types_pb2.SessionStatus, *, peer: str) -> ServiceError:
+    """Restores the error of one session on a shared stream."""
+    restored = ServiceError.from_status(status_pb2.Status.FromString(status.SerializeToString()))
+    if restored is not None:
+        return restored
+    return ServiceError(Reason.INTERNAL, f"the {peer} service failed", metadata={"service": peer})
+
+
+def status_metadata(error: ServiceError) -> tuple[tuple[str, bytes], ...]:
+    """Trailing metadata that carries the details of an error."""
+    return ((STATUS_DETAILS_KEY, error.to_status().SerializeToString()),)
+
+
+def _pack(details: object, message: object) -> None:
+    packed = any_pb2.Any()
+    packed.Pack(message)  # type: ignore[arg-type]
+    details.append(packed)  # type: ignore[attr-defined]
+
+
+def _read_rpc_error(
+    error: grpc.RpcError,
+) -> tuple[grpc.StatusCode, str, status_pb2.Status | None]:
+    """Code, message and details of an RpcError, of the sync and the asyncio API alike."""
+    code = error.code() if hasattr(error, "code") else _C.UNKNOWN
+    details = (error.details() if hasattr(error, "details") else None) or ""
+    trailing = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    for key, value in trailing or ():
+        if key == STATUS_DETAILS_KEY:
+            raw = value if isinstance(value, bytes) else value.encode("latin-1")
+            try:
+                return code, details, status_pb2.Status.FromString(raw)
+            except ValueError:
+                return code, details, None
+    return code, details, None

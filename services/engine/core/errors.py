@@ -1,0 +1,43 @@
+"""What can go wrong in the engine core, as types the front maps to statuses."""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of all errors the engine core raises on purpose."""
+
+
+class AdmissionError(EngineError):
+    """A sequence was refused; nothing of it is kept."""
+
+
+class QueueFullError(AdmissionError):
+    """The waiting queue is at its limit; the same request may be accepted later."""
+
+
+class NeverFitsError(AdmissionError):
+    """The request exceeds what this engine can ever hold; trying again will not help."""
+
+
+class InvalidSequenceError(AdmissionError):
+    """The request contradicts itself or the model (an empty prompt, an unknown token id)."""
+
+
+class DuplicateSequenceError(AdmissionError):
+    """A live sequence has this id already."""
+
+
+class DrainingError(AdmissionError):
+    """The engine finishes what it has and takes nothing new."""
+
+
+class OutOfBlocksError(EngineError):
+    """The block pool has fewer free blocks than asked for."""
+
+
+class IntegrityError(EngineError):
+    """An invariant of the core's state does not hold; the process must not go on."""
+
+
+class FatalEngineError(EngineError):
+    """The device or the engine is beyond repair; the process must be replaced."""

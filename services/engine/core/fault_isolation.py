@@ -1,0 +1,84 @@
+"""Keeps one poisoned sequence from taking the others of its step down with it."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from services.engine.core.clock import now_ns
+from services.engine.core.errors import FatalEngineError, IntegrityError
+from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
+from services.engine.core.runner import Runner
+
+logger = logging.getLogger(__name__)
+
+# Steps in a row in which every sequence failed, after which the fault is taken to be the engine's.
+_HOPELESS_STEPS = 16
+
+
+class IsolatingRunner:
+    """A runner whose `run` does not fail for the fault of a sequence.
+
+    When a step raises, each of its sequences is run alone; those that raise again carry their
+    error in the outputs, the others carry what they computed. Steps are idempotent, so nothing
+    that the failed attempt did is in the way.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._hopeless_steps = 0
+
+    def run(self, plan: Plan) -> StepOutputs:
+        """Run the plan as `Runner.run` does.
+
+        Raises:
+            FatalEngineError: the device is broken, or nothing has worked for many steps.
+            IntegrityError: the engine's own state is broken.
+        """
+        try:
+            outputs = self._runner.run(plan)
+        except Exception as error:
+            _raise_if_fatal(error)
+            logger.exception("step %d failed; running its sequences one by one", plan.step)
+            outputs = self._run_one_by_one(plan)
+        self._count_hopeless(outputs)
+        return outputs
+
+    def _run_one_by_one(self, plan: Plan) -> StepOutputs:
+        started_ns = now_ns()
+        outputs: list[SequenceOutput] = []
+        for index, sequence in enumerate(plan.sequences):
+            try:
+                outputs.extend(self._runner.run(plan.alone(index)).outputs)
+            except Exception as error:
+                _raise_if_fatal(error)
+                logger.error(
+                    "sequence %d of request %r fails alone: %s: %s",
+                    sequence.sequence_id,
+                    sequence.request.request_id,
+                    type(error).__name__,
+                    error,
+                )
+                outputs.append(SequenceOutput(error=error))
+        return StepOutputs(plan, tuple(outputs), started_ns, now_ns())
+
+    def _count_hopeless(self, outputs: StepOutputs) -> None:
+        errors = [output.error for output in outputs.outputs]
+        if not all(errors):
+            self._hopeless_steps = 0
+            return
+        self._hopeless_steps += 1
+        if self._hopeless_steps >= _HOPELESS_STEPS:
+            raise FatalEngineError(
+                f"every sequence of {self._hopeless_steps} steps in a row failed; "
+                f"the last error was {type(errors[-1]).__name__}: {errors[-1]}"
+            )
+
+
+def _raise_if_fatal(error: Exception) -> None:
+    if isinstance(error, (FatalEngineError, IntegrityError)):
+        raise error
+    # After a device-side error every later call on that device fails as well.
+    if isinstance(error, torch.AcceleratorError):
+        raise FatalEngineError(f"the device failed: {error}") from error

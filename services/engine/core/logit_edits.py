@@ -1,0 +1,117 @@
+"""Per-sequence changes to logits before sampling: penalties, biases, bars.
+
+Everything here is gathered on the host as (row, token, number) triples and applied in one
+vectorised operation per kind, whatever the number of rows; rows without edits cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from services.engine.core.messages import Sampling
+from services.engine.core.sequence import Sequence
+
+
+def has_edits(sampling: Sampling) -> bool:
+    """Whether these parameters ever change logits."""
+    return bool(
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+        or sampling.logit_bias
+        or sampling.allowed_token_ids
+        or sampling.banned_token_ids
+    )
+
+
+class LogitEdits:
+    """The edits of one step. Order: penalties, biases, allowed tokens, banned tokens."""
+
+    def __init__(self) -> None:
+        self._repetition = _Triples()
+        self._subtracted = _Triples()
+        self._added = _Triples()
+        self._banned = _Triples()
+        self._allowed: list[tuple[int, tuple[int, ...]]] = []
+
+    def add(self, row: int, sequence: Sequence) -> None:
+        """Gather the edits that the next token of `sequence` asks for; its logits are `row`."""
+        sampling = sequence.sampling
+        barred = sequence.stops.barred_token_ids(sequence.num_output_tokens)
+        if barred:
+            self._banned.add(row, barred, 0.0)
+        if not has_edits(sampling):
+            return
+        # Copies: a view would keep the array from growing.
+        token_ids = np.array(sequence.token_ids, np.int64)
+        if sampling.repetition_penalty != 1.0:
+            self._repetition.add(row, np.unique(token_ids), sampling.repetition_penalty)
+        output = token_ids[sequence.num_prompt_tokens :]
+        if output.size and (sampling.presence_penalty or sampling.frequency_penalty):
+            seen, counts = np.unique(output, return_counts=True)
+            penalties = sampling.presence_penalty + sampling.frequency_penalty * counts
+            self._subtracted.add(row, seen, penalties)
+        if sampling.logit_bias:
+            biases = np.fromiter(sampling.logit_bias.values(), np.float32)
+            self._added.add(row, sampling.logit_bias.keys(), biases)
+        if sampling.allowed_token_ids:
+            self._allowed.append((row, sampling.allowed_token_ids))
+        if sampling.banned_token_ids:
+            self._banned.add(row, sampling.banned_token_ids, 0.0)
+
+    def apply(self, logits: Tensor) -> None:
+        """Edit `logits` ([rows, vocab] float32) in place."""
+        if self._repetition:
+            rows, ids, penalty = self._repetition.tensors(logits.device)
+            seen = logits[rows, ids]
+            # CTRL (1909.05858), with the sign taken into account so that it always lowers.
+            logits[rows, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+        if self._subtracted:
+            rows, ids, penalty = self._subtracted.tensors(logits.device)
+            logits[rows, ids] -= penalty
+        if self._added:
+            rows, ids, bias = self._added.tensors(logits.device)
+            logits[rows, ids] += bias
+        for row, allowed in self._allowed:
+            ids = torch.tensor(allowed, device=logits.device)
+            kept = logits[row, ids]
+            logits[row] = -torch.inf
+            logits[row, ids] = kept
+        if self._banned:
+            rows, ids, _ = self._banned.tensors(logits.device)
+            logits[rows, ids] = -torch.inf
+
+
+class _Triples:
+    """(row, token id, number) triples; a (row, token id) pair comes once per `add`."""
+
+    def __init__(self) -> None:
+        self._rows: list[npt.NDArray[np.int64]] = []
+        self._ids: list[npt.NDArray[np.int64]] = []
+        self._numbers: list[npt.NDArray[np.float32]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def add(
+        self,
+        row: int,
+        token_ids: Collection[int] | npt.NDArray[np.int64],
+        numbers: float | npt.NDArray[np.floating],
+    ) -> None:
+        ids = np.fromiter(token_ids, np.int64, len(token_ids))
+        self._ids.append(ids)
+        self._rows.append(np.full(ids.size, row, np.int64))
+        self._numbers.append(np.broadcast_to(np.asarray(numbers, np.float32), ids.shape))
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        rows, ids, numbers = (
+            torch.from_numpy(np.concatenate(parts)).to(device)
+            for parts in (self._rows, self._ids, self._numbers)
+        )
+        return rows, ids, numbers

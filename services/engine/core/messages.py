@@ -1,0 +1,214 @@
+"""What the engine core and its front say to each other, one msgpack frame per message.
+
+Times are nanoseconds since the Unix epoch (see `clock`); 0 means "has not happened".
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeAlias
+
+import msgspec
+
+from services.engine.core.settings import CoreSettings
+
+
+class FinishReason(enum.IntEnum):
+    """Why a sequence ended."""
+
+    STOP = 1  # end-of-sequence token, stop token, or stop sequence
+    LENGTH = 2  # max_tokens or the context limit
+    ABORTED = 3  # the client asked, or went away
+    ERROR = 4  # the sequence failed; see Finish.error
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the next token is chosen. The defaults sample from the model's own distribution."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # (0, 1]
+    min_p: float = 0.0  # [0, 1]
+    seed: int = 0  # [0, 2**64)
+    repetition_penalty: float = 1.0  # over prompt and output; 1 is off
+    presence_penalty: float = 0.0  # taken off once if in the output
+    frequency_penalty: float = 0.0  # taken off per occurrence in the output
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()  # empty: all
+    banned_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # report log-probabilities, with this many likeliest tokens
+
+
+class Stopping(msgspec.Struct, frozen=True, omit_defaults=True):
+    """When the sequence ends, besides reaching the context limit."""
+
+    max_tokens: int | None = None  # None: up to the context limit
+    min_tokens: int = 0  # no end-of-sequence or stop token is sampled before this many
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+
+
+class SequenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One sequence to generate: one choice of one request."""
+
+    sequence_id: int
+    prompt_token_ids: list[int]
+    sampling: Sampling = Sampling()
+    stopping: Stopping = Stopping()
+    choice_index: int = 0
+    priority: int = 0  # larger goes first
+    request_id: str = ""  # for log lines only
+    received_ns: int = 0
+
+
+class Start(msgspec.Struct, frozen=True, tag="start"):
+    """The first command: what to load and the limits to hold."""
+
+    settings: CoreSettings
+
+
+class Add(msgspec.Struct, frozen=True, tag="add"):
+    """Generate these sequences: all of them or, where one is refused, none."""
+
+    sequences: list[SequenceRequest]
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Forget these sequences; unknown ids are ignored, for they may have just finished."""
+
+    sequence_ids: list[int]
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Take nothing new from here on; finish what there is."""
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Answered by a Pong from the step loop itself, so it proves that the loop turns."""
+
+    number: int
+
+
+Command: TypeAlias = Start | Add | Abort | Drain | Ping
+
+
+class ModelFacts(msgspec.Struct, frozen=True):
+    """What the core loaded, and how much it can hold."""
+
+    architecture: str
+    num_layers: int
+    num_parameters: int
+    vocab_size: int
+    max_context_tokens: int  # what the engine accepts: the model's, or less if the cache is small
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    block_size: int
+    num_blocks: int
+    kv_cache_memory_bytes: int
+    load_time_s: float
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """How busy the core is, after a step."""
+
+    waiting_sequences: int = 0
+    running_sequences: int = 0
+    used_blocks: int = 0
+    num_blocks: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    computed_tokens: int = 0  # since start: prompts, outputs and recomputation
+    sampled_tokens: int = 0  # since start
+    failed_sequences: int = 0
+    last_step_us: int = 0
+    draining: bool = False
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probabilities under the model's own distribution, before any sampling edit."""
+
+    logprob: float
+    top_token_ids: list[int] = []  # likeliest first
+    top_logprobs: list[float] = []
+
+
+class Finish(msgspec.Struct, frozen=True, array_like=True):
+    """How a sequence ended."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+    stop_sequence_index: int | None = None
+    error: str = ""  # for people; ERROR only
+    error_kind: str = ""  # the error's type name; ERROR only
+
+
+class Timing(msgspec.Struct, frozen=True, array_like=True):
+    """When what happened to a sequence; sent with its first token and its finish."""
+
+    received_ns: int  # by the front
+    queued_ns: int  # by the core
+    prefill_start_ns: int = 0  # first scheduled
+    first_token_ns: int = 0
+    finished_ns: int = 0
+    preemptions: int = 0
+    steps: int = 0  # engine steps this sequence took part in
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """What one step brought one sequence."""
+
+    sequence_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    timing: Timing | None = None
+    finish: Finish | None = None
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The model is loaded and the core takes sequences."""
+
+    facts: ModelFacts
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """All that one engine step brought, in one frame."""
+
+    number: int
+    batch_size: int
+    num_tokens: int
+    ended_ns: int
+    deltas: list[Delta]
+    load: Load
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """An Add was refused as a whole."""
+
+    sequence_ids: list[int]
+    error_kind: str  # the type name of the AdmissionError
+    error: str
+
+
+class LoadChanged(msgspec.Struct, frozen=True, tag="load"):
+    """The load changed without a step (an abort, a drain)."""
+
+    load: Load
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """The answer to a Ping."""
+
+    number: int
+    load: Load
+
+
+class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
+    """The last event of a core that gives up."""
+
+    reason: str
+    starting: bool = False  # before Ready: restarting with the same settings will not help
+
+
+Event: TypeAlias = Ready | Step | Refused | LoadChanged | Pong | Fatal

@@ -1,0 +1,184 @@
+"""Chooses the next token of each row of logits: greedy, temperature, top-k, top-p, min-p.
+
+One uniform number per row picks the token by inverting the cumulative distribution, so a sample
+depends on its logits, its parameters and its (seed, position) alone, never on the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from services.engine.core.errors import EngineError
+from services.engine.core.logit_edits import LogitEdits
+from services.engine.core.messages import TokenLogprobs
+
+# Candidates looked at before the whole vocabulary is sorted for top-p: the nucleus of a trained
+# model is nearly always far smaller.
+_NUCLEUS_CANDIDATES = 512
+
+
+class LogitsError(EngineError):
+    """The logits of a row hold NaN or +Inf, or leave no token to choose."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How each row of logits is sampled; all arrays are [rows].
+
+    Values that are off: temperature 0 (greedy), top_k 0, top_p 1, min_p 0. `logprobs[i]` is the
+    number of likeliest tokens to report for row i, or -1 for no log-probabilities at all.
+    """
+
+    temperature: npt.NDArray[np.float32]
+    top_k: npt.NDArray[np.int64]
+    top_p: npt.NDArray[np.float32]
+    min_p: npt.NDArray[np.float32]
+    uniforms: npt.NDArray[np.float64]
+    logprobs: npt.NDArray[np.int64]
+    edits: LogitEdits | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One token per row, or the error of that row."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+    errors: list[LogitsError | None]
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
+    """Choose one token per row of `logits` ([rows, vocab] float32, edited in place).
+
+    Order: penalties and biases, temperature, top-k, top-p over what top-k left, min-p. Tokens that
+    tie with the last one kept are kept too, so that the choice does not hang on sort order.
+    """
+    reported = np.flatnonzero(batch.logprobs >= 0)
+    raw = logits[_index(reported, logits.device)] if reported.size else None
+    if batch.edits is not None:
+        batch.edits.apply(logits)
+    peaks, token_ids = logits.max(dim=-1)
+    drawn = np.flatnonzero(batch.temperature > 0)
+    if drawn.size:
+        rows = _index(drawn, logits.device)
+        everything = drawn.size == len(batch.temperature)
+        token_ids[rows] = _draw(logits if everything else logits[rows], batch, drawn)
+    # One transfer for all rows. NaN and +Inf reach the maximum, -Inf alone means nothing is left.
+    host = torch.stack((token_ids, peaks.isfinite().long())).cpu()
+    ids: list[int] = host[0].tolist()
+    errors = [None if fine else _logits_error() for fine in host[1].tolist()]
+    logprobs: list[TokenLogprobs | None] = [None] * len(ids)
+    if raw is not None:
+        chosen = token_ids[_index(reported, logits.device)]
+        for row, entry in zip(
+            reported.tolist(), _logprobs(raw, chosen, batch.logprobs[reported]), strict=True
+        ):
+            logprobs[row] = entry
+    return SampledTokens(ids, logprobs, errors)
+
+
+def _draw(logits: Tensor, batch: SamplingBatch, rows: npt.NDArray[np.int64]) -> Tensor:
+    """One token per row of `logits` ([rows, vocab]), each drawn at a temperature > 0."""
+    host = np.stack(
+        (
+            batch.temperature[rows],
+            batch.top_k[rows],
+            batch.top_p[rows],
+            batch.min_p[rows],
+            batch.uniforms[rows],
+        )
+    )
+    temperature, top_k, top_p, min_p, uniforms = (
+        torch.from_numpy(host).to(logits.device).unsqueeze(-1)
+    )
+    scaled = logits / temperature.float()
+    peak = scaled.amax(dim=-1, keepdim=True)
+    floor = peak + min_p.log().float()
+    filtered = np.flatnonzero((host[1] > 0) | (host[2] < 1))
+    if filtered.size:
+        index = _index(filtered, logits.device)
+        some = slice(None) if filtered.size == len(rows) else index
+        floor[index] = torch.maximum(
+            floor[index],
+            _top_floor(
+                scaled[some],
+                peak[some],
+                top_k[some].long(),
+                top_p[some],
+                widest=int(host[1].max()),
+                nucleus=bool((host[2] < 1).any()),
+            ),
+        )
+    weights = torch.where(scaled >= floor, (scaled - peak).exp(), 0.0)
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    chosen = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
+    # Only rows with NaN can point past the end; they are reported as errors by the caller.
+    return chosen.squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+
+
+def _top_floor(
+    scaled: Tensor,
+    peak: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    *,
+    widest: int,
+    nucleus: bool,
+    candidates: int = _NUCLEUS_CANDIDATES,
+) -> Tensor:
+    """The smallest scaled logit that top-k and top-p (2-D columns, [rows, 1]) keep in each row."""
+    vocab = scaled.shape[-1]
+    width = min(vocab, max(widest, candidates) if nucleus else widest)
+    top = scaled.topk(width, dim=-1).values
+    kth = top.gather(-1, (top_k.clamp(max=vocab) - 1).clamp(min=0, max=width - 1))
+    floor = torch.where(top_k > 0, kth, -torch.inf)
+    if not nucleus:
+        return floor
+    mass = torch.where(scaled >= floor, (scaled - peak).exp(), 0.0).sum(dim=-1, keepdim=True)
+    shares = torch.where(top >= floor, (top - peak).exp() / mass, 0.0).double()
+    # A token is kept while the tokens before it have not reached top_p; the first always is.
+    kept = ((shares.cumsum(dim=-1) - shares) < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+    nucleus_floor = torch.where(top_p < 1, top.gather(-1, kept - 1), -torch.inf)
+    if width < vocab:
+        short = ((kept == width) & (top_p < 1) & (top_k == 0)).squeeze(-1)
+        if bool(short.any()):
+            nucleus_floor[short] = _top_floor(
+                scaled[short],
+                peak[short],
+                top_k[short],
+                top_p[short],
+                widest=widest,
+                nucleus=True,
+                candidates=vocab,
+            )
+    return torch.maximum(floor, nucleus_floor)
+
+
+def _logprobs(raw: Tensor, chosen: Tensor, counts: npt.NDArray[np.int64]) -> list[TokenLogprobs]:
+    """Log-probabilities of `chosen` ([rows]) and of the likeliest tokens under `raw` logits."""
+    logprobs = raw.log_softmax(dim=-1)
+    own: list[float] = logprobs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).tolist()
+    most = int(counts.max())
+    if most == 0:
+        return [TokenLogprobs(value) for value in own]
+    top = logprobs.topk(min(most, raw.shape[-1]), dim=-1)
+    values, ids = top.values.tolist(), top.indices.tolist()
+    return [
+        TokenLogprobs(own[row], ids[row][:count], values[row][:count])
+        for row, count in enumerate(counts.tolist())
+    ]
+
+
+def _logits_error() -> LogitsError:
+    return LogitsError(
+        "the logits are not finite or leave no token to choose; nothing can be sampled from them"
+    )
+
+
+def _index(rows: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.from_numpy(rows).to(device)

@@ -1,0 +1,147 @@
+"""One sequence on its way through the engine: its tokens, its blocks, its state."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+
+from services.engine.core.errors import IntegrityError
+from services.engine.core.messages import Finish, Sampling, SequenceRequest, Timing
+from services.engine.core.stopping import StopChecker
+
+
+class SequenceState(enum.Enum):
+    """Where a sequence is. WAITING ⇄ RUNNING → FINISHED, and WAITING → FINISHED when aborted."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One sequence, from admission to finish.
+
+    Invariants (see `check_integrity`):
+      - tokens [0, num_computed_tokens) have their K and V in the blocks of `block_table`;
+      - num_computed_tokens < len(token_ids) while the sequence lives: the token sampled last has
+        been computed by no step yet;
+      - a RUNNING sequence owns a row and the blocks in its table; a sequence in any other state
+        owns neither.
+    """
+
+    __slots__ = (
+        "admissions",
+        "arrival",
+        "block_table",
+        "finish",
+        "finished_ns",
+        "first_token_ns",
+        "max_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "preemptions",
+        "prefill_start_ns",
+        "queued_ns",
+        "rank",
+        "request",
+        "row",
+        "state",
+        "steps",
+        "stops",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request: SequenceRequest,
+        *,
+        arrival: int,
+        eos_token_ids: tuple[int, ...],
+        max_tokens: int,
+        queued_ns: int,
+    ) -> None:
+        self.request = request
+        self.arrival = arrival
+        # What is served first and preempted last: the smallest rank.
+        self.rank = (-request.priority, arrival)
+        self.token_ids = array("q", request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.max_tokens = max_tokens
+        self.num_computed_tokens = 0
+        self.block_table: list[int] = []
+        self.row = -1  # where the runner keeps this sequence's buffers, while RUNNING
+        self.admissions = 0  # how often it has entered RUNNING
+        self.preemptions = 0
+        self.steps = 0
+        self.state = SequenceState.WAITING
+        self.stops = StopChecker(
+            request.stopping, eos_token_ids=eos_token_ids, max_tokens=max_tokens
+        )
+        self.finish: Finish | None = None
+        self.queued_ns = queued_ns
+        self.prefill_start_ns = 0
+        self.first_token_ns = 0
+        self.finished_ns = 0
+
+    @property
+    def sequence_id(self) -> int:
+        """The id its front gave it."""
+        return self.request.sequence_id
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its next token is chosen."""
+        return self.request.sampling
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens known so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens known but not in the KV cache: 1 while decoding, more while prefilling."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has ended, however that came."""
+        return self.state is SequenceState.FINISHED
+
+    def timing(self) -> Timing:
+        """The timing facts so far."""
+        return Timing(
+            received_ns=self.request.received_ns,
+            queued_ns=self.queued_ns,
+            prefill_start_ns=self.prefill_start_ns,
+            first_token_ns=self.first_token_ns,
+            finished_ns=self.finished_ns,
+            preemptions=self.preemptions,
+            steps=self.steps,
+        )
+
+    def check_integrity(self, block_size: int) -> None:
+        """Check the invariants of the class docstring.
+
+        Raises:
+            IntegrityError: one does not hold.
+        """
+        name = f"sequence {self.sequence_id} ({self.state.value})"
+        if self.state is SequenceState.RUNNING:
+            if self.row < 0:
+                raise IntegrityError(f"{name} has no row")
+            if not 0 <= self.num_computed_tokens < self.num_tokens:
+                raise IntegrityError(
+                    f"{name} computed {self.num_computed_tokens} of {self.num_tokens} tokens"
+                )
+            if len(self.block_table) * block_size < self.num_computed_tokens:
+                raise IntegrityError(f"{name} computed more tokens than its blocks hold")
+        elif self.block_table or self.row >= 0:
+            raise IntegrityError(f"{name} still owns blocks or a row")
+        if (self.finish is not None) != self.is_finished:
+            raise IntegrityError(f"{name} and its finish contradict each other")

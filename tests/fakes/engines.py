@@ -1,0 +1,99 @@
+"""Engine cores over the hash model, and the reference their outputs are held against."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from services.engine.core.admission import AdmissionLimits
+from services.engine.core.block_pool import BlockPool
+from services.engine.core.engine import EngineCore
+from services.engine.core.messages import SequenceRequest
+from services.engine.core.noise import stream_key, uniforms
+from services.engine.core.runner import Runner
+from services.engine.core.sampler import SamplingBatch, sample
+from services.engine.core.scheduler import Scheduler
+from tests.fakes.hash_model import EOS_TOKEN_ID, VOCAB_SIZE, HashCache, hash_model, logits_after
+
+
+def make_scheduler(
+    *,
+    num_blocks: int = 16,
+    block_size: int = 4,
+    max_batch_tokens: int = 16,
+    max_running_sequences: int = 4,
+    max_waiting_sequences: int = 64,
+) -> Scheduler:
+    """A scheduler whose context is all that its pool holds."""
+    return Scheduler(
+        BlockPool(num_blocks, block_size),
+        AdmissionLimits(max_context_tokens=num_blocks * block_size, vocab_size=VOCAB_SIZE),
+        eos_token_ids=(EOS_TOKEN_ID,),
+        max_batch_tokens=max_batch_tokens,
+        max_running_sequences=max_running_sequences,
+        max_waiting_sequences=max_waiting_sequences,
+    )
+
+
+def make_engine(
+    *,
+    num_blocks: int = 16,
+    block_size: int = 4,
+    max_batch_tokens: int = 16,
+    max_running_sequences: int = 4,
+    max_waiting_sequences: int = 64,
+) -> EngineCore:
+    """An engine core over the hash model."""
+    scheduler = make_scheduler(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_batch_tokens=max_batch_tokens,
+        max_running_sequences=max_running_sequences,
+        max_waiting_sequences=max_waiting_sequences,
+    )
+    runner = Runner(
+        hash_model,
+        HashCache(num_blocks, block_size),
+        device=torch.device("cpu"),
+        block_size=block_size,
+        max_batch_tokens=max_batch_tokens,
+        max_running_sequences=max_running_sequences,
+        max_context_tokens=num_blocks * block_size,
+    )
+    return EngineCore(scheduler, runner)
+
+
+def reference_output(request: SequenceRequest, context_tokens: int) -> list[int]:
+    """What `request` generates alone, token by token, without batch, cache or scheduler."""
+    sampling, stopping = request.sampling, request.stopping
+    tokens = list(request.prompt_token_ids)
+    output: list[int] = []
+    room = context_tokens - len(tokens)
+    limit = room if stopping.max_tokens is None else min(room, stopping.max_tokens)
+    ends = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else {EOS_TOKEN_ID})
+    key = np.array([stream_key(sampling.seed, request.choice_index)], np.uint64)
+    while len(output) < limit:
+        logits = logits_after(tokens)
+        early = len(output) < stopping.min_tokens
+        if early:
+            logits[list(ends)] = -torch.inf
+        if sampling.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            batch = SamplingBatch(
+                temperature=np.array([sampling.temperature], np.float32),
+                top_k=np.array([sampling.top_k]),
+                top_p=np.array([sampling.top_p], np.float32),
+                min_p=np.array([sampling.min_p], np.float32),
+                uniforms=uniforms(key, np.array([len(output)])),
+                logprobs=np.array([-1]),
+            )
+            token = sample(logits.unsqueeze(0), batch).token_ids[0]
+        tokens.append(token)
+        output.append(token)
+        if not early and (
+            token in ends
+            or any(output[-len(stop) :] == list(stop) for stop in stopping.stop_sequences)
+        ):
+            break
+    return output

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -368,7 +369,7 @@ def _read_rpc_error(
     """Code, message and details of an RpcError, of the sync and the asyncio API alike."""
     code = error.code() if hasattr(error, "code") else _C.UNKNOWN
     details = (error.details() if hasattr(error, "details") else None) or ""
-    trailing = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    trailing: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
     for key, value in trailing or ():
         if key == STATUS_DETAILS_KEY:
             raw = value if isinstance(value, bytes) else value.encode("latin-1")

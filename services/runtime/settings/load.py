@@ -1,4 +1,4 @@
-"""Reads the YAML file and the environment into Settings, or says what is wrong and how to mend it."""
+"""Reads the YAML file and the environment into Settings, or says what to mend."""
 
 from __future__ import annotations
 

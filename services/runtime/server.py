@@ -1,0 +1,214 @@
+"""The life of a service process: settings, telemetry, gRPC server, health, drain, exit.
+
+`services/<name>/__main__.py` calls `run` with what makes its Service; all services start, answer
+and stop alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import ClassVar
+
+import grpc
+import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.runtime.channels import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
+from services.runtime.health import HealthMonitor
+from services.runtime.server_calls import CallInterceptor
+from services.runtime.settings import ServerSettings, Settings, SettingsError, load_settings
+from services.runtime.settings.schema import split_address
+from services.runtime.telemetry import Metrics, configure_logging, configure_tracing
+
+log = logging.getLogger(__name__)
+
+# sysexits.h: a supervisor must not restart what cannot start as it is configured.
+EXIT_CONFIGURATION = 78
+MAX_CONCURRENT_STREAMS = 4096
+
+
+class StartupError(Exception):
+    """The service cannot start. `hint` says the way out."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(f"{message}\n  {hint}")
+        self.message = message
+        self.hint = hint
+
+
+class Service(ABC):
+    """What makes one service of the mesh. The constructor only stores; `start` works."""
+
+    name: ClassVar[str]
+    grpc_services: ClassVar[tuple[str, ...]]
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        # Set when the process shuts down: nothing new is taken from then on.
+        self.draining = asyncio.Event()
+
+    @abstractmethod
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the servicers to the server."""
+
+    async def start(self) -> None:  # noqa: B027 - most services need one, a simple one does not
+        """Loads what the service needs before it answers. Raises StartupError."""
+
+    async def probe(self) -> None:  # noqa: B027
+        """Raises when the service cannot do its work now. Called every second."""
+
+    async def drain(self) -> None:  # noqa: B027
+        """Ends what would outlive its call. `draining` is set and health says NOT_SERVING."""
+
+    async def stop(self) -> None:  # noqa: B027
+        """Releases everything; no call is in flight any more."""
+
+
+def run(make_service: Callable[[Settings, Metrics], Service], name: str) -> None:
+    """Runs a service until SIGTERM or SIGINT and exits: 0 after a clean stop, 78 when it cannot
+    start as it is configured, 1 after a defect."""
+    parser = argparse.ArgumentParser(prog=f"python -m services.{name}")
+    parser.add_argument("--config", type=Path, help="YAML file of settings")
+    arguments = parser.parse_args()
+    try:
+        settings = load_settings(arguments.config)
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(EXIT_CONFIGURATION)
+    configure_logging(name, settings.telemetry.log_level, settings.telemetry.log_format)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(make_service, name, settings))
+    except StartupError as error:
+        log.error("cannot start: %s", error.message, extra={"hint": error.hint})
+        sys.stderr.write(f"meshserve {name}: {error}\n")
+        sys.exit(EXIT_CONFIGURATION)
+
+
+async def _serve(
+    make_service: Callable[[Settings, Metrics], Service], name: str, settings: Settings
+) -> None:
+    stop_requested = _on_signals()
+    section = settings.server(name)
+    tracing = configure_tracing(
+        name, settings.telemetry.otlp_endpoint, settings.telemetry.sample_ratio
+    )
+    metrics = Metrics(name)
+    metrics.gauge("meshserve_build_info").labels(version("meshserve"), name).set(1)
+    _serve_metrics(metrics, section, name)
+    service = make_service(settings, metrics)
+    server = grpc.aio.server(
+        interceptors=[CallInterceptor(metrics)], options=_server_options(section)
+    )
+    _bind(server, section, name)
+    service.register(server)
+    health = HealthMonitor(service.grpc_services, service.probe, metrics)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+    names = (*service.grpc_services, health_name, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    starting = asyncio.create_task(service.start())
+    stopping = asyncio.create_task(stop_requested.wait())
+    try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting
+            await server.start()
+            await health.start()
+            log.info("serving", extra={"listen": section.listen})
+            await stopping
+        log.info("shutting down")
+        await health.shut_down()
+        service.draining.set()
+        async with asyncio.timeout(section.drain_timeout_s):
+            await service.drain()
+            await server.stop(section.drain_timeout_s)
+    except TimeoutError:
+        log.warning("calls in flight were cut off", extra={"after_s": section.drain_timeout_s})
+    finally:
+        starting.cancel()
+        await server.stop(0)
+        await service.stop()
+        await asyncio.to_thread(tracing.shutdown)
+    log.info("stopped")
+
+
+def _on_signals() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process as usual."""
+    requested = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def request(number: int) -> None:
+        requested.set()
+        loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, request, number)
+    return requested
+
+
+def _server_options(section: ServerSettings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", section.max_message_bytes),
+        ("grpc.max_send_message_length", section.max_message_bytes),
+        ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+        ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_TIME_MS // 4),
+        ("grpc.http2.max_ping_strikes", 0),
+        # Two servers on one port would share its calls silently; say that it is taken instead.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def _bind(server: grpc.aio.Server, section: ServerSettings, name: str) -> None:
+    credentials = _server_credentials(section)
+    try:
+        if credentials is None:
+            server.add_insecure_port(section.listen)
+        else:
+            server.add_secure_port(section.listen, credentials)
+    except RuntimeError as error:
+        raise StartupError(
+            f"the address {section.listen} cannot be listened on; is it in use?",
+            f"stop what uses it, or set {name}.listen to another address",
+        ) from error
+
+
+def _server_credentials(section: ServerSettings) -> grpc.ServerCredentials | None:
+    tls = section.tls
+    if tls is None:
+        return None
+    try:
+        pair = (tls.private_key.read_bytes(), tls.certificate.read_bytes())
+        client_ca = tls.client_ca.read_bytes() if tls.client_ca else None
+    except OSError as error:
+        raise StartupError(
+            f"a TLS file cannot be read: {error}", "check the tls section"
+        ) from error
+    return grpc.ssl_server_credentials(
+        [pair], root_certificates=client_ca, require_client_auth=client_ca is not None
+    )
+
+
+def _serve_metrics(metrics: Metrics, section: ServerSettings, name: str) -> None:
+    if section.metrics_listen is None:
+        return
+    host, port = split_address(section.metrics_listen)
+    try:
+        metrics.serve(host, port)
+    except OSError as error:
+        raise StartupError(
+            f"the metrics address {section.metrics_listen} cannot be listened on: {error.strerror}",
+            f"stop what uses it, or set {name}.metrics_listen to another address or to null",
+        ) from error

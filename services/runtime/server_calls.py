@@ -1,0 +1,188 @@
+"""What happens around every call that a service answers: trace, deadline, errors, metrics.
+
+One interceptor wraps the four RPC shapes itself: a span per call whatever its shape, the caller's
+trace context and deadline in force while the servicer runs, a ServiceError turned into its status,
+anything else into INTERNAL without a word about our insides, and bytes that are no message into
+INVALID_ARGUMENT instead of gRPC's own INTERNAL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+from opentelemetry import context as otel_context
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
+
+from services.runtime import deadline
+from services.runtime.errors import Reason, ServiceError, status_metadata
+from services.runtime.telemetry import Metrics, get_tracer
+from services.runtime.telemetry.tracing import extract_context
+
+log = logging.getLogger(__name__)
+
+# Watched all the time by machines; spans of them would bury the rest.
+UNTRACED_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
+
+
+class _Malformed:
+    """Stands for a request whose bytes are not a message."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def deserialize_or_mark(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except (DecodeError, ValueError) as error:
+            return _Malformed(error)
+
+    return deserialize_or_mark
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, _Malformed):
+        raise ServiceError(
+            Reason.MALFORMED_MESSAGE,
+            "the request is not a message of the expected type; is all of its text UTF-8?",
+        )
+    return request
+
+
+async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _checked(request)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler of a server. Streaming servicers are async generators."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._calls = metrics.counter("meshserve_rpc_server_calls")
+        self._duration = metrics.histogram("meshserve_rpc_server_duration_seconds")
+        self._active = metrics.gauge("meshserve_rpc_server_active_calls")
+        self._tracer = get_tracer()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[Any], Awaitable[Any]],
+        handler_call_details: Any,
+    ) -> Any:
+        """The handler that gRPC found, wrapped; None where it found none."""
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method
+        if handler is None or method.startswith(UNTRACED_PREFIXES):
+            return handler
+        wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
+        kind = f"{'stream' if handler.request_streaming else 'unary'}_" + (
+            "stream" if handler.response_streaming else "unary"
+        )
+        make_handler = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make_handler(
+            wrap(method.removeprefix("/"), getattr(handler, kind), handler.request_streaming),
+            request_deserializer=_tolerant(handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+
+    def _wrap_unary(self, method: str, behaviour: Any, request_streaming: bool) -> Any:
+        check = _checked_stream if request_streaming else _checked
+
+        async def answer(request: Any, context: Any) -> Any:
+            with self._call(method, context) as call:
+                try:
+                    return await behaviour(check(request), context)
+                except BaseException as error:
+                    await call.fail(error)
+
+        return answer
+
+    def _wrap_stream(self, method: str, behaviour: Any, request_streaming: bool) -> Any:
+        check = _checked_stream if request_streaming else _checked
+
+        async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
+            with self._call(method, context) as call:
+                try:
+                    responses = behaviour(check(request), context)
+                    try:
+                        async for response in responses:
+                            yield response
+                    finally:
+                        # A servicer left in the middle must release what it holds now, not when
+                        # the garbage collector comes by.
+                        await responses.aclose()
+                except GeneratorExit:
+                    call.cancelled()
+                    raise
+                except BaseException as error:
+                    await call.fail(error)
+
+        return answer
+
+    @contextmanager
+    def _call(self, method: str, context: Any) -> Iterator[_Call]:
+        started = time.perf_counter()
+        # gRPC runs each call in a task of its own, so what is set here ends with the call.
+        deadline.set_remaining(context.time_remaining())
+        span = self._tracer.start_span(
+            method,
+            extract_context(context.invocation_metadata() or ()),
+            SpanKind.SERVER,
+            {"rpc.system.name": "grpc", "rpc.method": method},
+        )
+        otel_context.attach(set_span_in_context(span))
+        call = _Call(method, span, context)
+        self._active.labels(method).inc()
+        try:
+            yield call
+        finally:
+            self._active.labels(method).dec()
+            self._calls.labels(method, call.code.name).inc()
+            self._duration.labels(method).observe(time.perf_counter() - started)
+            span.set_attribute("rpc.response.status_code", call.code.name)
+            span.end()
+
+
+class _Call:
+    """The outcome of one call."""
+
+    def __init__(self, method: str, span: Span, context: Any) -> None:
+        self.code = grpc.StatusCode.OK
+        self._method = method
+        self._span = span
+        self._context = context
+
+    def cancelled(self) -> None:
+        """Records that the caller went away or its deadline passed."""
+        remaining = self._context.time_remaining()
+        late = remaining is not None and remaining <= 0
+        self.code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+        self._mark(self.code.name)
+
+    async def fail(self, error: BaseException) -> NoReturn:
+        """Turns an exception of the servicer into the status that the caller gets."""
+        if isinstance(error, asyncio.CancelledError):
+            self.cancelled()
+            raise error
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        if not isinstance(error, Exception):
+            raise error
+        if not isinstance(error, ServiceError):
+            log.error("unexpected error", exc_info=error, extra={"method": self._method})
+            error = ServiceError(Reason.INTERNAL, "internal error; the server's log has the rest")
+        self.code = error.code
+        self._mark(error.reason.value)
+        await self._context.abort(error.code, error.message, status_metadata(error))
+        raise AssertionError("abort always raises")
+
+    def _mark(self, error_type: str) -> None:
+        self._span.set_attribute("error.type", error_type)
+        self._span.set_status(Status(StatusCode.ERROR, error_type))

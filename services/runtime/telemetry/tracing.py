@@ -1,0 +1,107 @@
+"""OpenTelemetry set-up: who we are, where spans go, and the W3 context on gRPC metadata."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+
+from opentelemetry import context as otel_context
+from opentelemetry import propagate, trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.propagators.composite import CompositePropagator
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from meshserve.v1 import types_pb2
+
+# The exporter retries by itself; its warnings at every failed batch say nothing new.
+EXPORTER_LOGGER = "opentelemetry.exporter.otlp.proto.grpc.exporter"
+EXPORT_INTERVAL_MS = 1000
+
+
+class Tracing:
+    """The process's tracer provider; `shutdown` sends what has not been sent."""
+
+    def __init__(self, provider: TracerProvider | None) -> None:
+        self._provider = provider
+
+    def shutdown(self) -> None:
+        """Flushes and stops the exporter. Waits a few seconds at most."""
+        if self._provider is not None:
+            self._provider.force_flush(timeout_millis=2000)
+            self._provider.shutdown()
+
+
+def configure_tracing(service: str, endpoint: str | None, sample_ratio: float) -> Tracing:
+    """Makes spans go to an OTLP receiver; without an endpoint only the context travels on."""
+    propagate.set_global_textmap(CompositePropagator([TraceContextTextMapPropagator()]))
+    if endpoint is None:
+        return Tracing(None)
+    logging.getLogger(EXPORTER_LOGGER).setLevel(logging.ERROR)
+    resource = Resource.create(
+        {
+            "service.name": f"meshserve-{service}",
+            "service.namespace": "meshserve",
+            "service.version": version("meshserve"),
+            "service.instance.id": f"{socket.gethostname()}:{os.getpid()}",
+        }
+    )
+    provider = TracerProvider(
+        resource=resource, sampler=ParentBased(TraceIdRatioBased(sample_ratio))
+    )
+    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
+    provider.add_span_processor(
+        BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_INTERVAL_MS)
+    )
+    trace.set_tracer_provider(provider)
+    return Tracing(provider)
+
+
+def get_tracer() -> trace.Tracer:
+    """The tracer of MeshServe; spans it makes are named in services/runtime/telemetry/spans.py."""
+    return trace.get_tracer("meshserve", version("meshserve"))
+
+
+def extract_context(metadata: Iterable[tuple[str, str | bytes]]) -> Context:
+    """The caller's trace context from gRPC metadata."""
+    carrier = {
+        key: value
+        for key, value in metadata
+        if key in ("traceparent", "tracestate") and isinstance(value, str)
+    }
+    return propagate.extract(carrier, Context())
+
+
+def inject_context(carrier: dict[str, str]) -> None:
+    """Adds the current trace context to metadata under way."""
+    propagate.inject(carrier)
+
+
+def current_trace_context() -> types_pb2.TraceContext:
+    """The current trace context as a message, for a session on a shared stream."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return types_pb2.TraceContext(
+        traceparent=carrier.get("traceparent", ""), tracestate=carrier.get("tracestate", "")
+    )
+
+
+def context_of(message: types_pb2.TraceContext) -> Context:
+    """The trace context that a session on a shared stream was opened with."""
+    carrier: Mapping[str, str] = {
+        "traceparent": message.traceparent,
+        "tracestate": message.tracestate,
+    }
+    return propagate.extract({k: v for k, v in carrier.items() if v}, Context())
+
+
+def current_context() -> Context:
+    """The OpenTelemetry context of the running task."""
+    return otel_context.get_current()

@@ -9,6 +9,7 @@ header that lies costs an error and no memory.
 from __future__ import annotations
 
 import mmap
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT_BYTES = 32
 
+_LENGTH = struct.Struct("<Q")
 _STRING, _ARRAY = 8, 9
 _SCALARS: dict[int, np.dtype[np.generic]] = {
     0: np.dtype("<u1"),
@@ -243,6 +245,8 @@ class _Cursor:
             element_type, length = self._array_header(depth)
             if element_type in _SCALARS:
                 self._skip(length * _SCALARS[element_type].itemsize)
+            elif element_type == _STRING:
+                self._skip_strings(length)
             else:
                 for _ in range(length):
                     self.skip_value(element_type, depth + 1)
@@ -276,13 +280,24 @@ class _Cursor:
         # Copied, so that what a caller keeps does not keep the whole file mapped.
         raw = self.take(count * dtype.itemsize)
         if dtype == np.bool_:
-            return np.frombuffer(raw, np.uint8) != 0
+            return np.asarray(np.frombuffer(raw, np.uint8) != 0)
         numbers: np.ndarray = np.frombuffer(raw, dtype)
         return numbers
 
     def _skip(self, nbytes: int) -> None:
         self.require(nbytes)
         self.position += nbytes
+
+    def _skip_strings(self, count: int) -> None:
+        # Vocabularies have hundreds of thousands of them: the one loop here worth keeping short.
+        buffer, position, last = self.buffer, self.position, self.size - 8
+        for _ in range(count):
+            if position > last:
+                self.position = position
+                self.require(8)
+            position += 8 + _LENGTH.unpack_from(buffer, position)[0]
+        self.position = min(position, self.size)
+        self.require(position - self.position)
 
     def _text(self, raw: bytes, what: str | None = None) -> str:
         try:

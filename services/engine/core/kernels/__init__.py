@@ -1,0 +1,24 @@
+"""The ops that models are made of, each with a plain-torch reference and faster forms beside it."""
+
+from __future__ import annotations
+
+from services.engine.core.kernels.activation import silu_and_mul
+from services.engine.core.kernels.attention import AttentionMetadata, paged_attention, write_kv
+from services.engine.core.kernels.normalization import add_rms_norm, rms_norm
+from services.engine.core.kernels.registry import OPS, Op, Selection, declare, select
+from services.engine.core.kernels.rotary import rotary_embedding
+
+__all__ = [
+    "OPS",
+    "AttentionMetadata",
+    "Op",
+    "Selection",
+    "add_rms_norm",
+    "declare",
+    "paged_attention",
+    "rms_norm",
+    "rotary_embedding",
+    "select",
+    "silu_and_mul",
+    "write_kv",
+]

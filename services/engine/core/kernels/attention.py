@@ -1,0 +1,181 @@
+"""Attention over a paged KV cache (Kwon et al., arXiv:2309.06180): writing to it and reading it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from services.engine.core.kernels.registry import declare
+
+T = TypeVar("T")
+
+# Query heads that share a KV head are folded into the rows of one attention call, which reads the
+# keys once; the mask is repeated for each of them, which only pays while chunks are short.
+FOLD_MAX_QUERY_LENGTH = 32
+# Sequences whose context lengths lie within a factor of two are padded to one length and share a
+# call; so do all those of up to this many blocks.
+SHORT_CONTEXT_BLOCKS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Which tokens of a step belong together and where their keys and values are.
+
+    Tokens are flattened over sequences, `query_lengths[i]` consecutive rows for sequence i, whose
+    cache holds `context_lengths[i]` tokens, these included. block_tables: [num_sequences,
+    max_blocks] int32.
+    """
+
+    query_lengths: tuple[int, ...]
+    context_lengths: tuple[int, ...]
+    block_tables: Tensor
+    block_size: int
+    _prepared: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, key: str, prepare: Callable[[], T]) -> T:
+        """Return `prepare()`, computed once per step and not once per layer."""
+        if key not in self._prepared:
+            self._prepared[key] = prepare()
+        prepared: T = self._prepared[key]
+        return prepared
+
+
+@declare
+def write_kv(
+    keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+) -> None:
+    """Store the keys and values of a step's tokens in their slots of the cache.
+
+    keys, values: [num_tokens, kv_heads, head_dim]; caches: [num_blocks, block_size, kv_heads,
+    head_dim]; slots: [num_tokens] int64, block * block_size + offset.
+    """
+    key_cache.flatten(0, 1).index_copy_(0, slots, keys)
+    value_cache.flatten(0, 1).index_copy_(0, slots, values)
+
+
+@declare
+def paged_attention(
+    queries: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+) -> Tensor:
+    """Causal attention of each sequence's queries over all of its cached tokens.
+
+    queries: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim]
+    with the step's own keys and values already written. Decode, chunked prefill and speculative
+    verification differ in query length alone. Returns [num_tokens, heads, head_dim].
+    """
+    num_heads, kv_heads = queries.shape[1], key_cache.shape[2]
+    groups = metadata.once(
+        "reference groups", lambda: _group_sequences(metadata, num_heads // kv_heads, queries.dtype)
+    )
+    if len(groups) == 1:
+        return _attend(queries, key_cache, value_cache, groups[0], scale)
+    output = torch.empty_like(queries)
+    for group in groups:
+        attended = _attend(queries[group.rows], key_cache, value_cache, group, scale)
+        output.index_copy_(0, group.rows, attended)
+    return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences of one query length and similar context lengths, attended to in one call."""
+
+    rows: Tensor  # [num_sequences * query_length]: their rows in the flattened step
+    blocks: Tensor  # [num_sequences * num_blocks]: their block tables, padded to one length
+    num_sequences: int
+    query_length: int
+    context_length: int  # the longest of them
+    mask: Tensor | None  # additive, [num_sequences or 1, 1, rows or 1, context_length]
+    folded: bool
+
+
+def _group_sequences(
+    metadata: AttentionMetadata, queries_per_kv: int, dtype: torch.dtype
+) -> list[_Group]:
+    members: dict[tuple[int, int], list[int]] = {}
+    starts, row = [], 0
+    for index, query_length in enumerate(metadata.query_lengths):
+        starts.append(row)
+        row += query_length
+        if query_length > FOLD_MAX_QUERY_LENGTH:
+            # A long chunk fills the machine by itself; padding it would only waste work.
+            bucket = -1 - index
+        else:
+            num_blocks = -(-metadata.context_lengths[index] // metadata.block_size)
+            bucket = (max(num_blocks, SHORT_CONTEXT_BLOCKS) - 1).bit_length()
+        members.setdefault((query_length, bucket), []).append(index)
+    return [
+        _make_group(metadata, indices, starts, queries_per_kv, dtype)
+        for indices in members.values()
+    ]
+
+
+def _make_group(
+    metadata: AttentionMetadata,
+    indices: list[int],
+    starts: list[int],
+    queries_per_kv: int,
+    dtype: torch.dtype,
+) -> _Group:
+    device = metadata.block_tables.device
+    query_length = metadata.query_lengths[indices[0]]
+    contexts = [metadata.context_lengths[index] for index in indices]
+    context_length = max(contexts)
+    num_blocks = -(-context_length // metadata.block_size)
+    folded = query_length <= FOLD_MAX_QUERY_LENGTH
+    mask = None
+    if query_length > 1 or min(contexts) < context_length:
+        # A query sees the keys up to its own position; what lies beyond is later or padding.
+        first = torch.tensor(contexts, device=device).sub_(query_length).view(-1, 1, 1, 1)
+        last_seen = first + torch.arange(query_length, device=device).view(-1, 1)
+        hidden = torch.arange(context_length, device=device) > last_seen
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+        mask.masked_fill_(hidden, float("-inf"))
+        if folded and query_length > 1:
+            mask = mask.repeat(1, 1, queries_per_kv, 1)
+    rows = torch.tensor([starts[index] for index in indices], device=device)
+    rows = (rows.view(-1, 1) + torch.arange(query_length, device=device)).flatten()
+    members = torch.tensor(indices, device=device)
+    blocks = metadata.block_tables[:, :num_blocks].index_select(0, members).flatten()
+    return _Group(rows, blocks, len(indices), query_length, context_length, mask, folded)
+
+
+def _attend(
+    queries: Tensor, key_cache: Tensor, value_cache: Tensor, group: _Group, scale: float
+) -> Tensor:
+    num_sequences, query_length = group.num_sequences, group.query_length
+    kv_heads, head_dim = key_cache.shape[2:]
+    keys = _gather(key_cache, group)
+    values = _gather(value_cache, group)
+    if not group.folded:
+        attended = functional.scaled_dot_product_attention(
+            queries.view(num_sequences, query_length, -1, head_dim).transpose(1, 2),
+            keys,
+            values,
+            attn_mask=group.mask,
+            scale=scale,
+            enable_gqa=True,
+        )
+        return attended.transpose(1, 2).flatten(0, 1)
+    # [sequences, query, kv_heads, queries_per_kv, head_dim] with the query moved next to head_dim.
+    folded = queries.view(num_sequences, query_length, kv_heads, -1, head_dim).movedim(1, 3)
+    attended = functional.scaled_dot_product_attention(
+        folded.flatten(2, 3), keys, values, attn_mask=group.mask, scale=scale
+    )
+    return attended.view(folded.shape).movedim(3, 1).reshape(-1, queries.shape[1], head_dim)
+
+
+def _gather(cache: Tensor, group: _Group) -> Tensor:
+    """Return the cached vectors of a group, [sequences, kv_heads, context_length, head_dim]."""
+    pages = cache.index_select(0, group.blocks)
+    contiguous = pages.view(group.num_sequences, -1, *cache.shape[2:])
+    return contiguous[:, : group.context_length].transpose(1, 2)

@@ -1,0 +1,41 @@
+"""The paged KV cache: one pool of blocks of keys and values per layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of all sequences, in blocks of `block_size` tokens.
+
+    `keys[layer]` and `values[layer]` are [num_blocks, block_size, kv_heads, head_dim]. Which block
+    belongs to which sequence is the block pool's knowledge, not the cache's. Blocks start as
+    zeros: attention masks what it must not see, and a mask cannot hide a NaN.
+
+    Raises torch.OutOfMemoryError (CUDA) or RuntimeError (CPU) where the pool does not fit.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (num_layers, 2, num_blocks, block_size, kv_heads, head_dim)
+        storage = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys: list[Tensor] = [storage[layer, 0] for layer in range(num_layers)]
+        self.values: list[Tensor] = [storage[layer, 1] for layer in range(num_layers)]
+
+    @staticmethod
+    def bytes_per_block(
+        num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        """Return what one block takes over all layers, keys and values, in bytes."""
+        return 2 * num_layers * block_size * kv_heads * head_dim * dtype.itemsize

@@ -1,0 +1,24 @@
+"""RMSNorm with the residual addition before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from services.engine.core.kernels import add_rms_norm, rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Normalise [num_tokens, size] by its root mean square."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self.weight, self.eps)
+
+    def add(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (norm(hidden + residual), hidden + residual)."""
+        return add_rms_norm(hidden, residual, self.weight, self.eps)

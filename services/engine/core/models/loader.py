@@ -1,0 +1,62 @@
+"""From a path to a model that can run a step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from services.engine.core.models.base import Model
+from services.engine.core.models.config import ModelConfig, config_from_gguf, config_from_hf
+from services.engine.core.models.registry import ARCHITECTURES
+from services.engine.core.weights.checkpoint import open_checkpoint
+from services.engine.core.weights.loading import check_weights, load_weights
+from services.runtime.modelfiles import GGUFFile, ModelFileError
+
+
+def read_config(path: Path | str) -> ModelConfig:
+    """Return the shape of the model at `path`, a HF directory or a .gguf file.
+
+    Raises ModelFileError for a file that is missing, damaged or of an unknown architecture.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config = config_from_hf(path)
+    else:
+        with GGUFFile(path) as file:
+            config = config_from_gguf(file)
+    if config.architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ModelFileError(
+            path, f"architecture {config.architecture!r} is not supported, only {known} are"
+        )
+    return config
+
+
+def load_model(
+    path: Path | str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    max_context_tokens: int | None = None,
+) -> tuple[Model, ModelConfig]:
+    """Load a model for inference.
+
+    `max_context_tokens` serves a context other than the model's own, which rope scalings of the
+    dynamic kind adapt to. Raises ModelFileError for files that are missing, damaged or do not
+    fit the architecture, and torch.OutOfMemoryError where the device has not the room.
+    """
+    config = read_config(path)
+    if max_context_tokens is not None:
+        config = replace(config, max_context_tokens=max_context_tokens)
+    checkpoint = open_checkpoint(Path(path), config.heads, config.kv_heads)
+    if config.num_layers > len(checkpoint.shapes):
+        problem = f"claims {config.num_layers} layers but has {len(checkpoint.shapes)} tensors"
+        raise ModelFileError(path, problem)
+    with torch.device("meta"):
+        model = ARCHITECTURES[config.architecture](config)
+    check_weights(model, checkpoint, tied=config.tie_embeddings)
+    model = model.to(dtype).to_empty(device=device)
+    load_weights(model, checkpoint)
+    return model.eval().requires_grad_(False), config

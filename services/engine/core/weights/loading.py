@@ -1,0 +1,64 @@
+"""Fill a model's parameters from a checkpoint, exactly: nothing missing, nothing left over."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from services.engine.core.layers.linear import MergedLinear
+from services.engine.core.weights.checkpoint import Checkpoint
+from services.runtime.modelfiles import ModelFileError
+
+_NAMED_IN_ERRORS = 5
+
+
+def weight_slots(model: nn.Module) -> dict[str, Tensor]:
+    """Return where each named tensor of a checkpoint goes: views into the model's parameters."""
+    slots: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, MergedLinear):
+            parent = path.rpartition(".")[0]
+            slots |= {f"{parent}.{part}.{kind}": view for part, kind, view in module.parts()}
+            continue
+        for kind, parameter in module.named_parameters(recurse=False):
+            slots[f"{path}.{kind}"] = parameter.data
+    return slots
+
+
+def check_weights(model: nn.Module, checkpoint: Checkpoint, *, tied: bool) -> None:
+    """Raise ModelFileError, naming tensors, unless names and shapes fit the model exactly.
+
+    Works on a model on the meta device, so that a wrong file is refused before any memory is taken
+    for it. A tied model's checkpoint may repeat the head.
+    """
+    wanted = {name: tuple(slot.shape) for name, slot in weight_slots(model).items()}
+    missing = sorted(wanted.keys() - checkpoint.shapes.keys())
+    if missing:
+        raise ModelFileError(checkpoint.path, f"lacks {_listed(missing)}")
+    allowed = {"head.weight"} if tied else set()
+    extra = sorted(checkpoint.shapes.keys() - wanted.keys() - allowed)
+    unexpected = checkpoint.unknown + [checkpoint.source_name(name) for name in extra]
+    if unexpected:
+        problem = f"has {_listed(unexpected)}, which this architecture does not know"
+        raise ModelFileError(checkpoint.path, problem)
+    for name, shape in wanted.items():
+        if checkpoint.shapes[name] != shape:
+            problem = f"has shape {list(checkpoint.shapes[name])}, not {list(shape)}"
+            source = checkpoint.source_name(name)
+            raise ModelFileError(checkpoint.path, problem, what=f"tensor {source!r}")
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy every tensor into its place, converted to the parameter's dtype and device.
+
+    Call `check_weights` first. Raises ModelFileError for a tensor that cannot be read.
+    """
+    for name, slot in weight_slots(model).items():
+        slot.copy_(checkpoint.read(name))
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED_IN_ERRORS
+    shown = ", ".join(names[:_NAMED_IN_ERRORS])
+    return f"tensors {shown}" + (f" and {more} more" if more > 0 else "")

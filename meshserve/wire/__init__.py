@@ -1,0 +1,1 @@
+"""The one place where typed values and protobuf messages meet, for both clients."""

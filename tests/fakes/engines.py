@@ -74,8 +74,7 @@ def reference_output(request: SequenceRequest, context_tokens: int) -> list[int]
     key = np.array([stream_key(sampling.seed, request.choice_index)], np.uint64)
     while len(output) < limit:
         logits = logits_after(tokens)
-        early = len(output) < stopping.min_tokens
-        if early:
+        if len(output) < stopping.min_tokens:
             logits[list(ends)] = -torch.inf
         if sampling.temperature == 0:
             token = int(logits.argmax())
@@ -91,7 +90,7 @@ def reference_output(request: SequenceRequest, context_tokens: int) -> list[int]
             token = sample(logits.unsqueeze(0), batch).token_ids[0]
         tokens.append(token)
         output.append(token)
-        if not early and (
+        if len(output) >= stopping.min_tokens and (
             token in ends
             or any(output[-len(stop) :] == list(stop) for stop in stopping.stop_sequences)
         ):

@@ -183,6 +183,13 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     load: Load
 
 
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    """Sequences ended between steps (an abort); their blocks are free already."""
+
+    deltas: list[Delta]
+    load: Load
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """An Add was refused as a whole."""
 
@@ -192,7 +199,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class LoadChanged(msgspec.Struct, frozen=True, tag="load"):
-    """The load changed without a step (an abort, a drain)."""
+    """The load changed without a step (a drain)."""
 
     load: Load
 
@@ -211,4 +218,12 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     starting: bool = False  # before Ready: restarting with the same settings will not help
 
 
-Event: TypeAlias = Ready | Step | Refused | LoadChanged | Pong | Fatal
+class Log(msgspec.Struct, frozen=True, tag="log"):
+    """A log record of the core, for the front to write in its own form."""
+
+    level: int  # as in the standard library's logging
+    logger: str
+    message: str
+
+
+Event: TypeAlias = Ready | Step | Ended | Refused | LoadChanged | Pong | Log | Fatal

@@ -13,16 +13,16 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model_path: str
-    device: str = "cpu"  # a torch device: "cpu", "cuda", "cuda:1"
-    dtype: str = "float32"  # a torch floating dtype: "float32", "bfloat16", "float16"
+    device: str = "auto"  # "auto" (CUDA where there is a card), "cpu", "cuda:1"
+    dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16"
     threads: int | None = None  # CPU threads of one step; None: torch's choice
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None  # None: kv_cache_memory_fraction of what is free
-    kv_cache_memory_fraction: float | None = None  # None: 0.85 on an accelerator, 0.25 on a CPU
+    kv_cache_memory_fraction: float = 0.5
     max_context_tokens: int | None = None  # None: the model's own
-    max_batch_tokens: int = 2048  # tokens computed per step, over all sequences
+    max_batch_tokens: int = 512  # tokens computed per step, over all sequences
     max_running_sequences: int = 64
-    max_waiting_sequences: int = 512
+    max_waiting_sequences: int = 1024
 
     def __post_init__(self) -> None:
         for name in (
@@ -38,8 +38,8 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         fraction = self.kv_cache_memory_fraction
-        if fraction is not None and not 0 < fraction < 1:
-            raise ValueError(f"kv_cache_memory_fraction must lie in (0, 1), not {fraction}")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"kv_cache_memory_fraction must lie in (0, 1], not {fraction}")
         if self.max_batch_tokens < self.max_running_sequences:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least "

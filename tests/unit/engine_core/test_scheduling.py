@@ -35,9 +35,9 @@ stoppings = st.builds(
     min_tokens=st.integers(0, 3),
     ignore_eos=st.booleans(),
     stop_token_ids=st.lists(tokens, max_size=2).map(tuple),
-    stop_sequences=st.lists(
-        st.lists(tokens, min_size=1, max_size=2).map(tuple), max_size=2
-    ).map(tuple),
+    stop_sequences=st.lists(st.lists(tokens, min_size=1, max_size=2).map(tuple), max_size=2).map(
+        tuple
+    ),
 )
 
 
@@ -135,7 +135,7 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
 
 
 EngineUnderRandomLoad.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=100,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

@@ -1,0 +1,42 @@
+"""How much memory the KV cache may take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+# Where nobody chose a size, a CPU's KV cache takes no more than this: the memory of a machine
+# without an accelerator is seldom the engine's alone.
+_CPU_DEFAULT_LIMIT_BYTES = 4 << 30
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that this process could still take on `device`, a container's limit included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    free = int(psutil.virtual_memory().available)
+    allowance = _cgroup_allowance_bytes()
+    return free if allowance is None else min(free, allowance)
+
+
+def kv_cache_budget_bytes(
+    device: torch.device, *, requested_bytes: int | None, fraction: float
+) -> int:
+    """The size of the KV cache: as requested, or `fraction` of what is free now."""
+    if requested_bytes is not None:
+        return requested_bytes
+    budget = int(free_memory_bytes(device) * fraction)
+    return budget if device.type == "cuda" else min(budget, _CPU_DEFAULT_LIMIT_BYTES)
+
+
+def _cgroup_allowance_bytes() -> int | None:
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = (_CGROUP / "memory.current").read_text().strip()
+        return None if limit == "max" else max(0, int(limit) - int(used))
+    except (OSError, ValueError):
+        return None  # no cgroup v2, hence no limit we could read

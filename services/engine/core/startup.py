@@ -1,0 +1,158 @@
+"""Builds an engine core from its settings: loads the model, sizes the KV cache."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from services.engine.core.admission import AdmissionLimits
+from services.engine.core.block_pool import BlockPool
+from services.engine.core.engine import EngineCore
+from services.engine.core.errors import EngineError
+from services.engine.core.kv_cache import KVCache
+from services.engine.core.memory import kv_cache_budget_bytes
+from services.engine.core.messages import ModelFacts
+from services.engine.core.models.config import ModelConfig
+from services.engine.core.models.dtype import resolve_dtype
+from services.engine.core.models.loader import load_model
+from services.engine.core.runner import Runner
+from services.engine.core.scheduler import Scheduler
+from services.engine.core.settings import CoreSettings
+
+logger = logging.getLogger(__name__)
+
+
+class StartupError(EngineError):
+    """The settings cannot be met on this machine; the text says which and what would help."""
+
+
+def build_engine(settings: CoreSettings) -> tuple[EngineCore, ModelFacts]:
+    """Load the model and make an engine ready for its first sequence.
+
+    Raises:
+        StartupError: the device is missing or the KV cache does not fit.
+        ModelFileError: the model files are missing or damaged.
+    """
+    started_s = time.monotonic()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = resolve_device(settings.device)
+    try:
+        dtype = resolve_dtype(settings.dtype, device)
+    except ValueError as error:
+        raise StartupError(str(error)) from None
+    try:
+        model, config = load_model(
+            Path(settings.model_path),
+            dtype=dtype,
+            device=device,
+            max_context_tokens=settings.max_context_tokens,
+        )
+    except torch.OutOfMemoryError as error:
+        raise StartupError(f"the weights do not fit on {device}: {error}") from None
+    num_blocks, bytes_per_block = _size_kv_cache(settings, config, dtype, device)
+    max_context_tokens = min(config.max_context_tokens, num_blocks * settings.block_size)
+    kv_cache = KVCache(
+        num_layers=config.num_layers,
+        num_blocks=num_blocks,
+        block_size=settings.block_size,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    scheduler = Scheduler(
+        BlockPool(num_blocks, settings.block_size),
+        AdmissionLimits(max_context_tokens=max_context_tokens, vocab_size=config.vocab_size),
+        eos_token_ids=config.eos_token_ids,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_running_sequences=settings.max_running_sequences,
+        max_waiting_sequences=settings.max_waiting_sequences,
+    )
+    runner = Runner(
+        model,
+        kv_cache,
+        device=device,
+        block_size=settings.block_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_running_sequences=settings.max_running_sequences,
+        max_context_tokens=max_context_tokens,
+    )
+    facts = ModelFacts(
+        architecture=config.architecture,
+        num_layers=config.num_layers,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        vocab_size=config.vocab_size,
+        max_context_tokens=max_context_tokens,
+        eos_token_ids=config.eos_token_ids,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        block_size=settings.block_size,
+        num_blocks=num_blocks,
+        kv_cache_memory_bytes=num_blocks * bytes_per_block,
+        load_time_s=time.monotonic() - started_s,
+    )
+    logger.info(
+        "loaded %s (%.0f M parameters, %s) on %s in %.1f s; the KV cache holds %d tokens in %d "
+        "blocks (%.0f MiB), a sequence at most %d; %d threads",
+        facts.architecture,
+        facts.num_parameters / 1e6,
+        facts.dtype,
+        facts.device,
+        facts.load_time_s,
+        num_blocks * settings.block_size,
+        num_blocks,
+        facts.kv_cache_memory_bytes / 2**20,
+        max_context_tokens,
+        torch.get_num_threads(),
+    )
+    return EngineCore(scheduler, runner), facts
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `name` means; "auto" is CUDA where there is a card, else the CPU.
+
+    Raises:
+        StartupError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise StartupError(f"{name!r} is not a device; use auto, cpu or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise StartupError(f"{name!r} is not a device; use auto, cpu or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = device.index or 0
+        if index >= count:
+            raise StartupError(f"the device {name!r} is not there: {count} CUDA devices are")
+        return torch.device("cuda", index)
+    return device
+
+
+def _size_kv_cache(
+    settings: CoreSettings, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """Number of blocks, and bytes that each takes over all layers."""
+    bytes_per_block = KVCache.bytes_per_block(
+        config.num_layers, settings.block_size, config.kv_heads, config.head_dim, dtype
+    )
+    budget = kv_cache_budget_bytes(
+        device,
+        requested_bytes=settings.kv_cache_memory_bytes,
+        fraction=settings.kv_cache_memory_fraction,
+    )
+    # More than every running sequence at full length could fill would lie idle.
+    useful = settings.max_running_sequences * -(-config.max_context_tokens // settings.block_size)
+    num_blocks = min(budget // bytes_per_block, useful)
+    if num_blocks < 1:
+        raise StartupError(
+            f"a KV cache of {budget} bytes holds no block: one block of {settings.block_size} "
+            f"tokens takes {bytes_per_block} bytes"
+        )
+    return num_blocks, bytes_per_block

@@ -54,9 +54,18 @@ def load_model(
     if config.num_layers > len(checkpoint.shapes):
         problem = f"claims {config.num_layers} layers but has {len(checkpoint.shapes)} tensors"
         raise ModelFileError(path, problem)
-    with torch.device("meta"):
-        model = ARCHITECTURES[config.architecture](config)
-    check_weights(model, checkpoint, tied=config.tie_embeddings)
-    model = model.to(dtype).to_empty(device=device)
+    # Built twice: first without memory, so that a wrong file is refused before any is taken.
+    check_weights(_build(config, dtype, "meta"), checkpoint, tied=config.tie_embeddings)
+    model = _build(config, dtype, device)
     load_weights(model, checkpoint)
     return model.eval().requires_grad_(False), config
+
+
+def _build(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Model:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return ARCHITECTURES[config.architecture](config)
+    finally:
+        torch.set_default_dtype(previous)

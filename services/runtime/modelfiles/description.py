@@ -1,0 +1,120 @@
+"""What a model on disk is, in the words that a user is shown."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from services.runtime.modelfiles.errors import ModelFileError
+from services.runtime.modelfiles.gguf import GGUFFile
+from services.runtime.modelfiles.safetensors_header import read_header
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """A model's outline, read from its headers alone.
+
+    `dtype` is the type that most of the parameters are stored in; lengths are in tokens.
+    """
+
+    path: Path
+    kind: Literal["gguf", "hf"]
+    name: str
+    architecture: str
+    num_parameters: int
+    max_context_tokens: int | None
+    dtype: str
+    vocab_size: int | None
+    has_chat_template: bool
+    licence: str | None
+    files: tuple[Path, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+
+def describe(path: Path | str) -> ModelDescription:
+    """Describe a .gguf file or a Hugging Face model directory.
+
+    Raises ModelFileError for what is missing, damaged or neither of the two.
+    """
+    path = Path(path)
+    return _describe_directory(path) if path.is_dir() else _describe_gguf(path)
+
+
+def _describe_gguf(path: Path) -> ModelDescription:
+    with GGUFFile(path) as file:
+        metadata = file.metadata
+        architecture = metadata.string("general.architecture")
+        embedding = file.tensors.get("token_embd.weight")
+        context = f"{architecture}.context_length"
+        return ModelDescription(
+            path=path,
+            kind="gguf",
+            name=metadata.string("general.name", path.stem),
+            architecture=architecture,
+            num_parameters=sum(info.num_elements for info in file.tensors.values()),
+            max_context_tokens=metadata.integer(context) if context in metadata else None,
+            dtype=_commonest((info.type.name, info.num_elements) for info in file.tensors.values()),
+            vocab_size=embedding.shape[0] if embedding else None,
+            has_chat_template="tokenizer.chat_template" in metadata,
+            licence=metadata.string("general.license", "") or None,
+            files=(path,),
+        )
+
+
+def _describe_directory(path: Path) -> ModelDescription:
+    config = _read_object(path / "config.json")
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ModelFileError(path, "holds no .safetensors file")
+    entries = [entry for file in files for entry in read_header(file).values()]
+    architectures = config.get("architectures")
+    tokenizer_path = path / "tokenizer_config.json"
+    tokenizer = _read_object(tokenizer_path) if tokenizer_path.exists() else {}
+    known = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    beside = [path / name for name in (*known, "chat_template.jinja") if (path / name).exists()]
+    return ModelDescription(
+        path=path,
+        kind="hf",
+        name=path.resolve().name,
+        architecture=str(architectures[0])
+        if isinstance(architectures, list) and architectures
+        else str(config.get("model_type", "unknown")),
+        num_parameters=sum(entry.num_elements for entry in entries),
+        max_context_tokens=_integer(config, "max_position_embeddings"),
+        dtype=_commonest((entry.dtype, entry.num_elements) for entry in entries),
+        vocab_size=_integer(config, "vocab_size"),
+        has_chat_template="chat_template" in tokenizer or path / "chat_template.jinja" in beside,
+        licence=None,
+        files=(*files, *beside),
+    )
+
+
+def _commonest(sizes: Iterable[tuple[str, int]]) -> str:
+    totals: Counter[str] = Counter()
+    for dtype, num_elements in sizes:
+        totals[dtype] += num_elements
+    return max(totals, key=lambda dtype: totals[dtype], default="unknown")
+
+
+def _integer(config: dict[str, Any], name: str) -> int | None:
+    value = config.get(name)
+    return value if type(value) is int else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelFileError(path, f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(path, f"is not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ModelFileError(path, "is not a JSON object")
+    return parsed

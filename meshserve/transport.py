@@ -21,8 +21,8 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 API_KEY_VARIABLE = "MESHSERVE_API_KEY"
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*:", re.IGNORECASE)
-_VISIBLE_ASCII = re.compile(r"^[\x20-\x7e]+$")
-_HEADER_NAME = re.compile(r"^[0-9a-z_.-]+$")
+_VISIBLE_ASCII = re.compile(r"[\x20-\x7e]+")
+_HEADER_NAME = re.compile(r"[0-9a-z_.-]+")
 
 
 class UseClientDefault:
@@ -97,7 +97,7 @@ def make_endpoint(
     headers = _checked_metadata(metadata)
     key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
     if key:
-        if not _VISIBLE_ASCII.match(key):
+        if not _VISIBLE_ASCII.fullmatch(key):
             raise ConfigurationError(
                 "the API key holds characters that cannot be sent; a trailing newline?"
             )
@@ -191,9 +191,9 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     checked: dict[str, str] = {}
     for name, value in (metadata or {}).items():
         lowered = name.lower()
-        if not _HEADER_NAME.match(lowered) or lowered.startswith("grpc-"):
+        if not _HEADER_NAME.fullmatch(lowered) or lowered.startswith("grpc-"):
             raise ConfigurationError(f"{name!r} cannot be the name of a metadata entry")
-        if not isinstance(value, str) or (value and not _VISIBLE_ASCII.match(value)):
+        if not isinstance(value, str) or (value and not _VISIBLE_ASCII.fullmatch(value)):
             raise ConfigurationError(f"metadata {name!r} must be visible ASCII text")
         checked[lowered] = value
     return checked

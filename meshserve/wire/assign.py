@@ -43,7 +43,7 @@ def assign(message: ProtoMessage, field: str, value: object, path: str) -> None:
     """Sets a scalar field. None leaves it absent. Raises InvalidRequestError."""
     if value is None:
         return
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):  # protobuf takes bytes for text, silently
         value = checked_text(value, path)
     try:
         setattr(message, field, value)
@@ -59,7 +59,7 @@ def extend(message: ProtoMessage, field: str, values: object, path: str) -> None
         raise invalid_field(path, f"must be a list, not {type(values).__name__}")
     repeated = getattr(message, field)
     for index, value in enumerate(values):
-        if isinstance(value, str):
+        if isinstance(value, str | bytes):
             value = checked_text(value, f"{path}[{index}]")
         try:
             repeated.append(value)

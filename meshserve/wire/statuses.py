@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from meshserve import errors
@@ -108,7 +109,7 @@ class _Details:
             status = status_pb2.Status.FromString(raw)
             for detail in status.details:
                 self._read_detail(detail)
-        except ValueError:  # DecodeError: the bytes are not what the key promises
+        except DecodeError:
             return
 
     def _read_detail(self, detail: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from meshserve.v1 import types_pb2
@@ -375,6 +376,6 @@ def _read_rpc_error(
             raw = value if isinstance(value, bytes) else value.encode("latin-1")
             try:
                 return code, details, status_pb2.Status.FromString(raw)
-            except ValueError:
+            except DecodeError:
                 return code, details, None
     return code, details, None

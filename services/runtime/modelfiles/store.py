@@ -65,7 +65,7 @@ def locate(source: str, cache_dir: Path | None = None) -> Path:
 
 def _local_path(source: str) -> Path | None:
     path = Path(source).expanduser()
-    if path.exists():
+    if source and _exists(path):
         if path.is_dir() and not (path / "config.json").exists():
             raise ModelStoreError(
                 f"{path} is a directory without a config.json.",
@@ -77,6 +77,13 @@ def _local_path(source: str) -> Path | None:
             f"There is no file or directory {path}.", way_out="Check the path of the model."
         )
     return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for the file system, or a folder that may not be looked into
+        return False
 
 
 def _split_hub_id(source: str) -> tuple[str, str | None]:

@@ -1,0 +1,34 @@
+"""What can go wrong with tokenizers and templates, in terms that know nothing of gRPC."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class TokenizerLoadError(ValueError):
+    """A model's tokenizer files are missing, damaged or of a kind that is not supported.
+
+    The text names the file and the key at fault and can be shown to a user as it stands.
+    """
+
+    def __init__(self, path: Path | str, problem: str) -> None:
+        self.path = Path(path)
+        self.problem = problem
+        super().__init__(f"{path}: {problem}")
+
+
+class InvalidTextError(ValueError):
+    """A text cannot be tokenized, for example because it holds a lone surrogate."""
+
+
+class UnknownTokenIdError(ValueError):
+    """A token id lies outside the vocabulary; `position` is its place in the sequence."""
+
+    def __init__(self, token_id: int, position: int, vocabulary_size: int) -> None:
+        self.token_id = token_id
+        self.position = position
+        super().__init__(f"{token_id} is not in [0, {vocabulary_size})")
+
+
+class ChatTemplateError(ValueError):
+    """A chat template is not valid, refused a conversation, failed on it or broke a limit."""

@@ -1,0 +1,62 @@
+"""Cutting a long text where no token can lie across, so that its parts are encoded in parallel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from services.tokenizer.definition import steps_of
+from services.tokenizer.pretokenizers import PRE_TOKENIZER_KINDS
+
+CHUNK_CHARS = 1 << 16
+# A word of ASCII letters ends, and after one space the next begins: every known pattern splits
+# before that space, and no normalizer changes characters across it.
+_CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+_SEARCHED_CHARS = 4096
+
+
+def can_be_cut(document: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer gives the same tokens for the parts as for the whole."""
+    normalizers = steps_of(document.get("normalizer"), "normalizers")
+    if document["model"]["type"] != "BPE" or any(step["type"] != "NFC" for step in normalizers):
+        return False
+    steps = steps_of(document.get("pre_tokenizer"), "pretokenizers")
+    known_patterns = {pattern for kind in PRE_TOKENIZER_KINDS.values() for pattern in kind.patterns}
+    splits = False
+    for step in steps:
+        if step["type"] == "ByteLevel":
+            if step["add_prefix_space"]:
+                return False
+            splits = splits or step["use_regex"]
+        elif step["type"] == "Split":
+            if step["pattern"].get("Regex") not in known_patterns:
+                return False
+            splits = True
+        elif step["type"] != "Digits":
+            return False
+    return splits and not any(
+        _CUT.search(token["content"]) or token["lstrip"] or token["rstrip"]
+        for token in document.get("added_tokens") or []
+    )
+
+
+def cut(text: str) -> list[str]:
+    """Parts of about CHUNK_CHARS characters that together are the text."""
+    parts: list[str] = []
+    start = 0
+    while len(text) - start > 2 * CHUNK_CHARS:
+        found = _CUT.search(text, start + CHUNK_CHARS, start + CHUNK_CHARS + _SEARCHED_CHARS)
+        end = found.start() if found else start + CHUNK_CHARS + _SEARCHED_CHARS
+        if found:
+            parts.append(text[start:end])
+            start = end
+        else:
+            # No safe place near by: the part grows until there is one.
+            found = _CUT.search(text, end)
+            if found is None:
+                break
+            parts.append(text[start : found.start()])
+            start = found.start()
+    parts.append(text[start:])
+    return parts

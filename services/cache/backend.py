@@ -173,9 +173,10 @@ class Backend:
         arguments = (first, first + _GENERATION_BYTES - 1, invalidation.generation)
         reclaimed = 0
         for garbage in invalidation.garbage:
-            # Pairs of member and score, flat.
-            while popped := await self._client.execute("ZPOPMIN", garbage, _RECLAIM_BATCH):
-                for digest in popped[::2]:
+            while digests := await self._run(
+                "reclaim", scripts.TAKE_GARBAGE, (garbage,), (_RECLAIM_BATCH,)
+            ):
+                for digest in digests:
                     reclaimed += await self._run(
                         "reclaim", scripts.RECLAIM, (keys.answer_key(digest.decode()),), arguments
                     )

@@ -179,6 +179,16 @@ return 0
 """
 )
 
+# KEYS: index set aside. ARGV: how many. Takes entry digests out of it; none when it is empty.
+TAKE_GARBAGE = Script(
+    """
+local digests = {}
+local popped = redis.call('ZPOPMIN', KEYS[1], ARGV[1])
+for i = 1, #popped, 2 do digests[#digests + 1] = popped[i] end
+return digests
+"""
+)
+
 # KEYS: answer. ARGV: first and last byte of a generation in the value, what it must not be.
 # Gives the memory of a forgotten answer back, and leaves one that was stored since.
 RECLAIM = Script(

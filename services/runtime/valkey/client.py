@@ -93,7 +93,7 @@ class ValkeyClient:
         return isinstance(self._backend, RedisCluster)
 
     async def execute(self, *command: Argument) -> Any:
-        """The answer to one command, for example `execute("GET", key)`."""
+        """The answer to one command, for example `execute("GET", key)`, in redis-py's form."""
         return await self._guarded(lambda: self._backend.execute_command(*command))
 
     async def execute_many(self, *commands: Sequence[Argument]) -> list[Any]:

@@ -16,7 +16,6 @@ class EngineCore:
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
         self._scheduler = scheduler
         self._runner = IsolatingRunner(runner)
-        self._computed_tokens = 0
         self._sampled_tokens = 0
         self._failed_sequences = 0
         self._last_step_us = 0
@@ -56,7 +55,6 @@ class EngineCore:
         updates = self._scheduler.apply(outputs)
         deltas = [_delta(update) for update in updates]
         num_sampled = sum(len(delta.token_ids) for delta in deltas)
-        self._computed_tokens += plan.num_tokens
         self._sampled_tokens += num_sampled
         self._failed_sequences += sum(
             delta.finish is not None and delta.finish.reason is FinishReason.ERROR
@@ -83,7 +81,7 @@ class EngineCore:
             num_blocks=scheduler.pool.num_blocks,
             steps=scheduler.steps,
             preemptions=scheduler.preemptions,
-            computed_tokens=self._computed_tokens,
+            prompt_tokens=scheduler.prompt_tokens,
             sampled_tokens=self._sampled_tokens,
             failed_sequences=self._failed_sequences,
             last_step_us=self._last_step_us,

@@ -108,6 +108,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     num_blocks: int
     kv_cache_memory_bytes: int
     load_time_s: float
+    kernels: dict[str, str] = {}  # op -> implementation that runs
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -119,7 +120,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     num_blocks: int = 0
     steps: int = 0
     preemptions: int = 0
-    computed_tokens: int = 0  # since start: prompts, outputs and recomputation
+    prompt_tokens: int = 0  # computed since start, recomputation included
     sampled_tokens: int = 0  # since start
     failed_sequences: int = 0
     last_step_us: int = 0

@@ -50,6 +50,7 @@ class Scheduler:
         self.draining = False
         self.steps = 0
         self.preemptions = 0
+        self.prompt_tokens = 0  # computed so far, recomputation included
         self._eos_token_ids = eos_token_ids
         self._max_batch_tokens = max_batch_tokens
         self._max_running_sequences = max_running_sequences
@@ -150,6 +151,9 @@ class Scheduler:
             if output.error is not None:
                 updates.append(self._fail(sequence, output.error, outputs.ended_ns))
                 continue
+            self.prompt_tokens += max(
+                0, min(count, sequence.num_prompt_tokens - sequence.num_computed_tokens)
+            )
             sequence.num_computed_tokens += count
             if output.token_ids:
                 updates.append(self._extend(sequence, output, outputs.ended_ns))

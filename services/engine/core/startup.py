@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from services.engine.core.admission import AdmissionLimits
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import EngineError
+from services.engine.core.kernels import select
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.memory import kv_cache_budget_bytes
 from services.engine.core.messages import ModelFacts
@@ -29,8 +31,12 @@ class StartupError(EngineError):
     """The settings cannot be met on this machine; the text says which and what would help."""
 
 
-def build_engine(settings: CoreSettings) -> tuple[EngineCore, ModelFacts]:
+def build_engine(
+    settings: CoreSettings, *, make_runner: Callable[..., Runner] = Runner
+) -> tuple[EngineCore, ModelFacts]:
     """Load the model and make an engine ready for its first sequence.
+
+    `make_runner` takes what Runner takes, for those who want to look over the model's shoulder.
 
     Raises:
         StartupError: the device is missing or the KV cache does not fit.
@@ -44,6 +50,9 @@ def build_engine(settings: CoreSettings) -> tuple[EngineCore, ModelFacts]:
         dtype = resolve_dtype(settings.dtype, device)
     except ValueError as error:
         raise StartupError(str(error)) from None
+    selections = select(device.type)
+    for selection in selections:
+        logger.info("kernel %s", selection)
     try:
         model, config = load_model(
             Path(settings.model_path),
@@ -72,7 +81,7 @@ def build_engine(settings: CoreSettings) -> tuple[EngineCore, ModelFacts]:
         max_running_sequences=settings.max_running_sequences,
         max_waiting_sequences=settings.max_waiting_sequences,
     )
-    runner = Runner(
+    runner = make_runner(
         model,
         kv_cache,
         device=device,
@@ -94,6 +103,7 @@ def build_engine(settings: CoreSettings) -> tuple[EngineCore, ModelFacts]:
         num_blocks=num_blocks,
         kv_cache_memory_bytes=num_blocks * bytes_per_block,
         load_time_s=time.monotonic() - started_s,
+        kernels={selection.op: selection.implementation for selection in selections},
     )
     logger.info(
         "loaded %s (%.0f M parameters, %s) on %s in %.1f s; the KV cache holds %d tokens in %d "

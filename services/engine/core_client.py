@@ -1,0 +1,272 @@
+"""The front's view of its core: requests in, deltas out, whichever process runs the core now."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+
+from services.engine.core.messages import (
+    Abort,
+    Add,
+    Delta,
+    Drain,
+    Ended,
+    Event,
+    Fatal,
+    Load,
+    LoadChanged,
+    Log,
+    ModelFacts,
+    Ping,
+    Pong,
+    Ready,
+    Refused,
+    SequenceRequest,
+    Step,
+)
+from services.engine.core.settings import CoreSettings
+from services.engine.core_process import CORE_COMMAND, CoreProcess
+from services.engine.request_stream import (
+    CoreLostError,
+    CoreUnavailableError,
+    RefusedError,
+    RequestStream,
+)
+
+log = logging.getLogger(__name__)
+
+PING_INTERVAL_S = 1.0
+FIRST_RESTART_DELAY_S = 0.2
+LONGEST_RESTART_DELAY_S = 10.0
+# How long the core has to say that aborted sequences have ended.
+ABORT_GRACE_S = 2.0
+# A core that has lived this long crashed for a new reason: back-off starts over.
+STABLE_AFTER_S = 60.0
+
+
+class CoreStartError(Exception):
+    """The core cannot start as it is configured; the text is its own reason."""
+
+
+class CoreClient:
+    """Keeps one core running and hands its deltas to the requests they belong to.
+
+    When the core dies, or hangs for longer than `restart_stalled_after_s`, the requests in flight
+    fail with CoreLostError and a new core is started, after a back-off that doubles each time.
+    """
+
+    def __init__(
+        self,
+        settings: CoreSettings,
+        *,
+        stall_timeout_s: float = 5.0,
+        restart_stalled_after_s: float = 60.0,
+        command: Sequence[str] = CORE_COMMAND,
+        on_step: Callable[[Step], None] | None = None,
+        on_restart: Callable[[], None] | None = None,
+    ) -> None:
+        self.load = Load()
+        self.facts: ModelFacts | None = None
+        self._settings = settings
+        self._stall_timeout_s = stall_timeout_s
+        self._restart_stalled_after_s = restart_stalled_after_s
+        self._command = command
+        self._on_step = on_step
+        self._on_restart = on_restart
+        self._core: CoreProcess | None = None
+        self._ready = False
+        self.draining = False
+        self._last_heard_s = 0.0
+        self._first_start: asyncio.Future[ModelFacts] | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._sequence_ids = itertools.count()
+        self._streams: dict[int, RequestStream] = {}
+        self._nothing_live = asyncio.Event()
+        self._nothing_live.set()
+
+    @property
+    def core_pid(self) -> int | None:
+        """The process id of the core, if one runs."""
+        return self._core.pid if self._core is not None else None
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the core was last heard."""
+        return asyncio.get_running_loop().time() - self._last_heard_s
+
+    async def start(self) -> ModelFacts:
+        """Start the core and wait until it has loaded its model.
+
+        Raises:
+            CoreStartError: it cannot, and would not on a second attempt.
+        """
+        self._first_start = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise())
+        return await asyncio.shield(self._first_start)
+
+    async def close(self) -> None:
+        """End the core. Requests in flight fail with CoreLostError."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+
+    def check_health(self) -> None:
+        """Raise CoreUnavailableError unless the core takes requests and its step loop turns."""
+        if self.draining:
+            raise CoreUnavailableError("the engine drains")
+        if not self._ready:
+            raise CoreUnavailableError("the engine core is starting")
+        if self.silent_s > self._stall_timeout_s:
+            raise CoreUnavailableError(f"the engine core has been silent for {self.silent_s:.0f} s")
+
+    def next_sequence_id(self) -> int:
+        """A sequence id that was never used before in this process."""
+        return next(self._sequence_ids)
+
+    def submit(self, requests: list[SequenceRequest]) -> RequestStream:
+        """Send the sequences of one request to the core; they are admitted all or none.
+
+        Raises:
+            CoreUnavailableError: there is no core that could take them now.
+        """
+        if not self._ready or self._core is None:
+            raise CoreUnavailableError("the engine core is starting")
+        stream = RequestStream([request.sequence_id for request in requests], self._forget)
+        for request in requests:
+            self._streams[request.sequence_id] = stream
+        self._nothing_live.clear()
+        self._core.send(Add(requests))
+        return stream
+
+    def abort(self, stream: RequestStream) -> None:
+        """Have the core end a request; its reader sees its sequences finish as aborted."""
+        if self._core is not None and stream.live_sequence_ids:
+            self._core.send(Abort(stream.live_sequence_ids))
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take nothing new and wait until all requests have ended, at most `timeout_s`.
+
+        Returns how many sequences were still live then; they are aborted.
+        """
+        self.draining = True
+        if self._core is not None and self._ready:
+            self._core.send(Drain())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._nothing_live.wait()
+        leftover = list(self._streams)
+        if leftover and self._core is not None:
+            self._core.send(Abort(leftover))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ABORT_GRACE_S):
+                    await self._nothing_live.wait()
+        return len(leftover)
+
+    def _forget(self, sequence_ids: list[int], *, abort: bool) -> None:
+        """Called by a stream whose sequences have ended, or whose reader has gone away."""
+        for sequence_id in sequence_ids:
+            self._streams.pop(sequence_id, None)
+        if abort and self._core is not None:
+            self._core.send(Abort(sequence_ids))
+        if not self._streams:
+            self._nothing_live.set()
+
+    async def _supervise(self) -> None:
+        delay_s = FIRST_RESTART_DELAY_S
+        loop = asyncio.get_running_loop()
+        while True:
+            started_s = loop.time()
+            reason = await self._run_one_core()
+            if self._first_start is not None and not self._first_start.done():
+                self._first_start.set_exception(CoreStartError(reason))
+                return
+            if loop.time() - started_s > STABLE_AFTER_S:
+                delay_s = FIRST_RESTART_DELAY_S
+            log.error("the engine core ended: %s; restarting in %.1f s", reason, delay_s)
+            if self._on_restart is not None:
+                self._on_restart()
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, LONGEST_RESTART_DELAY_S)
+
+    async def _run_one_core(self) -> str:
+        """Spawn a core and serve it until it ends; returns why it ended."""
+        reason = ""
+        try:
+            core = await CoreProcess.spawn(self._settings, self._command)
+        except OSError as error:
+            return f"its process cannot be started: {error}"
+        self._core = core
+        heartbeat = asyncio.create_task(self._heartbeat(core))
+        try:
+            async for event in core.events():
+                self._last_heard_s = asyncio.get_running_loop().time()
+                if isinstance(event, Fatal):
+                    reason = event.reason
+                else:
+                    self._take(event)
+        finally:
+            heartbeat.cancel()
+            self._ready = False
+            self._core = None
+            self.load = Load()
+            self._fail_all()
+            exit_code = await core.close()
+        if reason:
+            return reason
+        return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+
+    async def _heartbeat(self, core: CoreProcess) -> None:
+        interval_s = min(PING_INTERVAL_S, self._stall_timeout_s / 4)
+        for number in itertools.count():
+            await asyncio.sleep(interval_s)
+            if not self._ready:
+                continue
+            core.send(Ping(number))
+            if self.silent_s > self._restart_stalled_after_s:
+                log.error("the engine core has been silent for %.0f s; killing it", self.silent_s)
+                core.kill()
+                return
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Step():
+                self.load = event.load
+                self._deliver(event.deltas)
+                if self._on_step is not None:
+                    self._on_step(event)
+            case Ended():
+                self.load = event.load
+                self._deliver(event.deltas)
+            case Pong() | LoadChanged():
+                self.load = event.load
+            case Refused():
+                error = RefusedError(event.error_kind, event.error)
+                stream = self._streams.get(event.sequence_ids[0])
+                if stream is not None:
+                    stream.fail(error)
+            case Log():
+                logging.getLogger(event.logger).log(event.level, "%s", event.message)
+            case Ready():
+                self._take_ready(event.facts)
+
+    def _take_ready(self, facts: ModelFacts) -> None:
+        self.facts = facts
+        self._ready = True
+        if self.draining and self._core is not None:
+            self._core.send(Drain())
+        if self._first_start is not None and not self._first_start.done():
+            self._first_start.set_result(facts)
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            stream = self._streams.get(delta.sequence_id)
+            if stream is not None:
+                stream.accrue(delta)
+
+    def _fail_all(self) -> None:
+        error = CoreLostError("the engine core ended while it worked on the request")
+        for stream in set(self._streams.values()):
+            stream.fail(error)

@@ -1,0 +1,83 @@
+"""From the core's deltas to the contract's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from meshserve.v1 import engine_pb2, types_pb2
+from services.engine.core.messages import Delta, Finish, FinishReason, Timing, TokenLogprobs
+
+_FINISH_REASONS = {
+    FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class ResponseBuilder:
+    """Turns what has accrued for one request into messages: one chunk, then a complete per end."""
+
+    def __init__(self, choices: Mapping[int, int], prompt_tokens: int) -> None:
+        """`choices` maps sequence ids to choice indices."""
+        self._choices = choices
+        self._prompt_tokens = prompt_tokens
+        self._completion_tokens = dict.fromkeys(choices, 0)
+
+    def responses(self, deltas: list[Delta]) -> Iterator[engine_pb2.EngineServiceGenerateResponse]:
+        """The messages that say what `deltas` say, except for ends that are failures."""
+        chunk = engine_pb2.TokenChunk()
+        by_sequence: dict[int, engine_pb2.TokenDelta] = {}
+        for delta in deltas:
+            if not delta.token_ids:
+                continue
+            token_delta = by_sequence.get(delta.sequence_id)
+            if token_delta is None:
+                token_delta = chunk.deltas.add(index=self._choices[delta.sequence_id])
+                by_sequence[delta.sequence_id] = token_delta
+            token_delta.token_ids.extend(delta.token_ids)
+            if delta.logprobs:
+                token_delta.logprobs.positions.extend(
+                    map(_position, delta.token_ids, delta.logprobs)
+                )
+            self._completion_tokens[delta.sequence_id] += len(delta.token_ids)
+        if chunk.deltas:
+            yield engine_pb2.EngineServiceGenerateResponse(chunk=chunk)
+        for delta in deltas:
+            if delta.finish is None or delta.timing is None:
+                continue
+            if delta.finish.reason in _FINISH_REASONS:
+                yield engine_pb2.EngineServiceGenerateResponse(
+                    complete=self._complete(delta.sequence_id, delta.finish, delta.timing)
+                )
+
+    def _complete(
+        self, sequence_id: int, finish: Finish, timing: Timing
+    ) -> engine_pb2.TokenComplete:
+        return engine_pb2.TokenComplete(
+            index=self._choices[sequence_id],
+            finish_reason=_FINISH_REASONS[finish.reason],
+            stop_token_id=finish.stop_token_id,
+            stop_sequence_index=finish.stop_sequence_index,
+            usage=types_pb2.Usage(
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=self._completion_tokens[sequence_id],
+            ),
+            timings=engine_pb2.EngineTimings(
+                queued_time_unix_ns=timing.queued_ns,
+                scheduled_time_unix_ns=timing.prefill_start_ns,
+                first_token_time_unix_ns=timing.first_token_ns,
+                finished_time_unix_ns=timing.finished_ns,
+                preemptions=timing.preemptions,
+            ),
+        )
+
+
+def _position(token_id: int, logprobs: TokenLogprobs) -> types_pb2.PositionLogprobs:
+    return types_pb2.PositionLogprobs(
+        chosen=types_pb2.TokenLogprob(token_id=token_id, logprob=logprobs.logprob),
+        top=[
+            types_pb2.TokenLogprob(token_id=top_id, logprob=top_logprob)
+            for top_id, top_logprob in zip(
+                logprobs.top_token_ids, logprobs.top_logprobs, strict=True
+            )
+        ],
+    )

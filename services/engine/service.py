@@ -1,0 +1,137 @@
+"""The engine as a service of the mesh: its core, its server, its health, its end."""
+
+from __future__ import annotations
+
+import grpc
+
+from meshserve.v1 import engine_pb2, engine_pb2_grpc
+from services.engine.core.messages import Step
+from services.engine.core.settings import CoreSettings
+from services.engine.core_client import CoreClient, CoreStartError
+from services.engine.servicer import EngineServicer
+from services.runtime.modelfiles import ModelStoreError, locate
+from services.runtime.server import Service, StartupError
+from services.runtime.settings import Settings
+from services.runtime.telemetry import Metrics
+
+
+class EngineService(Service):
+    """Runs one model. NOT_SERVING while its core starts, hangs or drains."""
+
+    name = "engine"
+    grpc_services = (engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name,)
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        super().__init__(settings, metrics)
+        model_name = settings.engine_model
+        self._client = CoreClient(
+            core_settings(settings),
+            stall_timeout_s=settings.engine.stall_timeout_s,
+            restart_stalled_after_s=settings.engine.restart_stalled_after_s,
+            on_step=StepMetrics(metrics).observe,
+            on_restart=metrics.counter("meshserve_engine_core_restarts").inc,
+        )
+        self._servicer = EngineServicer(
+            self._client,
+            metrics,
+            model=model_name,
+            aliases=settings.models[model_name].aliases,
+            draining=self.draining,
+        )
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the engine's RPCs."""
+        engine_pb2_grpc.add_EngineServiceServicer_to_server(self._servicer, server)
+
+    async def start(self) -> None:
+        """Starts the core and waits until it has loaded the model. Raises StartupError."""
+        try:
+            await self._client.start()
+        except CoreStartError as error:
+            raise StartupError(
+                f"the engine core cannot start: {error}",
+                "check models and engine in the settings, and the log above",
+            ) from None
+
+    async def probe(self) -> None:
+        """Raises while the core could not take a request or its step loop does not turn."""
+        self._client.check_health()
+
+    async def drain(self) -> None:
+        """Waits for the requests in flight, and aborts those that take too long."""
+        # What is cut off needs a moment to tell its caller so before the server ends.
+        margin_s = min(3.0, self.settings.engine.drain_timeout_s / 4)
+        await self._client.drain(self.settings.engine.drain_timeout_s - margin_s)
+
+    async def stop(self) -> None:
+        """Ends the core."""
+        await self._client.close()
+
+
+def core_settings(settings: Settings) -> CoreSettings:
+    """What the core is told, from the settings of the mesh.
+
+    Raises:
+        StartupError: the model is not on this machine, or limits contradict each other.
+    """
+    engine = settings.engine
+    model = settings.models[settings.engine_model]
+    try:
+        model_path = locate(model.source, settings.model_cache)
+    except ModelStoreError as error:
+        raise StartupError(error.problem, error.way_out) from None
+    try:
+        return CoreSettings(
+            model_path=str(model_path),
+            device=engine.device,
+            dtype=model.dtype,
+            threads=engine.threads,
+            block_size=engine.block_tokens,
+            kv_cache_memory_bytes=engine.kv_cache_bytes,
+            kv_cache_memory_fraction=engine.kv_cache_memory_fraction,
+            max_context_tokens=model.context_tokens,
+            max_batch_tokens=engine.max_batch_tokens,
+            max_running_sequences=engine.max_running_sequences,
+            max_waiting_sequences=engine.max_waiting_sequences,
+        )
+    except ValueError as error:
+        raise StartupError(str(error), "mend the engine section of the settings") from None
+
+
+class StepMetrics:
+    """Turns the core's step events into Prometheus metrics."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._running = metrics.gauge("meshserve_engine_running_sequences")
+        self._waiting = metrics.gauge("meshserve_engine_waiting_sequences")
+        self._blocks_used = metrics.gauge("meshserve_engine_kv_blocks_used")
+        self._blocks = metrics.gauge("meshserve_engine_kv_blocks")
+        self._steps = metrics.counter("meshserve_engine_steps")
+        self._step_duration = metrics.histogram("meshserve_engine_step_duration_seconds")
+        self._batch_tokens = metrics.histogram("meshserve_engine_batch_tokens")
+        self._prompt_tokens = metrics.counter("meshserve_engine_prompt_tokens")
+        self._generated_tokens = metrics.counter("meshserve_engine_generated_tokens")
+        self._preemptions = metrics.counter("meshserve_engine_preemptions")
+        self._seen_prompt_tokens = 0
+        self._seen_preemptions = 0
+
+    def observe(self, step: Step) -> None:
+        """Take in one step."""
+        load = step.load
+        self._running.set(load.running_sequences)
+        self._waiting.set(load.waiting_sequences)
+        self._blocks_used.set(load.used_blocks)
+        self._blocks.set(load.num_blocks)
+        self._steps.inc()
+        self._step_duration.observe(load.last_step_us / 1e6)
+        self._batch_tokens.observe(step.num_tokens)
+        self._generated_tokens.inc(sum(len(delta.token_ids) for delta in step.deltas))
+        # The core counts from its own start, which is later than ours after a restart.
+        self._prompt_tokens.inc(_growth(self._seen_prompt_tokens, load.prompt_tokens))
+        self._preemptions.inc(_growth(self._seen_preemptions, load.preemptions))
+        self._seen_prompt_tokens = load.prompt_tokens
+        self._seen_preemptions = load.preemptions
+
+
+def _growth(seen: int, now: int) -> int:
+    return now - seen if now >= seen else now

@@ -1,0 +1,315 @@
+"""The RPCs of the engine: what callers ask, in terms of the core's sequences."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+
+from meshserve.v1 import engine_pb2, engine_pb2_grpc, types_pb2
+from services.engine.core.errors import DrainingError, QueueFullError
+from services.engine.core.messages import Delta, FinishReason, ModelFacts, SequenceRequest
+from services.engine.core_client import CoreClient
+from services.engine.request_stream import (
+    CoreLostError,
+    CoreUnavailableError,
+    RefusedError,
+    RequestStream,
+)
+from services.engine.responses import ResponseBuilder
+from services.engine.step_spans import SequenceSpans
+from services.engine.validation import missing_capability, sequence_requests
+from services.runtime.errors import Reason, ServiceError, invalid_field
+from services.runtime.telemetry import Metrics
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1.0
+DEFAULT_LOAD_INTERVAL_MS = 1000
+LOAD_INTERVAL_RANGE_MS = (10, 60_000)
+DEFAULT_DRAIN_TIMEOUT_MS = 30_000
+MAX_DRAIN_TIMEOUT_MS = 3_600_000
+
+GenerateRequest = engine_pb2.EngineServiceGenerateRequest
+GenerateResponse = engine_pb2.EngineServiceGenerateResponse
+
+
+class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
+    """Answers for one engine, which runs one model."""
+
+    def __init__(
+        self,
+        client: CoreClient,
+        metrics: Metrics,
+        *,
+        model: str,
+        aliases: tuple[str, ...],
+        draining: asyncio.Event,
+    ) -> None:
+        self._client = client
+        self._model = model
+        self._names = frozenset({"", model, *aliases})
+        self._draining = draining
+        self._in_flight: dict[str, RequestStream] = {}
+        self._queue_duration = metrics.histogram("meshserve_engine_queue_duration_seconds")
+        self._prompt_length = metrics.histogram("meshserve_engine_prompt_length_tokens")
+
+    async def Generate(  # noqa: N802
+        self,
+        request: GenerateRequest,
+        context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse],
+    ) -> AsyncIterator[GenerateResponse]:
+        """Tokens as they come: the first at once, then whatever has accrued at each message."""
+        facts = self._facts(request.model)
+        if self._draining.is_set() or self._client.draining:
+            raise _draining()
+        if request.request_id in self._in_flight:
+            raise ServiceError(Reason.REQUEST_ID_IN_USE, "a request with this id is in flight")
+        sequences = sequence_requests(request, facts, self._client.next_sequence_id)
+        self._prompt_length.observe(len(request.prompt.ids))
+        try:
+            stream = self._client.submit(sequences)
+        except CoreUnavailableError as error:
+            raise _unavailable(str(error)) from None
+        self._in_flight[request.request_id] = stream
+        try:
+            # Leaving the block for whatever reason (the caller gone, the deadline passed) aborts
+            # in the core what has not ended.
+            with stream:
+                async for response in self._responses(stream, sequences):
+                    yield response
+        finally:
+            del self._in_flight[request.request_id]
+
+    async def Abort(  # noqa: N802
+        self,
+        request: engine_pb2.AbortRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.AbortRequest, engine_pb2.AbortResponse],
+    ) -> engine_pb2.AbortResponse:
+        """Ends a request; its own call ends with ABORTED."""
+        if not request.request_id:
+            raise invalid_field("request_id", "required")
+        stream = self._in_flight.get(request.request_id)
+        if stream is None:
+            return engine_pb2.AbortResponse(aborted=False)
+        self._client.abort(stream)
+        return engine_pb2.AbortResponse(aborted=True)
+
+    async def GetModelInfo(  # noqa: N802
+        self,
+        request: engine_pb2.GetModelInfoRequest,
+        context: grpc.aio.ServicerContext[
+            engine_pb2.GetModelInfoRequest, engine_pb2.GetModelInfoResponse
+        ],
+    ) -> engine_pb2.GetModelInfoResponse:
+        """What the core loaded."""
+        facts = self._facts(request.model)
+        return engine_pb2.GetModelInfoResponse(
+            model=self._model,
+            architecture=facts.architecture,
+            context_tokens=facts.max_context_tokens,
+            vocabulary_size=facts.vocab_size,
+            parameters=facts.num_parameters,
+            dtype=facts.dtype,
+            device=facts.device,
+            kv_blocks=facts.num_blocks,
+            kv_block_tokens=facts.block_size,
+            eos_token_ids=facts.eos_token_ids,
+            capabilities=[types_pb2.MODEL_CAPABILITY_GENERATE, types_pb2.MODEL_CAPABILITY_CHAT],
+            kernels=facts.kernels,
+        )
+
+    async def WatchLoad(  # noqa: N802
+        self,
+        request: engine_pb2.WatchLoadRequest,
+        context: grpc.aio.ServicerContext[
+            engine_pb2.WatchLoadRequest, engine_pb2.WatchLoadResponse
+        ],
+    ) -> AsyncIterator[engine_pb2.WatchLoadResponse]:
+        """The load now and then at an interval; ends when the engine shuts down."""
+        interval_ms = request.interval_ms or DEFAULT_LOAD_INTERVAL_MS
+        low, high = LOAD_INTERVAL_RANGE_MS
+        if not low <= interval_ms <= high:
+            raise invalid_field("interval_ms", f"must lie in [{low}, {high}]")
+        while not self._draining.is_set():
+            yield self._load()
+            try:
+                async with asyncio.timeout(interval_ms / 1000):
+                    await self._draining.wait()
+            except TimeoutError:
+                continue
+        yield self._load()
+
+    async def Drain(  # noqa: N802
+        self,
+        request: engine_pb2.DrainRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.DrainRequest, engine_pb2.DrainResponse],
+    ) -> engine_pb2.DrainResponse:
+        """Refuses what is new and waits for what is in flight."""
+        timeout_ms = DEFAULT_DRAIN_TIMEOUT_MS
+        if request.HasField("timeout_ms"):
+            timeout_ms = request.timeout_ms
+        if timeout_ms > MAX_DRAIN_TIMEOUT_MS:
+            raise invalid_field("timeout_ms", f"at most {MAX_DRAIN_TIMEOUT_MS}")
+        in_flight = list(self._in_flight.values())
+        await self._client.drain(timeout_ms / 1000)
+        aborted = sum(stream.was_aborted for stream in in_flight)
+        return engine_pb2.DrainResponse(
+            finished_requests=len(in_flight) - aborted, aborted_requests=aborted
+        )
+
+    async def Embed(  # noqa: N802
+        self,
+        request: engine_pb2.EngineServiceEmbedRequest,
+        context: grpc.aio.ServicerContext[
+            engine_pb2.EngineServiceEmbedRequest, engine_pb2.EngineServiceEmbedResponse
+        ],
+    ) -> engine_pb2.EngineServiceEmbedResponse:
+        """CAPABILITY_MISSING: the model generates."""
+        raise self._cannot(request.model, "embed", "this model makes no embeddings")
+
+    async def Classify(  # noqa: N802
+        self,
+        request: engine_pb2.EngineServiceClassifyRequest,
+        context: grpc.aio.ServicerContext[
+            engine_pb2.EngineServiceClassifyRequest, engine_pb2.EngineServiceClassifyResponse
+        ],
+    ) -> engine_pb2.EngineServiceClassifyResponse:
+        """CAPABILITY_MISSING: the model generates."""
+        raise self._cannot(request.model, "classify", "this model does not classify")
+
+    async def Score(  # noqa: N802
+        self,
+        request: engine_pb2.EngineServiceScoreRequest,
+        context: grpc.aio.ServicerContext[
+            engine_pb2.EngineServiceScoreRequest, engine_pb2.EngineServiceScoreResponse
+        ],
+    ) -> engine_pb2.EngineServiceScoreResponse:
+        """CAPABILITY_MISSING: the model generates."""
+        raise self._cannot(request.model, "score", "this model does not score pairs")
+
+    async def LoadAdapter(  # noqa: N802
+        self,
+        request: engine_pb2.LoadAdapterRequest,
+        context: grpc.aio.ServicerContext[
+            engine_pb2.LoadAdapterRequest, engine_pb2.LoadAdapterResponse
+        ],
+    ) -> engine_pb2.LoadAdapterResponse:
+        """CAPABILITY_MISSING: the model runs without adapters."""
+        raise self._cannot(request.model, "adapters", "this model runs without adapters")
+
+    async def UnloadAdapter(  # noqa: N802
+        self,
+        request: engine_pb2.UnloadAdapterRequest,
+        context: grpc.aio.ServicerContext[
+            engine_pb2.UnloadAdapterRequest, engine_pb2.UnloadAdapterResponse
+        ],
+    ) -> engine_pb2.UnloadAdapterResponse:
+        """CAPABILITY_MISSING: the model runs without adapters."""
+        raise self._cannot(request.model, "adapters", "this model runs without adapters")
+
+    def _facts(self, model: str) -> ModelFacts:
+        self._check_model(model)
+        if self._client.facts is None:
+            raise _unavailable("the engine core is starting")
+        return self._client.facts
+
+    def _check_model(self, model: str) -> None:
+        if model not in self._names:
+            raise ServiceError(
+                Reason.MODEL_NOT_FOUND,
+                "this engine does not run the model",
+                metadata={"served": self._model},
+            )
+
+    def _cannot(self, model: str, capability: str, description: str) -> ServiceError:
+        self._check_model(model)
+        return missing_capability(capability, description)
+
+    def _load(self) -> engine_pb2.WatchLoadResponse:
+        load = self._client.load
+        return engine_pb2.WatchLoadResponse(
+            waiting_sequences=load.waiting_sequences,
+            running_sequences=load.running_sequences,
+            kv_blocks_used=load.used_blocks,
+            kv_blocks_total=load.num_blocks,
+            steps=load.steps,
+            generated_tokens=load.sampled_tokens,
+            prompt_tokens=load.prompt_tokens,
+            preemptions=load.preemptions,
+            last_step_us=min(load.last_step_us, 2**32 - 1),
+            draining=load.draining or self._draining.is_set(),
+        )
+
+    async def _responses(
+        self, stream: RequestStream, sequences: list[SequenceRequest]
+    ) -> AsyncIterator[GenerateResponse]:
+        prompt_tokens = len(sequences[0].prompt_token_ids)
+        choices = {sequence.sequence_id: sequence.choice_index for sequence in sequences}
+        builder = ResponseBuilder(choices, prompt_tokens)
+        spans = SequenceSpans(prompt_tokens, self._queue_duration)
+        failure: Reason = Reason.CANCELLED
+        try:
+            while deltas := await self._read(stream):
+                for response in builder.responses(deltas):
+                    yield response
+                for delta in deltas:
+                    spans.follow(delta)
+                    self._raise_if_failed(delta)
+        except ServiceError as error:
+            failure = error.reason
+            raise
+        finally:
+            spans.end(failure.value)
+
+    async def _read(self, stream: RequestStream) -> list[Delta]:
+        try:
+            return await stream.read()
+        except CoreLostError as error:
+            raise ServiceError(
+                Reason.ENGINE_RESTARTED, str(error), retry_after_s=RETRY_AFTER_S
+            ) from None
+        except RefusedError as error:
+            raise self._refusal(error) from None
+
+    def _refusal(self, error: RefusedError) -> ServiceError:
+        if error.kind == QueueFullError.__name__:
+            return ServiceError(Reason.QUEUE_FULL, str(error), retry_after_s=RETRY_AFTER_S)
+        if error.kind == DrainingError.__name__:
+            return _draining()
+        # What else the core refuses has been checked before it was asked.
+        log.error("the engine core refused a valid request: %s: %s", error.kind, error)
+        return ServiceError(Reason.INTERNAL, "internal error; the server's log has the rest")
+
+    def _raise_if_failed(self, delta: Delta) -> None:
+        finish = delta.finish
+        if finish is None:
+            return
+        if finish.reason is FinishReason.ABORTED:
+            if self._client.draining:
+                raise _draining()
+            raise ServiceError(Reason.ABORTED, "the request was aborted by another call")
+        if finish.reason is FinishReason.ERROR:
+            log.error("a sequence failed alone: %s: %s", finish.error_kind, finish.error)
+            raise ServiceError(
+                Reason.SEQUENCE_FAILED,
+                "the model's computation failed for this request",
+                metadata={"error": finish.error_kind},
+            )
+
+
+def _draining() -> ServiceError:
+    return ServiceError(
+        Reason.DRAINING, "this engine takes nothing new", retry_after_s=RETRY_AFTER_S
+    )
+
+
+def _unavailable(description: str) -> ServiceError:
+    return ServiceError(
+        Reason.SERVICE_UNAVAILABLE,
+        description,
+        retry_after_s=RETRY_AFTER_S,
+        metadata={"service": "engine"},
+    )

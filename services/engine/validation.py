@@ -1,0 +1,203 @@
+"""From the contract's request to the core's, or INVALID_ARGUMENT with the path of the field."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterable
+
+from meshserve.v1 import engine_pb2, types_pb2
+from services.engine.core.messages import ModelFacts, Sampling, SequenceRequest, Stopping
+from services.runtime.errors import Reason, ServiceError, invalid_field
+
+MAX_REQUEST_ID_CHARS = 256
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_PRIORITY = 100
+MAX_STOP_TOKEN_IDS = 1024
+MAX_STOP_SEQUENCES = 1024
+MAX_STOP_SEQUENCE_TOKENS = 1024
+
+
+def sequence_requests(
+    request: engine_pb2.EngineServiceGenerateRequest,
+    facts: ModelFacts,
+    next_sequence_id: Callable[[], int],
+) -> list[SequenceRequest]:
+    """One sequence per choice that `request` asks for.
+
+    Raises:
+        ServiceError: INVALID_FIELD, PROMPT_TOO_LONG or CAPABILITY_MISSING.
+    """
+    _check_request_id(request.request_id)
+    _check_capabilities(request)
+    prompt = list(request.prompt.ids)
+    if not prompt:
+        raise invalid_field("prompt", "at least one token is needed")
+    _check_token_ids("prompt.ids", prompt, facts)
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        raise invalid_field("priority", f"must lie in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
+    sampling = _sampling(request, facts)
+    stopping = _stopping(request, facts)
+    _check_length(len(prompt), stopping.max_tokens, facts)
+    received_ns = time.time_ns()
+    return [
+        SequenceRequest(
+            sequence_id=next_sequence_id(),
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            stopping=stopping,
+            choice_index=index,
+            priority=request.priority,
+            request_id=request.request_id,
+            received_ns=received_ns,
+        )
+        for index in range(_choices(request.sampling))
+    ]
+
+
+def missing_capability(capability: str, description: str) -> ServiceError:
+    """UNIMPLEMENTED, naming what this model or server cannot do."""
+    return ServiceError(Reason.CAPABILITY_MISSING, description, metadata={"capability": capability})
+
+
+def _check_request_id(request_id: str) -> None:
+    if not request_id:
+        raise invalid_field("request_id", "required")
+    if len(request_id) > MAX_REQUEST_ID_CHARS:
+        raise invalid_field("request_id", f"at most {MAX_REQUEST_ID_CHARS} characters")
+
+
+def _check_capabilities(request: engine_pb2.EngineServiceGenerateRequest) -> None:
+    if request.adapter:
+        raise missing_capability("adapters", "this engine has no adapters loaded")
+    if request.constraint.WhichOneof("constraint") is not None:
+        raise missing_capability("constraints", "this engine does not constrain its output")
+    if request.HasField("prompt_logprobs"):
+        raise missing_capability(
+            "prompt_logprobs", "this engine reports no log-probabilities of prompts"
+        )
+    sampling = request.sampling
+    if sampling.HasField("beam_width"):
+        raise missing_capability("beam_search", "this engine does not search beams")
+    if sampling.HasField("best_of") and sampling.best_of != _choices(sampling):
+        raise missing_capability("best_of", "this engine draws no more choices than it returns")
+
+
+def _choices(sampling: types_pb2.SamplingParams) -> int:
+    if not sampling.HasField("n"):
+        return 1
+    if not 1 <= sampling.n <= MAX_CHOICES:
+        raise invalid_field("sampling.n", f"must lie in [1, {MAX_CHOICES}]")
+    return sampling.n
+
+
+def _sampling(request: engine_pb2.EngineServiceGenerateRequest, facts: ModelFacts) -> Sampling:
+    params = request.sampling
+    for token_id, bias in params.logit_bias.items():
+        _check_range("sampling.logit_bias", bias, -100, 100)
+        _check_token_ids("sampling.logit_bias", (token_id,), facts)
+    _check_token_ids("sampling.allowed_token_ids", params.allowed_token_ids, facts)
+    _check_token_ids("sampling.banned_token_ids", params.banned_token_ids, facts)
+    banned = frozenset(params.banned_token_ids)
+    if params.allowed_token_ids and banned.issuperset(params.allowed_token_ids):
+        raise invalid_field("sampling.allowed_token_ids", "every one of them is banned")
+    if len(banned) >= facts.vocab_size:
+        raise invalid_field("sampling.banned_token_ids", "no token is left")
+    if request.HasField("logprobs") and request.logprobs > MAX_LOGPROBS:
+        raise invalid_field("logprobs", f"must lie in [0, {MAX_LOGPROBS}]")
+    return Sampling(
+        temperature=_number(params, "temperature", 1.0, 0, 100),
+        top_k=params.top_k,
+        top_p=_number(params, "top_p", 1.0, 0, 1, open_below=True),
+        min_p=_number(params, "min_p", 0.0, 0, 1),
+        seed=params.seed if params.HasField("seed") else secrets.randbits(64),
+        repetition_penalty=_number(params, "repetition_penalty", 1.0, 0, 10, open_below=True),
+        presence_penalty=_number(params, "presence_penalty", 0.0, -2, 2),
+        frequency_penalty=_number(params, "frequency_penalty", 0.0, -2, 2),
+        logit_bias=dict(params.logit_bias),
+        allowed_token_ids=tuple(dict.fromkeys(params.allowed_token_ids)),
+        banned_token_ids=tuple(banned),
+        logprobs=request.logprobs if request.HasField("logprobs") else None,
+    )
+
+
+def _stopping(request: engine_pb2.EngineServiceGenerateRequest, facts: ModelFacts) -> Stopping:
+    criteria = request.stopping
+    if criteria.stop_strings:
+        raise invalid_field(
+            "stopping.stop_strings", "the engine sees no text; send stop_sequences instead"
+        )
+    max_tokens = criteria.max_tokens if criteria.HasField("max_tokens") else None
+    if max_tokens == 0:
+        raise invalid_field("stopping.max_tokens", "must be at least 1")
+    if max_tokens is not None and criteria.min_tokens > max_tokens:
+        raise invalid_field("stopping.min_tokens", "must not exceed max_tokens")
+    if len(criteria.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise invalid_field("stopping.stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS}")
+    _check_token_ids("stopping.stop_token_ids", criteria.stop_token_ids, facts)
+    if len(request.stop_sequences) > MAX_STOP_SEQUENCES:
+        raise invalid_field("stop_sequences", f"at most {MAX_STOP_SEQUENCES}")
+    for index, stop in enumerate(request.stop_sequences):
+        path = f"stop_sequences[{index}].ids"
+        if not 1 <= len(stop.ids) <= MAX_STOP_SEQUENCE_TOKENS:
+            raise invalid_field(path, f"between 1 and {MAX_STOP_SEQUENCE_TOKENS} tokens")
+        _check_token_ids(path, stop.ids, facts)
+    return Stopping(
+        max_tokens=max_tokens,
+        min_tokens=criteria.min_tokens,
+        ignore_eos=criteria.ignore_eos,
+        stop_token_ids=tuple(criteria.stop_token_ids),
+        stop_sequences=tuple(tuple(stop.ids) for stop in request.stop_sequences),
+    )
+
+
+def _check_length(prompt_tokens: int, max_tokens: int | None, facts: ModelFacts) -> None:
+    limit = facts.max_context_tokens
+    needed = prompt_tokens + (1 if max_tokens is None else max_tokens)
+    if needed <= limit:
+        return
+    path = "prompt" if prompt_tokens >= limit else "stopping.max_tokens"
+    raise ServiceError(
+        Reason.PROMPT_TOO_LONG,
+        f"{prompt_tokens} prompt tokens and {needed - prompt_tokens} completion tokens exceed the "
+        f"context of {limit} tokens",
+        field_violations=[(path, f"prompt and completion must not exceed {limit} tokens")],
+        metadata={
+            "context_tokens": str(limit),
+            "prompt_tokens": str(prompt_tokens),
+            "completion_tokens": str(needed - prompt_tokens),
+        },
+    )
+
+
+def _number(
+    params: types_pb2.SamplingParams,
+    name: str,
+    default: float,
+    low: float,
+    high: float,
+    *,
+    open_below: bool = False,
+) -> float:
+    if not params.HasField(name):  # type: ignore[arg-type]
+        return default
+    value = float(getattr(params, name))
+    _check_range(f"sampling.{name}", value, low, high, open_below=open_below)
+    return value
+
+
+def _check_range(
+    path: str, value: float, low: float, high: float, *, open_below: bool = False
+) -> None:
+    # A NaN fails every comparison, so it must be asked about first.
+    if math.isnan(value) or not low <= value <= high or (open_below and value == low):
+        bracket = "(" if open_below else "["
+        raise invalid_field(path, f"must lie in {bracket}{low}, {high}]")
+
+
+def _check_token_ids(path: str, token_ids: Iterable[int], facts: ModelFacts) -> None:
+    largest = max(token_ids, default=0)
+    if largest >= facts.vocab_size:
+        raise invalid_field(path, f"token ids must lie in [0, {facts.vocab_size})")

@@ -13,8 +13,11 @@ from services.engine.core.layers.rotary import RopeConfig, RopeScaling
 from services.runtime.modelfiles import GGUFFile, ModelFileError
 
 # No transformer comes near these; a file that claims more is damaged or hostile, and is refused
-# before anything is sized by it.
-_MAX_EXTENT = 1 << 24
+# before anything is sized by it. Their products stay within what a tensor's size can express.
+_MAX_VOCAB = 1 << 24
+_MAX_WIDTH = 1 << 22
+_MAX_HEADS = 1 << 14
+_MAX_HEAD_DIM = 1 << 12
 _MAX_LAYERS = 4096
 _MAX_CONTEXT_TOKENS = 1 << 30
 
@@ -46,12 +49,12 @@ def check_config(path: Path, config: ModelConfig) -> ModelConfig:
     """Return `config` unchanged; raise ModelFileError where its numbers cannot be a model's."""
     extents = {
         "num_layers": (config.num_layers, _MAX_LAYERS),
-        "hidden_size": (config.hidden_size, _MAX_EXTENT),
-        "intermediate_size": (config.intermediate_size, _MAX_EXTENT),
-        "heads": (config.heads, _MAX_EXTENT),
-        "kv_heads": (config.kv_heads, _MAX_EXTENT),
-        "head_dim": (config.head_dim, _MAX_EXTENT),
-        "vocab_size": (config.vocab_size, _MAX_EXTENT),
+        "hidden_size": (config.hidden_size, _MAX_WIDTH),
+        "intermediate_size": (config.intermediate_size, _MAX_WIDTH),
+        "heads": (config.heads, _MAX_HEADS),
+        "kv_heads": (config.kv_heads, _MAX_HEADS),
+        "head_dim": (config.head_dim, _MAX_HEAD_DIM),
+        "vocab_size": (config.vocab_size, _MAX_VOCAB),
         "max_context_tokens": (config.max_context_tokens, _MAX_CONTEXT_TOKENS),
         "rotary_dim": (config.rope.rotary_dim, config.head_dim),
     }
@@ -61,17 +64,35 @@ def check_config(path: Path, config: ModelConfig) -> ModelConfig:
     if config.heads % config.kv_heads:
         problem = f"{config.heads} heads do not divide into {config.kv_heads} KV heads"
         raise ModelFileError(path, problem, what="kv_heads")
-    rope = config.rope
-    numbers = {"rms_norm_eps": config.rms_norm_eps, "theta": rope.theta, "factor": rope.factor}
-    for name, number in numbers.items():
-        if not (math.isfinite(number) and number > 0):
-            raise ModelFileError(path, f"{number} is not a positive number", what=name)
-    if rope.rotary_dim % 2:
-        raise ModelFileError(path, f"{rope.rotary_dim} is odd", what="rotary_dim")
-    if rope.scaling in ("dynamic", "llama3", "yarn") and rope.original_context_tokens < 1:
-        problem = f"{rope.scaling} scaling needs the context length it was trained for"
-        raise ModelFileError(path, problem, what="rope")
+    if not (math.isfinite(config.rms_norm_eps) and config.rms_norm_eps > 0):
+        problem = f"{config.rms_norm_eps} is not a positive number"
+        raise ModelFileError(path, problem, what="rms_norm_eps")
+    if (unusable := _rope_problem(config.rope)) is not None:
+        raise ModelFileError(path, unusable, what="rope")
     return config
+
+
+def _rope_problem(rope: RopeConfig) -> str | None:
+    numbers = (rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.beta_fast)
+    optional = (rope.attention_factor, rope.mscale, rope.mscale_all_dim)
+    known = [rope.theta, rope.beta_slow, *numbers, *(each for each in optional if each is not None)]
+    if not all(math.isfinite(each) and each > 0 for each in known):
+        return f"not all of {known} are positive numbers"
+    if rope.theta <= 1:
+        return f"a theta of {rope.theta} gives no frequencies"
+    if rope.rotary_dim % 2 or (rope.scaling == "dynamic" and rope.rotary_dim == 2):
+        return f"{rope.rotary_dim} dimensions cannot be rotated"
+    if rope.scaling in ("dynamic", "llama3", "yarn") and rope.original_context_tokens < 1:
+        return f"{rope.scaling} scaling needs the context length it was trained for"
+    if rope.scaling == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+        return "high_freq_factor is not above low_freq_factor"
+    divisors = rope.divisors
+    if divisors is not None:
+        if len(divisors) != rope.rotary_dim // 2:
+            return f"{len(divisors)} divisors do not fit {rope.rotary_dim // 2} frequencies"
+        if not all(math.isfinite(each) and each > 0 for each in divisors):
+            return "not all divisors of the frequencies are positive numbers"
+    return None
 
 
 def config_from_hf(directory: Path) -> ModelConfig:
@@ -262,7 +283,14 @@ class _Fields:
         return int(self._value(name, int, "an integer", default))
 
     def number(self, name: str, default: float | None = None) -> float:
-        return float(self._value(name, (int, float), "a number", default))
+        value = self._value(name, (int, float), "a number", default)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ModelFileError(self.path, "is not a finite number", what=name)
+        return number
 
     def optional_number(self, name: str) -> float | None:
         return None if self.raw.get(name) is None else self.number(name)

@@ -11,7 +11,7 @@ import asyncio
 import enum
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from meshserve.v1 import types_pb2
 from services.runtime.errors import Reason, ServiceError, invalid_field, to_session_status
@@ -32,7 +32,7 @@ class SessionInput(Protocol):
     session_id: int
     cancel: bool
 
-    def HasField(self, name: str) -> bool:  # noqa: N802 - protobuf's own name
+    def HasField(self, field_name: Literal["open"]) -> bool:  # noqa: N802 - protobuf's own name
         ...
 
 
@@ -48,8 +48,8 @@ class Session(Protocol[Input_contra, Output_co]):
 
     finished: bool
 
-    def feed(self, message: Input_contra) -> Output_co:
-        """The answer to one input; sets `finished` with the last. May raise ServiceError."""
+    def feed(self, message: Input_contra) -> Output_co | None:
+        """The answer to one input, if it asks for one; sets `finished` with the last. May raise ServiceError."""
         ...
 
     def close(self, error: ServiceError | None) -> None:

@@ -32,7 +32,7 @@ class RenderLimits:
     """What one rendering may take."""
 
     timeout_s: float = 2.0
-    max_chars: int = 32 * 2**20
+    max_bytes: int = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,28 +97,33 @@ class ChatTemplate:
                 message), failed on it, or broke a limit.
         """
         limits = limits or RenderLimits()
+        rendered = self._run(given, limits)
+        if given.continue_final_message:
+            rendered = _cut_after_final_message(rendered, str(given.messages[-1]["content"]))
+        if not rendered.isascii() and len(rendered.encode(errors="replace")) > limits.max_bytes:
+            raise ChatTemplateError(f"the prompt has more than {limits.max_bytes} bytes")
+        return rendered
+
+    def _variables(self, given: TemplateInput) -> dict[str, Any]:
         messages = [_traced_message(message) for message in given.messages]
         if given.continue_final_message:
             messages[-1]["content"] = messages[-1]["content"] + _CONTINUATION_MARK
-        variables: dict[str, Any] = {
-            **self._special_tokens,
+        return {
+            "documents": None,
             **{name: _traced_value(value) for name, value in (given.arguments or {}).items()},
+            **self._special_tokens,
             "messages": messages,
             "tools": _traced_value(given.tools) if given.tools else None,
-            "documents": None,
             "add_generation_prompt": given.add_generation_prompt,
         }
-        rendered = self._run(variables, limits)
-        if given.continue_final_message:
-            rendered = _cut_after_final_message(rendered, str(given.messages[-1]["content"]))
-        return rendered
 
-    def _run(self, variables: dict[str, Any], limits: RenderLimits) -> TracedText:
+    def _run(self, given: TemplateInput, limits: RenderLimits) -> TracedText:
         environment = self._environment
-        budget.begin(limits.max_chars, limits.max_chars * _TOTAL_TEXT_FACTOR)
+        # A character takes a byte at least.
+        budget.begin(limits.max_bytes, limits.max_bytes * _TOTAL_TEXT_FACTOR)
         environment.begin(limits.timeout_s)
         try:
-            context = self._template.new_context(variables)
+            context = self._template.new_context(self._variables(given))
             parts: list[str] = []
             chars = 0
             for part in self._template.root_render_func(context):

@@ -32,3 +32,7 @@ class UnknownTokenIdError(ValueError):
 
 class ChatTemplateError(ValueError):
     """A chat template is not valid, refused a conversation, failed on it or broke a limit."""
+
+
+class NoChatTemplateError(ChatTemplateError):
+    """The model brings no chat template."""

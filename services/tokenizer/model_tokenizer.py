@@ -18,7 +18,12 @@ from services.tokenizer.chat_template import ChatTemplate, RenderLimits, Templat
 from services.tokenizer.control_tokens import ControlTokens
 from services.tokenizer.definition import DEFAULT_TEMPLATE, TOOL_TEMPLATE, TokenizerDefinition
 from services.tokenizer.detokenizer import Detokenizer
-from services.tokenizer.errors import ChatTemplateError, InvalidTextError, TokenizerLoadError
+from services.tokenizer.errors import (
+    ChatTemplateError,
+    InvalidTextError,
+    NoChatTemplateError,
+    TokenizerLoadError,
+)
 from services.tokenizer.gguf_definition import definition_from_gguf
 from services.tokenizer.huggingface_definition import definition_from_directory
 from services.tokenizer.long_texts import CHUNK_CHARS, can_be_cut, cut
@@ -122,14 +127,14 @@ class ModelTokenizer:
     def chat_template(self, *, with_tools: bool = False, source: str = "") -> ChatTemplate:
         """The template for a conversation: `source` if given, else the model's own.
 
-        Raises ChatTemplateError if there is none or it cannot be compiled.
+        Raises NoChatTemplateError if there is none, ChatTemplateError if it cannot be compiled.
         """
         if source:
             return ChatTemplate(source, self._special_tokens)
         name = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in self._templates else None
         template = self._templates.get(name or DEFAULT_TEMPLATE)
         if template is None:
-            raise ChatTemplateError("the model has no chat template")
+            raise NoChatTemplateError("the model has no chat template")
         if isinstance(template, ChatTemplateError):
             raise template
         return template

@@ -1,0 +1,23 @@
+"""A core client over the fake core, for all tests here."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from services.engine.core.settings import CoreSettings
+from services.engine.core_client import CoreClient
+from tests.fakes.core import COMMAND
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[CoreClient]:
+    """A started client; its core stalls after 0.5 s and is replaced after 1.5 s."""
+    settings = CoreSettings(
+        model_path="hash", max_batch_tokens=64, max_running_sequences=8, max_waiting_sequences=64
+    )
+    client = CoreClient(settings, stall_timeout_s=0.5, restart_stalled_after_s=1.5, command=COMMAND)
+    await client.start()
+    yield client
+    await client.close()

@@ -10,10 +10,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import grpc
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, use_span
+from opentelemetry.sdk.trace import RandomIdGenerator
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    use_span,
+)
 
 from services.runtime import deadline
 from services.runtime.errors import ServiceError
@@ -75,7 +84,7 @@ def connect(
     metrics: Metrics,
     max_message_bytes: int = 64 * 2**20,
     credentials: grpc.ChannelCredentials | None = None,
-) -> MeshChannel:
+) -> grpc.aio.Channel:
     """A channel to the service named `peer` at a gRPC target such as `dns:///tokenizer:50052`.
 
     `grpc_services` are the full names of what is called; the health of the first one decides
@@ -87,7 +96,7 @@ def connect(
         if credentials is None
         else grpc.aio.secure_channel(target, credentials, options=options)
     )
-    return MeshChannel(channel, peer, target, metrics)
+    return cast(grpc.aio.Channel, MeshChannel(channel, peer, target, metrics))
 
 
 class MeshChannel:
@@ -197,16 +206,23 @@ def _response_stream(
     call: Callable[..., Any], method: str, instruments: _Instruments
 ) -> Callable[..., ResponseStream]:
     def invoke(
-        requests: Any = None, *, timeout: float | None = None, unbounded: bool = False
+        requests: Any = None, *, timeout: float | None = None, standing: bool = False
     ) -> ResponseStream:
-        """`unbounded` is for streams that outlive the call they were opened in."""
-        span = instruments.start(method)
-        limit = timeout if unbounded else deadline.bounded(timeout)
+        """A `standing` stream outlives the call it was opened in: it has no deadline, and no span
+        on either side, since it belongs to no one request."""
+        span = NonRecordingSpan(_unsampled()) if standing else instruments.start(method)
+        limit = timeout if standing else deadline.bounded(timeout)
         return ResponseStream(
             call(requests, timeout=limit, metadata=_outgoing(span)), method, span, instruments
         )
 
     return invoke
+
+
+def _unsampled() -> SpanContext:
+    """A context that tells the other side not to record."""
+    ids = RandomIdGenerator()
+    return SpanContext(ids.generate_trace_id(), ids.generate_span_id(), is_remote=False)
 
 
 class ResponseStream:

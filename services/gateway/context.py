@@ -1,0 +1,78 @@
+"""The one object that a request carries through its stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from opentelemetry.trace import Span
+
+from meshserve.v1 import cache_pb2, gateway_pb2, types_pb2
+from services.gateway.events import Event
+from services.gateway.models import ServedModel
+
+ANONYMOUS = "anonymous"
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Who calls. `models` empty means every model; a limit of None means none."""
+
+    name: str
+    models: frozenset[str] = frozenset()
+    requests_per_minute: int | None = None
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """One inference request. Each field below the first group is set by the stage it is named for
+    and may be read by those after it."""
+
+    request: gateway_pb2.GenerateRequest
+    operation: Literal["chat", "text_completion"]
+    streaming: bool
+    metadata: Mapping[str, str]
+    request_id: str
+    span: Span
+    arrived_unix_ns: int = field(default_factory=time.time_ns)
+    arrived_at: float = field(default_factory=time.perf_counter)
+
+    # authenticate
+    tenant: Tenant = field(default_factory=lambda: Tenant(ANONYMOUS))
+    # route
+    model: ServedModel | None = None
+    # look_up
+    cache_key: cache_pb2.CacheKey | None = None
+    lease_token: str = ""
+    cached_answer: cache_pb2.CachedAnswer | None = None
+    # screen
+    prompt_safety: types_pb2.SafetyVerdict | None = None
+    # tokenize
+    prompt_token_ids: list[int] = field(default_factory=list)
+    stop_sequences: list[list[int]] = field(default_factory=list)
+    max_tokens: int = 0
+    # generate: tokens of each choice so far, whether or not their text could be sent
+    prompt_logprobs: types_pb2.Logprobs | None = None
+    usages: dict[int, types_pb2.Usage] = field(default_factory=dict)
+    # what was answered, in order
+    events: list[Event] = field(default_factory=list)
+    first_text_at: float | None = None
+
+    @property
+    def field_prefix(self) -> str:
+        """What stands before a field's path in errors: streaming requests wrap the request."""
+        return "request." if self.streaming else ""
+
+    @property
+    def served(self) -> ServedModel:
+        """The model, once the request is routed."""
+        assert self.model is not None
+        return self.model
+
+    @property
+    def choices(self) -> int:
+        """Number of completions asked for."""
+        sampling = self.request.sampling
+        return sampling.n if sampling.HasField("n") else 1

@@ -1,0 +1,87 @@
+"""The other services as the gateway sees them: stubs over balanced channels, and shared streams."""
+
+from __future__ import annotations
+
+import contextvars
+from typing import Any, cast
+
+import grpc
+
+from meshserve.v1 import (
+    cache_pb2_grpc,
+    engine_pb2_grpc,
+    safety_pb2,
+    safety_pb2_grpc,
+    tokenizer_pb2,
+    tokenizer_pb2_grpc,
+)
+from services.gateway.sessions import SessionPool
+from services.runtime.channels import ResponseStream, connect
+from services.runtime.settings import Settings
+from services.runtime.telemetry import Metrics
+
+DecodePool = SessionPool[tokenizer_pb2.DecodeInput, tokenizer_pb2.DecodeOutput]
+CheckPool = SessionPool[safety_pb2.CompletionInput, safety_pb2.CompletionOutput]
+
+
+class Peers:
+    """Owns the channels; `close` ends them."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._channels: list[grpc.aio.Channel] = []
+        self._engines: dict[str, engine_pb2_grpc.EngineServiceAsyncStub] = {}
+        self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(
+            self._connect("tokenizer", "meshserve.v1.TokenizerService")
+        )
+        self.cache = cache_pb2_grpc.CacheServiceStub(
+            self._connect("cache", "meshserve.v1.CacheService")
+        )
+        self.safety = safety_pb2_grpc.SafetyServiceStub(
+            self._connect("safety", "meshserve.v1.SafetyService")
+        )
+        self.decode_sessions: DecodePool = SessionPool(
+            "tokenizer",
+            open_stream=lambda: _standing(self.tokenizer.StreamDecode),
+            make_request=lambda inputs: tokenizer_pb2.StreamDecodeRequest(inputs=inputs),
+            outputs_of=lambda response: response.outputs,
+        )
+        self.check_sessions: CheckPool = SessionPool(
+            "safety",
+            open_stream=lambda: _standing(self.safety.CheckCompletion),
+            make_request=lambda inputs: safety_pb2.CheckCompletionRequest(inputs=inputs),
+            outputs_of=lambda response: response.outputs,
+        )
+
+    def engine(self, target: str) -> engine_pb2_grpc.EngineServiceAsyncStub:
+        """The engines at a target; one channel per target."""
+        if target not in self._engines:
+            channel = self._connect("engine", "meshserve.v1.EngineService", target)
+            self._engines[target] = engine_pb2_grpc.EngineServiceStub(channel)
+        return self._engines[target]
+
+    async def close(self) -> None:
+        """Ends the shared streams and closes all channels."""
+        self.decode_sessions.close()
+        self.check_sessions.close()
+        for channel in self._channels:
+            await channel.close()
+
+    def _connect(self, peer: str, grpc_service: str, target: str | None = None) -> grpc.aio.Channel:
+        section = self._settings.server(peer)
+        channel = connect(
+            target or section.effective_target,
+            peer=peer,
+            grpc_services=[grpc_service],
+            metrics=self._metrics,
+            max_message_bytes=section.max_message_bytes,
+        )
+        self._channels.append(channel)
+        return channel
+
+
+def _standing(method: Any) -> ResponseStream:
+    """Opens a stream in an empty context: it must not inherit the deadline or the span of the
+    request that happens to open it."""
+    return cast(ResponseStream, contextvars.Context().run(method, standing=True))

@@ -1,0 +1,199 @@
+"""The request path: an ordered list of named stages, each a span.
+
+A stage may work before generation (`before`), on what is generated (`stream`), and after
+everything (`after`, which always runs, for the stages that were entered, in reverse order). Once a
+stage has set `cached_answer` that answer is replayed instead of generated, and stages that are
+about generation are left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import ClassVar
+
+from opentelemetry.trace import Span, Status, StatusCode, Tracer, use_span
+from prometheus_client import Histogram
+
+from services.gateway.context import RequestContext
+from services.gateway.events import ChoiceEnd, Event
+from services.gateway.replay import replay
+from services.runtime.errors import Reason, ServiceError
+from services.runtime.telemetry import Metrics, get_tracer
+
+log = logging.getLogger(__name__)
+
+
+class Stage:
+    """One step of the request path. All methods may raise ServiceError but `after`."""
+
+    name: ClassVar[str]
+    # Whether the stage is entered for an answer that is replayed from the cache as well.
+    on_replay: ClassVar[bool] = False
+
+    async def before(self, context: RequestContext) -> None:
+        """Runs on the way in, with the stage's span as the current one."""
+
+    def stream(
+        self, context: RequestContext, events: AsyncGenerator[Event], span: Span
+    ) -> AsyncGenerator[Event]:
+        """What becomes of the events; the default lets them pass. Async generators that take over
+        `events` must exhaust or close them."""
+        return events
+
+    async def after(self, context: RequestContext, error: ServiceError | None) -> None:
+        """Runs once at the end, whatever happened; `error` is None after success. A cancelled
+        request ends with reason CANCELLED or DEADLINE_EXCEEDED."""
+
+    @classmethod
+    def transforms_stream(cls) -> bool:
+        """Whether the stage works on what is generated."""
+        return cls.stream is not Stage.stream
+
+
+class SideBySide:
+    """Stages whose ways in run at the same time. The first error ends the others."""
+
+    def __init__(self, *stages: Stage) -> None:
+        self.stages = stages
+
+
+async def _nothing() -> AsyncGenerator[Event]:
+    empty: tuple[Event, ...] = ()
+    for event in empty:
+        yield event
+
+
+class Pipeline:
+    """Runs requests through the stages."""
+
+    def __init__(self, steps: Sequence[Stage | SideBySide], metrics: Metrics) -> None:
+        self._steps = steps
+        self._tracer = get_tracer()
+        self._durations = metrics.histogram("meshserve_gateway_stage_duration_seconds")
+        # Ways out that outlive a cancelled call; held so that they are not collected.
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def run(self, context: RequestContext) -> AsyncGenerator[Event]:
+        """Yields the events of a request. Raises ServiceError."""
+        passage = _Passage(context, self._tracer, self._durations)
+        error: ServiceError | None = None
+        try:
+            for step in self._steps:
+                await passage.enter(step)
+            async with aclosing(passage.compose()) as events:
+                async for event in events:
+                    context.events.append(event)
+                    if context.first_text_at is None and _has_text(event):
+                        context.first_text_at = time.perf_counter()
+                    yield event
+        except ServiceError as failure:
+            error = failure
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            error = ServiceError(Reason.CANCELLED, "the caller went away")
+            raise
+        except Exception as failure:
+            error = ServiceError(Reason.INTERNAL, str(failure))
+            raise
+        finally:
+            closing = asyncio.create_task(passage.leave(error))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            # Cancelled or not, the ways out run to their end.
+            await asyncio.shield(closing)
+
+    async def drain(self) -> None:
+        """Waits for the ways out of requests that are gone."""
+        while self._closing:
+            await asyncio.wait(self._closing)
+
+
+def _has_text(event: Event) -> bool:
+    return isinstance(event, ChoiceEnd) or bool(event.text)
+
+
+class _Passage:
+    """One request on its way through the stages."""
+
+    def __init__(self, context: RequestContext, tracer: Tracer, durations: Histogram) -> None:
+        self._context = context
+        self._tracer = tracer
+        self._durations = durations
+        self._entered: list[tuple[Stage, Span, float]] = []
+        self._open_spans: list[tuple[Stage, Span, float]] = []
+
+    async def enter(self, step: Stage | SideBySide) -> None:
+        """Runs the way in of a stage, or of several at the same time."""
+        if isinstance(step, Stage):
+            if self._context.cached_answer is None or step.on_replay:
+                await self._enter(step)
+            return
+        if self._context.cached_answer is not None:
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stage in step.stages:
+                    group.create_task(self._enter(stage))
+        except BaseExceptionGroup as failures:
+            raise _leaf(failures) from None
+
+    def compose(self) -> AsyncGenerator[Event]:
+        """The events of the answer, through the streams of the stages that were entered."""
+        if self._context.cached_answer is not None:
+            return replay(self._context.cached_answer)
+        events = _nothing()
+        for stage, span, _ in self._open_spans:
+            events = stage.stream(self._context, events, span)
+        return events
+
+    async def leave(self, error: ServiceError | None) -> None:
+        """Ends the spans and runs the ways out."""
+        for stage, span, started in self._open_spans:
+            self._end(stage, span, started, error)
+        for stage, _, _ in reversed(self._entered):
+            try:
+                await stage.after(self._context, error)
+            except Exception:
+                log.exception("the way out of a stage failed", extra={"stage": stage.name})
+
+    async def _enter(self, stage: Stage) -> None:
+        started = time.perf_counter()
+        span = self._tracer.start_span(
+            f"stage {stage.name}", attributes={"meshserve.stage": stage.name}
+        )
+        entry = (stage, span, started)
+        self._entered.append(entry)
+        try:
+            with use_span(span, record_exception=False, set_status_on_exception=False):
+                await stage.before(self._context)
+        except BaseException as failure:
+            self._end(stage, span, started, _as_service_error(failure))
+            raise
+        if stage.transforms_stream() and self._context.cached_answer is None:
+            self._open_spans.append(entry)
+        else:
+            self._end(stage, span, started, None)
+
+    def _end(self, stage: Stage, span: Span, started: float, error: ServiceError | None) -> None:
+        self._durations.labels(stage.name).observe(time.perf_counter() - started)
+        if error is not None:
+            span.set_attribute("error.type", error.reason.value)
+            span.set_status(Status(StatusCode.ERROR, error.reason.value))
+        span.end()
+
+
+def _as_service_error(failure: BaseException) -> ServiceError:
+    if isinstance(failure, ServiceError):
+        return failure
+    reason = Reason.INTERNAL if isinstance(failure, Exception) else Reason.CANCELLED
+    return ServiceError(reason, str(failure))
+
+
+def _leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a group."""
+    first = group.exceptions[0]
+    return _leaf(first) if isinstance(first, BaseExceptionGroup) else first

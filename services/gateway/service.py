@@ -1,0 +1,94 @@
+"""The gateway put together: peers, stages in their order, front door."""
+
+from __future__ import annotations
+
+import grpc
+
+from meshserve.v1 import gateway_pb2_grpc
+from services.gateway.inference import Inference
+from services.gateway.models import ModelDirectory
+from services.gateway.peers import Peers
+from services.gateway.pipeline import Pipeline, SideBySide
+from services.gateway.policy import PolicyWatch
+from services.gateway.servicer import InferenceServicer
+from services.gateway.stages.admit import Admit
+from services.gateway.stages.authenticate import Authenticate, Authenticator
+from services.gateway.stages.generate import Generate
+from services.gateway.stages.look_up import LookUp
+from services.gateway.stages.moderate import Moderate
+from services.gateway.stages.route import Route
+from services.gateway.stages.screen import Screen
+from services.gateway.stages.settle import Settle
+from services.gateway.stages.tokenize import Tokenize
+from services.runtime import valkey
+from services.runtime.server import Service, StartupError
+from services.runtime.settings import Settings
+from services.runtime.telemetry import Metrics
+
+
+class GatewayService(Service):
+    """The public edge of the mesh."""
+
+    name = "gateway"
+    grpc_services = ("meshserve.v1.InferenceService",)
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        super().__init__(settings, metrics)
+        gateway = settings.gateway
+        try:
+            self._valkey = valkey.connect(settings.valkey.effective_url)
+        except valkey.ValkeyUrlError as error:
+            raise StartupError(str(error), "mend valkey.url") from error
+        self._peers = Peers(settings, metrics)
+        self._models = ModelDirectory(settings, self._peers)
+        authenticator = Authenticator(gateway)
+        tokenizer = self._peers.tokenizer
+        policy = PolicyWatch(self._peers.safety, enabled=settings.safety.enabled)
+        limiter = valkey.RateLimiter(self._valkey)
+        pipeline = Pipeline(
+            [
+                Authenticate(authenticator),
+                Admit(gateway, limiter, metrics),
+                Route(self._models),
+                LookUp(settings.cache, self._peers.cache, policy),
+                SideBySide(
+                    Screen(settings.safety, self._peers.safety, tokenizer, policy),
+                    Tokenize(gateway, tokenizer),
+                ),
+                Generate(self._peers.decode_sessions),
+                Moderate(settings.safety, self._peers.check_sessions),
+                Settle(metrics),
+            ],
+            metrics,
+        )
+        self._inference = Inference(gateway, pipeline, metrics)
+        self._servicer = InferenceServicer(
+            gateway, self._inference, self._models, authenticator, tokenizer
+        )
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds InferenceService."""
+        gateway_pb2_grpc.add_InferenceServiceServicer_to_server(self._servicer, server)
+
+    async def start(self) -> None:
+        """Begins to ask the engines what they serve."""
+        self._models.start()
+
+    async def probe(self) -> None:
+        """Fails until every model has been described once.
+
+        Later outages of peers show in the answers to requests: a gateway that took itself out
+        because of them would only hide which service is away.
+        """
+        if not self._models.complete:
+            raise RuntimeError("engines or tokenizers have not been reached yet")
+
+    async def drain(self) -> None:
+        """Waits for answers that are being kept."""
+        await self._inference.drain()
+
+    async def stop(self) -> None:
+        """Closes the channels."""
+        self._models.stop()
+        await self._peers.close()
+        await self._valkey.close()

@@ -1,0 +1,64 @@
+"""Who calls: the API key, and the tenant it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+
+from services.gateway.context import ANONYMOUS, RequestContext, Tenant
+from services.gateway.pipeline import Stage
+from services.runtime.errors import Reason, ServiceError
+from services.runtime.settings import GatewaySettings
+from services.runtime.settings.schema import is_loopback
+
+SCHEME = "bearer "
+
+
+class Authenticator:
+    """Knows the keys by their digests, so that none is in memory."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        auth = settings.auth
+        self.required = auth.mode == "required" or (
+            auth.mode == "auto" and not is_loopback(settings.listen)
+        )
+        self._tenants = {
+            key.sha256: Tenant(key.name, frozenset(key.models), key.requests_per_minute)
+            for key in auth.keys
+        }
+        self._anonymous = Tenant(ANONYMOUS)
+
+    def tenant(self, authorization: str | None) -> Tenant:
+        """The tenant of an `authorization` header. Raises ServiceError (UNAUTHENTICATED).
+
+        Where no key is asked for, a wrong one is still refused: it is a mistake that should show.
+        """
+        if not authorization:
+            if self.required:
+                raise ServiceError(
+                    Reason.API_KEY_MISSING, "an API key is needed: authorization: Bearer KEY"
+                )
+            return self._anonymous
+        if not authorization.lower().startswith(SCHEME):
+            raise ServiceError(
+                Reason.API_KEY_INVALID, "the authorization header must read: Bearer KEY"
+            )
+        key = authorization[len(SCHEME) :].strip()
+        # Looking a digest up tells nothing about the key by its timing.
+        tenant = self._tenants.get(hashlib.sha256(key.encode()).hexdigest())
+        if tenant is None:
+            raise ServiceError(Reason.API_KEY_INVALID, "the API key is not known")
+        return tenant
+
+
+class Authenticate(Stage):
+    """Sets the tenant."""
+
+    name = "authenticate"
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    async def before(self, context: RequestContext) -> None:
+        """Raises ServiceError (UNAUTHENTICATED)."""
+        context.tenant = self._authenticator.tenant(context.metadata.get("authorization"))
+        context.span.set_attribute("meshserve.tenant", context.tenant.name)

@@ -1,0 +1,231 @@
+"""The engine's tokens, turned into text, with stop strings found and cut."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import cast
+
+from opentelemetry.trace import Span, use_span
+
+from meshserve.v1 import engine_pb2, tokenizer_pb2, types_pb2
+from services.gateway.context import RequestContext
+from services.gateway.events import ChoiceEnd, Event, TextDelta
+from services.gateway.peers import DecodePool
+from services.gateway.pipeline import Stage
+from services.gateway.sessions import Session
+from services.gateway.stop_strings import StopMatch, StopStringMatcher
+from services.runtime.channels import ResponseStream
+from services.runtime.errors import Reason, ServiceError
+from services.runtime.telemetry.tracing import current_trace_context
+
+
+class Generate(Stage):
+    """Source of the events. Leaving its stream aborts the request in the engine."""
+
+    name = "generate"
+
+    def __init__(self, pool: DecodePool) -> None:
+        self._pool = pool
+
+    async def stream(
+        self, context: RequestContext, events: AsyncGenerator[Event], span: Span
+    ) -> AsyncGenerator[Event]:
+        """Raises ServiceError. Ends once every choice has ended."""
+        with use_span(span):
+            trace = current_trace_context()
+            call = cast(ResponseStream, context.served.engine.Generate(engine_request(context)))
+        choices = [_Choice(context, self._pool, index, trace) for index in range(context.choices)]
+        unended = len(choices)
+        try:
+            async with call:
+                if context.request.output.echo:
+                    for index in range(context.choices):
+                        yield TextDelta(index, context.request.text)
+                async for message in call:
+                    async for event in _events(message, choices, context):
+                        unended -= isinstance(event, ChoiceEnd)
+                        yield event
+                    if not unended:
+                        return
+            raise ServiceError(Reason.INTERNAL, "the engine's stream ended before its choices did")
+        finally:
+            for choice in choices:
+                choice.cancel()
+
+
+def engine_request(context: RequestContext) -> engine_pb2.EngineServiceGenerateRequest:
+    """What the engine is asked for a request that has been tokenized."""
+    source = context.request
+    request = engine_pb2.EngineServiceGenerateRequest(
+        model=source.model,
+        request_id=context.request_id,
+        prompt=types_pb2.TokenIds(ids=context.prompt_token_ids),
+        sampling=source.sampling,
+        stopping=source.stopping,
+        stop_sequences=[types_pb2.TokenIds(ids=ids) for ids in context.stop_sequences],
+        priority=source.priority,
+        cache_salt=context.tenant.name.encode(),
+        adapter=source.adapter,
+        tenant=context.tenant.name,
+    )
+    # Text is the gateway's; the engine gets the token side of it.
+    del request.stopping.stop_strings[:]
+    request.stopping.max_tokens = context.max_tokens
+    if source.HasField("constraint"):
+        request.constraint.CopyFrom(source.constraint)
+    if source.output.HasField("logprobs"):
+        request.logprobs = source.output.logprobs
+    if source.output.HasField("prompt_logprobs"):
+        request.prompt_logprobs = source.output.prompt_logprobs
+    return request
+
+
+async def _events(
+    message: engine_pb2.EngineServiceGenerateResponse,
+    choices: list[_Choice],
+    context: RequestContext,
+) -> AsyncGenerator[Event]:
+    if message.WhichOneof("event") == "chunk":
+        if message.chunk.HasField("prompt_logprobs"):
+            context.prompt_logprobs = message.chunk.prompt_logprobs
+        for delta in message.chunk.deltas:
+            choice = choices[delta.index]
+            if not choice.ended:
+                async with aclosing(choice.feed(delta)) as events:
+                    async for event in events:
+                        yield event
+    else:
+        choice = choices[message.complete.index]
+        if not choice.ended:
+            for event in await choice.finish(message.complete):
+                yield event
+
+
+class _Choice:
+    """One completion: its decode session, its stop matcher, its count."""
+
+    def __init__(
+        self,
+        context: RequestContext,
+        pool: DecodePool,
+        index: int,
+        trace: types_pb2.TraceContext,
+    ) -> None:
+        self.ended = False
+        self._context = context
+        self._index = index
+        self._trace = trace
+        request = context.request
+        self._output = request.output
+        self._stopping = request.stopping
+        self._matcher = StopStringMatcher(
+            list(request.stopping.stop_strings),
+            include_stop=request.stopping.include_stop_in_text,
+        )
+        self._decoded: list[int] = []
+        self._usage = types_pb2.Usage(prompt_tokens=len(context.prompt_token_ids))
+        context.usages[index] = self._usage
+        self._session: Session[tokenizer_pb2.DecodeInput, tokenizer_pb2.DecodeOutput] = Session(
+            pool, self._message, lambda sid: tokenizer_pb2.DecodeInput(session_id=sid, cancel=True)
+        )
+
+    async def feed(self, delta: engine_pb2.TokenDelta) -> AsyncGenerator[Event]:
+        """The events of the tokens that were added."""
+        for part in self._parts(len(delta.token_ids)):
+            if self.ended:
+                return
+            may_stop = self._usage.completion_tokens + part.stop - part.start >= (
+                self._stopping.min_tokens
+            )
+            token_ids = list(delta.token_ids[part])
+            positions = list(delta.logprobs.positions[part])
+            for event in await self._feed(token_ids, positions, may_stop):
+                yield event
+
+    def _parts(self, tokens: int) -> list[slice]:
+        """How a delta is taken: whole, or by the token where text may end the choice, so that what
+        is counted does not depend on how many tokens happened to come together."""
+        if self._stopping.stop_strings:
+            return [slice(position, position + 1) for position in range(tokens)]
+        return [slice(0, tokens)]
+
+    async def finish(self, complete: engine_pb2.TokenComplete) -> list[Event]:
+        """The last text and the end."""
+        output = await self._session.exchange(((), True))
+        events = self._match(output.text, [], [], may_stop=self._may_stop())
+        if self.ended:
+            return events
+        self.ended = True
+        usage = self._usage
+        usage.cached_prompt_tokens = complete.usage.cached_prompt_tokens
+        held = self._matcher.flush()
+        matched: types_pb2.MatchedStop | None = None
+        if complete.HasField("stop_token_id"):
+            if complete.stop_token_id in self._stopping.stop_token_ids:
+                matched = types_pb2.MatchedStop(token_id=complete.stop_token_id)
+        elif complete.HasField("stop_sequence_index"):
+            # The tokens of a stop string came without its text matching: special tokens that the
+            # text leaves out, or a spelling with other spaces. The engine's word stands.
+            matched = types_pb2.MatchedStop(
+                text=self._stopping.stop_strings[complete.stop_sequence_index]
+            )
+        if held:
+            events.append(TextDelta(self._index, held))
+        events.append(ChoiceEnd(self._index, complete.finish_reason, matched, usage))
+        return events
+
+    def cancel(self) -> None:
+        """Gives the session up if it is not over."""
+        self._session.cancel()
+
+    def _may_stop(self) -> bool:
+        return self._usage.completion_tokens >= self._stopping.min_tokens
+
+    async def _feed(
+        self, token_ids: list[int], positions: list[types_pb2.PositionLogprobs], may_stop: bool
+    ) -> list[Event]:
+        output = await self._session.exchange((token_ids, False))
+        self._decoded += token_ids
+        self._usage.completion_tokens += len(token_ids)
+        return self._match(output.text, token_ids, positions, may_stop=may_stop)
+
+    def _match(
+        self,
+        text: str,
+        token_ids: list[int],
+        positions: list[types_pb2.PositionLogprobs],
+        *,
+        may_stop: bool,
+    ) -> list[Event]:
+        found = self._matcher.feed(text, may_stop=may_stop)
+        passed = found.text if isinstance(found, StopMatch) else found
+        delta = TextDelta(self._index, passed)
+        if self._output.token_ids:
+            delta.token_ids = token_ids
+        if positions:
+            delta.logprobs = types_pb2.Logprobs(positions=positions)
+        events: list[Event] = []
+        if delta.text or delta.token_ids or delta.logprobs is not None:
+            events.append(delta)
+        if isinstance(found, StopMatch):
+            self.ended = True
+            matched = types_pb2.MatchedStop(text=found.stop)
+            events.append(
+                ChoiceEnd(self._index, types_pb2.FINISH_REASON_STOP, matched, self._usage)
+            )
+        return events
+
+    def _message(
+        self, session_id: int, payload: tuple[list[int], bool], opening: bool
+    ) -> tokenizer_pb2.DecodeInput:
+        token_ids, finish = payload
+        message = tokenizer_pb2.DecodeInput(
+            session_id=session_id, token_ids=token_ids, finish=finish
+        )
+        if opening:
+            message.open.model = self._context.request.model
+            message.open.keep_special_tokens = self._output.keep_special_tokens
+            message.open.trace.CopyFrom(self._trace)
+            message.open.decoded_token_ids.extend(self._decoded)
+        return message

@@ -1,0 +1,137 @@
+"""The response cache: equal deterministic requests are computed once."""
+
+from __future__ import annotations
+
+import logging
+
+from google.protobuf.duration_pb2 import Duration
+
+from meshserve.v1 import cache_pb2, cache_pb2_grpc, types_pb2
+from services.gateway.cache_key import cache_key, is_deterministic
+from services.gateway.context import RequestContext
+from services.gateway.pipeline import Stage
+from services.gateway.policy import PolicyWatch
+from services.gateway.replay import to_keep
+from services.runtime import deadline
+from services.runtime.errors import ServiceError
+from services.runtime.settings import CacheSettings
+
+log = logging.getLogger(__name__)
+
+# A cache that is slow is worse than none.
+BACKEND_TIMEOUT_S = 2.0
+# Others' answers are waited for no longer than this share of what remains until the deadline.
+WAIT_SHARE = 0.5
+
+_KEPT_REASONS = frozenset(
+    {
+        types_pb2.FINISH_REASON_STOP,
+        types_pb2.FINISH_REASON_LENGTH,
+        types_pb2.FINISH_REASON_TOOL_CALLS,
+    }
+)
+
+
+class LookUp(Stage):
+    """Finds an answer on the way in; keeps the answer on the way out. Never fails a request."""
+
+    name = "look_up"
+
+    def __init__(
+        self,
+        settings: CacheSettings,
+        cache: cache_pb2_grpc.CacheServiceAsyncStub,
+        policy: PolicyWatch,
+    ) -> None:
+        self._settings = settings
+        self._cache = cache
+        self._policy = policy
+
+    async def before(self, context: RequestContext) -> None:
+        """Sets `cached_answer` on a hit, and a lease on a miss."""
+        request = context.request
+        if (
+            not self._settings.enabled
+            or request.cache_control.no_cache
+            or not is_deterministic(request)
+        ):
+            return
+        revision = await self._policy.revision()
+        if revision is None:
+            # Without the policy in force nobody can say that a kept answer may be served.
+            return
+        context.cache_key = cache_key(
+            request,
+            tenant=context.tenant.name,
+            tokenizer_revision=context.served.tokenizer.revision,
+            policy_revision=revision,
+        )
+        wait_s = self._settings.lease_s
+        remaining_s = deadline.remaining_s()
+        if remaining_s is not None:
+            wait_s = min(wait_s, WAIT_SHARE * remaining_s)
+        query = cache_pb2.LookUpRequest(key=context.cache_key, wait=_duration(wait_s))
+        if not request.cache_control.no_store:
+            query.lease_ttl.CopyFrom(_duration(self._settings.lease_s))
+        try:
+            found = await self._cache.LookUp(query, timeout=wait_s + BACKEND_TIMEOUT_S)
+        except ServiceError as error:
+            log.warning("the cache is passed over: %s", error.message)
+            context.cache_key = None
+            return
+        if found.outcome == cache_pb2.LookUpResponse.OUTCOME_HIT:
+            context.cached_answer = found.answer
+            context.prompt_safety = (
+                found.answer.prompt_safety if found.answer.HasField("prompt_safety") else None
+            )
+        elif found.HasField("lease"):
+            context.lease_token = found.lease.token
+
+    async def after(self, context: RequestContext, error: ServiceError | None) -> None:
+        """Keeps a complete answer, else gives the lease up."""
+        if context.cache_key is None or context.cached_answer is not None:
+            return
+        # The caller's deadline may have passed; what is computed is worth keeping all the same.
+        deadline.set_remaining(None)
+        try:
+            if error is None and await self._keep(context):
+                return
+            if context.lease_token:
+                await self._cache.ReleaseLease(
+                    cache_pb2.ReleaseLeaseRequest(
+                        key=context.cache_key, lease_token=context.lease_token
+                    ),
+                    timeout=BACKEND_TIMEOUT_S,
+                )
+        except ServiceError as failure:
+            log.warning("an answer was not kept: %s", failure.message)
+
+    async def _keep(self, context: RequestContext) -> bool:
+        control = context.request.cache_control
+        answer = to_keep(context.events, context.arrived_unix_ns)
+        if control.no_store or not _is_whole(answer, context.choices):
+            return False
+        if context.prompt_safety is not None:
+            answer.prompt_safety.CopyFrom(context.prompt_safety)
+        if context.prompt_logprobs is not None:
+            answer.prompt_logprobs.CopyFrom(context.prompt_logprobs)
+        store = cache_pb2.StoreRequest(
+            key=context.cache_key, answer=answer, lease_token=context.lease_token
+        )
+        if control.HasField("ttl_s"):
+            store.ttl.CopyFrom(_duration(min(control.ttl_s, self._settings.max_ttl_s)))
+        await self._cache.Store(store, timeout=BACKEND_TIMEOUT_S)
+        return True
+
+
+def _is_whole(answer: cache_pb2.CachedAnswer, choices: int) -> bool:
+    """Whether every choice ended, and none was aborted or filtered."""
+    return len(answer.ends) == choices and all(
+        end.finish_reason in _KEPT_REASONS for end in answer.ends
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromMilliseconds(round(seconds * 1000))
+    return duration

@@ -1,0 +1,185 @@
+"""The completion check: nothing leaves that the safety filter has not released."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from opentelemetry.trace import Span, use_span
+
+from meshserve.v1 import safety_pb2, types_pb2
+from services.gateway.context import RequestContext
+from services.gateway.events import ChoiceEnd, Event, TextDelta
+from services.gateway.peers import CheckPool
+from services.gateway.pipeline import Stage
+from services.gateway.sessions import Session
+from services.runtime.errors import Reason, ServiceError
+from services.runtime.settings import SafetySettings
+from services.runtime.telemetry.tracing import current_trace_context
+
+log = logging.getLogger(__name__)
+
+
+class Moderate(Stage):
+    """Lets text pass as the safety filter releases it; a block ends the choice."""
+
+    name = "moderate"
+
+    def __init__(self, settings: SafetySettings, pool: CheckPool) -> None:
+        self._settings = settings
+        self._pool = pool
+
+    def stream(
+        self, context: RequestContext, events: AsyncGenerator[Event], span: Span
+    ) -> AsyncGenerator[Event]:
+        """Raises ServiceError when the filter is away and must not be passed by."""
+        return self._checked(context, events, span) if self._settings.enabled else events
+
+    async def _checked(
+        self, context: RequestContext, events: AsyncGenerator[Event], span: Span
+    ) -> AsyncGenerator[Event]:
+        with use_span(span):
+            trace = current_trace_context()
+        may_pass_by = self._settings.when_unavailable == "allow"
+        checks = [
+            _ChoiceCheck(self._pool, context, index, trace, may_pass_by)
+            for index in range(context.choices)
+        ]
+        unended = len(checks)
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    check = checks[event.index]
+                    if check.ended:
+                        continue
+                    for passed in await check.feed(event):
+                        yield passed
+                        unended -= isinstance(passed, ChoiceEnd)
+                    if not unended:
+                        # A blocked choice ends before its generation does; leaving ends that too.
+                        break
+        finally:
+            for check in checks:
+                check.cancel()
+
+
+class _ChoiceCheck:
+    """The check of one choice, on a session that outlives the replica it began on."""
+
+    def __init__(
+        self,
+        pool: CheckPool,
+        context: RequestContext,
+        index: int,
+        trace: types_pb2.TraceContext,
+        may_pass_by: bool,
+    ) -> None:
+        self.ended = False
+        self._context = context
+        self._index = index
+        self._trace = trace
+        self._may_pass_by = may_pass_by
+        self._verdict: types_pb2.SafetyVerdict | None = None
+        # Characters decided, the text released for them, and the text that is not decided yet.
+        self._decided = 0
+        self._released: list[str] = []
+        self._undecided = ""
+        # What is told beside the text waits for the text: (end of its text, the delta).
+        self._details: deque[tuple[int, TextDelta]] = deque()
+        self._session: Session[safety_pb2.CompletionInput, safety_pb2.CompletionOutput] = Session(
+            pool, self._message, lambda sid: safety_pb2.CompletionInput(session_id=sid, cancel=True)
+        )
+
+    async def feed(self, event: Event) -> list[Event]:
+        """What may be sent on of an event and of what was held back before it."""
+        if isinstance(event, TextDelta):
+            self._undecided += event.text
+            if event.token_ids or event.logprobs is not None:
+                self._details.append((self._decided + len(self._undecided), event))
+            if not event.text:
+                return self._released_delta("")
+            return await self._exchange(event.text, finish=False)
+        passed = await self._exchange("", finish=True)
+        if not self.ended:
+            self.ended = True
+            if self._verdict is not None and self._verdict.findings:
+                event.safety = self._verdict
+            passed.append(event)
+        return passed
+
+    def cancel(self) -> None:
+        """Gives the session up if it is not over."""
+        self._session.cancel()
+
+    async def _exchange(self, text: str, *, finish: bool) -> list[Event]:
+        try:
+            output = await self._session.exchange((text, finish))
+        except ServiceError as error:
+            if error.reason is not Reason.SERVICE_UNAVAILABLE or not self._may_pass_by:
+                raise
+            log.warning("a completion is not checked: %s", error.message)
+            return self._pass_by()
+        newly_decided = output.decided_characters - self._decided
+        self._undecided = self._undecided[newly_decided:]
+        self._decided = output.decided_characters
+        self._released.append(output.released_text)
+        if output.HasField("verdict"):
+            self._verdict = output.verdict
+        passed = self._released_delta(output.released_text)
+        if self._action == types_pb2.SAFETY_ACTION_BLOCK:
+            self.ended = True
+            passed.append(
+                ChoiceEnd(
+                    self._index,
+                    types_pb2.FINISH_REASON_CONTENT_FILTER,
+                    None,
+                    self._context.usages.get(self._index, types_pb2.Usage()),
+                    self._verdict,
+                )
+            )
+        return passed
+
+    def _pass_by(self) -> list[Event]:
+        text, self._undecided = self._undecided, ""
+        self._decided += len(text)
+        self._released.append(text)
+        return self._released_delta(text)
+
+    @property
+    def _action(self) -> types_pb2.SafetyAction.ValueType:
+        if self._verdict is None:
+            return types_pb2.SAFETY_ACTION_UNSPECIFIED
+        return self._verdict.action
+
+    def _released_delta(self, text: str) -> list[Event]:
+        """The released text with the details of the tokens behind it.
+
+        Once something was redacted or blocked no more details are told: token ids spell the text.
+        """
+        delta = TextDelta(self._index, text)
+        tellable = self._action < types_pb2.SAFETY_ACTION_REDACT
+        while self._details and self._details[0][0] <= self._decided:
+            _, source = self._details.popleft()
+            if not tellable:
+                continue
+            delta.token_ids += source.token_ids
+            if source.logprobs is not None:
+                if delta.logprobs is None:
+                    delta.logprobs = types_pb2.Logprobs()
+                delta.logprobs.MergeFrom(source.logprobs)
+        return [delta] if delta.text or delta.token_ids else []
+
+    def _message(
+        self, session_id: int, payload: tuple[str, bool], opening: bool
+    ) -> safety_pb2.CompletionInput:
+        text, finish = payload
+        message = safety_pb2.CompletionInput(session_id=session_id, text=text, finish=finish)
+        if opening:
+            # On a first stream this is a plain beginning; on a later one it restores the state.
+            message.open.tenant = self._context.tenant.name
+            message.open.trace.CopyFrom(self._trace)
+            message.open.released_text = "".join(self._released)
+            message.text = self._undecided
+        return message

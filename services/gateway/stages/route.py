@@ -1,0 +1,51 @@
+"""Which model and which engines: names resolved, defaults of the model filled in."""
+
+from __future__ import annotations
+
+from meshserve.v1 import types_pb2
+from services.gateway.context import RequestContext
+from services.gateway.models import ModelDirectory
+from services.gateway.pipeline import Stage
+from services.runtime.errors import Reason, ServiceError
+
+
+class Route(Stage):
+    """Sets the model, and the sampling parameters that the request leaves to it."""
+
+    name = "route"
+
+    def __init__(self, models: ModelDirectory) -> None:
+        self._models = models
+
+    async def before(self, context: RequestContext) -> None:
+        """Raises ServiceError (NOT_FOUND, PERMISSION_DENIED, UNIMPLEMENTED, UNAVAILABLE)."""
+        request = context.request
+        name = self._models.canonical_name(request.model)
+        allowed = context.tenant.models
+        if allowed and name not in allowed and request.model not in allowed:
+            raise ServiceError(
+                Reason.MODEL_NOT_ALLOWED, f"the API key may not use the model {name!r}"
+            )
+        model = await self._models.resolve(name)
+        needed = (
+            types_pb2.MODEL_CAPABILITY_CHAT
+            if request.WhichOneof("input") == "conversation"
+            else types_pb2.MODEL_CAPABILITY_GENERATE
+        )
+        if not model.can(needed):
+            capability = types_pb2.ModelCapability.Name(needed)
+            raise ServiceError(
+                Reason.CAPABILITY_MISSING,
+                f"the model {name!r} has no {capability.removeprefix('MODEL_CAPABILITY_').lower()}",
+                metadata={"capability": capability},
+            )
+        request.model = name
+        _fill_in(request.sampling, model.info.default_sampling)
+        context.model = model
+
+
+def _fill_in(sampling: types_pb2.SamplingParams, defaults: types_pb2.SamplingParams) -> None:
+    """Sets the scalar fields that are absent to the model's own defaults."""
+    for field, value in defaults.ListFields():
+        if field.has_presence and not sampling.HasField(field.name):  # type: ignore[arg-type]
+            setattr(sampling, field.name, value)

@@ -1,0 +1,60 @@
+"""Usage counted, for the metrics and the trace."""
+
+from __future__ import annotations
+
+import time
+
+from meshserve.v1 import types_pb2
+from services.gateway.context import RequestContext
+from services.gateway.events import ChoiceEnd
+from services.gateway.pipeline import Stage
+from services.gateway.usage import total_usage
+from services.runtime.errors import ServiceError
+from services.runtime.telemetry import Metrics
+
+
+class Settle(Stage):
+    """Counts on the way out; a cached answer costs no tokens."""
+
+    name = "settle"
+    on_replay = True
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._prompt_tokens = metrics.counter("meshserve_gateway_prompt_tokens")
+        self._completion_tokens = metrics.counter("meshserve_gateway_completion_tokens")
+        self._cached = metrics.counter("meshserve_gateway_cached_responses")
+        self._first_token = metrics.histogram("meshserve_gateway_time_to_first_token_seconds")
+        self._per_token = metrics.histogram("meshserve_gateway_time_per_output_token_seconds")
+
+    async def after(self, context: RequestContext, error: ServiceError | None) -> None:
+        """Counts what was used, also of a request that failed on the way."""
+        model, span = context.served.name, context.span
+        cached = context.cached_answer is not None
+        usage = total_usage(context)
+        span.set_attribute("meshserve.cached", cached)
+        span.set_attribute("gen_ai.response.model", model)
+        span.set_attribute("gen_ai.usage.input_tokens", usage.prompt_tokens)
+        span.set_attribute("gen_ai.usage.output_tokens", usage.completion_tokens)
+        span.set_attribute(
+            "gen_ai.response.finish_reasons",
+            [
+                types_pb2.FinishReason.Name(event.finish_reason)
+                .removeprefix("FINISH_REASON_")
+                .lower()
+                for event in context.events
+                if isinstance(event, ChoiceEnd)
+            ],
+        )
+        if cached:
+            self._cached.labels(model).inc()
+        else:
+            self._prompt_tokens.labels(model, context.tenant.name).inc(usage.prompt_tokens)
+            self._completion_tokens.labels(model, context.tenant.name).inc(usage.completion_tokens)
+        if context.first_text_at is None:
+            return
+        first_s = context.first_text_at - context.arrived_at
+        span.set_attribute("gen_ai.response.time_to_first_chunk", first_s)
+        self._first_token.labels(model).observe(first_s)
+        if error is None and not cached and usage.completion_tokens > 1:
+            rest_s = time.perf_counter() - context.first_text_at
+            self._per_token.labels(model).observe(rest_s / (usage.completion_tokens - 1))

@@ -1,0 +1,107 @@
+"""The prompt's token ids, and the token side of stop strings."""
+
+from __future__ import annotations
+
+from meshserve.v1 import gateway_pb2, tokenizer_pb2, tokenizer_pb2_grpc, types_pb2
+from services.gateway.context import RequestContext
+from services.gateway.pipeline import Stage
+from services.runtime.errors import Reason, ServiceError, invalid_field
+from services.runtime.settings import GatewaySettings
+
+
+class Tokenize(Stage):
+    """Sets the prompt's ids, the stop sequences and the number of tokens that may follow."""
+
+    name = "tokenize"
+
+    def __init__(
+        self, settings: GatewaySettings, tokenizer: tokenizer_pb2_grpc.TokenizerServiceAsyncStub
+    ) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+
+    async def before(self, context: RequestContext) -> None:
+        """Raises ServiceError (INVALID_ARGUMENT: template errors, prompts that do not fit)."""
+        request = context.request
+        context.prompt_token_ids = await self._prompt(context)
+        if not context.prompt_token_ids:
+            raise invalid_field(
+                f"{context.field_prefix}{request.WhichOneof('input')}", "gives no token at all"
+            )
+        stops = request.stopping.stop_strings
+        if stops:
+            encoded = await self._tokenizer.Encode(
+                tokenizer_pb2.EncodeRequest(
+                    model=request.model, texts=stops, add_special_tokens=False
+                )
+            )
+            context.stop_sequences = [list(text.token_ids) for text in encoded.encoded]
+        self._fit(context)
+
+    async def _prompt(self, context: RequestContext) -> list[int]:
+        request = context.request
+        kind = request.WhichOneof("input")
+        if kind == "token_ids":
+            ids = list(request.token_ids.ids)
+            size = context.served.info.vocabulary_size
+            for position, token_id in enumerate(ids):
+                if token_id >= size:
+                    raise invalid_field(
+                        f"{context.field_prefix}token_ids.ids[{position}]",
+                        f"must be below {size}, the size of the vocabulary",
+                    )
+            return ids
+        if kind == "conversation":
+            rendered = await self._tokenizer.ApplyChatTemplate(
+                tokenizer_pb2.ApplyChatTemplateRequest(
+                    model=request.model, conversation=request.conversation
+                )
+            )
+            return list(rendered.token_ids)
+        encoded = await self._tokenizer.Encode(encode_request(request))
+        return list(encoded.encoded[0].token_ids)
+
+    def _fit(self, context: RequestContext) -> None:
+        stopping = context.request.stopping
+        limit = context.served.context_tokens
+        asked = stopping.max_tokens if stopping.HasField("max_tokens") else None
+        policy = context.request.truncation
+        if policy in (
+            types_pb2.TRUNCATION_POLICY_DROP_OLDEST,
+            types_pb2.TRUNCATION_POLICY_DROP_NEWEST,
+        ):
+            room = max(1, limit - (asked or 1))
+            ids = context.prompt_token_ids
+            oldest = policy == types_pb2.TRUNCATION_POLICY_DROP_OLDEST
+            context.prompt_token_ids = ids[-room:] if oldest else ids[:room]
+        prompt = len(context.prompt_token_ids)
+        wanted = asked if asked is not None else 1
+        if prompt + wanted > limit:
+            size = f"prompt ({prompt}) and max_tokens ({asked})" if asked else f"prompt ({prompt})"
+            raise ServiceError(
+                Reason.PROMPT_TOO_LONG,
+                f"{size} do not fit the model's context of {limit} tokens"
+                if asked
+                else f"{size} does not fit the model's context of {limit} tokens",
+                field_violations=[
+                    (
+                        context.field_prefix
+                        + ("stopping.max_tokens" if prompt < limit and asked else "input"),
+                        f"at most {limit} tokens together",
+                    )
+                ],
+                metadata={"context_tokens": str(limit), "prompt_tokens": str(prompt)},
+            )
+        if asked is None:
+            asked = min(limit - prompt, self._settings.default_max_tokens or limit)
+        context.max_tokens = asked
+
+
+def encode_request(
+    request: gateway_pb2.GenerateRequest | gateway_pb2.CountTokensRequest,
+) -> tokenizer_pb2.EncodeRequest:
+    """The tokenizer's request for the text of a request."""
+    encode = tokenizer_pb2.EncodeRequest(model=request.model, texts=[request.text])
+    if request.HasField("add_special_tokens"):
+        encode.add_special_tokens = request.add_special_tokens
+    return encode

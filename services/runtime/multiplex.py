@@ -49,7 +49,10 @@ class Session(Protocol[Input_contra, Output_co]):
     finished: bool
 
     def feed(self, message: Input_contra) -> Output_co | None:
-        """The answer to one input, if it asks for one; sets `finished` with the last. May raise ServiceError."""
+        """The answer to one input, if it asks for one; sets `finished` with the last.
+
+        May raise ServiceError.
+        """
         ...
 
     def close(self, error: ServiceError | None) -> None:

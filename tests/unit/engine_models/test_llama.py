@@ -54,6 +54,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide heads": {"head_dim": 16},
     "tied": {"tie_word_embeddings": True},
     "biased": {"attention_bias": True, "mlp_bias": True},
+    # Wide and low enough that YaRN's ramp begins and ends between whole dimensions.
+    "rope yarn with a ramp": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 1.5,
+            "beta_slow": 0.7,
+        },
+    },
     **{f"rope {name}": {"rope_parameters": rope} for name, rope in ROPE.items()},
 }
 

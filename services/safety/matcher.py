@@ -60,9 +60,7 @@ class Matcher:
         holds_back = action >= Action.REDACT
 
         def rule(detector_name: str, kind: RuleKind = RuleKind.FINDING, evidence: str = "") -> int:
-            return self._rule(
-                Rule(kind, name, detector_name, action, category.threshold, evidence)
-            )
+            return self._rule(Rule(kind, name, detector_name, action, category.threshold, evidence))
 
         if category.terms:
             index = rule("terms")

@@ -13,6 +13,7 @@ matches take effect in the order in which they start, whatever source found them
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from services.safety import injection
@@ -72,7 +73,12 @@ class CheckSession:
     @property
     def held_chars(self) -> int:
         """Original code points that are held back now."""
-        return self._normalizer.original_length - self._cursor
+        return 0 if self.is_blocked else self._normalizer.original_length - self._cursor
+
+    @property
+    def decided_chars(self) -> int:
+        """Original code points that the releases so far stand for, `released_text` included."""
+        return self._cursor
 
     def feed(self, text: str) -> str:
         """Takes text that follows; returns what may go out now, after redaction."""
@@ -96,10 +102,12 @@ class CheckSession:
 
     def check_integrity(self) -> None:
         """Asserts the invariants; for tests."""
+        if self.is_blocked:
+            return
         assert self._cursor + len(self._original) == self._normalizer.original_length
         assert self._view_start + len(self._view) == self._normalizer.folded_length
         assert all(live > self._view_start for live in self._live) or self._view_start == -1
-        assert self.is_blocked or all(match.start >= min(self._live) for match in self._pending)
+        assert all(match.start >= min(self._live) for match in self._pending)
 
     def _take(self, piece: str) -> None:
         self._view += self._normalizer.feed(piece)
@@ -182,8 +190,8 @@ class CheckSession:
 
     def _kinds_in_blob(self, match: Match) -> list[str]:
         """Evidence in what a run of base64 or hexadecimal holds, itself one kind; or nothing."""
-        first = max(match.start + 1, 0) - self._view_start  # after what stands before the run
-        text = injection.decode_blob(self._view[first : match.end - self._view_start])
+        offset = self._view_start
+        text = injection.decode_blob(self._view[match.start - offset : match.end - offset])
         if text is None:
             return []
         view = View("\n" + Normalizer().feed(text), is_final=True)
@@ -208,7 +216,6 @@ class CheckSession:
             self._release(start)
             self.is_blocked = True
             self._original = ""
-            self._cursor = self._normalizer.original_length
         elif rule.action is Action.REDACT:
             if start >= self._redacted_until:
                 self._release(start)
@@ -245,14 +252,30 @@ class PromptCheck:
     texts: list[str]
 
 
-def check_texts(matcher: Matcher, texts: list[str]) -> PromptCheck:
-    """Checks whole texts. After a block nothing more is looked at."""
+class CheckCancelledError(Exception):
+    """The caller of a check went away before it was done."""
+
+
+def check_texts(
+    matcher: Matcher,
+    texts: Sequence[str],
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> PromptCheck:
+    """Checks whole texts. After a block nothing more is looked at.
+
+    Raises CheckCancelledError soon after `is_cancelled` says so.
+    """
     verdict = Verdict()
     checked: list[str] = []
     for index, text in enumerate(texts):
         session = CheckSession(matcher, text_index=index)
-        released = session.feed(text)
-        checked.append(released + session.finish())
+        out: list[str] = []
+        for piece in _pieces(text):
+            if is_cancelled():
+                raise CheckCancelledError
+            out.append(session.feed(piece))
+        out.append(session.finish())
+        checked.append("".join(out))
         for finding in session.new_findings:
             verdict.add(finding)
         if session.is_blocked:

@@ -22,8 +22,8 @@ class Hit:
 Check = Callable[[bytes, int, int], Hit | None]
 
 # Called with the text and the end of a match: where what the match announces really ends, or None
-# when the text so far does not tell. Must tell within a bounded number of characters, and not before
-# one character after the end is there.
+# when the text so far does not tell. Must tell within a bounded number of characters, and not
+# before one character after the end is there.
 Extend = Callable[[bytes, int], int | None]
 
 

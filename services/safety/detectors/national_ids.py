@@ -68,9 +68,7 @@ def check_brazilian_cpf(text: bytes, start: int, end: int) -> Hit | None:
 
 
 NATIONAL_IDS = (
-    detector(
-        "de_tax_id", r"\b(?:\d{11}|\d{2} \d{3} \d{3} \d{3})\b", check_german_tax_id
-    ),
+    detector("de_tax_id", r"\b(?:\d{11}|\d{2} \d{3} \d{3} \d{3})\b", check_german_tax_id),
     detector(
         "es_dni",
         r"\b(?:\d{8}|[XYZ]\d{7})-?[TRWAGMYFPDXBNJZSQVHLCKE]\b",
@@ -95,7 +93,5 @@ NATIONAL_IDS = (
         check_nhs_number,
         ignore_case=True,
     ),
-    detector(
-        "br_cpf", r"\b\d{3}\.\d{3}\.\d{3}-\d{2}\b", check_brazilian_cpf, needs=b"-"
-    ),
+    detector("br_cpf", r"\b\d{3}\.\d{3}\.\d{3}-\d{2}\b", check_brazilian_cpf, needs=b"-"),
 )

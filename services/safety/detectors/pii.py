@@ -133,7 +133,9 @@ def check_ipv4(text: bytes, start: int, end: int) -> Hit | None:
     if not stands_alone(text, start, end):
         return None
     octets = text[start:end].split(b".")
-    if len(octets) != 4 or any(int(octet) > 255 or (len(octet) > 1 and octet[:1] == b"0") for octet in octets):
+    if len(octets) != 4 or any(
+        int(octet) > 255 or (len(octet) > 1 and octet[:1] == b"0") for octet in octets
+    ):
         return None
     small = all(int(octet) < _SMALL_OCTET for octet in octets)
     return Hit(start, end, 0.4 if small else 0.9)

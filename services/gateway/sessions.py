@@ -52,8 +52,8 @@ class _Stream(Generic[Input, Output]):
         self.opened_at = time.monotonic()
         self.lost = False
         self._call = call
-        self._make_request = make_request
-        self._outputs_of = outputs_of
+        self._make_request: Callable[[list[Input]], Any] = make_request
+        self._outputs_of: Callable[[Any], list[Output]] = outputs_of
         self._accrued: list[Input] = []
         self._has_accrued = asyncio.Event()
         self._waiting: dict[int, asyncio.Future[Output]] = {}
@@ -130,8 +130,8 @@ class SessionPool(Generic[Input, Output]):
     ) -> None:
         self.peer = peer
         self._open_stream = open_stream
-        self._make_request = make_request
-        self._outputs_of = outputs_of
+        self._make_request: Callable[[list[Input]], Any] = make_request
+        self._outputs_of: Callable[[Any], list[Output]] = outputs_of
         self._current: _Stream[Input, Output] | None = None
         self._retired: list[_Stream[Input, Output]] = []
         self._ids = itertools.count(1)
@@ -186,9 +186,9 @@ class Session(Generic[Input, Output]):
         make_input: Callable[[int, Any, bool], Input],
         make_cancel: Callable[[int], Input],
     ) -> None:
-        self._pool = pool
-        self._make_input = make_input
-        self._make_cancel = make_cancel
+        self._pool: SessionPool[Input, Output] = pool
+        self._make_input: Callable[[int, Any, bool], Input] = make_input
+        self._make_cancel: Callable[[int], Input] = make_cancel
         self._id = pool.new_session_id()
         self._stream: _Stream[Input, Output] | None = None
         self._over = False

@@ -19,7 +19,16 @@ ENVIRONMENT_PREFIX = "MESHSERVE_"
 NESTING_SEPARATOR = "__"
 CONFIG_VARIABLE = "MESHSERVE_CONFIG"
 # Variables with the prefix that are not settings.
-RESERVED_VARIABLES = frozenset({CONFIG_VARIABLE, "MESHSERVE_CACHE", "MESHSERVE_STATE"})
+RESERVED_VARIABLES = frozenset(
+    {
+        CONFIG_VARIABLE,
+        "MESHSERVE_CACHE",
+        "MESHSERVE_STATE",
+        "MESHSERVE_TARGET",
+        "MESHSERVE_API_KEY",
+        "MESHSERVE_TLS_CA",
+    }
+)
 
 
 class SettingsError(Exception):

@@ -10,7 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    start_http_server,
+)
+
+# A second series per counter that says when it began; Prometheus knows by itself.
+disable_created_metrics()
 
 LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0
@@ -78,7 +88,7 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("histogram", "engine", "meshserve_engine_queue_duration_seconds", "Time that requests waited before their first step."),
     _row("histogram", "engine", "meshserve_engine_prompt_length_tokens", "Prompt lengths of requests.", buckets=TOKEN_BUCKETS),
     _row("counter", "cache", "meshserve_cache_lookups", "Look-ups by outcome: hit, miss, pending, coalesced, error.", "outcome"),
-    _row("counter", "cache", "meshserve_cache_stores", "Answers offered, by outcome: stored, rejected, error.", "outcome"),
+    _row("counter", "cache", "meshserve_cache_stores", "Answers offered, by outcome: stored, rejected (too large), outdated (forgotten meanwhile), error.", "outcome"),
     _row("histogram", "cache", "meshserve_cache_backend_duration_seconds", "Duration of commands to the Redis-protocol server.", "command"),
     _row("counter", "safety", "meshserve_safety_checks", "Texts checked, by what was decided: allow, flag, redact, block.", "subject", "action"),
     _row("counter", "safety", "meshserve_safety_findings", "Findings by category of the policy.", "category", "action"),

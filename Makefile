@@ -1,0 +1,69 @@
+# `make up` runs the mesh, `make test` tests it; both set up everything they need.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+PROTOS := $(shell find protos -name '*.proto')
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help up down test test-slow lint format bench docs stubs baseline lock clean
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+up: $(VENV)/.all ## Pull the demo model, start the mesh on this machine and keep serving
+	@$(BIN)/meshserve up $(ARGS)
+
+down: ## Stop a mesh that `make up` started
+	@test ! -x $(BIN)/meshserve || $(BIN)/meshserve down
+
+test: $(VENV)/.dev ## Run the tests (those marked slow excepted)
+	$(PYTEST) -m "not slow and not docker" $(ARGS)
+
+test-slow: $(VENV)/.dev ## Run the tests that take longer: faults, load, long streams
+	$(PYTEST) -m "slow and not docker" $(ARGS)
+
+lint: $(VENV)/.dev ## Check style, types and contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	cd protos && ../$(BIN)/buf lint
+	cd protos && ../$(BIN)/buf breaking --against baseline.binpb
+
+format: $(VENV)/.dev ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.all ## Print tokens/s of the engine core alone and through the mesh
+	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(VENV)/.dev ## Regenerate the reference tables in docs/
+	$(BIN)/python docs/generate.py
+
+stubs: $(VENV)/.all ## Regenerate the stubs after editing a .proto file
+	$(BIN)/python build_stubs.py
+
+baseline: $(VENV)/.dev ## Record the contracts as those that may no longer break
+	cd protos && ../$(BIN)/buf build -o baseline.binpb
+
+lock: $(VENV)/.dev ## Record the installed versions as the ones to install
+	$(BIN)/python -m pip freeze --exclude-editable --exclude meshserve | sed 's/+cpu$$//' > requirements.lock
+
+clean: ## Remove the environment and everything generated
+	rm -rf $(VENV) meshserve/v1 .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# PyTorch comes first: what depends on it then takes the build that is here.
+$(VENV)/.torch: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$$(grep '^torch==' requirements.lock)"
+	@touch $@
+
+$(VENV)/.all: $(VENV)/.torch pyproject.toml build_stubs.py $(PROTOS)
+	$(PIP) install -c requirements.lock -e '.[all]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.all
+	$(PIP) install -c requirements.lock -e '.[dev]'
+	@touch $@

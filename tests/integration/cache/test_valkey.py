@@ -83,8 +83,9 @@ async def test_the_embedded_server_leaves_nothing_on_disk(short_path):
     assert {path.name for path in short_path.iterdir()} == {"valkey.conf", "log"}
 
 
-async def test_a_nobody_at_the_address_fails_at_once_and_every_time():
-    async with connect(f"redis://127.0.0.1:{free_port()}") as client:
+@pytest.mark.parametrize("scheme", ["redis", "redis+cluster"])
+async def test_nobody_at_the_address_fails_at_once_and_every_time(scheme):
+    async with connect(f"{scheme}://127.0.0.1:{free_port()}") as client:
         for _ in range(3):
             started = time.monotonic()
             with pytest.raises(ValkeyUnavailableError):

@@ -17,7 +17,8 @@ from meshserve.v1 import (
 )
 from services.gateway.sessions import SessionPool
 from services.runtime.channels import ResponseStream, connect
-from services.runtime.settings import Settings
+from services.runtime.server import StartupError
+from services.runtime.settings import Settings, TlsSettings
 from services.runtime.telemetry import Metrics
 
 DecodePool = SessionPool[tokenizer_pb2.DecodeInput, tokenizer_pb2.DecodeOutput]
@@ -76,9 +77,26 @@ class Peers:
             grpc_services=[grpc_service],
             metrics=self._metrics,
             max_message_bytes=section.max_message_bytes,
+            credentials=self._credentials(section.tls),
         )
         self._channels.append(channel)
         return channel
+
+    def _credentials(self, peer: TlsSettings | None) -> grpc.ChannelCredentials | None:
+        """How a peer with TLS is trusted; where it asks for a certificate, ours is the edge's."""
+        if peer is None:
+            return None
+        own = self._settings.gateway.tls if peer.client_ca else None
+        try:
+            return grpc.ssl_channel_credentials(
+                root_certificates=(peer.ca or peer.certificate).read_bytes(),
+                private_key=own.private_key.read_bytes() if own else None,
+                certificate_chain=own.certificate.read_bytes() if own else None,
+            )
+        except OSError as error:
+            raise StartupError(
+                f"a TLS file cannot be read: {error}", "check the tls sections"
+            ) from error
 
 
 def _standing(method: Any) -> ResponseStream:

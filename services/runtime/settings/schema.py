@@ -48,6 +48,10 @@ class TlsSettings(Section):
 
     certificate: Path = Field(description="Certificate chain of this service.")
     private_key: Path = Field(description="Private key of the certificate.")
+    ca: Path | None = Field(
+        None,
+        description="CA that other services trust this one by. Default: the certificate itself.",
+    )
     client_ca: Path | None = Field(
         None, description="When set, clients must present a certificate that this CA signed."
     )

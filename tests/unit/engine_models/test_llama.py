@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from services.engine.core.models import load_model
+from services.runtime.modelfiles import ModelFileError
 
 PROMPT = [1, 5, 90, 33, 7, 7, 61, 12, 44, 3, 18]
 
@@ -100,6 +101,14 @@ def test_dynamic_scaling_serves_the_context_it_is_given(make_checkpoint: Any, st
     with torch.no_grad():
         expected = reference(tokens[None]).logits[0]
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_context_the_model_does_not_stretch_to_is_refused(make_checkpoint: Any) -> None:
+    directory, _ = make_checkpoint()
+    with pytest.raises(ModelFileError, match=r"has a context of 64 tokens .* to 65"):
+        load_model(directory, dtype=torch.float32, device="cpu", max_context_tokens=65)
+    _, config = load_model(directory, dtype=torch.float32, device="cpu", max_context_tokens=32)
+    assert config.max_context_tokens == 32
 
 
 def test_the_demo_model_equals_transformers_token_for_token(

@@ -43,12 +43,17 @@ def load_model(
 ) -> tuple[Model, ModelConfig]:
     """Load a model for inference.
 
-    `max_context_tokens` serves a context other than the model's own, which rope scalings of the
-    dynamic kind adapt to. Raises ModelFileError for files that are missing, damaged or do not
-    fit the architecture, and torch.OutOfMemoryError where the device has not the room.
+    `max_context_tokens` serves a context other than the model's own: a shorter one, or, for models
+    whose rope scaling is dynamic, a longer one. Raises ModelFileError for files that are missing,
+    damaged or do not fit the architecture, and for a context that the model does not stretch to;
+    torch.OutOfMemoryError where the device has not the room.
     """
     config = read_config(path)
     if max_context_tokens is not None:
+        if max_context_tokens > config.max_context_tokens and config.rope.scaling != "dynamic":
+            problem = f"has a context of {config.max_context_tokens} tokens and no dynamic rope "
+            problem += f"scaling that would stretch it to {max_context_tokens}"
+            raise ModelFileError(path, problem)
         config = replace(config, max_context_tokens=max_context_tokens)
     checkpoint = open_checkpoint(Path(path), config.heads, config.kv_heads)
     if config.num_layers > len(checkpoint.shapes):

@@ -1,0 +1,143 @@
+"""`meshserve models`: pull, list and show models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from meshserve.cli.connection import connection_options, make_connection
+from meshserve.cli.exits import CommandError
+from meshserve.cli.jsonify import write_json
+from meshserve.cli.output import stderr_console, stdout_console
+from meshserve.cli.status import describe_model
+from meshserve.errors import ConnectError
+
+
+@click.group("models")
+def command() -> None:
+    """Pull, list and show models."""
+
+
+@command.command("pull")
+@click.argument("source")
+def pull(source: str) -> None:
+    """Make a model available on this machine and print where it is.
+
+    SOURCE is a catalogue name such as smollm2-135m, or a hub id ORG/NAME[@REVISION].
+    """
+    path = _store().pull_model(source, None)
+    click.echo(str(path))
+
+
+@command.command("list")
+@click.option("--offline", is_flag=True, help="List the models on this machine.")
+@click.option("--json", "as_json", is_flag=True, help="Write the list as JSON.")
+@connection_options
+def list_models(
+    offline: bool,
+    as_json: bool,
+    target: str | None,
+    api_key: str | None,
+    timeout_s: float,
+    tls: bool,
+    tls_ca: Path | None,
+) -> None:
+    """List the models that the gateway serves, or where none answers, those on this machine."""
+    if not offline:
+        try:
+            connection = make_connection(target, api_key, timeout_s, tls, tls_ca)
+            with connection.client() as client:
+                models = client.models()
+        except ConnectError as error:
+            if target is not None:
+                raise
+            stderr_console().print(
+                Text(f"{error.message.partition(' (')[0]}; on this machine:", style="dim")
+            )
+        else:
+            if as_json:
+                write_json(models, sys.stdout)
+                return
+            table = Table.grid(padding=(0, 2))
+            for model in models:
+                state = "ready" if model.ready else "not ready"
+                style = "green" if model.ready else "red"
+                table.add_row(
+                    Text(model.name), Text(state, style=style), Text(describe_model(model))
+                )
+            stdout_console().print(table)
+            return
+    _list_offline(as_json)
+
+
+@command.command("show")
+@click.argument("source")
+@click.option("--json", "as_json", is_flag=True, help="Write the description as JSON.")
+def show(source: str, as_json: bool) -> None:
+    """Describe a model on this machine: a name, a .gguf file, a directory or a hub id."""
+    services = _store()
+    from services.runtime.modelfiles import describe, locate
+
+    with services.store_errors():
+        description = describe(locate(source, None))
+        size_bytes = description.size_bytes
+    if as_json:
+        write_json(description, sys.stdout)
+        return
+    table = Table.grid(padding=(0, 2))
+    rows = [
+        ("name", description.name),
+        ("architecture", description.architecture),
+        ("parameters", f"{description.num_parameters / 1e6:.1f} million, {description.dtype}"),
+        ("context", _tokens(description.max_context_tokens)),
+        ("vocabulary", _tokens(description.vocab_size)),
+        ("chat template", "yes" if description.has_chat_template else "no"),
+        ("licence", description.licence or "not stated"),
+        ("size", f"{size_bytes / 1e6:.1f} MB"),
+        ("path", str(description.path)),
+    ]
+    for name, value in rows:
+        table.add_row(Text(name, style="dim"), Text(value))
+    stdout_console().print(table)
+
+
+def _list_offline(as_json: bool) -> None:
+    services = _store()
+    from services.runtime.modelfiles import CATALOGUE, ModelStoreError, locate
+
+    rows: list[dict[str, str | None]] = []
+    with services.store_errors():
+        for name, entry in CATALOGUE.items():
+            try:
+                path: str | None = str(locate(name, None))
+            except ModelStoreError:
+                path = None
+            rows.append({"name": name, "summary": entry.summary, "path": path})
+    if as_json:
+        write_json(rows, sys.stdout)
+        return
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        where = row["path"] or f"not here; meshserve models pull {row['name']}"
+        table.add_row(*(Text(str(cell)) for cell in (row["name"], row["summary"], where)))
+    stdout_console().print(table)
+
+
+def _store() -> ModuleType:
+    """The store of models, which comes with the services."""
+    try:
+        from meshserve.cli import services
+    except ImportError as error:
+        raise CommandError(
+            f"the model store is not installed ({error})", "pip install 'meshserve[all]'"
+        ) from None
+    return services
+
+
+def _tokens(count: int | None) -> str:
+    return "not stated" if count is None else f"{count} tokens"

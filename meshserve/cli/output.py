@@ -1,0 +1,37 @@
+"""What every command writes with: answers on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.text import Text
+
+from meshserve.supervisor.logview import printable
+
+
+def stdout_console() -> Console:
+    """For answers. Made anew for each command, so that it writes to the stream of that moment."""
+    return Console(highlight=False)
+
+
+def stderr_console() -> Console:
+    """For errors, progress and remarks."""
+    return Console(stderr=True, highlight=False)
+
+
+def write_text(text: str, *, terminal: bool) -> None:
+    """Writes a piece of an answer at once. On a terminal, control characters are made visible."""
+    sys.stdout.write(printable(text) if terminal else text)
+    sys.stdout.flush()
+
+
+def print_error(message: str, way_out: str = "") -> None:
+    """`error: MESSAGE` with the way out below it."""
+    console = stderr_console()
+    first, *rest = message.splitlines() or [""]
+    console.print(Text.assemble(("error: ", "bold red"), printable(first)), soft_wrap=True)
+    for line in rest:
+        console.print(Text("       " + printable(line)), soft_wrap=True)
+    if way_out:
+        console.print(Text("       " + printable(way_out), style="dim"), soft_wrap=True)

@@ -1,0 +1,106 @@
+"""What the commands share that need the services installed; nothing here is imported by others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
+
+from meshserve.cli.exits import EXIT_CONFIGURATION, CommandError
+from meshserve.cli.output import stderr_console
+from services.runtime.modelfiles import CATALOGUE, ModelFileError, ModelStoreError, locate, pull
+from services.runtime.settings import Settings, SettingsError, load_settings
+
+
+def read_settings(config: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
+    """The settings, or a CommandError that lists what is wrong with them."""
+    try:
+        return load_settings(config, environment)
+    except SettingsError as error:
+        raise CommandError(
+            str(error), "docs/configuration.md lists every setting", exit_code=EXIT_CONFIGURATION
+        ) from None
+
+
+def model_environment(model: str) -> dict[str, str]:
+    """The setting `models` that serves one model alone: a catalogue name, a path or a hub id."""
+    path = Path(model).expanduser()
+    source = str(path.absolute()) if path.exists() else model
+    name = model if model in CATALOGUE else path.stem if path.exists() else model
+    return {"MESHSERVE_MODELS": yaml.safe_dump({name: {"source": source}}, default_flow_style=True)}
+
+
+def fetch_model(source: str, cache_dir: Path | None) -> Path:
+    """The model's place on this machine, pulled with a progress bar when missing."""
+    with store_errors():
+        try:
+            return locate(source, cache_dir)
+        except ModelStoreError:
+            return pull_model(source, cache_dir)
+
+
+def pull_model(source: str, cache_dir: Path | None) -> Path:
+    """Pulls a model and shows how far it is. Raises CommandError."""
+    with store_errors(), _progress() as report:
+        return pull(source, cache_dir, report)
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Turns what the model store raises into a CommandError."""
+    try:
+        yield
+    except ModelStoreError as error:
+        raise CommandError(error.problem, error.way_out) from None
+    except ModelFileError as error:
+        raise CommandError(str(error), "pull the model again, or give another one") from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise CommandError(
+            f"{where}{error.strerror}",
+            "set MESHSERVE_CACHE or model_cache to a directory with room that can be written",
+        ) from None
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal, a line for each thing done elsewhere."""
+    console = stderr_console()
+    if not console.is_terminal:
+        said: set[str] = set()
+
+        def tell(doing: str, done: int, total: int) -> None:
+            if doing not in said:
+                said.add(doing)
+                size = f" ({total / 1e6:.0f} MB)" if total else ""
+                console.print(f"{doing}{size}", markup=False)
+
+        yield tell
+        return
+    columns: list[Any] = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    ]
+    with Progress(*columns, console=console, transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def draw(doing: str, done: int, total: int) -> None:
+            if doing not in tasks:
+                tasks[doing] = progress.add_task(doing, total=total or None)
+            progress.update(tasks[doing], completed=done, total=total or None)
+
+        yield draw

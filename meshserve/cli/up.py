@@ -1,0 +1,114 @@
+"""`meshserve up`: a whole mesh on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from meshserve.cli.exits import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, CommandError
+from meshserve.cli.output import stdout_console
+from meshserve.supervisor.statedir import AlreadyRunningError, StateDir, StateError
+
+
+@click.command("up")
+@click.option(
+    "-c",
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="MESHSERVE_CONFIG",
+    metavar="FILE",
+    help="YAML file of settings.  [env: MESHSERVE_CONFIG]",
+)
+@click.option(
+    "-m",
+    "--model",
+    metavar="NAME|PATH",
+    help="Serve this model alone: a catalogue name, a .gguf file, a directory or a hub id.",
+)
+@click.option("--logs", is_flag=True, help="Show the logs of all services from the start.")
+@click.option("--no-greeting", is_flag=True, help="Do not ask the model for a first answer.")
+def command(config: Path | None, model: str | None, logs: bool, no_greeting: bool) -> int:
+    """Start a mesh on this machine and serve until Ctrl-C.
+
+    Pulls the model if it is missing, starts an embedded Valkey (unless valkey.url names a server)
+    and the five services, waits until all are healthy, and shows one answer of the model.
+    """
+    try:
+        from meshserve.cli import services
+        from services.runtime.valkey import EmbeddedValkeyError
+    except ImportError as error:
+        raise CommandError(
+            f"the services are not installed ({error})", "pip install 'meshserve[all]'"
+        ) from None
+    if config is not None:
+        config = config.absolute()
+    overrides = services.model_environment(model) if model is not None else {}
+    environment = {**os.environ, **overrides}
+    settings = services.read_settings(config, environment)
+    state = StateDir.default(environment)
+    try:
+        state.acquire()
+    except AlreadyRunningError as error:
+        raise _already_running(error, state) from None
+    except StateError as error:
+        raise CommandError(str(error)) from None
+    try:
+        for entry in settings.models.values():
+            services.fetch_model(entry.source, settings.model_cache)
+        return _run(config, settings, state, environment, logs=logs, greet=not no_greeting)
+    except EmbeddedValkeyError as error:
+        raise CommandError(str(error), exit_code=EXIT_CONFIGURATION) from None
+    except StateError as error:
+        raise CommandError(str(error)) from None
+    finally:
+        state.release()
+
+
+def _run(
+    config: Path | None,
+    settings: Any,
+    state: StateDir,
+    environment: dict[str, str],
+    *,
+    logs: bool,
+    greet: bool,
+) -> int:
+    from meshserve.supervisor.mesh import Mesh, UpOptions
+    from meshserve.supervisor.plan import process_specs, running_mesh, service_tls
+    from meshserve.supervisor.ports import AddressError, check_addresses
+
+    specs = process_specs(settings, config, state, environment)
+    try:
+        check_addresses(address for spec in specs for address in spec.addresses)
+    except AddressError as error:
+        raise CommandError(str(error), exit_code=EXIT_CONFIGURATION) from None
+
+    async def serve() -> int:
+        mesh = Mesh(
+            specs,
+            running_mesh(settings),
+            state,
+            stdout_console(),
+            UpOptions(show_logs=logs, greet=greet),
+            gateway_tls=service_tls(settings.gateway),
+        )
+        return await mesh.run()
+
+    return asyncio.run(serve())
+
+
+def _already_running(error: AlreadyRunningError, state: StateDir) -> CommandError:
+    if error.mesh is None:
+        who = "a mesh is starting or stopping"
+    else:
+        who = f"a mesh is running already (process {error.mesh.pid}, {error.mesh.gateway.target})"
+    return CommandError(
+        f"{who}; its state is in {state.path}",
+        "talk to it with `meshserve chat`, stop it with `meshserve down`, or set MESHSERVE_STATE "
+        "to another directory for a second one",
+        exit_code=EXIT_UNAVAILABLE,
+    )

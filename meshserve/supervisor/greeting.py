@@ -1,0 +1,50 @@
+"""The first answer of a new mesh: proof that a request gets all the way through."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from meshserve.async_client import AsyncClient
+from meshserve.supervisor.logview import printable
+
+PROMPT = "In one short sentence: what is the capital of France?"
+MAX_TOKENS = 48
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """How the first answer went."""
+
+    completion_tokens: int
+    first_token_s: float
+    total_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Rate after the first token."""
+        later_s = self.total_s - self.first_token_s
+        return (self.completion_tokens - 1) / later_s if later_s > 0 else 0.0
+
+
+async def stream_greeting(client: AsyncClient, console: Console) -> Greeting:
+    """Streams one answer of the default model onto the console. Raises MeshServeError."""
+    console.print(f"\n[dim]you>[/] {PROMPT}", highlight=False)
+    started = time.monotonic()
+    first_token_s: float | None = None
+    stream = client.stream_chat(
+        PROMPT, max_tokens=MAX_TOKENS, temperature=0, cache=False, timeout=TIMEOUT_S
+    )
+    async with stream:
+        async for text in stream.aiter_text():
+            if first_token_s is None:
+                first_token_s = time.monotonic() - started
+                console.print("[dim]mesh>[/] ", end="")
+            console.print(printable(text), end="", markup=False, highlight=False, soft_wrap=True)
+        await stream.collect()
+    console.print()
+    total_s = time.monotonic() - started
+    return Greeting(stream.usage.completion_tokens, first_token_s or total_s, total_s)

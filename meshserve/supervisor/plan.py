@@ -1,0 +1,117 @@
+"""Which processes a mesh on one machine consists of, from its settings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from meshserve.supervisor.probes import GrpcProbe, ValkeyProbe
+from meshserve.supervisor.spec import ListenAddress, ProcessSpec
+from meshserve.supervisor.statedir import RunningMesh, ServiceEntry, StateDir
+from meshserve.transport import TLS
+from services.runtime.settings import ServerSettings, Settings
+from services.runtime.valkey import EmbeddedValkey
+
+VALKEY = "valkey"
+# The gateway comes last: it is stopped first, while what its requests in flight need still runs.
+SERVICES = ("tokenizer", "engine", "cache", "safety", "gateway")
+# A service that has drained needs a moment more to release what it holds.
+STOP_MARGIN_S = 5.0
+VALKEY_STOP_TIMEOUT_S = 5.0
+VALKEY_START_TIMEOUT_S = 20.0
+LOOPBACK_NAMES = "localhost,127.0.0.1,::1"
+
+
+def process_specs(
+    settings: Settings,
+    config: Path | None,
+    state: StateDir,
+    environment: Mapping[str, str] = os.environ,
+) -> list[ProcessSpec]:
+    """The processes in the order of their start.
+
+    Raises EmbeddedValkeyError when Valkey is needed and cannot be set up.
+    """
+    child_environment = _child_environment(environment)
+    specs = []
+    if settings.valkey.url is None:
+        specs.append(_valkey_spec(settings, state, child_environment))
+    for name in SERVICES:
+        section = settings.server(name)
+        command = [sys.executable, "-m", f"services.{name}"]
+        if config is not None:
+            command += ["--config", str(config)]
+        addresses = [ListenAddress(f"{name}.listen", section.listen)]
+        if section.metrics_listen is not None:
+            addresses.append(ListenAddress(f"{name}.metrics_listen", section.metrics_listen))
+        specs.append(
+            ProcessSpec(
+                name=name,
+                command=tuple(command),
+                probe=GrpcProbe(_own_target(section), service_tls(section)),
+                environment=child_environment,
+                addresses=tuple(addresses),
+                stage=1,
+                stop_timeout_s=section.drain_timeout_s + STOP_MARGIN_S,
+            )
+        )
+    return specs
+
+
+def running_mesh(settings: Settings) -> RunningMesh:
+    """What other processes are told of this mesh."""
+    services = tuple(
+        ServiceEntry(
+            name,
+            _own_target(section := settings.server(name)),
+            str(section.tls.certificate.absolute()) if section.tls is not None else None,
+        )
+        for name in SERVICES
+    )
+    gateway = next(entry for entry in services if entry.name == "gateway")
+    return RunningMesh(pid=os.getpid(), gateway=gateway, services=services)
+
+
+def service_tls(section: ServerSettings) -> TLS | bool:
+    """How the supervisor, on the same machine, trusts a service: by the certificate itself."""
+    if section.tls is None:
+        return False
+    return TLS(
+        ca_file=section.tls.certificate,
+        certificate_file=section.tls.certificate if section.tls.client_ca else None,
+        private_key_file=section.tls.private_key if section.tls.client_ca else None,
+    )
+
+
+def _own_target(section: ServerSettings) -> str:
+    """Where this machine reaches the service: `target` may be a name that only peers know."""
+    return section.model_copy(update={"target": None}).effective_target.removeprefix("dns:///")
+
+
+def _valkey_spec(
+    settings: Settings, state: StateDir, environment: Mapping[str, str]
+) -> ProcessSpec:
+    port = settings.valkey.embedded_port
+    server = EmbeddedValkey(
+        state.valkey_dir, port=port, max_memory_bytes=settings.valkey.embedded_max_bytes
+    )
+    return ProcessSpec(
+        name=VALKEY,
+        command=tuple(server.command()),
+        probe=ValkeyProbe("127.0.0.1", port),
+        environment=environment,
+        addresses=(ListenAddress("valkey.embedded_port", f"127.0.0.1:{port}"),),
+        stage=0,
+        start_timeout_s=VALKEY_START_TIMEOUT_S,
+        stop_timeout_s=VALKEY_STOP_TIMEOUT_S,
+    )
+
+
+def _child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the processes inherit, with the mesh's own traffic kept away from HTTP proxies."""
+    child = dict(environment)
+    for name in ("no_proxy", "NO_PROXY"):
+        child[name] = ",".join(filter(None, (child.get(name), LOOPBACK_NAMES)))
+    return child

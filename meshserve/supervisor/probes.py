@@ -1,0 +1,61 @@
+"""Whether a process of the mesh can do its work now."""
+
+from __future__ import annotations
+
+import asyncio
+
+from meshserve.health import Health, HealthChecker
+from meshserve.supervisor.spec import ProbeError
+from meshserve.transport import TLS, make_endpoint
+
+PROBE_TIMEOUT_S = 3.0
+
+
+class GrpcProbe:
+    """Asks a service's own grpc.health.v1."""
+
+    def __init__(self, target: str, tls: TLS | bool = False) -> None:
+        self._endpoint = make_endpoint(target, api_key="", timeout=None, tls=tls, metadata=None)
+        self._checker: HealthChecker | None = None
+
+    async def __call__(self) -> None:
+        if self._checker is None:  # a channel needs the running event loop
+            self._checker = HealthChecker(self._endpoint)
+        health = await self._checker.check(timeout_s=PROBE_TIMEOUT_S)
+        if health is Health.SERVING:
+            return
+        raise ProbeError(f"is {health}", answered=health is Health.NOT_SERVING)
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        if self._checker is not None:
+            await self._checker.close()
+
+
+class ValkeyProbe:
+    """PING over the Redis protocol to a server on this machine."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host = host
+        self._port = port
+
+    async def __call__(self) -> None:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                answer = await self._ping()
+        except TimeoutError:
+            raise ProbeError("is silent", answered=False) from None
+        except OSError:
+            raise ProbeError("is unreachable", answered=False) from None
+        if not answer.startswith(b"+PONG"):
+            text = answer.decode("utf-8", "replace").strip()
+            raise ProbeError(f"answers {text!r} to PING", answered=True)
+
+    async def _ping(self) -> bytes:
+        reader, writer = await asyncio.open_connection(self._host, self._port)
+        try:
+            writer.write(b"PING\r\n")
+            await writer.drain()
+            return await reader.readline()
+        finally:
+            writer.close()

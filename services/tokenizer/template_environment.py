@@ -35,6 +35,7 @@ from jinja2.utils import Namespace
 
 from services.tokenizer.errors import ChatTemplateError
 from services.tokenizer.traced_text import (
+    MAX_ITEMS,
     TracedText,
     budget,
     concatenate,
@@ -43,7 +44,6 @@ from services.tokenizer.traced_text import (
     trusted_text,
 )
 
-MAX_ITEMS = 500_000
 MAX_INTEGER_BITS = 4096
 MAX_INDENT = 64
 _MAX_DATE_FORMAT_CHARS = 256

@@ -20,7 +20,10 @@ from services.tokenizer.errors import ChatTemplateError
 Runs = tuple[tuple[int, int], ...]
 """Ascending, disjoint, non-adjacent [start, end) ranges of characters."""
 
+# Parts that a text may be split into, and members of any list in a template.
+MAX_ITEMS = 100_000
 _SHORT_CHARS = 256
+_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _PERCENT_FIELD = re.compile(r"%(?:\((?P<key>\w+)\))?(?P<conversion>[sdr%])")
 
 
@@ -81,7 +84,7 @@ class TracedText(str):
             text = str.__getitem__(self, key)
             if step != 1 or not self._trusted:
                 return TracedText(text)
-            return TracedText(text, _cut(self._trusted, start, max(start, stop)))
+            return TracedText(text, _cut(self._trusted, start, stop))
         index = int(key.__index__())
         text = str.__getitem__(self, index)
         position = index if index >= 0 else len(self) + index
@@ -132,12 +135,13 @@ class TracedText(str):
 
     # The standard library declares lists of plain strings; these hold strings that know more.
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._located(str.split(self, sep, maxsplit), sep)
+        return self._located(str.split(self, sep, _bounded_splits(maxsplit)), sep)
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._located(str.rsplit(self, sep, maxsplit), sep)
+        return self._located(str.rsplit(self, sep, _bounded_splits(maxsplit)), sep)
 
     def splitlines(self, keepends: bool = False) -> list[str]:
+        _check_parts(sum(map(self.count, _LINE_ENDS)))
         lines: list[str] = []
         start = 0
         for whole, kept in zip(
@@ -208,6 +212,7 @@ class TracedText(str):
         return self[:at], self[at : at + len(sep)], self[at + len(sep) :]
 
     def _located(self, parts: list[str], sep: str | None) -> list[str]:
+        _check_parts(len(parts))
         if not self._trusted:
             return [TracedText(part) for part in parts]
         located: list[str] = []
@@ -251,7 +256,19 @@ def concatenate(parts: Iterable[str]) -> TracedText:
     return TracedText("".join(parts), tuple(runs))
 
 
+def _bounded_splits(maxsplit: SupportsIndex) -> int:
+    splits = maxsplit.__index__()
+    return MAX_ITEMS if splits < 0 or splits > MAX_ITEMS else splits
+
+
+def _check_parts(count: int) -> None:
+    if count > MAX_ITEMS:
+        raise ChatTemplateError(f"the template makes a list of more than {MAX_ITEMS} members")
+
+
 def _cut(runs: Runs, start: int, end: int) -> Runs:
+    if start >= end:
+        return ()
     return tuple(
         (max(run_start, start) - start, min(run_end, end) - start)
         for run_start, run_end in runs

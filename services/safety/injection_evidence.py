@@ -161,7 +161,8 @@ EVIDENCE: tuple[Evidence, ...] = (
             _pattern(
                 "persona",
                 r"\b(?:without|no|have no|free from|free of)(?: any| all)? "
-                r"(?:ethical |moral |safety |content ){0,2}(?:restrictions|filters|guardrails|limitations|guidelines)\b",
+                r"(?:ethical |moral |safety |content ){0,2}"
+                r"(?:restrictions|filters|guardrails|limitations|guidelines)\b",
             ),
             _pattern(
                 "persona",

@@ -9,7 +9,7 @@ from functools import lru_cache
 from services.safety import injection
 from services.safety.detectors import DETECTORS
 from services.safety.detectors.base import Detector, detector
-from services.safety.policy import Category, Policy
+from services.safety.policy import Category, PatternTerm, Policy
 from services.safety.sources import PatternRule, PatternSource, Source, Term, TermSource
 from services.safety.verdict import Action
 
@@ -46,8 +46,10 @@ class Matcher:
             action = category.completion if completion else category.prompt
             if action is not Action.ALLOW:
                 self._add_category(name, category, action)
-        if self.rules and policy.allow_terms:
+        if self.rules:
             allowed = self._rule(Rule(RuleKind.ALLOWED))
+            for pattern in policy.allow_patterns:
+                self._builder.pattern(_own_detector(pattern), allowed, holds_back=False)
             for text in policy.allow_terms:
                 self._builder.term(Term(text, allowed), leet=False, holds_back=False)
         self.sources: tuple[Source, ...] = self._builder.build()
@@ -68,8 +70,8 @@ class Matcher:
                 term = Term(text, index, category.term_score)
                 self._builder.term(term, leet=category.leet, holds_back=holds_back)
         for pattern in category.patterns:
-            made = detector(pattern.name, pattern.pattern, ignore_case=pattern.ignore_case)
-            self._builder.pattern(made, rule(pattern.name), holds_back, pattern.score)
+            index = rule(pattern.name)
+            self._builder.pattern(_own_detector(pattern), index, holds_back, pattern.score)
         for detector_name in category.detectors:
             if detector_name != injection.NAME:
                 self._builder.pattern(DETECTORS[detector_name], rule(detector_name), holds_back)
@@ -79,6 +81,10 @@ class Matcher:
                 _add_evidence(self._builder, kind, index, holds_back)
             index = rule(injection.BLOB.name, RuleKind.ENCODED, injection.ENCODED_KIND)
             self._builder.pattern(injection.BLOB, index, holds_back)
+
+
+def _own_detector(pattern: PatternTerm) -> Detector:
+    return detector(pattern.name, pattern.pattern, ignore_case=pattern.ignore_case)
 
 
 class _SourceBuilder:

@@ -3,8 +3,8 @@
 Matching is left to RE2, whose time is linear in the text. What RE2 does not tell is whether the end
 of a text may still grow into a match. For that a second expression is derived from each pattern:
 it matches the prefixes of its words. `(?:prefixes)\\z` then finds the earliest place from which a
-match may still come. Assertions are dropped from prefixes, except at the start, where what they look at
-is known already; a prefix expression so accepts at least what it must.
+match may still come. Assertions are dropped from prefixes, except at the start, where what they
+look at is known already; a prefix expression so accepts at least what it must.
 
 The language: literals, escapes (`\\d \\w \\s` and capitals, `\\n \\t`, escaped signs), classes,
 `.`, groups, alternation, `?`, `{n}` and `{m,n}`, and the assertions `\\b` and `\\B`. Open-ended

@@ -110,6 +110,7 @@ class Policy(_Part):
     description: str = ""
     replacement: Annotated[str, Field(max_length=200)] = "[redacted]"
     allow_terms: tuple[str, ...] = ()
+    allow_patterns: tuple[PatternTerm, ...] = ()
     categories: dict[str, Category]
 
     @model_validator(mode="after")

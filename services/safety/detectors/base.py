@@ -60,6 +60,9 @@ def stands_alone(text: bytes, start: int, end: int, glue: bytes = b"-./_+") -> b
     return end >= len(text) or text[end] == ord(".") or text[end] not in glue
 
 
+_NOT_DIGITS = bytes(byte for byte in range(256) if not 48 <= byte <= 57)
+
+
 def digits_of(candidate: bytes) -> str:
     """The decimal digits of a candidate."""
-    return "".join(chr(byte) for byte in candidate if 48 <= byte <= 57)
+    return candidate.translate(None, _NOT_DIGITS).decode("ascii")

@@ -42,10 +42,10 @@ _SMALL_OCTET = 20
 
 
 def _is_card(digits: str) -> bool:
-    return luhn(digits) and any(
+    return any(
         len(digits) in lengths and low <= digits[: len(low)] <= high
         for low, high, lengths in _CARD_RANGES
-    )
+    ) and luhn(digits)
 
 
 def check_card(text: bytes, start: int, end: int) -> Hit | None:
@@ -143,14 +143,15 @@ def check_ipv4(text: bytes, start: int, end: int) -> Hit | None:
 
 def check_ipv6(text: bytes, start: int, end: int) -> Hit | None:
     """RFC 4291 text form with at least three written groups, which times and C++ names lack."""
-    candidate = text[start:end].decode("ascii")
-    # A full stop or comma is no part of it, but a colon that ends a clause may have been taken.
-    if candidate.endswith(":") and not candidate.endswith("::"):
-        candidate = candidate[:-1]
     if start > 0 and (chr(text[start - 1]).isalnum() or text[start - 1] in b":."):
         return None
-    after = text[start + len(candidate) : start + len(candidate) + 1]
-    if after.isalnum() or sum(1 for group in candidate.split(":") if group) < 3:
+    candidate = text[start:end].decode("ascii")
+    # A colon that ends a clause may have been taken.
+    if candidate.endswith(":") and not candidate.endswith("::"):
+        candidate = candidate[:-1]
+    if text[start + len(candidate) : start + len(candidate) + 1].isalnum():
+        return None
+    if sum(1 for group in candidate.split(":") if group) < 3:
         return None
     try:
         ipaddress.IPv6Address(candidate)
@@ -194,7 +195,7 @@ PII = (
         r"(?:\b1[ .-])?(?:\(\d{3}\) ?|\b\d{3}[ .-])\d{3}[ .-]\d{4}\b",
         _ignoring_glue(check_us_phone),
     ),
-    detector("ipv4", r"\b(?:\d{1,3}\.){3}\d{1,3}(?:\.\d)?\b", check_ipv4, needs=b"."),
+    detector("ipv4", r"\b(?:\d{1,3}\.){3}\d{1,3}(?:\.\d{1,3})?\b", check_ipv4, needs=b"."),
     detector(
         "ipv6",
         r"[0-9A-Fa-f]{0,4}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}",

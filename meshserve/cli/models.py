@@ -102,7 +102,7 @@ def show(source: str, as_json: bool) -> None:
         ("path", str(description.path)),
     ]
     for name, value in rows:
-        table.add_row(Text(name, style="dim"), Text(value))
+        table.add_row(Text(name, style="dim"), Text(value, overflow="fold"))
     stdout_console().print(table)
 
 
@@ -124,7 +124,7 @@ def _list_offline(as_json: bool) -> None:
     table = Table.grid(padding=(0, 2))
     for row in rows:
         where = row["path"] or f"not here; meshserve models pull {row['name']}"
-        table.add_row(*(Text(str(cell)) for cell in (row["name"], row["summary"], where)))
+        table.add_row(*(Text(str(cell), overflow="fold") for cell in (row["name"], row["summary"], where)))
     stdout_console().print(table)
 
 

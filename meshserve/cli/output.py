@@ -10,9 +10,15 @@ from rich.text import Text
 from meshserve.supervisor.logview import printable
 
 
+PIPE_WIDTH = 4096
+
+
 def stdout_console() -> Console:
     """For answers. Made anew for each command, so that it writes to the stream of that moment."""
-    return Console(highlight=False)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # whoever reads a pipe wants whole lines
+        console.width = PIPE_WIDTH
+    return console
 
 
 def stderr_console() -> Console:

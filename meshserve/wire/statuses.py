@@ -84,7 +84,10 @@ def _bare_status(
     code: grpc.StatusCode, message: str, kind: type[MeshServeError], target: str
 ) -> tuple[type[MeshServeError], str]:
     if code is grpc.StatusCode.UNAVAILABLE:
-        return errors.ConnectError, f"no MeshServe gateway answers at {target} ({message})"
+        cause = message.rpartition(": ")[2] or "no reason given"
+        if message.startswith(("failed to connect", "DNS resolution failed")):
+            return errors.ConnectError, f"no MeshServe gateway answers at {target} ({cause})"
+        return errors.ConnectError, f"the connection to {target} broke ({cause})"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return kind, f"{target} did not complete the answer within the timeout"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:

@@ -50,6 +50,10 @@ def pull(
     Raises ModelStoreError; whatever happens, no half file is left under the model's name.
     """
     path = directory / model.file_name
+    # Looked at without the lock first: the file only ever appears whole, and a cache directory that
+    # came with an image may not be writable.
+    if _is_intact(path, model, progress):
+        return path
     with _no_room_is_an_error(directory), _only_one(directory, model, progress) as staging:
         if _is_intact(path, model, progress):
             return path
@@ -167,7 +171,7 @@ def _is_intact(path: Path, model: CatalogueModel, progress: Progress) -> bool:
     try:
         if path.stat().st_size != model.member_bytes:
             return False
-    except FileNotFoundError:
+    except OSError:
         return False
     return _sha256(path, f"checking {model.name}", progress) == model.member_sha256
 

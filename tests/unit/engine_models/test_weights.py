@@ -37,7 +37,9 @@ def edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def write_gguf(model: Any, path: Path, kind: str = "F32", **extra: np.ndarray) -> None:
+def write_gguf(
+    model: Any, path: Path, kind: str = "F32", parts: int = 1, **extra: np.ndarray
+) -> None:
     """Write a HF Llama as GGUF does: its own names, query and key rows in its own order."""
     config = model.config
     to_gguf = {module: name for name, module in FROM_GGUF.items()}
@@ -52,6 +54,8 @@ def write_gguf(model: Any, path: Path, kind: str = "F32", **extra: np.ndarray) -
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_eos_token_id(2)
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     qtype = gguf.GGMLQuantizationType[kind]
     for hf_name, tensor in model.state_dict().items():
         if hf_name == "lm_head.weight" and config.tie_word_embeddings:
@@ -309,6 +313,13 @@ def test_a_truncated_gguf_model_is_refused(make_checkpoint: Any, tmp_path: Path)
         path.write_bytes(whole[: int(len(whole) * part)])
         with pytest.raises(ModelFileError, match=r"model\.gguf"):
             load(path)
+
+
+def test_one_part_of_a_split_gguf_is_refused(make_checkpoint: Any, tmp_path: Path) -> None:
+    _, reference = make_checkpoint()
+    write_gguf(reference, tmp_path / "model.gguf", parts=3)
+    with pytest.raises(ModelFileError, match="is one of 3 parts of a model; merge them"):
+        load(tmp_path / "model.gguf")
 
 
 def test_a_storage_type_without_a_dequantiser_is_refused_by_name(

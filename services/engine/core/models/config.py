@@ -188,6 +188,9 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     def key(suffix: str) -> str:
         return f"{architecture}.{suffix}"
 
+    if (parts := metadata.integer("split.count", 1)) > 1:
+        problem = f"is one of {parts} parts of a model; merge them into one file first"
+        raise ModelFileError(path, problem)
     hidden_size = metadata.integer(key("embedding_length"))
     heads = metadata.integer(key("attention.head_count"))
     head_dim = metadata.integer(key("attention.key_length"), hidden_size // max(heads, 1))

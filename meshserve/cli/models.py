@@ -124,7 +124,9 @@ def _list_offline(as_json: bool) -> None:
     table = Table.grid(padding=(0, 2))
     for row in rows:
         where = row["path"] or f"not here; meshserve models pull {row['name']}"
-        table.add_row(*(Text(str(cell), overflow="fold") for cell in (row["name"], row["summary"], where)))
+        table.add_row(
+            *(Text(str(cell), overflow="fold") for cell in (row["name"], row["summary"], where))
+        )
     stdout_console().print(table)
 
 

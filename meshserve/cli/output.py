@@ -9,7 +9,6 @@ from rich.text import Text
 
 from meshserve.supervisor.logview import printable
 
-
 PIPE_WIDTH = 4096
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -46,7 +46,7 @@ class Display:
         """Keeps the table at the bottom of the terminal from now on."""
         if self.console.is_terminal and self._live is None:
             self._live = Live(
-                get_renderable=self.table,
+                get_renderable=self._table_and_footer,
                 console=self.console,
                 refresh_per_second=4,
                 transient=True,
@@ -86,19 +86,20 @@ class Display:
                 Text(self._addresses.get(status.name, ""), style="dim"),
                 Text(self._remark(status), style="dim", overflow="ellipsis", no_wrap=True),
             )
-        if self.footer:
-            table.add_row(Text(self.footer, style="dim"))
         return table
+
+    def _table_and_footer(self) -> Group:
+        return Group(self.table(), Text(self.footer, style="dim"))
 
     def _line(self, status: ProcessStatus) -> Text:
         mark, style = _STYLES[status.state]
-        line = Text(time.strftime("%H:%M:%S "), style="dim")
+        line = Text.assemble((time.strftime("%H:%M:%S "), "dim"))
         line.append(f"{mark} {status.name:<10}", style=style)
         line.append(f"{status.state}", style=style)
         if status.state is ProcessState.HEALTHY and status.start_took_s is not None:
             line.append(f" after {status.start_took_s:.1f} s", style="dim")
         if status.detail:
-            line.append(f": {status.detail}", style="none")
+            line.append(f": {status.detail}")
         return line
 
     def _remark(self, status: ProcessStatus) -> str:

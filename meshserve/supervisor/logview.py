@@ -54,15 +54,15 @@ def format_lines(name: str, lines: Iterable[str]) -> list[Text]:
 
 def format_line(name: str, line: str) -> Text:
     """One log line of the process `name`."""
-    shown = Text(f"{name:<10}", style="cyan")
+    shown = Text.assemble((f"{name:<10}", "cyan"))
     record = _parsed(line)
     if record is None:
-        return shown.append(printable(line), style="none")
+        return shown.append(printable(line))
     level = str(record.get("level", ""))
     moment = str(record.get("time", ""))[11:19]
     shown.append(f"{moment} ", style="dim")
     shown.append(f"{level:<8}", style=_LEVEL_STYLES.get(level, "none"))
-    shown.append(printable(str(record.get("message", ""))), style="none")
+    shown.append(printable(str(record.get("message", ""))))
     for key, value in record.items():
         if key not in _KNOWN_FIELDS and key not in _HIDDEN_FIELDS:
             shown.append(f" {key}={printable(str(value))}", style="dim")

@@ -23,7 +23,12 @@ from meshserve.supervisor.logview import LogFollower, format_line, format_lines
 from meshserve.supervisor.restarts import RestartLimits
 from meshserve.supervisor.spec import ProcessSpec, ProcessStatus
 from meshserve.supervisor.statedir import RunningMesh, StateDir, trim_log
-from meshserve.supervisor.supervisor import Failure, MeshFailedError, Supervisor
+from meshserve.supervisor.supervisor import (
+    REAPER_GRACE_S,
+    Failure,
+    MeshFailedError,
+    Supervisor,
+)
 from meshserve.transport import API_KEY_VARIABLE, TLS
 
 EXIT_OK = 0
@@ -39,6 +44,7 @@ class UpOptions:
     show_logs: bool = False
     greet: bool = True
     limits: RestartLimits | None = None
+    reaper_grace_s: float = REAPER_GRACE_S
 
 
 class Mesh:
@@ -59,7 +65,11 @@ class Mesh:
         self._options = options
         self._gateway_tls = gateway_tls
         self._supervisor = Supervisor(
-            specs, state.log_dir, on_change=self._changed, limits=options.limits
+            specs,
+            state.log_dir,
+            on_change=self._changed,
+            limits=options.limits,
+            reaper_grace_s=options.reaper_grace_s,
         )
         addresses = {spec.name: spec.addresses[0].address for spec in specs if spec.addresses}
         self._display = Display(console, self._supervisor.statuses, addresses)

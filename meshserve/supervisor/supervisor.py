@@ -57,6 +57,7 @@ class Supervisor:
         *,
         on_change: OnChange = lambda status: None,
         limits: RestartLimits | None = None,
+        reaper_grace_s: float = REAPER_GRACE_S,
     ) -> None:
         self.specs = tuple(specs)
         self.statuses = {spec.name: ProcessStatus(spec.name) for spec in specs}
@@ -68,7 +69,7 @@ class Supervisor:
         self._ready = {spec.name: asyncio.Event() for spec in specs}
         self._failed: asyncio.Future[Failure] | None = None
         self._kill_now = asyncio.Event()
-        self._groups = GroupReaper()
+        self._groups = GroupReaper(reaper_grace_s)
 
     def log_path(self, name: str) -> Path:
         """Where the output of a process goes."""
@@ -260,7 +261,8 @@ class GroupReaper:
     It is started with the first group and started anew if it has been killed itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
         self._groups: set[int] = set()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -288,7 +290,7 @@ class GroupReaper:
         if self._process is not None:
             self._process.wait()
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(REAPER), str(REAPER_GRACE_S)],
+            [sys.executable, "-I", "-S", str(REAPER), str(self._grace_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

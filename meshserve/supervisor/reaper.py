@@ -16,13 +16,19 @@ from collections.abc import Iterable
 
 
 def remaining_groups(lines: Iterable[str]) -> set[int]:
-    """The groups that were named with `+` and not with `-` after it."""
+    """The groups that were named with `+` and not with `-` after it.
+
+    Only whole lines count: half a number would be somebody else's group.
+    """
     groups: set[int] = set()
     for line in lines:
-        if line[:1] == "+":
-            groups.add(int(line[1:]))
-        elif line[:1] == "-":
-            groups.discard(int(line[1:]))
+        sign, number = line[:1], line[1:-1]
+        if not (line.endswith("\n") and number.isascii() and number.isdigit() and int(number) > 1):
+            continue
+        if sign == "+":
+            groups.add(int(number))
+        elif sign == "-":
+            groups.discard(int(number))
     return groups
 
 

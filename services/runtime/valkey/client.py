@@ -33,7 +33,14 @@ COMMAND_TIMEOUT_S = 1.0
 CONNECT_TIMEOUT_S = 0.5
 RECOVERY_INTERVAL_S = 0.25
 IDLE_CHECK_S = 15
-MAX_CONNECTIONS = 64
+# Calls beyond this many queue here, where waiting is not taken for a server that does not answer.
+MAX_CONCURRENT_CALLS = 64
+# A command that takes this share of its time makes us ask the server, for that share of the time at
+# most: when the command's own time is up, it is known whether others should still be sent.
+_SUSPECT_AFTER_SHARE = 0.4
+_ASK_FOR_SHARE = 0.5
+# A call on a cluster can need two connections of one node; one more is for asking after an outage.
+_MAX_CONNECTIONS = 2 * MAX_CONCURRENT_CALLS + 1
 DEFAULT_PORT = 6379
 
 _PLAIN_SCHEMES = ("redis", "rediss", "unix")
@@ -63,9 +70,10 @@ Argument = bytes | str | int | float
 class ValkeyClient:
     """Commands and scripts on one server or cluster. Answers are bytes, never decoded.
 
-    Every call raises ValkeyUnavailableError within `command_timeout_s` when the server is away (at
-    once when that is known already), and ValkeyRefusedError when the server answers with an error.
-    A command whose connection broke is sent once more, so it must bear being run twice.
+    Every call raises ValkeyUnavailableError within `command_timeout_s` of its turn when the server
+    is away (at once when that is known already), and ValkeyRefusedError when the server answers
+    with an error. A command whose connection broke is sent once more, so it must bear being run
+    twice.
     """
 
     def __init__(
@@ -78,6 +86,7 @@ class ValkeyClient:
         self._backend: Any = backend
         self._name = name
         self._command_timeout_s = command_timeout_s
+        self._turn = asyncio.Semaphore(MAX_CONCURRENT_CALLS)
         self._outage: str | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._closed = False
@@ -155,19 +164,34 @@ class ValkeyClient:
         await self.close()
 
     async def _guarded(self, call: Callable[[], Awaitable[T]]) -> T:
-        if self._closed:
-            raise ValkeyUnavailableError("the client is closed", retry_after_s=RECOVERY_INTERVAL_S)
-        if self._outage is not None:
-            raise self._unavailable(self._outage)
+        async with self._turn:
+            # Only now: the outage may have begun while this call waited for its turn.
+            if self._closed:
+                raise ValkeyUnavailableError(
+                    "the client is closed", retry_after_s=RECOVERY_INTERVAL_S
+                )
+            if self._outage is not None:
+                raise self._unavailable(self._outage)
+            return await self._bounded(call)
+
+    async def _bounded(self, call: Callable[[], Awaitable[T]]) -> T:
+        suspicion = asyncio.get_running_loop().call_later(
+            _SUSPECT_AFTER_SHARE * self._command_timeout_s, self._ask
+        )
         try:
             async with asyncio.timeout(self._command_timeout_s):
                 return await call()
         except _PASSING_ERRORS as error:
             reason = _describe(error)
-            self._open_circuit(reason)
+            # One slow command is its own caller's bad luck: whether the server is away, the
+            # suspicion finds out meanwhile. A broken or refused connection leaves no doubt.
+            if type(error) is not TimeoutError:
+                self._open_circuit(reason)
             raise self._unavailable(reason) from error
         except redis_errors.RedisError as error:
             raise ValkeyRefusedError(f"{self._name} refused: {error}") from error
+        finally:
+            suspicion.cancel()
 
     def _unavailable(self, reason: str) -> ValkeyUnavailableError:
         return ValkeyUnavailableError(
@@ -175,24 +199,29 @@ class ValkeyClient:
         )
 
     def _open_circuit(self, reason: str) -> None:
-        if self._outage is not None or self._closed:
-            return
-        self._outage = reason
-        logger.warning("%s is unavailable: %s", self._name, reason)
-        self._recovery = asyncio.create_task(self._recover(), name="valkey-recovery")
+        if self._outage is None and not self._closed:
+            self._outage = reason
+            logger.warning("%s is unavailable: %s", self._name, reason)
+        self._ask()
+
+    def _ask(self) -> None:
+        """Sees to it that someone asks until the server answers."""
+        if not self._closed and (self._recovery is None or self._recovery.done()):
+            self._recovery = asyncio.create_task(self._recover(), name="valkey-recovery")
 
     async def _recover(self) -> None:
-        # The first try comes at once, so that a single slow answer closes nobody out for long.
+        timeout_s = min(CONNECT_TIMEOUT_S, _ASK_FOR_SHARE * self._command_timeout_s)
         while True:
             try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                async with asyncio.timeout(timeout_s):
                     await self._ping()
             except (*_PASSING_ERRORS, redis_errors.RedisError) as error:
-                self._outage = _describe(error)
+                self._open_circuit(_describe(error))
                 await asyncio.sleep(RECOVERY_INTERVAL_S)
                 continue
-            self._outage = None
-            logger.info("%s is available again", self._name)
+            if self._outage is not None:
+                self._outage = None
+                logger.info("%s is available again", self._name)
             return
 
     async def _ping(self) -> None:
@@ -215,7 +244,8 @@ def connect(url: str, *, command_timeout_s: float = COMMAND_TIMEOUT_S) -> Valkey
         "protocol": 2,
         "decode_responses": False,
         "socket_connect_timeout": min(CONNECT_TIMEOUT_S, command_timeout_s),
-        "socket_timeout": command_timeout_s,
+        # Commands are timed here; of redis-py's own timeouts only that of connecting is left.
+        "socket_timeout": None,
         "health_check_interval": IDLE_CHECK_S,
         "driver_info": None,
     }
@@ -247,7 +277,7 @@ def _connect_plain(url: str, options: dict[str, Any], timeout_s: float) -> redis
             raise ValkeyUrlError(f"{redacted(url)}: {parts.path[1:]!r} is not a database number")
     retry = Retry(NoBackoff(), _RETRIES, supported_errors=(redis_errors.ConnectionError,))
     pool = BlockingConnectionPool.from_url(
-        url, max_connections=MAX_CONNECTIONS, timeout=timeout_s, retry=retry, **options
+        url, max_connections=_MAX_CONNECTIONS, timeout=timeout_s, retry=retry, **options
     )
     # Options that no connection takes show only when one is made; better now than on a request.
     pool.make_connection()  # type: ignore[no-untyped-call]
@@ -271,7 +301,7 @@ def _connect_cluster(url: str, options: dict[str, Any]) -> RedisCluster:
         startup_nodes=[_cluster_node(address, url) for address in hosts.split(",")],
         ssl=scheme == "rediss",
         retry=retry,
-        max_connections=MAX_CONNECTIONS,
+        max_connections=_MAX_CONNECTIONS,
         **{**options, **from_url},
     )
 

@@ -49,6 +49,11 @@ class ValkeyProcess:
         self._process.kill()
         self._process.wait()
 
+    def check_not_ended_by_itself(self) -> None:
+        assert self._process is not None
+        ended = self._process.poll() is not None and self._process.returncode != -signal.SIGKILL
+        assert not ended, (self.server.data_dir / "valkey.log").read_text()
+
     def hang(self) -> None:
         os.kill(self.pid, signal.SIGSTOP)
 
@@ -80,6 +85,7 @@ def valkey(short_path: Path) -> Iterator[ValkeyProcess]:
     process = ValkeyProcess(EmbeddedValkey(short_path, unix_socket=short_path / "valkey.sock"))
     process.start()
     yield process
+    process.check_not_ended_by_itself()
     process.kill()
 
 

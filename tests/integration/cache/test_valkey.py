@@ -138,9 +138,37 @@ async def test_a_mistake_in_one_command_is_no_outage(client):
     assert await client.execute("LLEN", "list") == 1
 
 
-async def test_more_callers_than_connections_all_get_their_answer(client):
-    values = [b"%d" % number for number in range(500)]
-    assert await asyncio.gather(*(client.execute("ECHO", value) for value in values)) == values
+# Scripts see one and the same TIME from beginning to end, so this goes by the processor's.
+BUSY = Script("""
+local until_s = os.clock() + tonumber(ARGV[1])
+while os.clock() < until_s do end
+return ARGV[2]
+""")
+
+
+async def test_a_queue_of_callers_is_not_taken_for_an_outage(client):
+    """All get their own answer, although the last ones wait longer than a command may take."""
+    values = [b"%d" % number for number in range(1500)]
+    started = time.monotonic()
+    answers = await asyncio.gather(
+        *(client.run_script(BUSY, [], [0.001, value]) for value in values)
+    )
+    assert answers == values
+    assert time.monotonic() - started > 1.2
+
+
+async def test_one_slow_command_closes_nobody_out(valkey):
+    """A command that waits for what does not come times out alone; the server does answer."""
+    async with connect(valkey.url, command_timeout_s=0.3) as client:
+        slow = asyncio.create_task(client.execute("BLPOP", "nothing", 5))
+        async with asyncio.timeout(5):
+            while not slow.done():
+                await client.execute("SET", "k", "v")
+        with pytest.raises(ValkeyUnavailableError):
+            await slow
+        for _ in range(50):
+            assert await client.execute("GET", "k") == b"v"
+            await asyncio.sleep(0.005)
 
 
 async def test_a_closed_client_says_so(valkey):

@@ -89,9 +89,7 @@ def chi_square_limit(degrees: int) -> float:
 def test_samples_follow_the_exact_distribution(parameters: dict[str, float]) -> None:
     logits = np.random.default_rng(5).standard_normal(40).astype(np.float32) * 2
     expected = reference_probabilities(logits, **parameters)  # type: ignore[arg-type]
-    noise = uniforms(
-        np.full(DRAWS, stream_key(11, 0), np.uint64), np.arange(DRAWS, dtype=np.int64)
-    )
+    noise = uniforms(np.full(DRAWS, stream_key(11, 0), np.uint64), np.arange(DRAWS, dtype=np.int64))
     drawn = sample(
         torch.from_numpy(logits).repeat(DRAWS, 1),
         batch_of(DRAWS, noise=noise, **parameters),  # type: ignore[arg-type]
@@ -202,9 +200,7 @@ def test_rows_that_are_not_finite_fail_alone() -> None:
     broken[1, 7] = torch.nan
     broken[2, 0] = torch.inf
     broken[3] = -torch.inf
-    drawn: SampledTokens = sample(
-        broken, batch_of(6, temperature=[0, 1, 0, 1, 0, 1], top_p=0.9)
-    )
+    drawn: SampledTokens = sample(broken, batch_of(6, temperature=[0, 1, 0, 1, 0, 1], top_p=0.9))
     assert [isinstance(error, LogitsError) for error in drawn.errors] == [
         False, True, True, True, False, False,
     ]  # fmt: skip

@@ -17,7 +17,7 @@ import base64
 import binascii
 from collections.abc import Iterable
 
-from services.safety.detectors.base import Hit, detector
+from services.safety.detectors.base import Hit, detector, run_of
 from services.safety.injection_evidence import EVIDENCE, NAME, Evidence
 
 ENCODED_KIND = "encoded"
@@ -35,16 +35,20 @@ __all__ = [
 
 ENCODED = Evidence(ENCODED_KIND, 0.5)
 
-_BLOB_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/_-")
-
 
 def check_blob(text: bytes, start: int, end: int) -> Hit | None:
-    """Only the beginning of a run: its first 512 characters are enough for an opening phrase."""
-    return None if start > 0 and text[start - 1] in _BLOB_BYTES else Hit(start, end)
+    """The run without what stands before it."""
+    return Hit(start + 1, end)
 
 
-# A run of base64 or hexadecimal.
-BLOB = detector(f"{NAME}.{ENCODED_KIND}", r"\b[A-Za-z0-9+/_-]{24,512}={0,2}", check_blob)
+# A run of base64 or hexadecimal after something else, so that there is one candidate to a run. Its
+# first 512 characters are enough for an opening phrase.
+BLOB = detector(
+    f"{NAME}.{ENCODED_KIND}",
+    r"[^A-Za-z0-9+/_-][A-Za-z0-9+/_-]{24}",
+    check_blob,
+    extend=run_of("A-Za-z0-9+/_-", 488),
+)
 
 
 def combined_score(weights: Iterable[float]) -> float:

@@ -252,7 +252,9 @@ class PatternSource(Source):
         position = first
         while (found := words.search(text, position)) is not None and found.start() < live:
             start: int = found.start()
-            if made.extend(text, found.end()) is None:
+            end: int = found.end()
+            real = made.check is None or made.check(text, start, end) is not None
+            if real and made.extend(text, end) is None:
                 return start
             position = start + 1
         return live

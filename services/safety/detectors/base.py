@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import re2
+
 from services.safety.patterns import Pattern, parse_pattern
 
 
@@ -66,3 +68,21 @@ _NOT_DIGITS = bytes(byte for byte in range(256) if not 48 <= byte <= 57)
 def digits_of(candidate: bytes) -> str:
     """The decimal digits of a candidate."""
     return candidate.translate(None, _NOT_DIGITS).decode("ascii")
+
+
+def run_of(characters: str, most: int) -> Extend:
+    """Ends a match after at most `most` further characters of a class, in RE2's notation.
+
+    Cheaper than a repetition in the pattern: RE2's automaton counts every repetition it is in.
+    """
+    outside = re2.compile(f"[^{characters}]".encode("ascii"))
+
+    def end_of_run(text: bytes, position: int) -> int | None:
+        limit = position + most
+        found = outside.search(text, position, min(limit, len(text)))
+        if found is not None:
+            end: int = found.start()
+            return end
+        return limit if len(text) > limit else None
+
+    return end_of_run

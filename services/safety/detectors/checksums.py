@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 # Each digit doubled, with the digits of the result added.
 _DOUBLED = str.maketrans("0123456789", "0246813579")
 

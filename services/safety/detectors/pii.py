@@ -39,13 +39,16 @@ IBAN_LENGTHS = {
 # Numbers printed in advertisements, never issued (Social Security Administration).
 _VOID_SSNS = frozenset({"078051120", "219099999"})
 _SMALL_OCTET = 20
+_GROUPED_CARD_DIGITS = 16
 
 
 def _is_card(digits: str) -> bool:
+    if not luhn(digits):
+        return False
     return any(
         len(digits) in lengths and low <= digits[: len(low)] <= high
         for low, high, lengths in _CARD_RANGES
-    ) and luhn(digits)
+    )
 
 
 def check_card(text: bytes, start: int, end: int) -> Hit | None:
@@ -53,14 +56,14 @@ def check_card(text: bytes, start: int, end: int) -> Hit | None:
     if not stands_alone(text, start, end):
         return None
     candidate = text[start:end]
-    # What follows in its own group may be another number: try with and without.
-    while True:
-        if _is_card(digits_of(candidate)):
-            return Hit(start, start + len(candidate))
-        cut = max(candidate.rfind(b" "), candidate.rfind(b"-"))
-        if cut < 0:
-            return None
-        candidate = candidate[:cut]
+    digits = digits_of(candidate)
+    if _is_card(digits):
+        return Hit(start, end)
+    # The last group may be another number.
+    cut = max(candidate.rfind(b" "), candidate.rfind(b"-"))
+    if len(digits) > _GROUPED_CARD_DIGITS and cut > 0 and _is_card(digits_of(candidate[:cut])):
+        return Hit(start, start + cut)
+    return None
 
 
 def check_iban(text: bytes, start: int, end: int) -> Hit | None:

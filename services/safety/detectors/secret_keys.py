@@ -8,7 +8,7 @@ import json
 
 import re2
 
-from services.safety.detectors.base import Hit, detector
+from services.safety.detectors.base import Hit, detector, run_of
 
 # RFC 7468 and its elder kin: base64 lines, and headers such as `Proc-Type: 4,ENCRYPTED`.
 _NOT_KEY_BODY = re2.compile(rb"[^A-Za-z0-9+/= \n:,]")
@@ -49,6 +49,11 @@ def end_of_key_block(text: bytes, position: int) -> int | None:
     return limit if len(text) > limit else None
 
 
+def check_not_within_run(text: bytes, start: int, end: int) -> Hit | None:
+    """A key stands by itself: `task-force-...` and the like are names."""
+    return None if start > 0 and text[start - 1] in b"-_/." else Hit(start, end)
+
+
 SECRET_KEYS = (
     detector("aws_access_key_id", r"\b(?:AKIA|ASIA)[A-Z2-7]{16}\b"),
     detector(
@@ -61,11 +66,32 @@ SECRET_KEYS = (
         r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59})\b",
         needs=b"_",
     ),
-    detector("gitlab_token", r"\bglpat-[A-Za-z0-9_-]{20,64}", needs=b"glpat-"),
-    detector("slack_token", r"\bxox[abeprs]-[A-Za-z0-9-]{10,120}", needs=b"xox"),
+    detector(
+        "gitlab_token",
+        r"\bglpat-[A-Za-z0-9_-]{20}",
+        needs=b"glpat-",
+        extend=run_of("A-Za-z0-9_-", 80),
+    ),
+    detector(
+        "slack_token",
+        r"\bxox[abeprs]-[A-Za-z0-9-]{10}",
+        needs=b"xox",
+        extend=run_of("A-Za-z0-9-", 120),
+    ),
     detector("google_api_key", r"\bAIza[A-Za-z0-9_-]{35}", needs=b"AIza"),
-    detector("stripe_key", r"\b[rs]k_live_[A-Za-z0-9]{16,128}", needs=b"k_live_"),
-    detector("openai_key", r"\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,200}", needs=b"sk-"),
+    detector(
+        "stripe_key",
+        r"\b[rs]k_live_[A-Za-z0-9]{16}",
+        needs=b"k_live_",
+        extend=run_of("A-Za-z0-9", 128),
+    ),
+    detector(
+        "openai_key",
+        r"\bsk-[A-Za-z0-9_-]{32}",
+        check_not_within_run,
+        needs=b"sk-",
+        extend=run_of("A-Za-z0-9_-", 200),
+    ),
     detector(
         "jwt",
         r"\beyJ[A-Za-z0-9_-]{8,512}\.eyJ[A-Za-z0-9_-]{8,512}[A-Za-z0-9_-]{0,512}"

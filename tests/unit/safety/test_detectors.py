@@ -212,9 +212,9 @@ def test_a_key_block_without_an_end_goes_as_far_as_it_looks_like_one() -> None:
 
 ORDINARY = """In 2024, 1,234,567 people (12.5%) visited between 10:30 and 22:45. Version 3.11.7 of
 the package replaced 3.10.2; see section 4.2.1.3. The ratio was 0.123456789012345 and the hash
-d41d8cd98f00b204e9800998ecf8427e. Call extension 4021. ISBN 978-3-16-148410-0. Order no. 20240131-77.
+d41d8cd98f00b204e9800998ecf8427e. Call extension 4021. ISBN 978-3-16-148410-0. Order 20240131-77.
 Coordinates 52.520008, 13.404954. Total: $1,299.99. UUID 123e4567-e89b-12d3-a456-426614174000.
-std::vector<int> a(10); x = y ? a::b : c; time 2024-01-31T10:30:45.123456Z; MAC 00:1b:63:84:45:e6."""
+std::vector<int> a(10); x = y ? a::b : c; at 2024-01-31T10:30:45.123456Z; MAC 00:1b:63:84:45:e6."""
 
 
 @pytest.mark.parametrize("name", sorted(DETECTORS))

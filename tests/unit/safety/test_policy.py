@@ -64,7 +64,7 @@ def test_the_revision_follows_the_content_and_not_the_layout(tmp_path: Path) -> 
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match="nowhere.yaml: cannot be read"):
+    with pytest.raises(PolicyError, match=r"nowhere\.yaml: cannot be read"):
         load_policy("p", tmp_path / "nowhere.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(PolicyError, match="cannot be read"):

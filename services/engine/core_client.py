@@ -43,6 +43,8 @@ FIRST_RESTART_DELAY_S = 0.2
 LONGEST_RESTART_DELAY_S = 10.0
 # How long the core has to say that aborted sequences have ended.
 ABORT_GRACE_S = 2.0
+# A core that dies without a word before it was ever ready may have been killed by mistake.
+FIRST_START_ATTEMPTS = 3
 # A core that has lived this long crashed for a new reason: back-off starts over.
 STABLE_AFTER_S = 60.0
 
@@ -177,10 +179,12 @@ class CoreClient:
     async def _supervise(self) -> None:
         delay_s = FIRST_RESTART_DELAY_S
         loop = asyncio.get_running_loop()
-        while True:
+        for attempt in itertools.count(1):
             started_s = loop.time()
-            reason = await self._run_one_core()
-            if self._first_start is not None and not self._first_start.done():
+            reason, hopeless = await self._run_one_core()
+            never_ready = self._first_start is not None and not self._first_start.done()
+            if never_ready and (hopeless or attempt == FIRST_START_ATTEMPTS):
+                assert self._first_start is not None
                 self._first_start.set_exception(CoreStartError(reason))
                 return
             if loop.time() - started_s > STABLE_AFTER_S:
@@ -191,20 +195,23 @@ class CoreClient:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, LONGEST_RESTART_DELAY_S)
 
-    async def _run_one_core(self) -> str:
-        """Spawn a core and serve it until it ends; returns why it ended."""
-        reason = ""
+    async def _run_one_core(self) -> tuple[str, bool]:
+        """Spawn a core and serve it until it ends.
+
+        Returns why it ended, and whether the same settings would end every other core alike.
+        """
+        reason, hopeless = "", False
         try:
             core = await CoreProcess.spawn(self._settings, self._command)
         except OSError as error:
-            return f"its process cannot be started: {error}"
+            return f"its process cannot be started: {error}", False
         self._core = core
         heartbeat = asyncio.create_task(self._heartbeat(core))
         try:
             async for event in core.events():
                 self._last_heard_s = asyncio.get_running_loop().time()
                 if isinstance(event, Fatal):
-                    reason = event.reason
+                    reason, hopeless = event.reason, event.starting
                 else:
                     self._take(event)
         finally:
@@ -214,9 +221,9 @@ class CoreClient:
             self.load = Load()
             self._fail_all()
             exit_code = await core.close()
-        if reason:
-            return reason
-        return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+        if not reason:
+            reason = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+        return reason, hopeless
 
     async def _heartbeat(self, core: CoreProcess) -> None:
         interval_s = min(PING_INTERVAL_S, self._stall_timeout_s / 4)

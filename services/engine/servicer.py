@@ -20,7 +20,7 @@ from services.engine.request_stream import (
 )
 from services.engine.responses import ResponseBuilder
 from services.engine.step_spans import SequenceSpans
-from services.engine.validation import missing_capability, sequence_requests
+from services.engine.validation import default_sampling, missing_capability, sequence_requests
 from services.runtime.errors import Reason, ServiceError, invalid_field
 from services.runtime.telemetry import Metrics
 
@@ -118,6 +118,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             kv_block_tokens=facts.block_size,
             eos_token_ids=facts.eos_token_ids,
             capabilities=[types_pb2.MODEL_CAPABILITY_GENERATE, types_pb2.MODEL_CAPABILITY_CHAT],
+            default_sampling=default_sampling(facts),
             kernels=facts.kernels,
         )
 

@@ -57,6 +57,14 @@ def sequence_requests(
     ]
 
 
+def default_sampling(facts: ModelFacts) -> types_pb2.SamplingParams:
+    """The model's own sampling defaults; fields it has none for are absent."""
+    params = types_pb2.SamplingParams()
+    for name, value in facts.default_sampling.items():
+        setattr(params, name, int(value) if name == "top_k" else value)
+    return params
+
+
 def missing_capability(capability: str, description: str) -> ServiceError:
     """UNIMPLEMENTED, naming what this model or server cannot do."""
     return ServiceError(Reason.CAPABILITY_MISSING, description, metadata={"capability": capability})
@@ -95,6 +103,7 @@ def _choices(sampling: types_pb2.SamplingParams) -> int:
 
 def _sampling(request: engine_pb2.EngineServiceGenerateRequest, facts: ModelFacts) -> Sampling:
     params = request.sampling
+    own = facts.default_sampling
     for token_id, bias in params.logit_bias.items():
         _check_range("sampling.logit_bias", bias, -100, 100)
         _check_token_ids("sampling.logit_bias", (token_id,), facts)
@@ -108,12 +117,19 @@ def _sampling(request: engine_pb2.EngineServiceGenerateRequest, facts: ModelFact
     if request.HasField("logprobs") and request.logprobs > MAX_LOGPROBS:
         raise invalid_field("logprobs", f"must lie in [0, {MAX_LOGPROBS}]")
     return Sampling(
-        temperature=_number(params, "temperature", 1.0, 0, 100),
-        top_k=params.top_k,
-        top_p=_number(params, "top_p", 1.0, 0, 1, open_below=True),
-        min_p=_number(params, "min_p", 0.0, 0, 1),
+        temperature=_number(params, "temperature", own.get("temperature", 1.0), 0, 100),
+        top_k=params.top_k if params.HasField("top_k") else int(own.get("top_k", 0)),
+        top_p=_number(params, "top_p", own.get("top_p", 1.0), 0, 1, open_below=True),
+        min_p=_number(params, "min_p", own.get("min_p", 0.0), 0, 1),
         seed=params.seed if params.HasField("seed") else secrets.randbits(64),
-        repetition_penalty=_number(params, "repetition_penalty", 1.0, 0, 10, open_below=True),
+        repetition_penalty=_number(
+            params,
+            "repetition_penalty",
+            own.get("repetition_penalty", 1.0),
+            0,
+            10,
+            open_below=True,
+        ),
         presence_penalty=_number(params, "presence_penalty", 0.0, -2, 2),
         frequency_penalty=_number(params, "frequency_penalty", 0.0, -2, 2),
         logit_bias=dict(params.logit_bias),

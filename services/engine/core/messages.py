@@ -109,6 +109,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     kv_cache_memory_bytes: int
     load_time_s: float
     kernels: dict[str, str] = {}  # op -> implementation that runs
+    default_sampling: dict[str, float] = {}  # the model's own, by field of SamplingParams
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):

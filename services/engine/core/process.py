@@ -164,6 +164,7 @@ def run(file_descriptor: int, build_engine: EngineBuilder) -> int:
     logging.basicConfig(
         level=logging.INFO, handlers=[_LogForwarder(connection)], format="%(message)s"
     )
+    logging.captureWarnings(capture=True)
     threading.Thread(target=_end_with_front, args=(raw,), daemon=True).start()
     return serve(connection, build_engine)
 

@@ -13,6 +13,7 @@ from services.engine.core.admission import AdmissionLimits
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import EngineError
+from services.engine.core.generation_defaults import read_generation_defaults
 from services.engine.core.kernels import select
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.memory import kv_cache_budget_bytes
@@ -104,6 +105,7 @@ def build_engine(
         kv_cache_memory_bytes=num_blocks * bytes_per_block,
         load_time_s=time.monotonic() - started_s,
         kernels={selection.op: selection.implementation for selection in selections},
+        default_sampling=read_generation_defaults(Path(settings.model_path)),
     )
     logger.info(
         "loaded %s (%.0f M parameters, %s) on %s in %.1f s; the KV cache holds %d tokens in %d "

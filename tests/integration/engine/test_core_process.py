@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -270,6 +271,14 @@ async def test_draining_aborts_what_takes_too_long(client: CoreClient) -> None:
 async def test_a_core_that_cannot_start_says_why() -> None:
     client = CoreClient(CoreSettings(model_path="missing"), command=COMMAND)
     with pytest.raises(CoreStartError, match="there is no such model"):
+        await client.start()
+    await client.close()
+
+
+async def test_a_core_that_dies_before_it_is_ready_is_given_up_after_a_few_attempts() -> None:
+    dying = (sys.executable, "-c", "raise SystemExit(3)")
+    client = CoreClient(CoreSettings(model_path="hash"), command=dying)
+    with pytest.raises(CoreStartError, match="exit code 3"):
         await client.start()
     await client.close()
 

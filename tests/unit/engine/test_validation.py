@@ -6,11 +6,12 @@ import itertools
 import math
 from typing import Any
 
+import msgspec
 import pytest
 
 from meshserve.v1 import engine_pb2, types_pb2
 from services.engine.core.messages import ModelFacts, SequenceRequest
-from services.engine.validation import sequence_requests
+from services.engine.validation import default_sampling, sequence_requests
 from services.runtime.errors import Reason, ServiceError
 
 VOCAB_SIZE = 64
@@ -53,6 +54,19 @@ def test_absent_numbers_mean_their_documented_defaults() -> None:
     assert (sampling.repetition_penalty, sampling.presence_penalty) == (1, 0)
     assert sampling.logprobs is None
     assert sequence.stopping.max_tokens is None
+
+
+def test_the_model_s_own_defaults_stand_in_for_absent_numbers() -> None:
+    own = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}
+    facts = msgspec.structs.replace(FACTS, default_sampling=own)
+    request = generate_request([1], sampling=types_pb2.SamplingParams(top_p=0.5))
+    (sequence,) = sequence_requests(request, facts, itertools.count().__next__)
+    sampling = sequence.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.5, 20)
+    assert sampling.repetition_penalty == 1.1
+    shown = default_sampling(facts)
+    assert shown.temperature == pytest.approx(0.6)
+    assert not shown.HasField("min_p")
 
 
 def test_a_temperature_of_zero_is_not_absence() -> None:

@@ -57,14 +57,20 @@ class ChatTemplate:
     Args:
         source: Jinja source.
         special_tokens: variables such as `bos_token` and the control tokens they stand for.
+        max_source_chars: largest source that is compiled.
 
     Raises:
         ChatTemplateError: the source is too long or not a valid template.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
-        if len(source) > MAX_SOURCE_CHARS:
-            raise ChatTemplateError(f"the template has more than {MAX_SOURCE_CHARS} characters")
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        max_source_chars: int = MAX_SOURCE_CHARS,
+    ) -> None:
+        if len(source) > max_source_chars:
+            raise ChatTemplateError(f"the template has more than {max_source_chars} characters")
         self.source = source
         self._special_tokens = {
             name: trusted_text(token) for name, token in (special_tokens or {}).items()

@@ -14,6 +14,8 @@ from services.tokenizer.errors import UnknownTokenIdError
 from services.tokenizer.model_tokenizer import ModelTokenizer
 
 SPAN_NAME = "decode session"
+# Decoding runs on the event loop, and this many tokens take it some tens of milliseconds.
+MAX_TOKENS_PER_INPUT = 1 << 20
 
 
 class DecodeSession:
@@ -89,6 +91,8 @@ class DecodeSession:
         span.end()
 
     def _feed(self, token_ids: list[int], path: str) -> str:
+        if len(token_ids) > MAX_TOKENS_PER_INPUT:
+            raise invalid_field(path, f"has more than {MAX_TOKENS_PER_INPUT} tokens")
         try:
             return self._decoder.feed(token_ids)
         except UnknownTokenIdError as error:

@@ -51,7 +51,7 @@ class TokenizerDefinition:
             "eos": list(self.eos_token_ids),
             "templates": dict(self.chat_templates),
         }
-        canonical = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+        canonical = json.dumps(content, sort_keys=True).encode()
         return hashlib.sha256(canonical).hexdigest()[:32]
 
 

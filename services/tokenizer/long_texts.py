@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from services.tokenizer.definition import steps_of
 from services.tokenizer.pretokenizers import PRE_TOKENIZER_KINDS
 
-CHUNK_CHARS = 1 << 16
+CHUNK_CHARS = 1 << 15
+# The library works off a batch before it looks at the next; a round keeps every core busy and ends
+# soon, so that other requests get their turn.
+ROUND_CHARS = 2 * CHUNK_CHARS * (os.cpu_count() or 1)
 # A word of ASCII letters ends, and after one space the next begins: every known pattern splits
 # before that space, and no normalizer changes characters across it.
 _CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
@@ -60,3 +64,17 @@ def cut(text: str) -> list[str]:
             start = found.start()
     parts.append(text[start:])
     return parts
+
+
+def in_rounds(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in groups of about ROUND_CHARS characters, in order."""
+    group: list[str] = []
+    chars = 0
+    for text in texts:
+        if group and chars + len(text) > ROUND_CHARS:
+            yield group
+            group, chars = [], 0
+        group.append(text)
+        chars += len(text)
+    if group:
+        yield group

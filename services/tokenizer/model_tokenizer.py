@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,8 +27,15 @@ from services.tokenizer.errors import (
 )
 from services.tokenizer.gguf_definition import definition_from_gguf
 from services.tokenizer.huggingface_definition import definition_from_directory
-from services.tokenizer.long_texts import CHUNK_CHARS, can_be_cut, cut
+from services.tokenizer.long_texts import CHUNK_CHARS, can_be_cut, cut, in_rounds
 from services.tokenizer.token_bytes import detokenizer_of
+
+# Encoded where it stands: less work than handing it to a thread pool.
+INLINE_CHARS = 1024
+# Templates of requests that are kept compiled, and how long one may be: compiling holds the
+# interpreter lock.
+CACHED_TEMPLATES = 32
+MAX_REQUEST_TEMPLATE_CHARS = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +68,21 @@ class ModelTokenizer:
     """
 
     def __init__(self, definition: TokenizerDefinition) -> None:
+        self._control = _control_tokens(definition)
+        self._backend = _backend(definition, self._control)
         self.kind = definition.kind
         self.revision = definition.revision()
         self.bos_token_id = definition.bos_token_id
         self.eos_token_ids = tuple(definition.eos_token_ids)
         self.detokenizer: Detokenizer = detokenizer_of(definition)
         self._special_tokens = dict(definition.special_tokens)
+        self._template_of_source = lru_cache(CACHED_TEMPLATES)(
+            partial(
+                ChatTemplate,
+                special_tokens=self._special_tokens,
+                max_source_chars=MAX_REQUEST_TEMPLATE_CHARS,
+            )
+        )
         # A template that cannot be compiled fails the requests that need it, not the model.
         self._templates: dict[str, ChatTemplate | ChatTemplateError] = {}
         for name, source in definition.chat_templates.items():
@@ -73,8 +90,6 @@ class ModelTokenizer:
                 self._templates[name] = ChatTemplate(source, self._special_tokens)
             except ChatTemplateError as error:
                 self._templates[name] = error
-        self._control = _control_tokens(definition)
-        self._backend = _backend(definition, self._control)
         self._cuts_long_texts = can_be_cut(definition.document)
 
     @property
@@ -130,7 +145,7 @@ class ModelTokenizer:
         Raises NoChatTemplateError if there is none, ChatTemplateError if it cannot be compiled.
         """
         if source:
-            return ChatTemplate(source, self._special_tokens)
+            return self._template_of_source(source)
         name = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in self._templates else None
         template = self._templates.get(name or DEFAULT_TEMPLATE)
         if template is None:
@@ -175,10 +190,19 @@ class ModelTokenizer:
         self, texts: Sequence[str], add_special_tokens: bool, *, with_offsets: bool = False
     ) -> list[Encoding]:
         encode = self._backend.encode_batch if with_offsets else self._backend.encode_batch_fast
+        encodings: list[Encoding] = []
         try:
-            encodings: list[Encoding] = encode(list(texts), add_special_tokens=add_special_tokens)
+            if len(texts) == 1 and len(texts[0]) <= INLINE_CHARS:
+                # Not handed to the library's thread pool, where it would wait for long texts.
+                return [self._backend.encode(texts[0], add_special_tokens=add_special_tokens)]
+            for batch in in_rounds(texts):
+                encodings += encode(batch, add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError):
             raise InvalidTextError("the text holds lone surrogates") from None
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise RuntimeError(f"the tokenizers library failed: {error}") from None
         return encodings
 
 
@@ -188,14 +212,20 @@ def load_model_tokenizer(path: Path) -> ModelTokenizer:
     A directory without a tokenizer.json but with one GGUF file stands for that file.
     Raises TokenizerLoadError.
     """
-    if path.is_dir():
+    if not path.exists():
+        raise TokenizerLoadError(path, "no such file or directory")
+    try:
+        if not path.is_dir():
+            return ModelTokenizer(definition_from_gguf(path))
         files = sorted(path.glob("*.gguf"))
         if not (path / "tokenizer.json").is_file() and len(files) == 1:
             return ModelTokenizer(definition_from_gguf(files[0]))
         return ModelTokenizer(definition_from_directory(path))
-    if not path.exists():
-        raise TokenizerLoadError(path, "no such file or directory")
-    return ModelTokenizer(definition_from_gguf(path))
+    except TokenizerLoadError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        problem = f"the tokenizer is not laid out as expected: {type(error).__name__}: {error}"
+        raise TokenizerLoadError(path, problem) from error
 
 
 def _control_tokens(definition: TokenizerDefinition) -> ControlTokens:
@@ -214,7 +244,9 @@ def _backend(definition: TokenizerDefinition, control: ControlTokens) -> Tokeniz
     document = {**definition.document, "truncation": None, "padding": None}
     try:
         backend = Tokenizer.from_str(json.dumps(control.hide(document)))
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
         raise TokenizerLoadError(definition.source, f"not a valid tokenizer: {error}") from None
     for token_id in control.contents:
         if backend.token_to_id(control.name(token_id)) != token_id:
@@ -223,6 +255,11 @@ def _backend(definition: TokenizerDefinition, control: ControlTokens) -> Tokeniz
                 f"the added token {control.contents[token_id]!r} does not get its id {token_id}",
             )
     return backend
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether the library's native code gave up; it is no Exception, to pass through handlers."""
+    return type(error).__name__ == "PanicException"
 
 
 def _byte_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

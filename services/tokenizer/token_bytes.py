@@ -11,6 +11,7 @@ from services.tokenizer.definition import TokenizerDefinition, steps_of
 from services.tokenizer.detokenizer import Detokenizer, TextBeginning
 from services.tokenizer.errors import TokenizerLoadError
 
+MAX_VOCABULARY = 1 << 24
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WORDPIECE_CLEAN_UP = (
     (" .", "."),
@@ -37,6 +38,10 @@ def detokenizer_of(definition: TokenizerDefinition) -> Detokenizer:
     document = definition.document
     added = {token["id"]: token for token in document.get("added_tokens") or []}
     tokens = vocabulary_of(document)
+    if tokens and not 0 <= min(tokens) <= max(tokens) < MAX_VOCABULARY:
+        raise TokenizerLoadError(
+            definition.source, f"token ids are not all in [0, {MAX_VOCABULARY})"
+        )
     piece, first_piece, stripped_spaces = _readers(definition)
     pieces = [b""] * (max(tokens, default=-1) + 1)
     first_pieces: dict[int, bytes] = {}

@@ -9,6 +9,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from services.tokenizer.errors import TokenizerLoadError
 from services.tokenizer.model_tokenizer import load_model_tokenizer
@@ -92,8 +95,6 @@ def test_every_known_split_loses_no_text(
     ],
 )
 def test_the_kinds_split_as_their_models_do(kind: str, pieces: list[str]) -> None:
-    from tokenizers import pre_tokenizers
-
     splitter = pre_tokenizers.Sequence([])
     splitter.__setstate__(json.dumps(PRE_TOKENIZER_KINDS[kind].to_json()).encode())
     text = "it's 12345  x"
@@ -191,7 +192,11 @@ def test_a_directory_tells_all_there_is(tmp_path: Path, byte_level_json: dict[st
         ('{"model": {"type": "Oracle"}}', "'Oracle' is not supported"),
         ('{"model": {"type": "BPE"}}', "no vocabulary"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["x", "y"]]}}', "not a valid"),
-        ('{"model": {"type": "BPE", "vocab": {}}, "decoder": {"type": "CTC"}}', "'CTC'"),
+        (
+            '{"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": {"type": "CTC",'
+            ' "pad_token": "_", "word_delimiter_token": "|", "cleanup": true}}',
+            "'CTC'",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_directory_is_named(
@@ -233,3 +238,34 @@ def test_lone_surrogates_are_refused(tmp_path: Path, byte_level_json: dict[str, 
     tokenizer = load_model_tokenizer(write_gguf(tmp_path / "m.gguf", byte_level_json))
     with pytest.raises(ValueError, match="lone surrogates"):
         tokenizer.encode("a\ud800b")
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_damaged_document_loads_or_is_refused(
+    data: st.DataObject, byte_level_json: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    document = json.loads(json.dumps(byte_level_json))
+    for _ in range(data.draw(st.integers(1, 3))):
+        holder: Any = document
+        while True:
+            keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+            if not keys:
+                break
+            key = data.draw(st.sampled_from(keys[:12]))
+            if isinstance(holder[key], (dict, list)) and data.draw(st.booleans()):
+                holder = holder[key]
+                continue
+            if data.draw(st.booleans()):
+                del holder[key]
+            else:
+                holder[key] = data.draw(
+                    st.sampled_from([None, -1, 2**40, "", "x", "\ud800", [], {}, True, 1.5, [[]]])
+                )
+            break
+    path = write_directory(tmp_path_factory.mktemp("damaged"), document)
+    try:
+        tokenizer = load_model_tokenizer(path)
+    except TokenizerLoadError:
+        return
+    assert tokenizer.vocabulary_size >= 0

@@ -109,11 +109,17 @@ def fold_character(character: str) -> str:
     return "".join(folded)
 
 
+MAX_REMEMBERED = 1 << 16
+
+
 class FoldTable(dict[str, str]):
-    """`fold_character`, remembered for every character that was met."""
+    """`fold_character`, remembered for the characters that were met."""
 
     def __missing__(self, character: str) -> str:
         folded = fold_character(character)
+        if len(self) >= MAX_REMEMBERED:
+            # A text that walks through Unicode must not fill the memory with it.
+            self.clear()
         self[character] = folded
         return folded
 

@@ -20,7 +20,6 @@ from collections.abc import Iterable
 from services.safety.detectors.base import Hit, detector, run_of
 from services.safety.injection_evidence import EVIDENCE, NAME, Evidence
 
-ENCODED_KIND = "encoded"
 __all__ = [
     "BLOB",
     "ENCODED",
@@ -31,6 +30,8 @@ __all__ = [
     "combined_score",
     "decode_blob",
 ]
+
+ENCODED_KIND = "encoded"
 
 
 ENCODED = Evidence(ENCODED_KIND, 0.5)

@@ -25,7 +25,8 @@ from services.safety.sources import TermSource, compile_pattern
 from services.safety.verdict import Action
 
 DEFAULT_POLICY = "default"
-# Part of every revision: raised whenever the same file comes to decide differently.
+# Part of every revision, as are the detectors' patterns: raised whenever the same file comes to
+# decide differently by any other change.
 DECISION_VERSION = 1
 MAX_TERM_CHARS = 200
 MAX_TERMS = 200_000
@@ -126,7 +127,15 @@ class Policy(_Part):
     @property
     def revision(self) -> str:
         """Identifies what is decided: equal for equal content, whatever the layout of the file."""
-        content = {"decisions": DECISION_VERSION, "policy": self.model_dump(mode="json")}
+        content = {
+            "decisions": DECISION_VERSION,
+            "policy": self.model_dump(mode="json"),
+            "detectors": {name: made.pattern.words for name, made in DETECTORS.items()},
+            "evidence": [
+                [kind.kind, kind.weight, kind.terms, [made.pattern.words for made in kind.patterns]]
+                for kind in injection.EVIDENCE
+            ],
+        }
         canonical = json.dumps(content, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

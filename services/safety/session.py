@@ -48,7 +48,7 @@ class CheckSession:
         self.verdict = Verdict()
         self.is_blocked = False
         self.is_finished = False
-        self.new_findings: list[Finding] = []  # for the caller to take and clear
+        self.new_findings: list[Finding] = []  # listed ones, for the caller to take and clear
         self._matcher = matcher
         self._text_index = text_index
         self._normalizer = Normalizer()
@@ -210,8 +210,8 @@ class CheckSession:
         finding = Finding(
             rule.category, score, rule.action, rule.detector, start, end, self._text_index
         )
-        self.verdict.add(finding)
-        self.new_findings.append(finding)
+        if self.verdict.add(finding):
+            self.new_findings.append(finding)
         if rule.action is Action.BLOCK:
             self._release(start)
             self.is_blocked = True

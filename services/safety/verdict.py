@@ -40,8 +40,17 @@ class Verdict:
     action: Action = Action.ALLOW
     findings: list[Finding] = field(default_factory=list)
 
-    def add(self, finding: Finding) -> None:
-        """Takes a finding in; those beyond MAX_LISTED_FINDINGS count but are not listed."""
+    def add(self, finding: Finding) -> bool:
+        """Takes a finding in; whether that is to be seen.
+
+        Of more than MAX_LISTED_FINDINGS only those are listed that make the action stronger: each
+        takes the place of the last.
+        """
+        is_stronger = finding.action > self.action
         self.action = max(self.action, finding.action)
         if len(self.findings) < MAX_LISTED_FINDINGS:
             self.findings.append(finding)
+            return True
+        if is_stronger:
+            self.findings[-1] = finding
+        return is_stronger

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from services.safety.detectors import DETECTORS
 from services.safety.matcher import Matcher
 from services.safety.policies_in_force import PoliciesInForce
 from services.safety.policy import PolicyError, load_policy, parse_policy
@@ -160,6 +161,25 @@ def test_findings_beyond_the_limit_count_but_are_not_listed() -> None:
     checked = check("categories: {c: {prompt: redact, terms: [x]}}", "x " * 300)
     assert len(checked.verdict.findings) == MAX_LISTED_FINDINGS
     assert checked.texts == ["[redacted] " * 300]
+
+
+def test_a_block_is_listed_however_much_was_found_before_it() -> None:
+    policy = (
+        "categories: {a: {prompt: flag, terms: [x]}, "
+        "b: {prompt: redact, terms: [y]}, c: {prompt: block, terms: [z]}}"
+    )
+    for text in ("x " * 300 + "z", "x " * 300 + "y " * 300 + "z"):
+        checked = check(policy, text)
+        assert checked.verdict.action is Action.BLOCK
+        assert len(checked.verdict.findings) == MAX_LISTED_FINDINGS
+        assert checked.verdict.findings[-1].category == "c"
+    spread = check(policy, "x " * 300, "z")
+    assert spread.verdict.findings[-1].category == "c"
+
+
+def test_the_documentation_names_every_detector() -> None:
+    documented = (Path(__file__).parents[3] / "docs" / "safety.md").read_text(encoding="utf-8")
+    assert [name for name in DETECTORS if f"`{name}`" not in documented] == []
 
 
 def test_the_policy_that_ships_does_what_it_says() -> None:

@@ -252,3 +252,18 @@ def test_long_ordinary_text_holds_back_little_and_takes_constant_time_per_delta(
         assert session.held_chars <= len(" ordinary")
     assert len(session._view) < 64
     assert len(session._original) < 64
+
+
+def test_redactions_that_overlap_become_one() -> None:
+    policy = """
+replacement: "<R>"
+categories:
+  c:
+    completion: redact
+    patterns: [{name: one, pattern: 'xyz'}, {name: two, pattern: 'z-w{1,3}\\b'}]
+"""
+    for pieces in (["a xyz-w b"], list("a xyz-w b")):
+        session = CheckSession(Matcher(parse_policy(policy), completion=True))
+        out = "".join(session.feed(piece) for piece in pieces) + session.finish()
+        assert out == "a <R> b"
+        assert len(session.verdict.findings) == 2

@@ -44,9 +44,8 @@ def command_error(error: errors.MeshServeError) -> CommandError:
 
 
 def _ways_out(error: errors.MeshServeError) -> Iterator[str]:
-    described = error.message
     for violation in error.fields:
-        if violation.description not in described:
+        if violation.path not in error.message and violation.description not in error.message:
             yield f"{violation.path}: {violation.description}"
     if isinstance(error, errors.ConnectError):
         yield "start a mesh with `meshserve up`, or name one with --target HOST:PORT"

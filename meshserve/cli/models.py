@@ -13,7 +13,7 @@ from rich.text import Text
 from meshserve.cli.connection import connection_options, make_connection
 from meshserve.cli.exits import CommandError
 from meshserve.cli.jsonify import write_json
-from meshserve.cli.output import stderr_console, stdout_console
+from meshserve.cli.output import print_table, stderr_console
 from meshserve.cli.status import describe_model
 from meshserve.errors import ConnectError
 
@@ -70,7 +70,7 @@ def list_models(
                 table.add_row(
                     Text(model.name), Text(state, style=style), Text(describe_model(model))
                 )
-            stdout_console().print(table)
+            print_table(table)
             return
     _list_offline(as_json)
 
@@ -103,7 +103,7 @@ def show(source: str, as_json: bool) -> None:
     ]
     for name, value in rows:
         table.add_row(Text(name, style="dim"), Text(value, overflow="fold"))
-    stdout_console().print(table)
+    print_table(table)
 
 
 def _list_offline(as_json: bool) -> None:
@@ -127,7 +127,7 @@ def _list_offline(as_json: bool) -> None:
         table.add_row(
             *(Text(str(cell), overflow="fold") for cell in (row["name"], row["summary"], where))
         )
-    stdout_console().print(table)
+    print_table(table)
 
 
 def _store() -> ModuleType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from meshserve.supervisor.logview import printable
@@ -23,6 +24,18 @@ def stdout_console() -> Console:
 def stderr_console() -> Console:
     """For errors, progress and remarks."""
     return Console(stderr=True, highlight=False)
+
+
+def print_table(table: Table) -> None:
+    """Prints a table; what goes into a pipe has no blanks at the ends of its lines."""
+    console = stdout_console()
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        sys.stdout.write(line.rstrip() + "\n")
 
 
 def write_text(text: str, *, terminal: bool) -> None:

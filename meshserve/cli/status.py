@@ -14,7 +14,7 @@ from rich.text import Text
 from meshserve.cli.connection import connection_options, make_connection
 from meshserve.cli.exits import EXIT_UNAVAILABLE
 from meshserve.cli.jsonify import write_json
-from meshserve.cli.output import print_error, stdout_console
+from meshserve.cli.output import print_error, print_table
 from meshserve.errors import MeshServeError
 from meshserve.health import Health, HealthChecker
 from meshserve.supervisor.statedir import ServiceEntry, StateDir
@@ -111,7 +111,7 @@ def _print(services: list[ServiceHealth], models: list[Model]) -> None:
     for model in models:
         state = Text("ready", style="green") if model.ready else Text("not ready", style="red")
         table.add_row(Text(f"model {model.name}"), state, Text(describe_model(model), style="dim"))
-    stdout_console().print(table)
+    print_table(table)
 
 
 def describe_model(model: Model) -> str:

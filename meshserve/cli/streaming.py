@@ -39,16 +39,17 @@ def write_stream(pieces: Iterator[str]) -> Timing:
     """Writes pieces of text to standard output as they come, and a line end after them."""
     terminal = sys.stdout.isatty()
     timing = Timing(time.monotonic())
-    ends_line = True
+    line_is_open = False
     try:
         for piece in pieces:
             timing.last_s = time.monotonic()
             if timing.first_s is None:
                 timing.first_s = timing.last_s
             write_text(piece, terminal=terminal)
-            ends_line = piece.endswith("\n")
+            line_is_open = not piece.endswith("\n")
+        line_is_open = line_is_open or timing.first_s is None  # an empty answer is a line too
     finally:
-        if timing.first_s is None or not ends_line:
+        if line_is_open:
             write_text("\n", terminal=terminal)
     return timing
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import grpc
 
 from meshserve.v1 import engine_pb2, engine_pb2_grpc
-from services.engine.core.messages import Step
+from services.engine.core.messages import Load, Step
 from services.engine.core.settings import CoreSettings
 from services.engine.core_client import CoreClient, CoreStartError
 from services.engine.servicer import EngineServicer
@@ -28,7 +30,7 @@ class EngineService(Service):
             core_settings(settings),
             stall_timeout_s=settings.engine.stall_timeout_s,
             restart_stalled_after_s=settings.engine.restart_stalled_after_s,
-            on_step=StepMetrics(metrics).observe,
+            on_step=StepMetrics(metrics, lambda: self._client.load).observe,
             on_restart=metrics.counter("meshserve_engine_core_restarts").inc,
         )
         self._servicer = EngineServicer(
@@ -99,13 +101,18 @@ def core_settings(settings: Settings) -> CoreSettings:
 
 
 class StepMetrics:
-    """Turns the core's step events into Prometheus metrics."""
+    """Turns what the core says of itself into Prometheus metrics."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._running = metrics.gauge("meshserve_engine_running_sequences")
-        self._waiting = metrics.gauge("meshserve_engine_waiting_sequences")
-        self._blocks_used = metrics.gauge("meshserve_engine_kv_blocks_used")
-        self._blocks = metrics.gauge("meshserve_engine_kv_blocks")
+    def __init__(self, metrics: Metrics, load: Callable[[], Load]) -> None:
+        # Read when they are scraped: the load also changes between steps, and with no step at all
+        # when the last sequence is aborted or the core is gone.
+        for name, field in (
+            ("meshserve_engine_running_sequences", "running_sequences"),
+            ("meshserve_engine_waiting_sequences", "waiting_sequences"),
+            ("meshserve_engine_kv_blocks_used", "used_blocks"),
+            ("meshserve_engine_kv_blocks", "num_blocks"),
+        ):
+            metrics.gauge(name).set_function(lambda field=field: getattr(load(), field))
         self._steps = metrics.counter("meshserve_engine_steps")
         self._step_duration = metrics.histogram("meshserve_engine_step_duration_seconds")
         self._batch_tokens = metrics.histogram("meshserve_engine_batch_tokens")
@@ -118,10 +125,6 @@ class StepMetrics:
     def observe(self, step: Step) -> None:
         """Take in one step."""
         load = step.load
-        self._running.set(load.running_sequences)
-        self._waiting.set(load.waiting_sequences)
-        self._blocks_used.set(load.used_blocks)
-        self._blocks.set(load.num_blocks)
         self._steps.inc()
         self._step_duration.observe(load.last_step_us / 1e6)
         self._batch_tokens.observe(step.num_tokens)

@@ -46,9 +46,13 @@ class Generate(Stage):
                     async for event in _events(message, choices, context):
                         unended -= isinstance(event, ChoiceEnd)
                         yield event
-                    if not unended:
+                    if not unended and not all(choice.engine_is_done for choice in choices):
+                        # A stop string that only the text shows: the engine would go on.
                         return
-            raise ServiceError(Reason.INTERNAL, "the engine's stream ended before its choices did")
+            if unended:
+                raise ServiceError(
+                    Reason.INTERNAL, "the engine's stream ended before its choices did"
+                )
         finally:
             for choice in choices:
                 choice.cancel()
@@ -97,6 +101,7 @@ async def _events(
                         yield event
     else:
         choice = choices[message.complete.index]
+        choice.engine_is_done = True
         if not choice.ended:
             for event in await choice.finish(message.complete):
                 yield event
@@ -113,6 +118,7 @@ class _Choice:
         trace: types_pb2.TraceContext,
     ) -> None:
         self.ended = False
+        self.engine_is_done = False
         self._context = context
         self._index = index
         self._trace = trace

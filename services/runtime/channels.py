@@ -7,13 +7,16 @@ whatever their shape.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Self, cast
 
 import grpc
-from opentelemetry.sdk.trace import RandomIdGenerator
+from google.protobuf.message import DecodeError
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import (
     NonRecordingSpan,
     Span,
@@ -25,12 +28,13 @@ from opentelemetry.trace import (
 )
 
 from services.runtime import deadline
-from services.runtime.errors import ServiceError
+from services.runtime.errors import Reason, ServiceError
 from services.runtime.telemetry import Metrics, get_tracer
 from services.runtime.telemetry.tracing import inject_context
 
 KEEPALIVE_TIME_MS = 20_000
 KEEPALIVE_TIMEOUT_MS = 5_000
+CONNECT_TIMEOUT_MS = 2_000
 
 
 def channel_options(grpc_services: Sequence[str], max_message_bytes: int) -> list[tuple[str, Any]]:
@@ -68,7 +72,8 @@ def channel_options(grpc_services: Sequence[str], max_message_bytes: int) -> lis
         ("grpc.http2.max_pings_without_data", 0),
         # A killed replica is back within a second or two; the defaults would wait for minutes.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        # How long one attempt may take, not how long to wait before the next.
+        ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
         ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         # Replicas are told apart by their channels; a shared pool would tie services together.
@@ -116,25 +121,76 @@ class MeshChannel:
         """Cancels what is in flight and closes the connections."""
         await self._channel.close(None)
 
-    def unary_unary(self, method: str, *serializers: Any, **kwargs: Any) -> Any:
+    def unary_unary(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
-        call = self._channel.unary_unary(method, *serializers, **kwargs)
-        return _single_response(call, method.removeprefix("/"), self._instruments)
+        rpc = _Method(method, self._channel.unary_unary, False, *codec, **options)
+        return _single_response(rpc, self._instruments)
 
-    def stream_unary(self, method: str, *serializers: Any, **kwargs: Any) -> Any:
+    def stream_unary(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
-        call = self._channel.stream_unary(method, *serializers, **kwargs)
-        return _single_response(call, method.removeprefix("/"), self._instruments)
+        rpc = _Method(method, self._channel.stream_unary, True, *codec, **options)
+        return _single_response(rpc, self._instruments)
 
-    def unary_stream(self, method: str, *serializers: Any, **kwargs: Any) -> Any:
+    def unary_stream(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
-        call = self._channel.unary_stream(method, *serializers, **kwargs)
-        return _response_stream(call, method.removeprefix("/"), self._instruments)
+        rpc = _Method(method, self._channel.unary_stream, False, *codec, **options)
+        return _response_stream(rpc, self._instruments)
 
-    def stream_stream(self, method: str, *serializers: Any, **kwargs: Any) -> Any:
+    def stream_stream(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
-        call = self._channel.stream_stream(method, *serializers, **kwargs)
-        return _response_stream(call, method.removeprefix("/"), self._instruments)
+        rpc = _Method(method, self._channel.stream_stream, True, *codec, **options)
+        return _response_stream(rpc, self._instruments)
+
+
+class _Method:
+    """One RPC, and how its messages become bytes and back.
+
+    gRPC logs the exception of a codec and goes on with an empty message or None; here it is raised.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        make_call: Callable[..., Any],
+        request_streaming: bool,
+        request_serializer: Callable[[Any], bytes] | None = None,
+        response_deserializer: Callable[[bytes], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.name = path.removeprefix("/")
+        self._call = make_call(path, **options)
+        self._send = self._serialized if request_streaming else self.to_bytes
+        self._serialize = request_serializer or bytes
+        self._deserialize = response_deserializer or bytes
+
+    def start(self, requests: Any, **options: Any) -> Any:
+        """The gRPC call. `requests` is one message, an iterator of them, or None to write them."""
+        if requests is None:
+            return self._call(**options)
+        return self._call(self._send(requests), **options)
+
+    def to_bytes(self, request: Any) -> bytes:
+        """One request; raises what the serializer raises."""
+        return self._serialize(request)
+
+    def from_bytes(self, data: bytes, peer: str) -> Any:
+        """One response. Raises ServiceError."""
+        try:
+            return self._deserialize(data)
+        except (DecodeError, ValueError):
+            raise ServiceError(
+                Reason.INTERNAL,
+                f"the {peer} service sent what is no answer of the expected type",
+                metadata={"service": peer},
+            ) from None
+
+    async def _serialized(self, requests: Any) -> AsyncIterator[bytes]:
+        if hasattr(requests, "__aiter__"):
+            async for request in requests:
+                yield self.to_bytes(request)
+        else:
+            for request in requests:
+                yield self.to_bytes(request)
 
 
 class _Instruments:
@@ -159,18 +215,26 @@ class _Instruments:
         )
 
     def end(self, method: str, span: Span, started: float, error: BaseException | None) -> None:
-        if error is None:
-            code = "OK"
-        else:
-            known = isinstance(error, ServiceError)
-            code = error.code.name if known else grpc.StatusCode.CANCELLED.name  # type: ignore[attr-defined]
-            kind = error.reason.value if known else code  # type: ignore[attr-defined]
+        code, kind = _outcome(error)
+        if error is not None:
             span.set_attribute("error.type", kind)
             span.set_status(Status(StatusCode.ERROR, kind))
         span.set_attribute("rpc.response.status_code", code)
         span.end()
         self._calls.labels(method, code).inc()
         self._duration.labels(method).observe(time.perf_counter() - started)
+
+
+def _outcome(error: BaseException | None) -> tuple[str, str]:
+    """The gRPC code of a call's end, and what went wrong."""
+    if error is None:
+        return grpc.StatusCode.OK.name, ""
+    if isinstance(error, ServiceError):
+        return error.code.name, error.reason.value
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return grpc.StatusCode.CANCELLED.name, grpc.StatusCode.CANCELLED.name
+    # A defect on this side, for example a request of the wrong type.
+    return grpc.StatusCode.INTERNAL.name, type(error).__name__
 
 
 def _outgoing(span: Span) -> tuple[tuple[str, str], ...]:
@@ -180,16 +244,16 @@ def _outgoing(span: Span) -> tuple[tuple[str, str], ...]:
     return tuple(carrier.items())
 
 
-def _single_response(
-    call: Callable[..., Awaitable[Any]], method: str, instruments: _Instruments
-) -> Callable[..., Awaitable[Any]]:
+def _single_response(rpc: _Method, instruments: _Instruments) -> Callable[..., Awaitable[Any]]:
     async def invoke(request: Any, *, timeout: float | None = None) -> Any:
         """Raises ServiceError. `timeout` is in seconds; the remaining deadline bounds it."""
         started = time.perf_counter()
-        span = instruments.start(method)
+        span = instruments.start(rpc.name)
         failure: BaseException | None = None
         try:
-            return await call(request, timeout=deadline.bounded(timeout), metadata=_outgoing(span))
+            limit = deadline.bounded(timeout)
+            data = await rpc.start(request, timeout=limit, metadata=_outgoing(span))
+            return rpc.from_bytes(data, instruments.peer)
         except grpc.RpcError as error:
             failure = ServiceError.from_rpc_error(error, peer=instruments.peer)
             raise failure from None
@@ -197,24 +261,26 @@ def _single_response(
             failure = error
             raise
         finally:
-            instruments.end(method, span, started, failure)
+            instruments.end(rpc.name, span, started, failure)
 
     return invoke
 
 
-def _response_stream(
-    call: Callable[..., Any], method: str, instruments: _Instruments
-) -> Callable[..., ResponseStream]:
+def _response_stream(rpc: _Method, instruments: _Instruments) -> Callable[..., ResponseStream]:
     def invoke(
         requests: Any = None, *, timeout: float | None = None, standing: bool = False
     ) -> ResponseStream:
         """A `standing` stream outlives the call it was opened in: it has no deadline, and no span
         on either side, since it belongs to no one request."""
-        span = NonRecordingSpan(_unsampled()) if standing else instruments.start(method)
-        limit = timeout if standing else deadline.bounded(timeout)
-        return ResponseStream(
-            call(requests, timeout=limit, metadata=_outgoing(span)), method, span, instruments
-        )
+        span = NonRecordingSpan(_unsampled()) if standing else instruments.start(rpc.name)
+        started = time.perf_counter()
+        try:
+            limit = timeout if standing else deadline.bounded(timeout)
+            responses = rpc.start(requests, timeout=limit, metadata=_outgoing(span))
+        except BaseException as error:
+            instruments.end(rpc.name, span, started, error)
+            raise
+        return ResponseStream(responses, rpc, span, instruments)
 
     return invoke
 
@@ -228,12 +294,13 @@ def _unsampled() -> SpanContext:
 class ResponseStream:
     """Responses of a streaming call, as an async iterator that raises ServiceError.
 
-    It must be exhausted or cancelled; `async with` does the latter.
+    Exhaust it or cancel it; `async with` does the latter. One that is dropped in the middle is
+    cancelled when it is collected.
     """
 
-    def __init__(self, call: Any, method: str, span: Span, instruments: _Instruments) -> None:
+    def __init__(self, call: Any, rpc: _Method, span: Span, instruments: _Instruments) -> None:
         self._call = call
-        self._method = method
+        self._rpc = rpc
         self._span: Span | None = span
         self._instruments = instruments
         self._started = time.perf_counter()
@@ -245,12 +312,17 @@ class ResponseStream:
     async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
+    def __del__(self) -> None:
+        # The loop may be gone at the end of a process, and the call with it.
+        with contextlib.suppress(RuntimeError):
+            self.cancel()
+
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Any:
         try:
-            return await anext(self._messages)
+            return self._rpc.from_bytes(await anext(self._messages), self._instruments.peer)
         except StopAsyncIteration:
             self._end(None)
             raise
@@ -264,15 +336,27 @@ class ResponseStream:
             raise
 
     async def write(self, request: Any) -> None:
-        """Sends one request of a bidirectional call; returns once the transport took it."""
+        """Sends one request of a bidirectional call; returns once the transport took it.
+
+        Raises ServiceError, also when the call has ended.
+        """
+        peer = self._instruments.peer
         try:
-            await self._call.write(request)
+            await self._call.write(self._rpc.to_bytes(request))
         except grpc.RpcError as error:
-            raise ServiceError.from_rpc_error(error, peer=self._instruments.peer) from None
+            raise ServiceError.from_rpc_error(error, peer=peer) from None
+        except asyncio.InvalidStateError:
+            raise ServiceError(
+                Reason.SERVICE_UNAVAILABLE,
+                f"the stream to the {peer} service has ended",
+                retry_after_s=1.0,
+                metadata={"service": peer},
+            ) from None
 
     async def done_writing(self) -> None:
-        """Says that no more requests follow."""
-        await self._call.done_writing()
+        """Says that no more requests follow; does nothing when the call has ended."""
+        with contextlib.suppress(asyncio.InvalidStateError):
+            await self._call.done_writing()
 
     def cancel(self) -> None:
         """Ends the call if it has not ended."""
@@ -282,5 +366,5 @@ class ResponseStream:
 
     def _end(self, error: BaseException | None) -> None:
         if self._span is not None:
-            self._instruments.end(self._method, self._span, self._started, error)
+            self._instruments.end(self._rpc.name, self._span, self._started, error)
             self._span = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from contextvars import ContextVar
 
+from services.runtime.errors import Reason, ServiceError
+
 _deadline: ContextVar[float | None] = ContextVar("meshserve_deadline", default=None)
 
 
@@ -20,8 +22,11 @@ def remaining_s() -> float | None:
 
 
 def bounded(timeout_s: float | None) -> float | None:
-    """The shorter of a timeout and what remains until the deadline."""
-    remaining = remaining_s()
-    if timeout_s is None:
-        return remaining
-    return timeout_s if remaining is None else min(timeout_s, remaining)
+    """The shorter of a timeout and what remains until the deadline; None without either.
+
+    Raises ServiceError DEADLINE_EXCEEDED when nothing remains: gRPC takes a timeout of 0 for none.
+    """
+    limits = [limit for limit in (timeout_s, remaining_s()) if limit is not None]
+    if limits and min(limits) <= 0:
+        raise ServiceError(Reason.DEADLINE_EXCEEDED, "the deadline passed")
+    return min(limits, default=None)

@@ -7,7 +7,7 @@ documented in docs/errors.md, which a test holds against REASONS.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -21,9 +21,14 @@ from meshserve.v1 import types_pb2
 
 ERROR_DOMAIN = "meshserve"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
-# HTTP/2 implementations refuse large header blocks; a status must survive the way back.
-MAX_MESSAGE_CHARS = 1024
-MAX_VIOLATIONS = 16
+# A status travels in HTTP/2 headers, which gRPC begins to refuse at 8 KiB. These shares of it, with
+# base64's third on top, stay below that whatever an error has to say.
+MAX_MESSAGE_BYTES = 1024
+MAX_METADATA_BYTES = 1024
+MAX_FIELDS_BYTES = 1024
+MAX_QUOTAS_BYTES = 512
+MAX_PART_BYTES = 384
+MAX_RETRY_AFTER_S = 86400.0
 
 
 class Reason(StrEnum):
@@ -238,38 +243,52 @@ class ServiceError(Exception):
         """The gRPC code that the table gives the reason."""
         return REASONS[self.reason].code
 
+    @property
+    def header_message(self) -> str:
+        """The message, cut to what may go into the grpc-message header."""
+        return _cut(self.message, MAX_MESSAGE_BYTES, _header_bytes)
+
     def to_status(self) -> status_pb2.Status:
-        """The google.rpc.Status with all details."""
-        status = status_pb2.Status(
-            code=self.code.value[0], message=self.message[:MAX_MESSAGE_CHARS]
-        )
+        """The google.rpc.Status with all details, cut to what fits into HTTP/2 headers."""
+        status = status_pb2.Status(code=self.code.value[0], message=self.header_message)
         _pack(
             status.details,
             error_details_pb2.ErrorInfo(
-                reason=self.reason.value, domain=ERROR_DOMAIN, metadata=self.metadata
+                reason=self.reason.value,
+                domain=ERROR_DOMAIN,
+                metadata=dict(_fitting(self.metadata.items(), MAX_METADATA_BYTES)),
             ),
         )
         if self.field_violations:
             violations = [
                 error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
-                for field, description in self.field_violations[:MAX_VIOLATIONS]
+                for field, description in _fitting(self.field_violations, MAX_FIELDS_BYTES)
             ]
             _pack(status.details, error_details_pb2.BadRequest(field_violations=violations))
         if self.retry_after_s is not None:
             delay = duration_pb2.Duration()
-            delay.FromMilliseconds(max(0, round(self.retry_after_s * 1000)))
+            # Written so that NaN becomes 0.
+            delay_s = min(self.retry_after_s, MAX_RETRY_AFTER_S) if self.retry_after_s > 0 else 0.0
+            delay.FromMilliseconds(round(delay_s * 1000))
             _pack(status.details, error_details_pb2.RetryInfo(retry_delay=delay))
         if self.quota_violations:
             quota = [
                 error_details_pb2.QuotaFailure.Violation(subject=subject, description=description)
-                for subject, description in self.quota_violations[:MAX_VIOLATIONS]
+                for subject, description in _fitting(self.quota_violations, MAX_QUOTAS_BYTES)
             ]
             _pack(status.details, error_details_pb2.QuotaFailure(violations=quota))
         return status
 
     @classmethod
     def from_status(cls, status: status_pb2.Status) -> ServiceError | None:
-        """Restores what `to_status` made; None when the status is not of our domain."""
+        """Restores what `to_status` made; None when the status is not of our domain, or damaged."""
+        try:
+            return cls._from_details(status)
+        except DecodeError:
+            return None
+
+    @classmethod
+    def _from_details(cls, status: status_pb2.Status) -> ServiceError | None:
         reason: Reason | None = None
         metadata: dict[str, str] = {}
         fields: list[tuple[str, str]] = []
@@ -311,9 +330,9 @@ class ServiceError(Exception):
             return restored
         if code is _C.DEADLINE_EXCEEDED:
             return cls(Reason.DEADLINE_EXCEEDED, "the deadline passed", metadata={"service": peer})
-        if code is _C.CANCELLED:
-            return cls(Reason.CANCELLED, "the call was cancelled", metadata={"service": peer})
-        if code is _C.UNAVAILABLE:
+        # A call that we cancel raises CancelledError and never comes here: a bare CANCELLED is a
+        # peer that cut the call off at its shutdown.
+        if code in (_C.UNAVAILABLE, _C.CANCELLED):
             return cls(
                 Reason.SERVICE_UNAVAILABLE,
                 f"the {peer} service cannot be reached",
@@ -356,6 +375,44 @@ def from_session_status(status: types_pb2.SessionStatus, *, peer: str) -> Servic
 def status_metadata(error: ServiceError) -> tuple[tuple[str, bytes], ...]:
     """Trailing metadata that carries the details of an error."""
     return ((STATUS_DETAILS_KEY, error.to_status().SerializeToString()),)
+
+
+def _header_bytes(text: str) -> int:
+    """Size of a text in the grpc-message header, which is percent-encoded."""
+    return sum(1 if " " <= char <= "~" and char != "%" else 3 * len(char.encode()) for char in text)
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text.encode())
+
+
+def _cut(text: object, limit: int, size: Callable[[str], int] = _utf8_bytes) -> str:
+    """The text, or its beginning and an ellipsis, in at most `limit` bytes as `size` counts.
+
+    Lone surrogates, which no header and no protobuf string can hold, become question marks.
+    """
+    whole = str(text)
+    part = whole[:limit].encode(errors="replace").decode()
+    if len(whole) <= limit and size(part) <= limit:
+        return part
+    low, high = 0, len(part)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if size(part[:middle]) <= limit - 3:
+            low = middle
+        else:
+            high = middle - 1
+    return part[:low] + "..."
+
+
+def _fitting(pairs: Iterable[tuple[str, str]], limit: int) -> Iterator[tuple[str, str]]:
+    """As many of the pairs, each of their texts cut, as `limit` bytes hold."""
+    for first, second in pairs:
+        pair = (_cut(first, MAX_PART_BYTES), _cut(second, MAX_PART_BYTES))
+        limit -= _utf8_bytes(pair[0]) + _utf8_bytes(pair[1]) + 8
+        if limit < 0:
+            return
+        yield pair
 
 
 def _pack(details: object, message: object) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeAlias
 
-from grpc_health.v1 import health, health_pb2
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.runtime.telemetry import Metrics
 
@@ -14,8 +17,70 @@ log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 2.0
+ServingStatus: TypeAlias = int  # its stubs have no name for it
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """Answers what `set` was told last. Watchers are sent away at the end: a server that stops
+    waits for its calls, and theirs would never end."""
+
+    def __init__(self) -> None:
+        self._statuses: dict[str, ServingStatus] = {}
+        self._shut_down = False
+        self._changed = asyncio.Event()
+
+    def set(self, names: Sequence[str], status: ServingStatus) -> None:
+        """Sets the status of services; does nothing after `shut_down`."""
+        if not self._shut_down:
+            self._statuses.update(dict.fromkeys(names, status))
+            self._announce()
+
+    def shut_down(self) -> None:
+        """Everything is NOT_SERVING from now on."""
+        self.set(list(self._statuses), NOT_SERVING)
+        self._shut_down = True
+        self._announce()
+
+    async def Check(  # noqa: N802
+        self,
+        request: health_pb2.HealthCheckRequest,
+        context: grpc.aio.ServicerContext[
+            health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+        ],
+    ) -> health_pb2.HealthCheckResponse:
+        """The status of a service, or NOT_FOUND."""
+        status = self._statuses.get(request.service)
+        if status is not None:
+            return health_pb2.HealthCheckResponse(status=status)
+        return await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
+
+    async def Watch(  # noqa: N802
+        self,
+        request: health_pb2.HealthCheckRequest,
+        context: grpc.aio.ServicerContext[
+            health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+        ],
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """The status of a service and its changes."""
+        told: ServingStatus | None = None
+        while True:
+            changed = self._changed
+            status = self._statuses.get(
+                request.service, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            )
+            if status != told:
+                yield health_pb2.HealthCheckResponse(status=status)
+                told = status
+            if self._shut_down and changed is self._changed:
+                return
+            await changed.wait()
+
+    def _announce(self) -> None:
+        # Watchers wait for the event of the state they have seen.
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 class HealthMonitor:
@@ -24,7 +89,7 @@ class HealthMonitor:
     def __init__(
         self, grpc_services: Sequence[str], probe: Callable[[], Awaitable[None]], metrics: Metrics
     ) -> None:
-        self.servicer = health.aio.HealthServicer()
+        self.servicer = HealthServicer()
         self._names = ("", *grpc_services)
         self._probe = probe
         self._gauge = metrics.gauge("meshserve_healthy")
@@ -40,8 +105,10 @@ class HealthMonitor:
         """NOT_SERVING from now on."""
         if self._task is not None:
             self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
         self._gauge.set(0)
-        await self.servicer.enter_graceful_shutdown()
+        self.servicer.shut_down()
 
     async def _watch(self) -> None:
         while True:
@@ -66,5 +133,4 @@ class HealthMonitor:
             log.info("serving again")
         self._healthy = healthy
         self._gauge.set(healthy)
-        for name in self._names:
-            await self.servicer.set(name, SERVING if healthy else NOT_SERVING)
+        self.servicer.set(self._names, SERVING if healthy else NOT_SERVING)

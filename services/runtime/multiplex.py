@@ -19,6 +19,10 @@ from services.runtime.errors import Reason, ServiceError, invalid_field, to_sess
 log = logging.getLogger(__name__)
 
 
+# Request messages read ahead of being handled.
+MAX_ARRIVED = 64
+
+
 class _Signal(enum.Enum):
     """What reaches the serving loop beside requests."""
 
@@ -86,8 +90,8 @@ class SessionHost(Generic[Request, Input, Output]):
 
     async def serve(self, requests: AsyncIterator[Request]) -> AsyncIterator[Sequence[Output]]:
         """Yields the outputs of each request that has any, in the order of its inputs."""
-        # A caller has one input of each session under way, which bounds the queue.
-        arrived: asyncio.Queue[Request | _Signal | Exception] = asyncio.Queue()
+        # Bounded, so that a caller that does not read its answers is not read from either.
+        arrived: asyncio.Queue[Request | _Signal | Exception] = asyncio.Queue(MAX_ARRIVED)
         tasks = [
             asyncio.create_task(self._read(requests, arrived)),
             asyncio.create_task(self._announce_drain(arrived)),
@@ -114,15 +118,15 @@ class SessionHost(Generic[Request, Input, Output]):
     ) -> None:
         try:
             async for request in requests:
-                arrived.put_nowait(request)
+                await arrived.put(request)
         except Exception as error:
-            arrived.put_nowait(error)
+            await arrived.put(error)
         else:
-            arrived.put_nowait(_Signal.CALLER_IS_DONE)
+            await arrived.put(_Signal.CALLER_IS_DONE)
 
     async def _announce_drain(self, arrived: asyncio.Queue[Request | _Signal | Exception]) -> None:
         await self._draining.wait()
-        arrived.put_nowait(_Signal.DRAINING)
+        await arrived.put(_Signal.DRAINING)
 
     def _handle(self, request: Request) -> list[Output]:
         outputs: list[Output] = []
@@ -144,9 +148,7 @@ class SessionHost(Generic[Request, Input, Output]):
     def _feed(self, message: Input) -> Output | None:
         session_id = message.session_id
         if message.cancel:
-            cancelled = self._sessions.pop(session_id, None)
-            if cancelled is not None:
-                cancelled.close(ServiceError(Reason.CANCELLED, "the session was cancelled"))
+            self._close(session_id, ServiceError(Reason.CANCELLED, "the session was cancelled"))
             return None
         if message.HasField("open"):
             self._open(message)
@@ -155,8 +157,7 @@ class SessionHost(Generic[Request, Input, Output]):
             raise invalid_field("inputs.session_id", f"session {session_id} is not open")
         output = session.feed(message)
         if session.finished:
-            del self._sessions[session_id]
-            session.close(None)
+            self._close(session_id, None)
         return output
 
     def _open(self, message: Input) -> None:
@@ -173,12 +174,19 @@ class SessionHost(Generic[Request, Input, Output]):
         self._sessions[message.session_id] = self._open_session(message)
 
     def _fail(self, session_id: int, error: ServiceError) -> Output:
-        session = self._sessions.pop(session_id, None)
-        if session is not None:
-            session.close(error)
+        self._close(session_id, error)
         return self._failed(session_id, to_session_status(error))
 
+    def _close(self, session_id: int, error: ServiceError | None) -> None:
+        session = self._sessions.pop(session_id, None)
+        if session is None:
+            return
+        try:
+            session.close(error)
+        except Exception:
+            # Its answer is given or under way, and the other sessions need theirs.
+            log.exception("session failed to close")
+
     def _close_all(self) -> None:
-        while self._sessions:
-            _, session = self._sessions.popitem()
-            session.close(ServiceError(Reason.CANCELLED, "the stream ended"))
+        for session_id in list(self._sessions):
+            self._close(session_id, ServiceError(Reason.CANCELLED, "the stream ended"))

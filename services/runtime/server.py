@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 # sysexits.h: a supervisor must not restart what cannot start as it is configured.
 EXIT_CONFIGURATION = 78
+EXIT_DEFECT = 1
+# How long servicers of calls that were cut off may take to release what they hold.
+CLEAN_UP_TIMEOUT_S = 2.0
 MAX_CONCURRENT_STREAMS = 4096
 
 
@@ -88,28 +92,43 @@ def run(make_service: Callable[[Settings, Metrics], Service], name: str) -> None
     configure_logging(name, settings.telemetry.log_level, settings.telemetry.log_format)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(make_service, name, settings))
+            runner.run(_run(make_service, name, settings))
     except StartupError as error:
         log.error("cannot start: %s", error.message, extra={"hint": error.hint})
         sys.stderr.write(f"meshserve {name}: {error}\n")
         sys.exit(EXIT_CONFIGURATION)
+    except Exception:
+        log.critical("ended by a defect", exc_info=True)
+        sys.exit(EXIT_DEFECT)
 
 
-async def _serve(
+async def _run(
     make_service: Callable[[Settings, Metrics], Service], name: str, settings: Settings
 ) -> None:
     stop_requested = _on_signals()
-    section = settings.server(name)
     tracing = configure_tracing(
         name, settings.telemetry.otlp_endpoint, settings.telemetry.sample_ratio
     )
+    try:
+        await _serve(make_service, name, settings, stop_requested)
+    finally:
+        await asyncio.to_thread(tracing.shutdown)
+    log.info("stopped")
+
+
+async def _serve(
+    make_service: Callable[[Settings, Metrics], Service],
+    name: str,
+    settings: Settings,
+    stop_requested: asyncio.Event,
+) -> None:
+    section = settings.server(name)
     metrics = Metrics(name)
     metrics.gauge("meshserve_build_info").labels(version("meshserve"), name).set(1)
     _serve_metrics(metrics, section, name)
     service = make_service(settings, metrics)
-    server = grpc.aio.server(
-        interceptors=[CallInterceptor(metrics)], options=_server_options(section)
-    )
+    calls = CallInterceptor(metrics)
+    server = grpc.aio.server(interceptors=[calls], options=_server_options(section))
     _bind(server, section, name)
     service.register(server)
     health = HealthMonitor(service.grpc_services, service.probe, metrics)
@@ -117,40 +136,62 @@ async def _serve(
     health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
     names = (*service.grpc_services, health_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    starting = asyncio.create_task(service.start())
-    stopping = asyncio.create_task(stop_requested.wait())
     try:
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            await starting
+        if await _start(service, stop_requested):
             await server.start()
             await health.start()
             log.info("serving", extra={"listen": section.listen})
-            await stopping
-        log.info("shutting down")
-        await health.shut_down()
-        service.draining.set()
-        async with asyncio.timeout(section.drain_timeout_s):
-            await service.drain()
-            await server.stop(section.drain_timeout_s)
-    except TimeoutError:
-        log.warning("calls in flight were cut off", extra={"after_s": section.drain_timeout_s})
+            await stop_requested.wait()
+            log.info("shutting down")
+            await health.shut_down()
+            service.draining.set()
+            await _drain(service, server, section.drain_timeout_s)
     finally:
-        starting.cancel()
+        service.draining.set()
         await server.stop(0)
+        await calls.ended(CLEAN_UP_TIMEOUT_S)
         await service.stop()
-        await asyncio.to_thread(tracing.shutdown)
-    log.info("stopped")
+
+
+async def _start(service: Service, stop_requested: asyncio.Event) -> bool:
+    """Whether the service has started; False when it is asked to stop before that."""
+    starting = asyncio.create_task(service.start())
+    stopping = asyncio.create_task(stop_requested.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if starting.done():
+        stopping.cancel()
+        await starting
+        return True
+    starting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await starting
+    return False
+
+
+async def _drain(service: Service, server: grpc.aio.Server, timeout_s: float) -> None:
+    """Waits for the calls in flight, and cuts off those that take longer."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    try:
+        async with asyncio.timeout_at(deadline):
+            await service.drain()
+    except Exception:
+        log.exception("draining failed; calls in flight may be cut off")
+    await server.stop(max(0.0, deadline - loop.time()))
+    if loop.time() >= deadline:
+        log.warning("calls in flight were cut off", extra={"after_s": timeout_s})
 
 
 def _on_signals() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set; a second signal ends the process as usual."""
+    """An event that SIGTERM and SIGINT set; the same signal again ends the process at once."""
     requested = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def request(number: int) -> None:
         requested.set()
         loop.remove_signal_handler(number)
+        # Not Python's handler, whose KeyboardInterrupt would end in a traceback.
+        signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, request, number)
@@ -209,6 +250,7 @@ def _serve_metrics(metrics: Metrics, section: ServerSettings, name: str) -> None
         metrics.serve(host, port)
     except OSError as error:
         raise StartupError(
-            f"the metrics address {section.metrics_listen} cannot be listened on: {error.strerror}",
+            f"the metrics address {section.metrics_listen} cannot be listened on: "
+            f"{error.strerror or error}",
             f"stop what uses it, or set {name}.metrics_listen to another address or to null",
         ) from error

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 # Watched all the time by machines; spans of them would bury the rest.
 UNTRACED_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
+# A call cut off this shortly before its deadline was cut off by it: the caller's clock and timer
+# are not ours.
+DEADLINE_TOLERANCE_S = 0.02
 
 
 class _Malformed:
@@ -38,10 +41,10 @@ class _Malformed:
         self.error = error
 
 
-def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
     def deserialize_or_mark(data: bytes) -> Any:
         try:
-            return deserialize(data)
+            return data if deserialize is None else deserialize(data)
         except (DecodeError, ValueError) as error:
             return _Malformed(error)
 
@@ -70,6 +73,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._duration = metrics.histogram("meshserve_rpc_server_duration_seconds")
         self._active = metrics.gauge("meshserve_rpc_server_active_calls")
         self._tracer = get_tracer()
+        self._in_flight = 0
+        self._none_in_flight = asyncio.Event()
+        self._none_in_flight.set()
+
+    async def ended(self, timeout_s: float) -> None:
+        """Returns once no servicer is at work, or after a time-out, which is logged."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._none_in_flight.wait()
+        except TimeoutError:
+            log.warning("calls do not end", extra={"calls": self._in_flight})
 
     async def intercept_service(
         self,
@@ -87,25 +101,31 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
         make_handler = getattr(grpc, f"{kind}_rpc_method_handler")
         return make_handler(
-            wrap(method.removeprefix("/"), getattr(handler, kind), handler.request_streaming),
+            wrap(method.removeprefix("/"), getattr(handler, kind), handler),
             request_deserializer=_tolerant(handler.request_deserializer),
-            response_serializer=handler.response_serializer,
+            # Responses leave our wrapper as bytes: a failure to serialize one must become our
+            # INTERNAL, where gRPC would tell the caller the exception's text.
+            response_serializer=None,
         )
 
-    def _wrap_unary(self, method: str, behaviour: Any, request_streaming: bool) -> Any:
-        check = _checked_stream if request_streaming else _checked
+    def _wrap_unary(self, method: str, behaviour: Any, handler: Any) -> Any:
+        check = _checked_stream if handler.request_streaming else _checked
+        serialize = handler.response_serializer or bytes
 
         async def answer(request: Any, context: Any) -> Any:
             with self._call(method, context) as call:
                 try:
-                    return await behaviour(check(request), context)
+                    response = await behaviour(check(request), context)
+                    # A servicer that set a status itself returns what gRPC will discard.
+                    return b"" if call.adopt_own_status() else serialize(response)
                 except BaseException as error:
                     await call.fail(error)
 
         return answer
 
-    def _wrap_stream(self, method: str, behaviour: Any, request_streaming: bool) -> Any:
-        check = _checked_stream if request_streaming else _checked
+    def _wrap_stream(self, method: str, behaviour: Any, handler: Any) -> Any:
+        check = _checked_stream if handler.request_streaming else _checked
+        serialize = handler.response_serializer or bytes
 
         async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
             with self._call(method, context) as call:
@@ -113,11 +133,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     responses = behaviour(check(request), context)
                     try:
                         async for response in responses:
-                            yield response
+                            yield serialize(response)
                     finally:
                         # A servicer left in the middle must release what it holds now, not when
                         # the garbage collector comes by.
                         await responses.aclose()
+                    call.adopt_own_status()
                 except GeneratorExit:
                     call.cancelled()
                     raise
@@ -140,9 +161,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         otel_context.attach(set_span_in_context(span))
         call = _Call(method, span, context)
         self._active.labels(method).inc()
+        self._in_flight += 1
+        self._none_in_flight.clear()
         try:
             yield call
         finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._none_in_flight.set()
             self._active.labels(method).dec()
             self._calls.labels(method, call.code.name).inc()
             self._duration.labels(method).observe(time.perf_counter() - started)
@@ -159,10 +185,19 @@ class _Call:
         self._span = span
         self._context = context
 
+    def adopt_own_status(self) -> bool:
+        """Whether the servicer gave the call a status of its own, which is then recorded."""
+        code = self._context.code()
+        if code is None or code is grpc.StatusCode.OK:
+            return False
+        self.code = code
+        self._mark(code.name)
+        return True
+
     def cancelled(self) -> None:
         """Records that the caller went away or its deadline passed."""
         remaining = self._context.time_remaining()
-        late = remaining is not None and remaining <= 0
+        late = remaining is not None and remaining <= DEADLINE_TOLERANCE_S
         self.code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
         self._mark(self.code.name)
 
@@ -172,15 +207,19 @@ class _Call:
             self.cancelled()
             raise error
         if isinstance(error, grpc.aio.AbortError):
+            self.adopt_own_status()
             raise error
         if not isinstance(error, Exception):
+            self.code = grpc.StatusCode.INTERNAL
+            self._mark(type(error).__name__)
             raise error
         if not isinstance(error, ServiceError):
             log.error("unexpected error", exc_info=error, extra={"method": self._method})
             error = ServiceError(Reason.INTERNAL, "internal error; the server's log has the rest")
         self.code = error.code
         self._mark(error.reason.value)
-        await self._context.abort(error.code, error.message, status_metadata(error))
+        details = status_metadata(error)
+        await self._context.abort(error.code, error.header_message, details)
         raise AssertionError("abort always raises")
 
     def _mark(self, error_type: str) -> None:

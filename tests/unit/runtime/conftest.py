@@ -1,0 +1,129 @@
+"""A test service behind the runtime's interceptor, on loopback, with its spans in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2_grpc
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
+
+from services.runtime import channels, server_calls
+from services.runtime.channels import MeshChannel, connect
+from services.runtime.health import SERVING, HealthMonitor
+from services.runtime.server_calls import CallInterceptor
+from services.runtime.telemetry import Metrics
+from tests.fakes.shapes import SERVICE, Shapes, ShapesStub
+
+
+@dataclass
+class Spans:
+    """The spans that ended."""
+
+    exporter: InMemorySpanExporter
+
+    def of(self, kind: SpanKind) -> list[ReadableSpan]:
+        return [span for span in self.exporter.get_finished_spans() if span.kind is kind]
+
+    @property
+    def client(self) -> ReadableSpan:
+        (span,) = self.of(SpanKind.CLIENT)
+        return span
+
+    @property
+    def server(self) -> ReadableSpan:
+        (span,) = self.of(SpanKind.SERVER)
+        return span
+
+
+@pytest.fixture
+def provider() -> TracerProvider:
+    return TracerProvider()
+
+
+@pytest.fixture
+def spans(provider: TracerProvider, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spans]:
+    exporter = InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    for module in (channels, server_calls):
+        monkeypatch.setattr(module, "get_tracer", lambda: provider.get_tracer("test"))
+    yield Spans(exporter)
+    provider.shutdown()
+
+
+@dataclass
+class Replica:
+    """One server of the test service."""
+
+    shapes: Shapes
+    server: grpc.aio.Server
+    health: HealthMonitor
+    metrics: Metrics
+    calls: CallInterceptor
+    port: int
+
+    @property
+    def target(self) -> str:
+        return f"ipv4:127.0.0.1:{self.port}"
+
+
+@dataclass
+class Loopback:
+    """Starts servers and channels, and ends them with the test."""
+
+    stack: AsyncExitStack
+    metrics: Metrics = field(default_factory=lambda: Metrics("gateway"))
+
+    async def serve(self, shapes: Shapes | None = None, port: int = 0) -> Replica:
+        shapes = shapes or Shapes()
+        metrics = Metrics("engine")
+        calls = CallInterceptor(metrics)
+        server = grpc.aio.server(interceptors=[calls], options=[("grpc.so_reuseport", 0)])
+        shapes.add_to(server)
+
+        async def healthy() -> None:
+            return None
+
+        health = HealthMonitor([SERVICE], healthy, metrics)
+        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+        port = server.add_insecure_port(f"127.0.0.1:{port}")
+        await server.start()
+        health.servicer.set(["", SERVICE], SERVING)
+        self.stack.push_async_callback(server.stop, 0)
+        return Replica(shapes, server, health, metrics, calls, port)
+
+    def connect(self, *replicas: Replica) -> ShapesStub:
+        return ShapesStub(self.channel(*replicas))
+
+    def channel(self, *replicas: Replica) -> MeshChannel:
+        addresses = ",".join(f"127.0.0.1:{replica.port}" for replica in replicas)
+        channel = connect(
+            f"ipv4:{addresses}", peer="shapes", grpc_services=[SERVICE], metrics=self.metrics
+        )
+        assert isinstance(channel, MeshChannel)
+        self.stack.push_async_callback(channel.close)
+        return channel
+
+
+@pytest.fixture
+async def loopback() -> AsyncIterator[Loopback]:
+    async with AsyncExitStack() as stack:
+        yield Loopback(stack)
+
+
+@pytest.fixture
+def counted() -> Callable[[Metrics, str, str, str], float]:
+    """How often a call ended with a code, as Prometheus sees it."""
+
+    def read(metrics: Metrics, side: str, method: str, code: str) -> float:
+        name = f"meshserve_rpc_{side}_calls_total"
+        labels = {"method": f"{SERVICE}/{method}", "code": code}
+        return metrics.registry.get_sample_value(name, labels) or 0.0
+
+    return read

@@ -15,9 +15,9 @@ CHUNK_CHARS = 1 << 15
 # soon, so that other requests get their turn.
 ROUND_CHARS = 2 * CHUNK_CHARS * (os.cpu_count() or 1)
 # A word of ASCII letters ends, and after one space the next begins: every known pattern splits
-# before that space, and no normalizer changes characters across it.
+# before that space, no normalizer changes characters across it, and a SentencePiece vocabulary has
+# no token that goes on over it.
 _CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
-_SEARCHED_CHARS = 4096
 
 
 def can_be_cut(document: Mapping[str, Any]) -> bool:
@@ -25,7 +25,29 @@ def can_be_cut(document: Mapping[str, Any]) -> bool:
     normalizers = steps_of(document.get("normalizer"), "normalizers")
     if document["model"]["type"] != "BPE" or any(step["type"] != "NFC" for step in normalizers):
         return False
+    added = document.get("added_tokens") or []
+    if any(_CUT.search(token["content"]) or token["lstrip"] or token["rstrip"] for token in added):
+        return False
     steps = steps_of(document.get("pre_tokenizer"), "pretokenizers")
+    if [step["type"] for step in steps] == ["Metaspace"]:
+        return _words_stay_apart(document, steps[0]["replacement"])
+    return _splits_into_words(steps)
+
+
+def _words_stay_apart(document: Mapping[str, Any], space: str) -> bool:
+    """Whether no token reaches from a word over the space behind it.
+
+    A part begins with its space, so that the tokenizer puts no further one in front of it.
+    """
+    over_a_space = re.compile(f"[^{space}]{space}")
+    added = {token["content"] for token in document.get("added_tokens") or []}
+    vocabulary = document["model"]["vocab"]
+    return space in vocabulary and not any(
+        over_a_space.search(token) for token in vocabulary if token not in added
+    )
+
+
+def _splits_into_words(steps: Sequence[Mapping[str, Any]]) -> bool:
     known_patterns = {pattern for kind in PRE_TOKENIZER_KINDS.values() for pattern in kind.patterns}
     splits = False
     for step in steps:
@@ -39,29 +61,20 @@ def can_be_cut(document: Mapping[str, Any]) -> bool:
             splits = True
         elif step["type"] != "Digits":
             return False
-    return splits and not any(
-        _CUT.search(token["content"]) or token["lstrip"] or token["rstrip"]
-        for token in document.get("added_tokens") or []
-    )
+    return splits
 
 
-def cut(text: str) -> list[str]:
-    """Parts of about CHUNK_CHARS characters that together are the text."""
+def cut(text: str, chunk_chars: int = CHUNK_CHARS) -> list[str]:
+    """Parts of about `chunk_chars` characters that together are the text."""
     parts: list[str] = []
     start = 0
-    while len(text) - start > 2 * CHUNK_CHARS:
-        found = _CUT.search(text, start + CHUNK_CHARS, start + CHUNK_CHARS + _SEARCHED_CHARS)
-        end = found.start() if found else start + CHUNK_CHARS + _SEARCHED_CHARS
-        if found:
-            parts.append(text[start:end])
-            start = end
-        else:
-            # No safe place near by: the part grows until there is one.
-            found = _CUT.search(text, end)
-            if found is None:
-                break
-            parts.append(text[start : found.start()])
-            start = found.start()
+    while len(text) - start > 2 * chunk_chars:
+        # Where there is no safe place near by, the part grows until there is one.
+        found = _CUT.search(text, start + chunk_chars)
+        if found is None:
+            break
+        parts.append(text[start : found.start()])
+        start = found.start()
     parts.append(text[start:])
     return parts
 

@@ -10,7 +10,16 @@ import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer
 
 from services.tokenizer.detokenizer import IncrementalDecoder
@@ -55,6 +64,51 @@ def sentencepiece_style() -> Tokenizer:
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     return tokenizer
+
+
+def unigram_style() -> Tokenizer:
+    """A unigram model as T5 has it: every word has its space in front, ends are trimmed."""
+    tokenizer = Tokenizer(models.Unigram())
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    tokenizer.pre_tokenizer = metaspace
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.UnigramTrainer(
+            vocab_size=200,
+            special_tokens=["<pad>", "</s>", "<unk>"],
+            unk_token="<unk>",
+            show_progress=False,
+        ),
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Strip(left=False, right=True),
+            normalizers.Replace(Regex(" {2,}"), "▁"),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return tokenizer
+
+
+def write_unigram_gguf(path: Path, document: dict[str, Any]) -> None:
+    vocabulary = document["model"]["vocab"]
+    kind = gguf.TokenType
+    writer = gguf.GGUFWriter(path, "t5")
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_scores([score for _, score in vocabulary])
+    writer.add_token_types(
+        [kind.CONTROL, kind.CONTROL, kind.UNKNOWN] + [kind.NORMAL] * (len(vocabulary) - 3)
+    )
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def write_gguf(path: Path, document: dict[str, Any], *, merges: bool) -> None:
@@ -203,3 +257,41 @@ def test_control_tokens_cannot_be_spelled(
         ids = tokenizer.encode(forged, add_special_tokens=False).token_ids
         assert not {0, 1, 2} & set(ids)
         assert tokenizer.detokenizer.decode(ids) == forged
+
+
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, list[ModelTokenizer]]:
+    directory = tmp_path_factory.mktemp("unigram")
+    tokenizer = unigram_style()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    write_unigram_gguf(directory / "unigram.gguf", json.loads(tokenizer.to_str()))
+    loaded = [load_model_tokenizer(directory), load_model_tokenizer(directory / "unigram.gguf")]
+    return tokenizer, loaded
+
+
+@thorough
+@given(text=texts.filter(lambda text: "<" not in text), ids=st.lists(st.integers(0, 199)))
+def test_unigram_models_are_those_of_the_tokenizers_library(
+    unigram: tuple[Tokenizer, list[ModelTokenizer]], text: str, ids: list[int]
+) -> None:
+    original, loaded = unigram
+    ids = [token_id for token_id in ids if token_id < original.get_vocab_size()]
+    encoded = original.encode(text).ids
+    for tokenizer in loaded:
+        assert tokenizer.kind == "sentencepiece-unigram"
+        assert tokenizer.encode(text).token_ids == encoded
+        for some_ids in (encoded, ids):
+            assert tokenizer.detokenizer.decode(some_ids) == original.decode(some_ids)
+            decoder = IncrementalDecoder(tokenizer.detokenizer)
+            pieces = [decoder.feed([token_id]) for token_id in some_ids]
+            assert "".join(pieces) + decoder.finish() == original.decode(some_ids)
+
+
+@pytest.mark.parametrize("forged", ["</s>", "<pad>", "a</s>b</s>", "<unk>"])
+def test_a_unigram_vocabulary_cannot_be_tricked(
+    unigram: tuple[Tokenizer, list[ModelTokenizer]], forged: str
+) -> None:
+    for tokenizer in unigram[1]:
+        ids = tokenizer.encode(forged, add_special_tokens=False).token_ids
+        # What the vocabulary has no piece for is unknown, and the model's own word for that.
+        assert not {0, 1} & set(ids)

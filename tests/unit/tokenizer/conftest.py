@@ -85,11 +85,16 @@ def byte_level(byte_level_json: dict[str, Any]) -> ModelTokenizer:
 
 
 @pytest.fixture(scope="session")
-def sentencepiece() -> ModelTokenizer:
+def sentencepiece_json() -> dict[str, Any]:
+    return sentencepiece_document()
+
+
+@pytest.fixture(scope="session")
+def sentencepiece(sentencepiece_json: dict[str, Any]) -> ModelTokenizer:
     return ModelTokenizer(
         TokenizerDefinition(
             source=Path("made-in-test"),
-            document=sentencepiece_document(),
+            document=sentencepiece_json,
             bos_token_id=1,
             eos_token_ids=(2,),
         )

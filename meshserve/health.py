@@ -11,6 +11,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from meshserve.transport import Endpoint
 
 CHECK_TIMEOUT_S = 3.0
+RECONNECT_AT_ONCE = {
+    "grpc.initial_reconnect_backoff_ms": 100,
+    "grpc.min_reconnect_backoff_ms": 500,
+    "grpc.max_reconnect_backoff_ms": 250,
+    "grpc.use_local_subchannel_pool": 1,
+}
 
 
 class Health(StrEnum):
@@ -27,7 +33,8 @@ class HealthChecker:
     """Asks one endpoint again and again. Belongs to one event loop; close it when done."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        options = endpoint.channel_options
+        # Whoever asks for health wants to know at once when it is back.
+        options = tuple({**dict(endpoint.channel_options), **RECONNECT_AT_ONCE}.items())
         self._channel = (
             grpc.aio.insecure_channel(endpoint.target, options)
             if endpoint.credentials is None

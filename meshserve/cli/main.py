@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from meshserve.cli.exits import (
     CommandError,
     command_error,
 )
-from meshserve.cli.output import print_error
+from meshserve.cli.output import discard_stdout, print_error
 from meshserve.errors import MeshServeError
 from meshserve.supervisor.statedir import StateDir
 
@@ -93,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader has had enough, `head` for example. Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
         return EXIT_FAILED
     except Exception as error:
         print_error(f"unexpected {type(error).__name__}: {error}", _report_crash())

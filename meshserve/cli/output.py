@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from rich.console import Console
@@ -19,6 +20,22 @@ def stdout_console() -> Console:
     if not console.is_terminal:  # whoever reads a pipe wants whole lines
         console.width = PIPE_WIDTH
     return console
+
+
+def lasting_console() -> Console:
+    """For a command that goes on when nobody reads its output any more."""
+
+    class LastingConsole(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            discard_stdout()
+
+    return LastingConsole(highlight=False)
+
+
+def discard_stdout() -> None:
+    """Sends what is still to be written nowhere, so that Python does not complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def stderr_console() -> Console:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from meshserve.cli.exits import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, CommandError
-from meshserve.cli.output import stdout_console
+from meshserve.cli.output import lasting_console
+from meshserve.supervisor.mesh import Mesh, UpOptions
 from meshserve.supervisor.statedir import AlreadyRunningError, StateDir, StateError
 
 
@@ -37,6 +40,7 @@ def command(config: Path | None, model: str | None, logs: bool, no_greeting: boo
     Pulls the model if it is missing, starts an embedded Valkey (unless valkey.url names a server)
     and the five services, waits until all are healthy, and shows one answer of the model.
     """
+    started_s = time.monotonic()
     try:
         from meshserve.cli import services
         from services.runtime.valkey import EmbeddedValkeyError
@@ -56,10 +60,16 @@ def command(config: Path | None, model: str | None, logs: bool, no_greeting: boo
         raise _already_running(error, state) from None
     except StateError as error:
         raise CommandError(str(error)) from None
+    # So that what a pull has begun is cleaned up: SIGTERM alone would end us on the spot.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for entry in settings.models.values():
-            services.fetch_model(entry.source, settings.model_cache)
-        return _run(config, settings, state, environment, logs=logs, greet=not no_greeting)
+        return _run(
+            config,
+            settings,
+            state,
+            environment,
+            UpOptions(show_logs=logs, greet=not no_greeting, started_s=started_s),
+        )
     except EmbeddedValkeyError as error:
         raise CommandError(str(error), exit_code=EXIT_CONFIGURATION) from None
     except StateError as error:
@@ -73,11 +83,9 @@ def _run(
     settings: Any,
     state: StateDir,
     environment: dict[str, str],
-    *,
-    logs: bool,
-    greet: bool,
+    options: UpOptions,
 ) -> int:
-    from meshserve.supervisor.mesh import Mesh, UpOptions
+    from meshserve.cli.services import fetch_model
     from meshserve.supervisor.plan import process_specs, running_mesh, service_tls
     from meshserve.supervisor.ports import AddressError, check_addresses
 
@@ -86,17 +94,14 @@ def _run(
         check_addresses(address for spec in specs for address in spec.addresses)
     except AddressError as error:
         raise CommandError(str(error), exit_code=EXIT_CONFIGURATION) from None
+    mesh_entry = running_mesh(settings)
+    state.write(mesh_entry)
+    for model in settings.models.values():
+        fetch_model(model.source, settings.model_cache)
 
     async def serve() -> int:
-        mesh = Mesh(
-            specs,
-            running_mesh(settings),
-            state,
-            stdout_console(),
-            UpOptions(show_logs=logs, greet=greet),
-            gateway_tls=service_tls(settings.gateway),
-        )
-        return await mesh.run()
+        trust = service_tls(settings.gateway)
+        return await Mesh(specs, mesh_entry, state, lasting_console(), options, trust).run()
 
     return asyncio.run(serve())
 

@@ -22,7 +22,7 @@ from meshserve.supervisor.keyboard import key_presses
 from meshserve.supervisor.logview import LogFollower, format_line, format_lines
 from meshserve.supervisor.restarts import RestartLimits
 from meshserve.supervisor.spec import ProcessSpec, ProcessStatus
-from meshserve.supervisor.statedir import RunningMesh, StateDir, trim_log
+from meshserve.supervisor.statedir import RunningMesh, StateDir, StateError, trim_log
 from meshserve.supervisor.supervisor import (
     REAPER_GRACE_S,
     Failure,
@@ -43,6 +43,8 @@ class UpOptions:
 
     show_logs: bool = False
     greet: bool = True
+    started_s: float | None = None
+    """Monotonic time from which the time to ready is counted. Default: the start of the run."""
     limits: RestartLimits | None = None
     reaper_grace_s: float = REAPER_GRACE_S
 
@@ -79,7 +81,7 @@ class Mesh:
 
     async def run(self) -> int:
         """Returns the exit code once everything has ended."""
-        started = time.monotonic()
+        started = self._options.started_s or time.monotonic()
         self._state.write(self._mesh)
         if self._options.show_logs:
             self._toggle_logs()
@@ -121,7 +123,11 @@ class Mesh:
         self._console.print(f"\n[green]The mesh is ready[/] after {ready_s:.1f} s.")
         if self._options.greet:
             await self._greet(started)
-        self._state.write(dataclasses.replace(self._mesh, ready=True))
+        self._mesh = dataclasses.replace(self._mesh, ready=True)
+        try:
+            self._state.write(self._mesh)
+        except StateError as error:  # others cannot see that it is ready; it serves all the same
+            self._console.print(Text(str(error), style="yellow"))
         self._show_how_to_talk()
         return True
 
@@ -261,4 +267,7 @@ class Mesh:
             self._display.print_all(format_line(name, line) for line in follower.new_lines())
 
     def _changed(self, status: ProcessStatus) -> None:
-        self._display.changed(status)
+        try:
+            self._display.changed(status)
+        except OSError:  # the terminal is gone; the mesh is not
+            self._console.quiet = True

@@ -84,7 +84,7 @@ class Supervisor:
         for stage in sorted({spec.stage for spec in self.specs}):
             members = [spec for spec in self.specs if spec.stage == stage]
             for spec in members:
-                keeper = asyncio.create_task(self._keep(spec), name=f"keep {spec.name}")
+                keeper = asyncio.create_task(self._watch(spec), name=f"watch {spec.name}")
                 self._keepers[spec.name] = keeper
             ready = asyncio.create_task(self._all_ready(members))
             awaited: set[asyncio.Future[Any]] = {ready, self._failed}
@@ -134,6 +134,13 @@ class Supervisor:
     async def _all_ready(self, specs: Sequence[ProcessSpec]) -> None:
         for spec in specs:
             await self._ready[spec.name].wait()
+
+    async def _watch(self, spec: ProcessSpec) -> None:
+        """Keeps one process; a defect in that must not leave it unwatched in silence."""
+        try:
+            await self._keep(spec)
+        except Exception as error:
+            self._give_up(spec, f"can no longer be watched: {error!r}", None)
 
     async def _keep(self, spec: ProcessSpec) -> None:
         """Runs one process, again and again, until it is given up."""

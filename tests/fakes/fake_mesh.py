@@ -10,8 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from meshserve.cli.output import lasting_console
 from meshserve.supervisor.mesh import Mesh, UpOptions
 from meshserve.supervisor.probes import ValkeyProbe
 from meshserve.supervisor.restarts import RestartLimits
@@ -48,8 +47,9 @@ async def run(arguments: list[str]) -> int:
         specs,
         RunningMesh(os.getpid(), gateway, (gateway,)),
         state,
-        Console(),
+        lasting_console(),
         UpOptions(
+            show_logs=bool(os.environ.get("FAKE_MESH_LOGS")),
             greet=False,
             limits=RestartLimits(first_delay_s=0.05, max_crashes=2),
             reaper_grace_s=0.5,

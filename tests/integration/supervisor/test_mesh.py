@@ -154,6 +154,31 @@ def test_sigkill_of_supervisor_and_reaper_ends_the_services_all_the_same(mesh: F
     wait_until(lambda: not any(is_running(pid) for pid in services), "the services have ended")
 
 
+def test_logs_are_shown_from_the_start_when_asked_for(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_MESH_LOGS", "1")
+    process = mesh.start()
+    mesh.wait_until_ready()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=10)
+    assert "s0        s0 starts" in output
+    assert "s1        s1 starts" in output
+
+
+def test_a_mesh_whose_reader_is_gone_serves_on(mesh: FakeMesh) -> None:
+    process = mesh.start()
+    assert process.stdout is not None
+    process.stdout.close()
+    mesh.wait_until_ready()
+    first = [int(pid) for pid in mesh.runs.read_text().split()]
+    os.kill(first[-1], signal.SIGKILL)
+    wait_until(lambda: len(mesh.runs.read_text().split()) == 2, "the service is started again")
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+
+
 def test_down_finds_and_stops_the_mesh(
     mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

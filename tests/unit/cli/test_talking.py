@@ -208,6 +208,26 @@ def test_wrong_usage_is_a_line_that_says_what(
     assert result.err.startswith("error: ")
 
 
+def test_a_port_in_use_is_found_before_anything_is_pulled_or_started(
+    gateway: ScriptedGateway, meshserve: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MESHSERVE_GATEWAY__LISTEN", gateway.target)
+    result = meshserve("up")
+    assert result.code == 78
+    assert f"port {gateway.target.rpartition(':')[2]} is in use" in result.err
+    assert "gateway.listen (MESHSERVE_GATEWAY__LISTEN)" in result.err
+    assert "pulling" not in result.err
+
+
+def test_a_wrong_setting_names_the_nearest_key(
+    meshserve: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MESHSERVE_GATEWAY__LISTN", "x")
+    result = meshserve("up")
+    assert result.code == 78
+    assert "did you mean 'listen'?" in result.err
+
+
 def test_input_that_is_not_utf8_is_refused(meshserve: Callable) -> None:
     result = meshserve("generate", "-", stdin=b"ab\xff")
     assert result.code == 2

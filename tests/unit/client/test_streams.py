@@ -127,8 +127,9 @@ def test_an_error_in_the_block_cancels_the_request(
     gateway: ScriptedGateway, client: Client
 ) -> None:
     gateway.on("StreamGenerate", endless)
-    with pytest.raises(KeyError), client.stream_generate("x") as stream:
-        next(stream)
+    stream = client.stream_generate("x")
+    next(stream)
+    with pytest.raises(KeyError), stream:
         raise KeyError
     assert gateway.cancelled.wait(5)
 

@@ -17,9 +17,11 @@ from services.engine.core.errors import EngineError
 from services.engine.core.logit_edits import LogitEdits
 from services.engine.core.messages import TokenLogprobs
 
-# Candidates looked at before the whole vocabulary is sorted for top-p: the nucleus of a trained
-# model is nearly always far smaller.
-_NUCLEUS_CANDIDATES = 512
+# Candidates looked at first for top-p, and how many times more are looked at when their
+# probabilities do not reach it: the nucleus of a trained model is nearly always small, and sorting
+# the whole vocabulary is by far the dearest step of sampling.
+_NUCLEUS_CANDIDATES = 256
+_WIDENING = 8
 
 
 class LogitsError(EngineError):
@@ -98,23 +100,23 @@ def _draw(logits: Tensor, batch: SamplingBatch, rows: npt.NDArray[np.int64]) -> 
     )
     scaled = logits / temperature.float()
     peak = scaled.amax(dim=-1, keepdim=True)
-    floor = peak + min_p.log().float()
+    weights = (scaled - peak).exp_()
     filtered = np.flatnonzero((host[1] > 0) | (host[2] < 1))
+    floor = peak + min_p.log().float()
     if filtered.size:
         index = _index(filtered, logits.device)
         some = slice(None) if filtered.size == len(rows) else index
-        floor[index] = torch.maximum(
-            floor[index],
-            _top_floor(
-                scaled[some],
-                peak[some],
-                top_k[some].long(),
-                top_p[some],
-                widest=int(host[1].max()),
-                nucleus=bool((host[2] < 1).any()),
-            ),
+        top_floor = _top_floor(
+            scaled[some],
+            weights[some],
+            top_k[some].long(),
+            top_p[some],
+            widest=int(host[1].max()),
+            nucleus=bool((host[2] < 1).any()),
         )
-    weights = torch.where(scaled >= floor, (scaled - peak).exp(), 0.0)
+        floor[index] = torch.maximum(floor[index], top_floor)
+    if filtered.size or host[3].any():
+        weights.masked_fill_(scaled < floor, 0.0)
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     chosen = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
     # Only rows with NaN can point past the end; they are reported as errors by the caller.
@@ -123,7 +125,7 @@ def _draw(logits: Tensor, batch: SamplingBatch, rows: npt.NDArray[np.int64]) -> 
 
 def _top_floor(
     scaled: Tensor,
-    peak: Tensor,
+    weights: Tensor,
     top_k: Tensor,
     top_p: Tensor,
     *,
@@ -131,16 +133,23 @@ def _top_floor(
     nucleus: bool,
     candidates: int = _NUCLEUS_CANDIDATES,
 ) -> Tensor:
-    """The smallest scaled logit that top-k and top-p (2-D columns, [rows, 1]) keep in each row."""
+    """The smallest scaled logit that top-k and top-p (columns, [rows, 1]) keep in each row.
+
+    `weights` ([rows, vocab]) are the unnormalised probabilities of `scaled`, 1 for the likeliest.
+    """
     vocab = scaled.shape[-1]
     width = min(vocab, max(widest, candidates) if nucleus else widest)
     top = scaled.topk(width, dim=-1).values
-    kth = top.gather(-1, (top_k.clamp(max=vocab) - 1).clamp(min=0, max=width - 1))
-    floor = torch.where(top_k > 0, kth, -torch.inf)
+    floor = torch.full_like(top[:, :1], -torch.inf)
+    kept_weights = weights
+    if widest:
+        kth = top.gather(-1, (top_k.clamp(max=vocab) - 1).clamp(min=0, max=width - 1))
+        floor = torch.where(top_k > 0, kth, floor)
+        kept_weights = weights.masked_fill(scaled < floor, 0.0)
     if not nucleus:
         return floor
-    mass = torch.where(scaled >= floor, (scaled - peak).exp(), 0.0).sum(dim=-1, keepdim=True)
-    shares = torch.where(top >= floor, (top - peak).exp() / mass, 0.0).double()
+    mass = kept_weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    shares = (top - top[:, :1]).double().exp_().masked_fill_(top < floor, 0.0) / mass
     # A token is kept while the tokens before it have not reached top_p; the first always is.
     kept = ((shares.cumsum(dim=-1) - shares) < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
     nucleus_floor = torch.where(top_p < 1, top.gather(-1, kept - 1), -torch.inf)
@@ -149,12 +158,12 @@ def _top_floor(
         if bool(short.any()):
             nucleus_floor[short] = _top_floor(
                 scaled[short],
-                peak[short],
+                weights[short],
                 top_k[short],
                 top_p[short],
-                widest=widest,
+                widest=0,
                 nucleus=True,
-                candidates=vocab,
+                candidates=width * _WIDENING,
             )
     return torch.maximum(floor, nucleus_floor)
 

@@ -112,7 +112,7 @@ class StepMetrics:
             ("meshserve_engine_kv_blocks_used", "used_blocks"),
             ("meshserve_engine_kv_blocks", "num_blocks"),
         ):
-            metrics.gauge(name).set_function(lambda field=field: getattr(load(), field))
+            metrics.gauge(name).set_function(_reader(load, field))
         self._steps = metrics.counter("meshserve_engine_steps")
         self._step_duration = metrics.histogram("meshserve_engine_step_duration_seconds")
         self._batch_tokens = metrics.histogram("meshserve_engine_batch_tokens")
@@ -134,6 +134,10 @@ class StepMetrics:
         self._preemptions.inc(_growth(self._seen_preemptions, load.preemptions))
         self._seen_prompt_tokens = load.prompt_tokens
         self._seen_preemptions = load.preemptions
+
+
+def _reader(load: Callable[[], Load], field: str) -> Callable[[], float]:
+    return lambda: float(getattr(load(), field))
 
 
 def _growth(seen: int, now: int) -> int:

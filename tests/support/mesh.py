@@ -76,7 +76,7 @@ class Mesh:
         with (self.directory / "up.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *[sys.executable, "-m", "meshserve.cli", "up"],
+                    *[sys.executable, "-m", "meshserve", "up"],
                     *["--config", str(self.config), "--no-greeting"],
                 ],
                 stdin=subprocess.DEVNULL,

@@ -21,6 +21,8 @@ from services.runtime.telemetry.tracing import current_trace_context
 
 log = logging.getLogger(__name__)
 
+MAX_FINDINGS = 100
+
 
 class Moderate(Stage):
     """Lets text pass as the safety filter releases it; a block ends the choice."""
@@ -82,6 +84,10 @@ class _ChoiceCheck:
         self._trace = trace
         self._may_pass_by = may_pass_by
         self._verdict: types_pb2.SafetyVerdict | None = None
+        # What replicas that were lost had found, and how much longer the completion was than the
+        # text they had released for it: a new replica knows the released text alone.
+        self._earlier_verdict: types_pb2.SafetyVerdict | None = None
+        self._redaction_shift = 0
         # Characters decided, the text released for them, and the text that is not decided yet.
         self._decided = 0
         self._released: list[str] = []
@@ -121,12 +127,12 @@ class _ChoiceCheck:
                 raise
             log.warning("a completion is not checked: %s", error.message)
             return self._pass_by()
-        newly_decided = output.decided_characters - self._decided
-        self._undecided = self._undecided[newly_decided:]
-        self._decided = output.decided_characters
+        decided = output.decided_characters + self._redaction_shift
+        self._undecided = self._undecided[decided - self._decided :]
+        self._decided = decided
         self._released.append(output.released_text)
         if output.HasField("verdict"):
-            self._verdict = output.verdict
+            self._verdict = _joined(self._earlier_verdict, output.verdict)
         passed = self._released_delta(output.released_text)
         if self._action == types_pb2.SAFETY_ACTION_BLOCK:
             self.ended = True
@@ -178,8 +184,24 @@ class _ChoiceCheck:
         message = safety_pb2.CompletionInput(session_id=session_id, text=text, finish=finish)
         if opening:
             # On a first stream this is a plain beginning; on a later one it restores the state.
+            released = "".join(self._released)
+            self._redaction_shift = self._decided - len(released)
+            self._earlier_verdict = self._verdict
             message.open.tenant = self._context.tenant.name
             message.open.trace.CopyFrom(self._trace)
-            message.open.released_text = "".join(self._released)
+            message.open.released_text = released
             message.text = self._undecided
         return message
+
+
+def _joined(
+    earlier: types_pb2.SafetyVerdict | None, verdict: types_pb2.SafetyVerdict
+) -> types_pb2.SafetyVerdict:
+    """Both findings under the stronger action."""
+    if earlier is None:
+        return verdict
+    return types_pb2.SafetyVerdict(
+        action=max(earlier.action, verdict.action),
+        findings=[*earlier.findings, *verdict.findings][:MAX_FINDINGS],
+        policy_revision=verdict.policy_revision,
+    )

@@ -16,7 +16,6 @@ Filters that could do unbounded work in one step are not there.
 from __future__ import annotations
 
 import datetime
-import json
 import re
 import threading
 import time
@@ -24,28 +23,32 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from jinja2 import Undefined, nodes
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.ext import Extension, LoopControlExtension
-from jinja2.parser import Parser
+from jinja2.ext import LoopControlExtension
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 
 from services.tokenizer.errors import ChatTemplateError
+from services.tokenizer.template_compiler import GenerationBlock, TracingCodeGenerator
+from services.tokenizer.template_filters import escaped, indented, rounded, summed, titled, tojson
+from services.tokenizer.template_limits import (
+    MAX_INTEGER_BITS,
+    check_items,
+    check_power,
+    check_product,
+    check_structure,
+)
 from services.tokenizer.traced_text import (
     MAX_ITEMS,
     TracedText,
-    budget,
     concatenate,
     runs_of,
     traced,
     trusted_text,
 )
 
-MAX_INTEGER_BITS = 4096
-MAX_INDENT = 64
 _MAX_DATE_FORMAT_CHARS = 256
 _DATE_FORMAT_WIDTH = re.compile(r"%[-_0^#+]*\d")
 _FORMAT_WIDTH = re.compile(r"\d{5}")
@@ -75,70 +78,9 @@ _KEPT_FILTERS = (
     "select",
     "selectattr",
     "sort",
-    "title",
     "unique",
     "upper",
-    "urlencode",
-    "wordcount",
 )
-
-
-class TracingCodeGenerator(CodeGenerator):
-    """Compiles templates so that literals are trusted text and nothing is flattened to `str`."""
-
-    def _output_const_repr(self, group: Iterable[Any]) -> str:
-        return f"environment.trusted({''.join(map(str, group))!r})"
-
-    def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        self.write("environment.to_text(")
-
-    def _output_child_post(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        self.write(")")
-
-    def visit_Const(self, node: nodes.Const, frame: Frame) -> None:  # noqa: N802
-        if isinstance(node.value, str):
-            self.write(f"environment.trusted({node.value!r})")
-        else:
-            super().visit_Const(node, frame)
-
-    def visit_TemplateData(self, node: nodes.TemplateData, frame: Frame) -> None:  # noqa: N802
-        self.write(f"environment.trusted({node.data!r})")
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.concatenate_values((")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
-
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.bounded(")
-        super().visit_List(node, frame)
-        self.write(")")
-
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:  # noqa: N802
-        if node.ctx != "load":
-            super().visit_Tuple(node, frame)
-            return
-        self.write("environment.bounded(")
-        super().visit_Tuple(node, frame)
-        self.write(")")
-
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.bounded(")
-        super().visit_Dict(node, frame)
-        self.write(")")
-
-
-class GenerationBlock(Extension):
-    """`{% generation %}...{% endgeneration %}`, which marks what the model wrote for training."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Leaves the body as if it stood alone."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Rendering(threading.local):
@@ -195,20 +137,21 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
             name: self.filters[name] for name in _KEPT_FILTERS
         }
         filters |= {
-            "escape": _escape,
-            "e": _escape,
+            "escape": escaped,
+            "e": escaped,
             "format": lambda text, *args: traced(text) % args,
-            "indent": _indent,
+            "indent": indented,
             "join": self._join,
             "list": lambda value: list(islice(value, MAX_ITEMS + 1)),
             "replace": lambda text, old, new, count=-1: traced(self.to_text(text)).replace(
                 self.to_text(old), self.to_text(new), count
             ),
-            "round": _round,
+            "round": rounded,
             "safe": lambda value: value,
             "string": self.to_text,
-            "sum": _sum,
-            "tojson": _tojson,
+            "sum": summed,
+            "title": titled,
+            "tojson": tojson,
             "trim": lambda text, chars=None: traced(self.to_text(text)).strip(chars),
         }
         self.filters = {name: self._limited(function) for name, function in filters.items()}
@@ -247,7 +190,7 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
     def bounded(self, value: Any) -> Any:
         """Returns the value. Raises ChatTemplateError if it is too large a structure or number."""
         if isinstance(value, (list, tuple, dict)):
-            _measure(value)
+            check_structure(value)
         elif isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
             raise ChatTemplateError(f"the template makes a number of over {MAX_INTEGER_BITS} bits")
         return value
@@ -258,11 +201,11 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(left, str):
             left = traced(left)
         if operator == "*":
-            _check_product(left, right)
+            check_product(left, right)
         elif operator == "**":
-            _check_power(left, right)
+            check_power(left, right)
         elif operator == "+" and isinstance(left, (list, tuple)) and isinstance(right, type(left)):
-            _check_items(len(left) + len(right))
+            check_items(len(left) + len(right))
         return self.bounded(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
@@ -360,53 +303,6 @@ def _refuse_private(name: object) -> None:
         raise SecurityError(f"a namespace cannot hold {name!r}")
 
 
-def _check_items(count: int) -> None:
-    if count > MAX_ITEMS:
-        raise ChatTemplateError(f"the template makes a list of more than {MAX_ITEMS} members")
-
-
-def _measure(value: Any) -> None:
-    """Counts members and characters through all levels, shared ones as often as they are shared."""
-    members = chars = 0
-    open_values = [value]
-    while open_values:
-        current = open_values.pop()
-        if isinstance(current, str):
-            chars += len(current)
-            budget.check(chars)
-        elif isinstance(current, dict):
-            members += len(current)
-            open_values.extend(current.keys())
-            open_values.extend(current.values())
-        elif isinstance(current, (list, tuple)):
-            members += len(current)
-            _check_items(members)
-            open_values.extend(current)
-        _check_items(members)
-
-
-def _check_product(left: Any, right: Any) -> None:
-    if isinstance(left, int) and isinstance(right, int):
-        if left.bit_length() + right.bit_length() > MAX_INTEGER_BITS:
-            raise ChatTemplateError(f"the template makes a number of over {MAX_INTEGER_BITS} bits")
-        return
-    sequence, times = (right, left) if isinstance(left, int) else (left, right)
-    if isinstance(times, int):
-        if isinstance(sequence, str):
-            budget.check(len(sequence) * times)
-        elif isinstance(sequence, (list, tuple)):
-            _check_items(len(sequence) * times)
-
-
-def _check_power(base: Any, exponent: Any) -> None:
-    if (
-        isinstance(base, int)
-        and isinstance(exponent, int)
-        and base.bit_length() * exponent > MAX_INTEGER_BITS
-    ):
-        raise ChatTemplateError(f"the template makes a number of over {MAX_INTEGER_BITS} bits")
-
-
 def _raise_exception(message: object) -> None:
     raise TemplateError(str(message))
 
@@ -415,72 +311,3 @@ def _strftime_now(pattern: str) -> str:
     if len(pattern) > _MAX_DATE_FORMAT_CHARS or _DATE_FORMAT_WIDTH.search(pattern):
         raise ChatTemplateError("the template's date format is too long or pads its fields")
     return datetime.datetime.now().strftime(pattern)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without the HTML escapes of Jinja's own filter."""
-    if indent is not None and (indent if isinstance(indent, int) else len(indent)) > MAX_INDENT:
-        raise ChatTemplateError(f"the template indents by more than {MAX_INDENT}")
-    if isinstance(value, Undefined):
-        raise TypeError(f"{value._undefined_message} and has no JSON form")
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _indent(text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    if (width if isinstance(width, int) else len(width)) > MAX_INDENT:
-        raise ChatTemplateError(f"the template indents by more than {MAX_INDENT}")
-    margin = " " * width if isinstance(width, int) else width
-    lines = (traced(str(text) if not isinstance(text, str) else text) + "\n").splitlines()
-    parts: list[str] = []
-    for index, line in enumerate(lines):
-        if index:
-            parts.append("\n")
-        if (index and (line or blank)) or (not index and first):
-            parts.append(margin)
-        parts.append(line)
-    return concatenate(parts)
-
-
-def _escape(value: Any) -> str:
-    text = str(value)
-    for plain, escaped in (
-        ("&", "&amp;"),
-        (">", "&gt;"),
-        ("<", "&lt;"),
-        ("'", "&#39;"),
-        ('"', "&#34;"),
-    ):
-        text = text.replace(plain, escaped)
-    return text
-
-
-def _round(value: float, precision: int = 0, method: str = "common") -> float:
-    if abs(precision) > MAX_INDENT:
-        raise ChatTemplateError("the template rounds to too many digits")
-    if method == "common":
-        return round(value, precision)
-    scaled = value * 10.0**precision
-    floor = int(scaled // 1)
-    return (floor if method == "floor" or floor == scaled else floor + 1) / 10.0**precision
-
-
-def _sum(values: Iterable[Any], attribute: str | None = None, start: float = 0) -> Any:
-    total: Any = start
-    for value in values:
-        number = value[attribute] if attribute is not None else value
-        if not isinstance(number, (int, float)):
-            raise TypeError("sum adds numbers")
-        total += number
-    return total

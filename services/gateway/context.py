@@ -61,11 +61,6 @@ class RequestContext:
     first_text_at: float | None = None
 
     @property
-    def field_prefix(self) -> str:
-        """What stands before a field's path in errors: streaming requests wrap the request."""
-        return "request." if self.streaming else ""
-
-    @property
     def served(self) -> ServedModel:
         """The model, once the request is routed."""
         assert self.model is not None

@@ -13,6 +13,7 @@ from opentelemetry.trace import Status, StatusCode, use_span
 from meshserve.v1 import gateway_pb2, types_pb2
 from services.gateway.context import RequestContext
 from services.gateway.events import Event
+from services.gateway.field_paths import under_request
 from services.gateway.pipeline import Pipeline
 from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
@@ -68,6 +69,8 @@ class Inference:
             except ServiceError as error:
                 reason = error.reason.value
                 error.metadata.setdefault("request_id", context.request_id)
+                if context.streaming:
+                    under_request(error)
                 raise
             except Exception:
                 reason = Reason.INTERNAL.value

@@ -16,6 +16,7 @@ from meshserve.v1 import (
 from services.gateway.coalesce import at_intervals
 from services.gateway.context import RequestContext, Tenant
 from services.gateway.events import Event
+from services.gateway.field_paths import renamed_fields
 from services.gateway.inference import Inference
 from services.gateway.models import ModelDirectory
 from services.gateway.responses import (
@@ -126,7 +127,7 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
             )
         request.model = self._models.canonical_name(request.model)
         if kind == "conversation":
-            raise_violations(check_conversation(request.conversation), "")
+            raise_violations(check_conversation(request.conversation))
             rendered = await self._tokenizer.ApplyChatTemplate(
                 tokenizer_pb2.ApplyChatTemplateRequest(
                     model=request.model, conversation=request.conversation
@@ -134,7 +135,8 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
             )
             tokens = len(rendered.token_ids)
         else:
-            encoded = await self._tokenizer.Encode(encode_request(request))
+            with renamed_fields({"texts[0]": "text"}):
+                encoded = await self._tokenizer.Encode(encode_request(request))
             tokens = len(encoded.encoded[0].token_ids)
         return gateway_pb2.CountTokensResponse(tokens=tokens, model=request.model)
 

@@ -36,18 +36,18 @@ _SAMPLING_RANGES: dict[str, tuple[float, float, bool]] = {
 Violations = list[tuple[str, str]]
 
 
-def validate(request: gateway_pb2.GenerateRequest, prefix: str, max_prompt_bytes: int) -> None:
-    """Raises ServiceError with every field that is wrong. Paths begin with `prefix`."""
+def validate(request: gateway_pb2.GenerateRequest, max_prompt_bytes: int) -> None:
+    """Raises ServiceError with every field that is wrong."""
     violations: Violations = []
     violations += _check_request_id(request.request_id)
     violations += _check_input(request)
     violations += _check_sampling(request.sampling)
     violations += _check_stopping(request.stopping)
     violations += _check_rest(request)
-    raise_violations(violations, prefix)
+    raise_violations(violations)
     size = prompt_bytes(request)
     if size > max_prompt_bytes:
-        field = f"{prefix}{request.WhichOneof('input')}"
+        field = str(request.WhichOneof("input"))
         raise ServiceError(
             Reason.PROMPT_TOO_LONG,
             f"the prompt has {size} bytes; at most {max_prompt_bytes} are taken",
@@ -56,15 +56,15 @@ def validate(request: gateway_pb2.GenerateRequest, prefix: str, max_prompt_bytes
         )
 
 
-def raise_violations(violations: Violations, prefix: str) -> None:
+def raise_violations(violations: Violations) -> None:
     """Raises ServiceError (INVALID_FIELD) if there is any violation."""
     if violations:
         path, description = violations[0]
         more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
         raise ServiceError(
             Reason.INVALID_FIELD,
-            f"{prefix}{path}: {description}{more}",
-            field_violations=[(prefix + path, description) for path, description in violations],
+            f"{path}: {description}{more}",
+            field_violations=violations,
         )
 
 

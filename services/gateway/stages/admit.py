@@ -31,7 +31,7 @@ class Admit(Stage):
 
     async def before(self, context: RequestContext) -> None:
         """Raises ServiceError (INVALID_ARGUMENT, RESOURCE_EXHAUSTED)."""
-        validate(context.request, context.field_prefix, self._settings.max_prompt_bytes)
+        validate(context.request, self._settings.max_prompt_bytes)
         await self._limit_rate(context.tenant)
         if self._active >= self._settings.max_active_requests:
             raise ServiceError(

@@ -11,6 +11,7 @@ from opentelemetry.trace import Span, use_span
 from meshserve.v1 import engine_pb2, tokenizer_pb2, types_pb2
 from services.gateway.context import RequestContext
 from services.gateway.events import ChoiceEnd, Event, TextDelta
+from services.gateway.field_paths import renamed_fields
 from services.gateway.peers import DecodePool
 from services.gateway.pipeline import Stage
 from services.gateway.sessions import Session
@@ -18,6 +19,15 @@ from services.gateway.stop_strings import StopMatch, StopStringMatcher
 from services.runtime.channels import ResponseStream
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.telemetry.tracing import current_trace_context
+
+
+# Fields of the engine's request that go by another name in ours.
+ENGINE_FIELDS = {
+    "prompt": "input",
+    "stop_sequences": "stopping.stop_strings",
+    "logprobs": "output.logprobs",
+    "prompt_logprobs": "output.prompt_logprobs",
+}
 
 
 class Generate(Stage):
@@ -42,13 +52,14 @@ class Generate(Stage):
                 if context.request.output.echo:
                     for index in range(context.choices):
                         yield TextDelta(index, context.request.text)
-                async for message in call:
-                    async for event in _events(message, choices, context):
-                        unended -= isinstance(event, ChoiceEnd)
-                        yield event
-                    if not unended and not all(choice.engine_is_done for choice in choices):
-                        # A stop string that only the text shows: the engine would go on.
-                        return
+                with renamed_fields(ENGINE_FIELDS):
+                    async for message in call:
+                        async for event in _events(message, choices, context):
+                            unended -= isinstance(event, ChoiceEnd)
+                            yield event
+                        if not unended and not all(choice.engine_is_done for choice in choices):
+                            # A stop string that only the text shows: the engine would go on.
+                            return
             if unended:
                 raise ServiceError(
                     Reason.INTERNAL, "the engine's stream ended before its choices did"

@@ -22,6 +22,7 @@ from services.runtime.telemetry.tracing import current_trace_context
 log = logging.getLogger(__name__)
 
 MAX_FINDINGS = 100
+_FILTERED = types_pb2.FINISH_REASON_CONTENT_FILTER
 
 
 class Moderate(Stage):
@@ -49,7 +50,7 @@ class Moderate(Stage):
             _ChoiceCheck(self._pool, context, index, trace, may_pass_by)
             for index in range(context.choices)
         ]
-        unended = len(checks)
+        unended, filtered = len(checks), False
         try:
             async with aclosing(events):
                 async for event in events:
@@ -58,8 +59,10 @@ class Moderate(Stage):
                         continue
                     for passed in await check.feed(event):
                         yield passed
-                        unended -= isinstance(passed, ChoiceEnd)
-                    if not unended:
+                        if isinstance(passed, ChoiceEnd):
+                            unended -= 1
+                            filtered |= passed.finish_reason == _FILTERED
+                    if filtered and not unended:
                         # A blocked choice ends before its generation does; leaving ends that too.
                         break
         finally:
@@ -139,7 +142,7 @@ class _ChoiceCheck:
             passed.append(
                 ChoiceEnd(
                     self._index,
-                    types_pb2.FINISH_REASON_CONTENT_FILTER,
+                    _FILTERED,
                     None,
                     self._context.usages.get(self._index, types_pb2.Usage()),
                     self._verdict,

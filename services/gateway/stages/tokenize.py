@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from meshserve.v1 import gateway_pb2, tokenizer_pb2, tokenizer_pb2_grpc, types_pb2
 from services.gateway.context import RequestContext
+from services.gateway.field_paths import renamed_fields
 from services.gateway.pipeline import Stage
 from services.runtime.errors import Reason, ServiceError, invalid_field
 from services.runtime.settings import GatewaySettings
@@ -25,16 +26,14 @@ class Tokenize(Stage):
         request = context.request
         context.prompt_token_ids = await self._prompt(context)
         if not context.prompt_token_ids:
-            raise invalid_field(
-                f"{context.field_prefix}{request.WhichOneof('input')}", "gives no token at all"
-            )
+            raise invalid_field(str(request.WhichOneof("input")), "gives no token at all")
         stops = request.stopping.stop_strings
         if stops:
-            encoded = await self._tokenizer.Encode(
-                tokenizer_pb2.EncodeRequest(
-                    model=request.model, texts=stops, add_special_tokens=False
-                )
+            query = tokenizer_pb2.EncodeRequest(
+                model=request.model, texts=stops, add_special_tokens=False
             )
+            with renamed_fields({"texts": "stopping.stop_strings"}):
+                encoded = await self._tokenizer.Encode(query)
             context.stop_sequences = [list(text.token_ids) for text in encoded.encoded]
         self._fit(context)
 
@@ -47,7 +46,7 @@ class Tokenize(Stage):
             for position, token_id in enumerate(ids):
                 if token_id >= size:
                     raise invalid_field(
-                        f"{context.field_prefix}token_ids.ids[{position}]",
+                        f"token_ids.ids[{position}]",
                         f"must be below {size}, the size of the vocabulary",
                     )
             return ids
@@ -58,7 +57,8 @@ class Tokenize(Stage):
                 )
             )
             return list(rendered.token_ids)
-        encoded = await self._tokenizer.Encode(encode_request(request))
+        with renamed_fields({"texts[0]": "text"}):
+            encoded = await self._tokenizer.Encode(encode_request(request))
         return list(encoded.encoded[0].token_ids)
 
     def _fit(self, context: RequestContext) -> None:
@@ -85,8 +85,7 @@ class Tokenize(Stage):
                 else f"{size} does not fit the model's context of {limit} tokens",
                 field_violations=[
                     (
-                        context.field_prefix
-                        + ("stopping.max_tokens" if prompt < limit and asked else "input"),
+                        "stopping.max_tokens" if prompt < limit and asked else "input",
                         f"at most {limit} tokens together",
                     )
                 ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,15 @@ RESERVED_VARIABLES = frozenset(
 )
 
 
+# What Kubernetes puts into every pod for a Service whose name begins with `meshserve`.
+KUBERNETES_SERVICE_LINK = re.compile(
+    r"^(?!.*__).*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)$"
+)
+# Values that an error message must not repeat: a key pasted for its digest, a URL's password.
+SECRET_KEYS = frozenset({"sha256", "url"})
+LONGEST_VALUE_SHOWN = 80
+
+
 class SettingsError(Exception):
     """The settings cannot be used. Its text lists every problem, one a line."""
 
@@ -50,10 +60,7 @@ def load_settings(path: Path | None = None, environ: Mapping[str, str] | None = 
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"{path}: cannot be read: {error}") from error
-        try:
-            document = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise SettingsError(f"{path}: not valid YAML: {error}") from error
+        document = _read_yaml(text, f"{path}: not valid YAML")
     return parse_settings(document, environ, source=str(path) if path else "settings")
 
 
@@ -68,8 +75,31 @@ def parse_settings(
     try:
         return Settings.model_validate(merged)
     except ValidationError as error:
-        problems = "\n".join(f"{source}: {line}" for line in _describe(error))
+        overrides = {name: ".".join(_keys_of(name)) for name in environ if _is_override(name)}
+        problems = "\n".join(
+            f"{_origin(path, overrides, source)}: {line}" for path, line in _describe(error)
+        )
         raise SettingsError(problems) from None
+
+
+def _is_override(name: str) -> bool:
+    return (
+        name.startswith(ENVIRONMENT_PREFIX)
+        and name not in RESERVED_VARIABLES
+        and not KUBERNETES_SERVICE_LINK.search(name)
+    )
+
+
+def _keys_of(name: str) -> list[str]:
+    return name.removeprefix(ENVIRONMENT_PREFIX).lower().split(NESTING_SEPARATOR)
+
+
+def _origin(path: str, overrides: Mapping[str, str], source: str) -> str:
+    """Where the value at a path comes from: the variable that set it, or the file."""
+    for name, overridden in overrides.items():
+        if path == overridden or path.startswith(f"{overridden}."):
+            return name
+    return source
 
 
 def _overlay(document: dict[Any, Any], environ: Mapping[str, str]) -> dict[Any, Any]:
@@ -77,9 +107,9 @@ def _overlay(document: dict[Any, Any], environ: Mapping[str, str]) -> dict[Any, 
         key: dict(value) if isinstance(value, dict) else value for key, value in document.items()
     }
     for name in sorted(environ):
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in RESERVED_VARIABLES:
+        if not _is_override(name):
             continue
-        keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split(NESTING_SEPARATOR)
+        keys = _keys_of(name)
         node = merged
         for depth, key in enumerate(keys[:-1]):
             child = node.get(key)
@@ -91,30 +121,71 @@ def _overlay(document: dict[Any, Any], environ: Mapping[str, str]) -> dict[Any, 
                 )
             node[key] = dict(child)
             node = node[key]
-        try:
-            node[keys[-1]] = yaml.safe_load(environ[name])
-        except yaml.YAMLError as error:
-            raise SettingsError(f"{name}: not a valid YAML value: {error}") from error
+        node[keys[-1]] = _read_yaml(environ[name], f"{name}: not a valid YAML value")
     return merged
 
 
-def _describe(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, where YAML's readers let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Called for each mapping. Raises ConstructorError."""
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str, problem: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeysLoader)
+    except RecursionError as error:
+        raise SettingsError(f"{problem}: nested too deeply") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        # A ValueError comes of scalars that look like numbers or dates and are none.
+        raise SettingsError(f"{problem}: {error}") from error
+
+
+def _describe(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """The path and the text of each problem."""
+    for problem in error.errors(include_url=False):
         location = tuple(problem["loc"])
         path = ".".join(str(part) for part in location)
         if problem["type"] == "extra_forbidden":
             known = _keys_at(location[:-1])
             near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            yield f"{path}: unknown key; {hint}"
+            yield path, f"{path}: unknown key; {hint}"
         elif problem["type"] == "missing":
-            yield f"{path}: required and missing"
+            yield path, f"{path}: required and missing"
         elif problem["type"] == "value_error":
             text = str(problem["ctx"]["error"])
-            yield f"{path}: {text}" if path else text
+            yield path, f"{path}: {text}" if path else text
         else:
             message = problem["msg"]
-            yield f"{path}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
+            text = f"{path}: {message[0].lower()}{message[1:]}"
+            if location[-1:] and location[-1] not in SECRET_KEYS:
+                text += f", not {_shown(problem['input'])}"
+            yield path, text
+
+
+def _shown(value: Any) -> str:
+    """A value on one short line; a mapping or a list may be of any size."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple | set):
+        return "a list"
+    try:
+        text = repr(value)
+    except ValueError:
+        # An integer of more digits than Python prints.
+        return "what it is"
+    return text if len(text) <= LONGEST_VALUE_SHOWN else f"{text[:LONGEST_VALUE_SHOWN]}..."
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

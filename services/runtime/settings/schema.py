@@ -11,9 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 SERVICE_NAMES = ("gateway", "tokenizer", "engine", "cache", "safety")
 DEMO_MODEL = "smollm2-135m"
 
+# Above any sensible value, and below what timers and gRPC's 32-bit options can hold.
+MAX_SECONDS = 1e6
+MAX_INT32 = 2**31 - 1
+MAX_INT64 = 2**63 - 1
+
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=MAX_INT64)]
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+UNIX_SOCKET = ("unix:", "unix-abstract:")
 
 
 class Section(BaseModel):
@@ -25,14 +31,17 @@ class Section(BaseModel):
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT`, `[IPV6]:PORT`. Raises ValueError for anything else."""
     host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit() or not 0 <= int(port) <= 65535:
+    bare = host.removeprefix("[").removesuffix("]")
+    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535
+    is_host = bool(bare) and not set(bare) & set("/[] ") and (":" in bare) == (bare != host)
+    if not separator or not is_port or not is_host:
         raise ValueError(f"{address!r} is not HOST:PORT")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return bare, int(port)
 
 
 def is_loopback(address: str) -> bool:
     """Whether an address can be reached from this machine alone."""
-    if address.startswith(("unix:", "unix-abstract:")):
+    if address.startswith(UNIX_SOCKET):
         return True
     host, _ = split_address(address)
     if host == "localhost":
@@ -69,7 +78,7 @@ class ServerSettings(Section):
         description="gRPC target under which other services find this one, for example "
         "`dns:///tokenizer:50052`; all addresses that the name has are used. Default: `listen`.",
     )
-    max_message_bytes: Positive = Field(
+    max_message_bytes: Annotated[int, Field(gt=0, le=MAX_INT32)] = Field(
         64 * 2**20, description="Largest message taken or sent, in bytes."
     )
     drain_timeout_s: Seconds = Field(
@@ -77,10 +86,17 @@ class ServerSettings(Section):
     )
     tls: TlsSettings | None = Field(None, description="TLS of the gRPC port. Default: none.")
 
-    @field_validator("listen", "metrics_listen")
+    @field_validator("listen")
     @classmethod
-    def _addresses_have_a_port(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("unix:", "unix-abstract:")):
+    def _listen_has_a_port(cls, value: str) -> str:
+        if not value.startswith(UNIX_SOCKET):
+            split_address(value)
+        return value
+
+    @field_validator("metrics_listen")
+    @classmethod
+    def _metrics_listen_has_a_port(cls, value: str | None) -> str | None:
+        if value is not None:
             split_address(value)
         return value
 
@@ -89,7 +105,7 @@ class ServerSettings(Section):
         """The target, or the listening address turned into one."""
         if self.target is not None:
             return self.target
-        if self.listen.startswith(("unix:", "unix-abstract:")):
+        if self.listen.startswith(UNIX_SOCKET):
             return self.listen
         host, port = split_address(self.listen)
         if host in ("0.0.0.0", "::"):
@@ -356,7 +372,13 @@ class Settings(Section):
                 owner[alias] = name
         if self.engine.model is not None and self.engine.model not in self.models:
             raise ValueError(f"engine.model: {self.engine.model!r} is not among models")
+        digests: dict[str, str] = {}
         for key in self.gateway.auth.keys:
+            if key.sha256 in digests:
+                raise ValueError(
+                    f"gateway.auth.keys: {digests[key.sha256]!r} and {key.name!r} have the same key"
+                )
+            digests[key.sha256] = key.name
             for model_name in key.models:
                 if model_name not in owner:
                     raise ValueError(

@@ -28,6 +28,15 @@ def _extra_fields(record: logging.LogRecord) -> dict[str, object]:
     return {key: value for key, value in vars(record).items() if key not in _STANDARD_FIELDS}
 
 
+def _plain(value: object) -> object:
+    """What JSON has a form for; anything else, NaN included, as its `str`."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return str(value)
+    return value
+
+
 class JsonFormatter(logging.Formatter):
     """time, level, service, logger, message, trace_id, span_id, then the record's extra fields."""
 
@@ -36,7 +45,7 @@ class JsonFormatter(logging.Formatter):
         self._service = service
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line of JSON; values that JSON does not know are written as their `str`."""
+        """One line of JSON; an extra field never takes the place of one of ours."""
         fields: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -44,11 +53,14 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **_trace_fields(),
-            **_extra_fields(record),
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields, ensure_ascii=False, default=str)
+        if record.stack_info:
+            fields["stack"] = self.formatStack(record.stack_info)
+        for key, value in _extra_fields(record).items():
+            fields.setdefault(key, _plain(value))
+        return json.dumps(fields, ensure_ascii=False)
 
 
 class TextFormatter(logging.Formatter):

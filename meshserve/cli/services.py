@@ -39,7 +39,9 @@ def model_environment(model: str) -> dict[str, str]:
     path = Path(model).expanduser()
     source = str(path.absolute()) if path.exists() else model
     name = model if model in CATALOGUE else path.stem if path.exists() else model
-    return {"MESHSERVE_MODELS": yaml.safe_dump({name: {"source": source}}, default_flow_style=True)}
+    models = yaml.safe_dump({name: {"source": source}}, default_flow_style=True)
+    # A model that the file chose for the engine is not among these.
+    return {"MESHSERVE_MODELS": models, "MESHSERVE_ENGINE__MODEL": "null"}
 
 
 def fetch_model(source: str, cache_dir: Path | None) -> Path:

@@ -5,29 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
 def key_presses(on_key: Callable[[str], None]) -> Iterator[None]:
-    """Calls `on_key` with each key pressed; where there is no terminal, never.
+    """Calls `on_key` with each key pressed; without a terminal, or in the background, never.
 
     The terminal goes on turning Ctrl-C into a signal, and is put back as it was.
     """
-    if not sys.stdin.isatty():
+    if not _owns_terminal():
         yield
         return
     import termios
     import tty
 
     descriptor = sys.stdin.fileno()
-    try:
-        before = termios.tcgetattr(descriptor)
-    except termios.error:
-        yield
-        return
+    before = termios.tcgetattr(descriptor)
     loop = asyncio.get_running_loop()
+    # A job that is put into the background must serve on, not be stopped for touching the terminal.
+    ignored = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTTIN, signal.SIGTTOU)
+    }
 
     def read() -> None:
         try:
@@ -45,4 +46,15 @@ def key_presses(on_key: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         loop.remove_reader(descriptor)
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        with contextlib.suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        for number, handler in ignored.items():
+            signal.signal(number, handler)
+
+
+def _owns_terminal() -> bool:
+    """Whether standard input is a terminal with this process in its foreground."""
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):
+        return False

@@ -37,7 +37,7 @@ async def run(arguments: list[str]) -> int:
     state_path, *ports = arguments[:split]
     flags = arguments[split + 1 :]
     specs = [
-        fake_spec(f"s{index}", int(port), *(flags if port == ports[-1] else ()), stop_timeout_s=2)
+        fake_spec(f"s{index}", int(port), *(flags if port == ports[-1] else ()), stop_timeout_s=60)
         for index, port in enumerate(ports)
     ]
     state = StateDir(Path(state_path))

@@ -82,7 +82,7 @@ def test_a_signal_stops_everything_in_good_order(mesh: FakeMesh, number: signal.
     children = mesh.children()
     assert len(children) == 3
     process.send_signal(number)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 0, output
     assert mesh.ends.read_text() == "s1\n"
     assert not any(is_running(pid) for pid in children)
@@ -95,7 +95,7 @@ def test_a_signal_during_the_start_stops_it(mesh: FakeMesh) -> None:
     wait_until(mesh.runs.exists, "the service has started")
     wait_until(lambda: mesh.state.running_mesh() is not None, "the state is written")
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert process.returncode == 0
     assert not is_running(int(mesh.runs.read_text()))
 
@@ -109,14 +109,14 @@ def test_a_second_signal_kills(mesh: FakeMesh) -> None:
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
-    assert time.monotonic() - started < 1.9  # the service alone would have been given 2 s
+    process.communicate(timeout=30)
+    assert time.monotonic() - started < 30  # the service alone would have been given 60 s
     assert not any(is_running(pid) for pid in children)
 
 
 def test_a_service_that_is_dead_for_good_ends_the_mesh_with_its_last_words(mesh: FakeMesh) -> None:
     process = mesh.start("--exit-at-once", "78")
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "s1 cannot run as it is configured (exited with code 78)." in output
     assert "s1 cannot go on: the disk is on fire" in output
@@ -161,7 +161,7 @@ def test_logs_are_shown_from_the_start_when_asked_for(
     process = mesh.start()
     mesh.wait_until_ready()
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=30)
     assert "s0        s0 starts" in output
     assert "s1        s1 starts" in output
 
@@ -176,7 +176,7 @@ def test_a_mesh_whose_reader_is_gone_serves_on(mesh: FakeMesh) -> None:
     wait_until(lambda: len(mesh.runs.read_text().split()) == 2, "the service is started again")
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(30) == 0
 
 
 def test_down_finds_and_stops_the_mesh(
@@ -219,24 +219,30 @@ def test_on_a_terminal_a_table_shows_the_services_and_l_the_logs(mesh: FakeMesh)
     os.close(terminal)
     seen = ""
 
+    def read_available() -> str:
+        ready = select.select([controller], [], [], 0.3)[0]
+        return os.read(controller, 65536).decode("utf-8", "replace") if ready else ""
+
     def read_until(text: str) -> None:
         nonlocal seen
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 20
         while text not in seen:
             assert time.monotonic() < deadline, f"{text!r} not in {seen!r}"
-            if select.select([controller], [], [], 0.1)[0]:
-                seen += os.read(controller, 65536).decode()
+            seen += read_available()
 
     read_until("Ctrl-C stops, l shows or hides the logs")
     assert "s0" in seen
     assert "healthy" in seen
     os.write(controller, b"l")
-    time.sleep(0.5)
-    with (mesh.state.log_dir / "s1.log").open("a") as log:
-        log.write('{"time": "2026-01-01T12:00:00.000", "level": "info", "message": "a log line"}\n')
-    read_until("a log line")
+    record = '{"time": "2026-01-01T12:00:00", "level": "info", "message": "a log line"}\n'
+    deadline = time.monotonic() + 20
+    while "a log line" not in seen:
+        assert time.monotonic() < deadline, seen
+        with (mesh.state.log_dir / "s1.log").open("a") as log:
+            log.write(record)
+        seen += read_available()
     os.write(controller, b"\x03")
     read_until("stopping")
-    process.wait(10)
+    process.wait(30)
     assert process.returncode == 0
     os.close(controller)

@@ -19,7 +19,7 @@ from tests.fakes.waiting import is_running
 QUICK = RestartLimits(first_delay_s=0.05, max_crashes=3)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.02)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,7 +37,9 @@ class FakeMesh:
         self._ports = [str(port) for port in ports]
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self, *flags: str, **popen: object) -> subprocess.Popen[str]:
+    def start(
+        self, *flags: str, shell_line: str | None = None, **popen: object
+    ) -> subprocess.Popen[str]:
         flags = ("--runs", str(self.runs), "--ends", str(self.ends), *flags)
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm"}
         settings: dict[str, object] = {
@@ -44,8 +48,12 @@ class FakeMesh:
             "stderr": subprocess.STDOUT,
             **popen,
         }
+        command = [sys.executable, str(FAKE_MESH), str(self.state.path), *self._ports]
+        command += ["--", *flags]
+        if shell_line is not None:
+            command = ["bash", "-c", shell_line.format(command=shlex.join(command))]
         self.process = subprocess.Popen(  # type: ignore[call-overload]
-            [sys.executable, str(FAKE_MESH), str(self.state.path), *self._ports, "--", *flags],
+            command,
             text=True,
             env=environment,
             **settings,
@@ -208,13 +216,42 @@ def test_a_second_up_names_the_first(
     assert process.poll() is None
 
 
+def test_a_mesh_in_the_background_of_a_terminal_serves_on(mesh: FakeMesh) -> None:
+    controller, terminal = pty.openpty()
+    process = mesh.start(
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        preexec_fn=take_terminal,
+        shell_line="set -m; {command} & wait",
+    )
+    os.close(terminal)
+    threading.Thread(target=drain, args=(controller,), daemon=True).start()
+    mesh.wait_until_ready()
+    running = mesh.state.running_mesh()
+    assert running is not None
+    state = Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    assert state in "SR"  # T would mean that the terminal stopped it
+    os.kill(running.pid, signal.SIGTERM)
+    wait_until(lambda: not mesh.state.is_held(), "the mesh has stopped")
+    process.wait(30)
+
+
+def take_terminal() -> None:
+    """Makes standard input the controlling terminal of a new session."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def drain(controller: int) -> None:
+    """Reads what nobody looks at, so that its writer is not held up."""
+    with contextlib.suppress(OSError):
+        while os.read(controller, 65536):
+            pass
+
+
 def test_on_a_terminal_a_table_shows_the_services_and_l_the_logs(mesh: FakeMesh) -> None:
     controller, terminal = pty.openpty()
-
-    def take_terminal() -> None:
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
     process = mesh.start(stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=take_terminal)
     os.close(terminal)
     seen = ""

@@ -182,7 +182,9 @@ class _Passage:
         self._durations.labels(stage.name).observe(time.perf_counter() - started)
         if error is not None:
             span.set_attribute("error.type", error.reason.value)
-            span.set_status(Status(StatusCode.ERROR, error.reason.value))
+            # A stage that others' failure ended, or a caller who left, is no failure of its own.
+            if error.reason is not Reason.CANCELLED:
+                span.set_status(Status(StatusCode.ERROR, error.reason.value))
         span.end()
 
 

@@ -20,7 +20,6 @@ from services.runtime.channels import ResponseStream
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.telemetry.tracing import current_trace_context
 
-
 # Fields of the engine's request that go by another name in ours.
 ENGINE_FIELDS = {
     "prompt": "input",

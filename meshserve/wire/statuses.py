@@ -84,10 +84,7 @@ def _bare_status(
     code: grpc.StatusCode, message: str, kind: type[MeshServeError], target: str
 ) -> tuple[type[MeshServeError], str]:
     if code is grpc.StatusCode.UNAVAILABLE:
-        cause = message.rpartition(": ")[2] or "no reason given"
-        if message.startswith(("failed to connect", "DNS resolution failed")):
-            return errors.ConnectError, f"no MeshServe gateway answers at {target} ({cause})"
-        return errors.ConnectError, f"the connection to {target} broke ({cause})"
+        return errors.ConnectError, _connection_failure(message, target)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return kind, f"{target} did not complete the answer within the timeout"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
@@ -95,6 +92,16 @@ def _bare_status(
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return kind, f"the server at {target} does not know this call; is it a MeshServe gateway?"
     return kind, message
+
+
+def _connection_failure(message: str, target: str) -> str:
+    """What gRPC's account of a failed connection comes down to."""
+    if "handshake failed" in message.lower():
+        return f"no TLS connection to {target} can be made; is TLS spoken there, and by whom?"
+    cause = message.rpartition(": ")[2].strip(" []") or "no reason given"
+    if message.startswith(("failed to connect", "errors resolving", "DNS resolution failed")):
+        return f"no MeshServe gateway answers at {target} ({cause})"
+    return f"the connection to {target} broke ({cause})"
 
 
 class _Details:

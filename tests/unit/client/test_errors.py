@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 import meshserve
 from meshserve import AsyncClient, Client, MeshServeError
+from meshserve.wire.statuses import error_from_status
 from tests.fakes.scripted_gateway import ScriptedGateway
 
 Code = grpc.StatusCode
@@ -178,6 +179,34 @@ def test_where_nobody_listens_the_error_names_the_target() -> None:
             client.generate("x")
         with pytest.raises(meshserve.ServiceUnavailableError):
             client.stream_chat("x").collect()
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: "
+            "Failed to connect to remote host: Connection refused",
+            "no MeshServe gateway answers at mesh:1 (Connection refused)",
+        ),
+        (
+            "errors resolving mesh:1: [field:hostname lookup error:address lookup failed for "
+            "mesh:1: Domain name not found]",
+            "no MeshServe gateway answers at mesh:1 (Domain name not found)",
+        ),
+        (
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Tls "
+            "handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1: x: y: OK",
+            "no TLS connection to mesh:1 can be made; is TLS spoken there, and by whom?",
+        ),
+        ("Socket closed", "the connection to mesh:1 broke (Socket closed)"),
+        ("", "the connection to mesh:1 broke (no reason given)"),
+    ],
+)
+def test_what_grpc_says_of_a_connection_is_put_briefly(message: str, says: str) -> None:
+    error = error_from_status(Code.UNAVAILABLE, message, [], target="mesh:1")
+    assert type(error) is meshserve.ConnectError
+    assert str(error) == says
 
 
 def test_a_gateway_that_goes_away_in_the_middle_breaks_the_stream(

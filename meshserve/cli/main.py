@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -71,8 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs a command line and returns its exit code."""
-    # What gRPC would log beside our own line says the same in more words.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         result = cli.main(list(arguments), prog_name="meshserve", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -30,7 +30,8 @@ def pull(source: str) -> None:
 
     SOURCE is a catalogue name such as smollm2-135m, or a hub id ORG/NAME[@REVISION].
     """
-    path = _store().pull_model(source, None)
+    services = _store()
+    path = services.pull_model(source, services.model_cache())
     click.echo(str(path))
 
 
@@ -84,7 +85,7 @@ def show(source: str, as_json: bool) -> None:
     from services.runtime.modelfiles import describe, locate
 
     with services.store_errors():
-        description = describe(locate(source, None))
+        description = describe(locate(source, services.model_cache()))
         size_bytes = description.size_bytes
     if as_json:
         write_json(description, sys.stdout)
@@ -111,10 +112,11 @@ def _list_offline(as_json: bool) -> None:
     from services.runtime.modelfiles import CATALOGUE, ModelStoreError, locate
 
     rows: list[dict[str, str | None]] = []
+    cache_dir = services.model_cache()
     with services.store_errors():
         for name, entry in CATALOGUE.items():
             try:
-                path: str | None = str(locate(name, None))
+                path: str | None = str(locate(name, cache_dir))
             except ModelStoreError:
                 path = None
             rows.append({"name": name, "summary": entry.summary, "path": path})

@@ -34,6 +34,11 @@ def read_settings(config: Path | None, environment: Mapping[str, str] = os.envir
         ) from None
 
 
+def model_cache() -> Path | None:
+    """Where `meshserve up` would look for models; None is the model store's own default."""
+    return read_settings(None).model_cache
+
+
 def model_environment(model: str) -> dict[str, str]:
     """The setting `models` that serves one model alone: a catalogue name, a path or a hub id."""
     path = Path(model).expanduser()

@@ -72,11 +72,13 @@ def assign_struct(struct: struct_pb2.Struct, value: Mapping[str, Any], path: str
     struct.SetInParent()
     if not isinstance(value, Mapping):
         raise invalid_field(path, f"must be a mapping, not {type(value).__name__}")
-    _check_texts(value, path)
     try:
+        _check_texts(value, path)
         struct.update(value)
     except (TypeError, ValueError) as error:
         raise invalid_field(path, f"is not a JSON object: {error}") from None
+    except RecursionError:
+        raise invalid_field(path, "is nested too deeply") from None
 
 
 def _check_texts(value: object, path: str) -> None:

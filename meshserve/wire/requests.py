@@ -219,6 +219,8 @@ def _fill_constraint(
             value = json.dumps(value)
         except (TypeError, ValueError) as error:
             raise invalid_field("constraint.json_schema", f"is not JSON: {error}") from None
+        except RecursionError:
+            raise invalid_field("constraint.json_schema", "is nested too deeply") from None
     assign(constraint, name, value, f"constraint.{name}")
 
 

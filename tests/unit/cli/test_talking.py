@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,37 @@ def test_chat_writes_the_answer_alone(gateway: ScriptedGateway, meshserve: Calla
         (types_pb2.ROLE_SYSTEM, "Be brief."),
         (types_pb2.ROLE_USER, "Capital of France?"),
     ]
+
+
+def test_on_a_terminal_a_line_below_the_answer_tells_what_it_cost(
+    gateway: ScriptedGateway,
+) -> None:
+    response = gateway_pb2.StreamChatResponse
+    messages = [
+        response(chunk={"deltas": [{"content": "Par"}]}),
+        response(chunk={"deltas": [{"content": "is."}]}),
+        response(
+            complete={
+                "finish_reason": "FINISH_REASON_LENGTH",
+                "usage": {"prompt_tokens": 9, "completion_tokens": 2, "cached_prompt_tokens": 8},
+                "cached": True,
+            }
+        ),
+    ]
+    gateway.on("StreamChat", lambda request, context: iter(messages))
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "meshserve", "chat", "x", "--target", gateway.target]
+    process = subprocess.Popen(command, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(controller, 4096):
+            shown += data
+    assert process.wait(30) == 0
+    text = shown.decode()
+    assert text.startswith("Paris.\r\n")
+    assert "2 tokens · from the cache · first after" in text
+    assert "8 of 9 prompt tokens reused · cut off at the token limit" in text
 
 
 def test_an_answer_that_ends_its_line_gets_no_second_end(

@@ -6,6 +6,9 @@ from datetime import UTC, datetime
 
 import grpc
 import pytest
+from google.protobuf import json_format
+from hypothesis import given
+from hypothesis import strategies as st
 
 import meshserve
 from meshserve import (
@@ -20,7 +23,9 @@ from meshserve import (
     ToolCall,
     Usage,
 )
+from meshserve.options import ChatOptions
 from meshserve.v1 import gateway_pb2, types_pb2
+from meshserve.wire import requests
 from tests.fakes.scripted_gateway import ScriptedGateway
 
 GENERATED = gateway_pb2.GenerateResponse(
@@ -394,6 +399,48 @@ def test_a_message_that_cannot_travel_is_named(
 def test_a_lone_surrogate_in_a_prompt_is_a_clear_error(client: Client) -> None:
     with pytest.raises(InvalidRequestError, match=r"lone surrogate \(U\+D800\) at position 1"):
         client.generate("a\ud800b")
+
+
+@given(st.text(st.characters()))
+def test_any_text_travels_unchanged_unless_it_holds_a_lone_surrogate(text: str) -> None:
+    holds_surrogate = any(0xD800 <= ord(character) <= 0xDFFF for character in text)
+    try:
+        request = requests.generate_request(text, {"stop": [text]})
+    except InvalidRequestError:
+        assert holds_surrogate
+    else:
+        assert not holds_surrogate
+        assert (request.text, list(request.stopping.stop_strings)) == (text, [text])
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=4))
+def test_any_json_object_can_be_a_template_argument(arguments: dict[str, object]) -> None:
+    options: ChatOptions = {"template_arguments": arguments}
+    request = requests.chat_request("Hi", options)
+    assert json_format.MessageToDict(request.conversation.template_arguments) == arguments
+
+
+@pytest.mark.parametrize("value", [{1: 2}, {"a": object()}, {"a": "\ud800"}, {"a": {"b": {3}}}, []])
+def test_what_json_cannot_hold_is_no_template_argument(value: object) -> None:
+    with pytest.raises(InvalidRequestError, match=r"conversation\.template_arguments"):
+        requests.chat_request("Hi", {"template_arguments": value})  # type: ignore[typeddict-item]
+
+
+def test_json_nested_beyond_reason_is_a_clear_error() -> None:
+    nested: dict[str, object] = {}
+    for _ in range(100_000):
+        nested = {"a": nested}
+    with pytest.raises(InvalidRequestError, match="nested too deeply"):
+        requests.chat_request("Hi", {"template_arguments": nested})
+    with pytest.raises(InvalidRequestError, match="nested too deeply"):
+        requests.chat_request("Hi", {"json_schema": nested})
 
 
 def test_a_misspelt_option_is_a_type_error_that_names_the_nearest(client: Client) -> None:

@@ -18,17 +18,13 @@ from meshserve.async_client import AsyncClient
 from meshserve.errors import AuthenticationError, MeshServeError
 from meshserve.supervisor.display import Display
 from meshserve.supervisor.greeting import stream_greeting
+from meshserve.supervisor.groups import REAPER_GRACE_S
 from meshserve.supervisor.keyboard import key_presses
 from meshserve.supervisor.logview import LogFollower, format_line, format_lines
 from meshserve.supervisor.restarts import RestartLimits
 from meshserve.supervisor.spec import ProcessSpec, ProcessStatus
 from meshserve.supervisor.statedir import RunningMesh, StateDir, StateError, trim_log
-from meshserve.supervisor.supervisor import (
-    REAPER_GRACE_S,
-    Failure,
-    MeshFailedError,
-    Supervisor,
-)
+from meshserve.supervisor.supervisor import Failure, MeshFailedError, Supervisor
 from meshserve.transport import API_KEY_VARIABLE, TLS
 
 EXIT_OK = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -79,6 +79,11 @@ def assign_struct(struct: struct_pb2.Struct, value: Mapping[str, Any], path: str
         raise invalid_field(path, f"is not a JSON object: {error}") from None
     except RecursionError:
         raise invalid_field(path, "is nested too deeply") from None
+
+
+def one_of(value: object, known: Iterable[str]) -> str:
+    """What to say of a value that should have been one of these."""
+    return f"{value!r} is none of {', '.join(sorted(known))}"
 
 
 def _check_texts(value: object, path: str) -> None:

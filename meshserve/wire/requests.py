@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_type_hints
 
 from meshserve.options import (
@@ -12,28 +12,21 @@ from meshserve.options import (
     ChatOptions,
     CountOptions,
     GenerateOptions,
-    MessageLike,
     Messages,
     Prompt,
     TemplateOptions,
 )
-from meshserve.types import Message, Tool, ToolCall
+from meshserve.types import Message
 from meshserve.v1 import gateway_pb2, types_pb2
 from meshserve.wire.assign import (
     assign,
-    assign_struct,
     checked_text,
     extend,
     invalid_field,
+    one_of,
 )
+from meshserve.wire.conversations import fill_conversation
 
-ROLES = {
-    "system": types_pb2.ROLE_SYSTEM,
-    "developer": types_pb2.ROLE_DEVELOPER,
-    "user": types_pb2.ROLE_USER,
-    "assistant": types_pb2.ROLE_ASSISTANT,
-    "tool": types_pb2.ROLE_TOOL,
-}
 _TRUNCATIONS = {
     "refuse": types_pb2.TRUNCATION_POLICY_REFUSE,
     "drop_oldest": types_pb2.TRUNCATION_POLICY_DROP_OLDEST,
@@ -57,9 +50,6 @@ _SAMPLING_SCALARS = (
     "best_of",
     "beam_width",
 )
-_MESSAGE_KEYS = frozenset(
-    {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
-)
 
 
 def generate_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.GenerateRequest:
@@ -74,7 +64,7 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Ge
         extend(request.token_ids, "ids", prompt, "token_ids.ids")
         _refuse_template_options(options)
     else:
-        _fill_conversation(request.conversation, cast(Messages, prompt), options)
+        fill_conversation(request.conversation, cast(Messages, prompt), options)
     assign(request, "add_special_tokens", options.get("add_special_tokens"), "add_special_tokens")
     _fill_common(request, options)
     return request
@@ -86,7 +76,7 @@ def chat_request(messages: str | Messages, options: ChatOptions) -> gateway_pb2.
     request = gateway_pb2.ChatRequest()
     if isinstance(messages, str):
         messages = [Message("user", checked_text(messages, "conversation.messages[0].content"))]
-    _fill_conversation(request.conversation, messages, options)
+    fill_conversation(request.conversation, messages, options)
     choice = options.get("tool_choice")
     if choice is not None:
         if not isinstance(choice, str):
@@ -108,7 +98,7 @@ def count_tokens_request(
         request.text = checked_text(prompt, "text")
         _refuse_template_options(options)
     else:
-        _fill_conversation(request.conversation, prompt, options)
+        fill_conversation(request.conversation, prompt, options)
     assign(request, "model", options.get("model"), "model")
     assign(request, "add_special_tokens", options.get("add_special_tokens"), "add_special_tokens")
     return request
@@ -164,7 +154,7 @@ def _fill_common(
     truncation = options.get("truncation")
     if truncation is not None:
         if truncation not in _TRUNCATIONS:
-            raise invalid_field("truncation", _one_of(truncation, _TRUNCATIONS))
+            raise invalid_field("truncation", one_of(truncation, _TRUNCATIONS))
         request.truncation = _TRUNCATIONS[truncation]
 
 
@@ -239,72 +229,6 @@ def _fill_cache_control(
         assign(request.cache_control, name, getattr(cache, name), f"cache_control.{name}")
 
 
-def _fill_conversation(
-    conversation: types_pb2.Conversation, messages: Messages, options: TemplateOptions
-) -> None:
-    conversation.SetInParent()
-    if isinstance(messages, Mapping | Message) or not isinstance(messages, Iterable):
-        raise invalid_field(
-            "conversation.messages", f"must be a list of messages, not {type(messages).__name__}"
-        )
-    for index, message in enumerate(messages):
-        _fill_message(conversation.messages.add(), message, f"conversation.messages[{index}]")
-    tools = options.get("tools") or ()
-    if isinstance(tools, Mapping | str | Tool):
-        raise invalid_field("conversation.tools", "must be a list of tools")
-    for index, tool in enumerate(tools):
-        _fill_tool(conversation.tools.add(), tool, f"conversation.tools[{index}]")
-    for name in ("add_generation_prompt", "continue_final_message", "chat_template"):
-        assign(conversation, name, options.get(name), f"conversation.{name}")
-    arguments = options.get("template_arguments")
-    if arguments is not None:
-        path = "conversation.template_arguments"
-        assign_struct(conversation.template_arguments, arguments, path)
-
-
-def _fill_message(target: types_pb2.ChatMessage, message: MessageLike, path: str) -> None:
-    source = _message_mapping(message, path)
-    role = source.get("role")
-    if role not in ROLES:
-        raise invalid_field(f"{path}.role", _one_of(role, ROLES))
-    target.role = ROLES[role]
-    for name in ("content", "name", "tool_call_id", "reasoning_content"):
-        assign(target, name, source.get(name), f"{path}.{name}")
-    for index, call in enumerate(source.get("tool_calls") or ()):
-        _fill_tool_call(target.tool_calls.add(), call, f"{path}.tool_calls[{index}]")
-
-
-def _message_mapping(message: MessageLike, path: str) -> Mapping[str, Any]:
-    if isinstance(message, Message):
-        return {name: getattr(message, name) for name in _MESSAGE_KEYS}
-    if not isinstance(message, Mapping):
-        raise invalid_field(path, f"must be a message, not {type(message).__name__}")
-    unknown = [key for key in message if key not in _MESSAGE_KEYS]
-    if unknown:
-        raise invalid_field(f"{path}.{unknown[0]}", _one_of(unknown[0], _MESSAGE_KEYS))
-    return message
-
-
-def _fill_tool_call(target: types_pb2.ToolCall, call: object, path: str) -> None:
-    if isinstance(call, ToolCall):
-        call = {"id": call.id, "name": call.name, "arguments_json": call.arguments_json}
-    if not isinstance(call, Mapping):
-        raise invalid_field(path, f"must be a tool call, not {type(call).__name__}")
-    for name in ("id", "name", "arguments_json"):
-        assign(target, name, call.get(name), f"{path}.{name}")
-
-
-def _fill_tool(target: types_pb2.Tool, tool: object, path: str) -> None:
-    if isinstance(tool, Tool):
-        tool = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    if not isinstance(tool, Mapping):
-        raise invalid_field(path, f"must be a tool, not {type(tool).__name__}")
-    assign(target, "name", tool.get("name"), f"{path}.name")
-    assign(target, "description", tool.get("description"), f"{path}.description")
-    if tool.get("parameters"):
-        assign_struct(target.parameters, tool["parameters"], f"{path}.parameters")
-
-
 def _is_token_ids(prompt: object) -> bool:
     """Whether a prompt that is not text is made of token ids; an empty one is."""
     if isinstance(prompt, Mapping | Message | bytes) or not isinstance(prompt, Sequence):
@@ -325,7 +249,3 @@ def _refuse_unknown(options: Mapping[str, Any], schema: type) -> None:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"unknown option {name!r}{hint}")
-
-
-def _one_of(value: object, known: Iterable[str]) -> str:
-    return f"{value!r} is none of {', '.join(sorted(known))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -15,7 +16,10 @@ from services.engine.core.settings import CoreSettings
 
 CORE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "services.engine.core.process")
 _EXIT_GRACE_S = 2.0
-_SEND_BUFFER_BYTES = 1 << 22
+# Compute threads that wait for each other sleep instead of spinning: with other services on the
+# same cores, spinning takes from them what the slowest thread is waiting for.
+_CORE_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+_RECEIVE_BUFFER_BYTES = 1 << 22
 
 
 class CoreProcess:
@@ -45,12 +49,13 @@ class CoreProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # Larger than the core's default, so that a step's frame is one read.
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SEND_BUFFER_BYTES)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
             process = await asyncio.create_subprocess_exec(
                 *command,
                 str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
+                env=_CORE_ENVIRONMENT | os.environ,
             )
         except BaseException:
             ours.close()

@@ -7,6 +7,10 @@ class EngineError(Exception):
     """Base of all errors the engine core raises on purpose."""
 
 
+class StartupError(EngineError):
+    """The settings cannot be met on this machine; the text says which and what would help."""
+
+
 class AdmissionError(EngineError):
     """A sequence was refused; nothing of it is kept."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from services.engine.core.engine import EngineCore
-from services.engine.core.errors import AdmissionError
+from services.engine.core.errors import AdmissionError, StartupError
 from services.engine.core.framing import ConnectionClosedError, CoreConnection
 from services.engine.core.messages import (
     Abort,
@@ -34,6 +34,7 @@ from services.engine.core.messages import (
     Start,
 )
 from services.engine.core.settings import CoreSettings
+from services.runtime.modelfiles import ModelFileError
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,10 @@ def serve(connection: CoreConnection, build_engine: EngineBuilder) -> int:
         start = _receive_start(connection)
         try:
             engine, facts = build_engine(start.settings)
+        except (StartupError, ModelFileError) as error:
+            # The user's to mend, and written for the user: no traceback.
+            connection.send(Fatal(str(error), starting=True))
+            return 1
         except Exception as error:
             logger.exception("the core cannot start")
             connection.send(Fatal(f"{type(error).__name__}: {error}", starting=True))

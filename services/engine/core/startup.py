@@ -12,7 +12,7 @@ import torch
 from services.engine.core.admission import AdmissionLimits
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.engine import EngineCore
-from services.engine.core.errors import EngineError
+from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
 from services.engine.core.kernels import select
 from services.engine.core.kv_cache import KVCache
@@ -26,10 +26,6 @@ from services.engine.core.scheduler import Scheduler
 from services.engine.core.settings import CoreSettings
 
 logger = logging.getLogger(__name__)
-
-
-class StartupError(EngineError):
-    """The settings cannot be met on this machine; the text says which and what would help."""
 
 
 def build_engine(
@@ -65,15 +61,20 @@ def build_engine(
         raise StartupError(f"the weights do not fit on {device}: {error}") from None
     num_blocks, bytes_per_block = _size_kv_cache(settings, config, dtype, device)
     max_context_tokens = min(config.max_context_tokens, num_blocks * settings.block_size)
-    kv_cache = KVCache(
-        num_layers=config.num_layers,
-        num_blocks=num_blocks,
-        block_size=settings.block_size,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        dtype=dtype,
-        device=device,
-    )
+    try:
+        kv_cache = KVCache(
+            num_layers=config.num_layers,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and a CPU raises no other
+        raise StartupError(
+            f"a KV cache of {num_blocks * bytes_per_block} bytes does not fit on {device}: {error}"
+        ) from None
     scheduler = Scheduler(
         BlockPool(num_blocks, settings.block_size),
         AdmissionLimits(max_context_tokens=max_context_tokens, vocab_size=config.vocab_size),

@@ -241,11 +241,15 @@ async def test_load_is_watched(stub: Stub) -> None:
     watch = stub.WatchLoad(engine_pb2.WatchLoadRequest(interval_ms=10))
     first = await watch.read()
     assert first.running_sequences == 0
-    call = stub.Generate(generate_request([SLOW_TOKEN_ID]))
+    stopping = types_pb2.StoppingCriteria(max_tokens=200, ignore_eos=True)
+    call = stub.Generate(generate_request([SLOW_TOKEN_ID], stopping=stopping))
     await call.read()
-    seen = [await watch.read() for _ in range(3)]
-    assert max(load.running_sequences for load in seen) == 1
-    assert max(load.kv_blocks_used for load in seen) > 0
+    async with asyncio.timeout(3):
+        while (load := await watch.read()).running_sequences == 0:
+            pass
+    assert load.running_sequences == 1
+    assert load.kv_blocks_used > 0
+    call.cancel()
     watch.cancel()
     error = await failure(stub.WatchLoad(engine_pb2.WatchLoadRequest(interval_ms=1)))
     assert error.field_violations[0][0] == "interval_ms"

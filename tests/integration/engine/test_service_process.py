@@ -143,6 +143,7 @@ async def test_a_damaged_model_is_explained(tmp_path: Path, demo_model_path: Pat
         _, error = await process.communicate()
         assert process.returncode == 78
         assert b"damaged.gguf" in error
+        assert b"Traceback" not in error
 
 
 async def test_a_cache_too_small_for_a_block_is_explained(
@@ -152,6 +153,7 @@ async def test_a_cache_too_small_for_a_block_is_explained(
         _, error = await process.communicate()
         assert process.returncode == 78
         assert b"holds no block" in error
+        assert b"Traceback" not in error
 
 
 async def test_a_hung_core_turns_the_service_not_serving(

@@ -29,10 +29,14 @@ class Timing:
     last_s: float | None = None
 
     def tokens_per_s(self, tokens: int) -> float | None:
-        """Rate after the first piece; None where one piece was all."""
-        if self.first_s is None or self.last_s is None or self.last_s <= self.first_s:
+        """Rate from the request to the last piece; None where there was none.
+
+        The wait for the first piece counts: pieces that were held back and came at once would
+        look impossibly fast without it.
+        """
+        if self.last_s is None or self.last_s <= self.started_s:
             return None
-        return max(0, tokens - 1) / (self.last_s - self.first_s)
+        return tokens / (self.last_s - self.started_s)
 
 
 def write_stream(pieces: Iterator[str]) -> Timing:

@@ -25,9 +25,8 @@ class Greeting:
 
     @property
     def tokens_per_s(self) -> float:
-        """Rate after the first token."""
-        later_s = self.total_s - self.first_token_s
-        return (self.completion_tokens - 1) / later_s if later_s > 0 else 0.0
+        """Rate over the whole answer: text that was held back and came at once counts fairly."""
+        return self.completion_tokens / self.total_s
 
 
 async def stream_greeting(client: AsyncClient, console: Console) -> Greeting:

@@ -172,8 +172,9 @@ class Mesh:
         self._console.print(
             f"[dim]{result.completion_tokens} tokens, first token {result.first_token_s:.2f} s "
             f"after the request and {since_start_s:.1f} s after the start, "
-            f"then {result.tokens_per_s:.0f} tokens/s[/]",
+            f"{result.tokens_per_s:.1f} tokens/s[/]",
             highlight=False,
+            soft_wrap=True,
         )
 
     def _show_how_to_talk(self) -> None:

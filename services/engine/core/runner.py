@@ -48,7 +48,8 @@ class _SequenceRows:
     def refresh(self, sequence: Sequence) -> int:
         """Bring the row of `sequence` up to date; returns the number of its blocks."""
         row = sequence.row
-        tenant = (sequence.sequence_id, sequence.admissions)
+        # Not the sequence's id, which its front may use again once the sequence has ended.
+        tenant = (sequence.arrival, sequence.admissions)
         if self._tenant[row] != tenant:
             self._tenant[row] = tenant
             self._move_in(row, sequence)

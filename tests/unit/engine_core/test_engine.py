@@ -126,3 +126,12 @@ def test_log_probabilities_come_with_each_token_that_asked_for_them() -> None:
         assert len(entry.top_token_ids) == 2
         assert entry.logprob <= entry.top_logprobs[0] <= 0
     assert all(delta.logprobs is None for delta in deltas[1])
+
+
+def test_an_id_may_be_used_again_once_its_sequence_has_ended() -> None:
+    engine = make_engine()
+    for prompt in ([1] * 20, [2] * 3, [3] * 30):
+        again = request(0, prompt, temperature=0.0)
+        engine.add([again, request(1, prompt[:2])])
+        tokens = [token for delta in run(engine)[0] for token in delta.token_ids]
+        assert tokens == reference_output(again, CONTEXT_TOKENS)

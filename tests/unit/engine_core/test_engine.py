@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -128,10 +130,16 @@ def test_log_probabilities_come_with_each_token_that_asked_for_them() -> None:
     assert all(delta.logprobs is None for delta in deltas[1])
 
 
-def test_an_id_may_be_used_again_once_its_sequence_has_ended() -> None:
-    engine = make_engine()
-    for prompt in ([1] * 20, [2] * 3, [3] * 30):
-        again = request(0, prompt, temperature=0.0)
-        engine.add([again, request(1, prompt[:2])])
-        tokens = [token for delta in run(engine)[0] for token in delta.token_ids]
-        assert tokens == reference_output(again, CONTEXT_TOKENS)
+def test_ids_may_be_used_again_once_their_sequences_have_ended() -> None:
+    engine = make_engine(num_blocks=64)
+    rng = random.Random(0)
+    for _ in range(6):
+        requests = [
+            request(number, [rng.randrange(50) for _ in range(rng.randrange(1, 50))])
+            for number in range(4)
+        ]
+        engine.add(requests)
+        deltas = run(engine)
+        for again in requests:
+            tokens = [token for delta in deltas[again.sequence_id] for token in delta.token_ids]
+            assert tokens == reference_output(again, 4 * CONTEXT_TOKENS)

@@ -18,7 +18,7 @@ CORE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "services.engine.core.pro
 _EXIT_GRACE_S = 2.0
 # Compute threads that wait for each other sleep instead of spinning: with other services on the
 # same cores, spinning takes from them what the slowest thread is waiting for.
-_CORE_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+CORE_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 _RECEIVE_BUFFER_BYTES = 1 << 22
 
 
@@ -55,7 +55,7 @@ class CoreProcess:
                 str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
-                env=_CORE_ENVIRONMENT | os.environ,
+                env=CORE_ENVIRONMENT | os.environ,
             )
         except BaseException:
             ours.close()

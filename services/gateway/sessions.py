@@ -30,6 +30,9 @@ MAX_REOPENINGS = 8
 REOPEN_DELAY_S = 0.1
 REOPEN_MAX_DELAY_S = 1.0
 NO_DEADLINE_TIMEOUT_S = 60.0
+# What has accrued goes in several messages above this size: sessions that resume together repeat
+# what they hold, and one message of them all could be larger than the peer takes.
+MAX_BATCH_BYTES = 2**20
 
 
 Input = TypeVar("Input", tokenizer_pb2.DecodeInput, safety_pb2.CompletionInput)
@@ -100,10 +103,27 @@ class _Stream(Generic[Input, Output]):
             while True:
                 await self._has_accrued.wait()
                 self._has_accrued.clear()
-                batch, self._accrued = self._accrued, []
-                await self._call.write(self._make_request(batch))
-        except (ServiceError, asyncio.InvalidStateError):
+                while batch := self._next_batch():
+                    await self._call.write(self._make_request(batch))
+        except ServiceError as error:
+            log.info("session stream lost: %s", error.message)
+        except Exception:
+            log.exception("session stream failed")
+        finally:
+            # Whatever ended the writing, nobody may wait for answers that cannot come.
             self.close()
+
+    def _next_batch(self) -> list[Input]:
+        """The inputs of one message: at most one of each session, and not too many bytes."""
+        size_bytes = 0
+        sessions: set[int] = set()
+        for message in self._accrued:
+            size_bytes += message.ByteSize()
+            if message.session_id in sessions or (sessions and size_bytes > MAX_BATCH_BYTES):
+                break
+            sessions.add(message.session_id)
+        batch, self._accrued = self._accrued[: len(sessions)], self._accrued[len(sessions) :]
+        return batch
 
     async def _read(self) -> None:
         try:
@@ -114,7 +134,10 @@ class _Stream(Generic[Input, Output]):
                         future.set_result(output)
         except ServiceError as error:
             log.info("session stream lost: %s", error.message)
-        self.close()
+        except Exception:
+            log.exception("session stream failed")
+        finally:
+            self.close()
 
 
 class SessionPool(Generic[Input, Output]):
@@ -135,13 +158,19 @@ class SessionPool(Generic[Input, Output]):
         self._current: _Stream[Input, Output] | None = None
         self._retired: list[_Stream[Input, Output]] = []
         self._ids = itertools.count(1)
+        self._closed = False
 
     def new_session_id(self) -> int:
         """An id that no other session of this process has."""
         return next(self._ids)
 
     def stream(self) -> _Stream[Input, Output]:
-        """The stream that new sessions use, opened when there is none or it is old."""
+        """The stream that new sessions use, opened when there is none or it is old.
+
+        Raises ServiceError once the pool is closed.
+        """
+        if self._closed:
+            raise ServiceError(Reason.DRAINING, "the replica is shutting down", retry_after_s=0.1)
         current = self._current
         if current is not None and not current.lost:
             if time.monotonic() - current.opened_at < MAX_STREAM_AGE_S:
@@ -159,7 +188,8 @@ class SessionPool(Generic[Input, Output]):
             self._current = None
 
     def close(self) -> None:
-        """Ends all streams."""
+        """Ends all streams; sessions that wait get ServiceError."""
+        self._closed = True
         for stream in (*self._retired, *([self._current] if self._current else [])):
             stream.close()
 
@@ -237,7 +267,7 @@ class Session(Generic[Input, Output]):
                     raise error
                 self._pool.discard(stream)
                 self._stream = None
-            if attempt:
+            if 0 < attempt < MAX_REOPENINGS:
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, REOPEN_MAX_DELAY_S)
         raise ServiceError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import pytest
@@ -59,9 +60,9 @@ def spans(provider: TracerProvider, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 @dataclass
 class Replica:
-    """One server of the test service."""
+    """One server of a test service."""
 
-    shapes: Shapes
+    shapes: Any
     server: grpc.aio.Server
     health: HealthMonitor
     metrics: Metrics
@@ -80,7 +81,7 @@ class Loopback:
     stack: AsyncExitStack
     metrics: Metrics = field(default_factory=lambda: Metrics("gateway"))
 
-    async def serve(self, shapes: Shapes | None = None, port: int = 0) -> Replica:
+    async def serve(self, shapes: Any = None, port: int = 0) -> Replica:
         shapes = shapes or Shapes()
         metrics = Metrics("engine")
         calls = CallInterceptor(metrics)

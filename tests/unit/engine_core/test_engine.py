@@ -138,6 +138,7 @@ def test_ids_may_be_used_again_once_their_sequences_have_ended() -> None:
             request(number, [rng.randrange(50) for _ in range(rng.randrange(1, 50))])
             for number in range(4)
         ]
+        rng.shuffle(requests)
         engine.add(requests)
         deltas = run(engine)
         for again in requests:

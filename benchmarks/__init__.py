@@ -1,0 +1,1 @@
+"""What MeshServe costs and gives, measured."""

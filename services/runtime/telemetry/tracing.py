@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 
@@ -24,6 +25,7 @@ from meshserve.v1 import types_pb2
 # The exporter retries by itself; its warnings at every failed batch say nothing new.
 EXPORTER_LOGGER = "opentelemetry.exporter.otlp.proto.grpc.exporter"
 EXPORT_INTERVAL_MS = 1000
+SHUTDOWN_TIMEOUT_S = 2.0
 
 
 class Tracing:
@@ -33,10 +35,14 @@ class Tracing:
         self._provider = provider
 
     def shutdown(self) -> None:
-        """Flushes and stops the exporter. Waits a few seconds at most."""
-        if self._provider is not None:
-            self._provider.force_flush(timeout_millis=2000)
-            self._provider.shutdown()
+        """Sends what is left and stops the exporter. Waits a few seconds at most."""
+        if self._provider is None:
+            return
+        # The exporter waits out its retries whatever timeout it is given, so it is left behind in a
+        # thread that does not keep the process.
+        sending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        sending.start()
+        sending.join(SHUTDOWN_TIMEOUT_S)
 
 
 def configure_tracing(service: str, endpoint: str | None, sample_ratio: float) -> Tracing:
@@ -54,7 +60,9 @@ def configure_tracing(service: str, endpoint: str | None, sample_ratio: float) -
         }
     )
     provider = TracerProvider(
-        resource=resource, sampler=ParentBased(TraceIdRatioBased(sample_ratio))
+        resource=resource,
+        sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
+        shutdown_on_exit=False,
     )
     exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
     provider.add_span_processor(

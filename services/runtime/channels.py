@@ -216,7 +216,7 @@ class _Instruments:
 
     def end(self, method: str, span: Span, started: float, error: BaseException | None) -> None:
         code, kind = _outcome(error)
-        if error is not None:
+        if kind:
             span.set_attribute("error.type", kind)
             span.set_status(Status(StatusCode.ERROR, kind))
         span.set_attribute("rpc.response.status_code", code)
@@ -226,13 +226,13 @@ class _Instruments:
 
 
 def _outcome(error: BaseException | None) -> tuple[str, str]:
-    """The gRPC code of a call's end, and what went wrong."""
+    """The gRPC code of a call's end, and what went wrong: nothing if we gave the call up."""
     if error is None:
         return grpc.StatusCode.OK.name, ""
     if isinstance(error, ServiceError):
         return error.code.name, error.reason.value
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        return grpc.StatusCode.CANCELLED.name, grpc.StatusCode.CANCELLED.name
+        return grpc.StatusCode.CANCELLED.name, ""
     # A defect on this side, for example a request of the wrong type.
     return grpc.StatusCode.INTERNAL.name, type(error).__name__
 

@@ -150,7 +150,11 @@ async def _serve(
         service.draining.set()
         await server.stop(0)
         await calls.ended(CLEAN_UP_TIMEOUT_S)
-        await service.stop()
+        try:
+            await service.stop()
+        except Exception:
+            # Must not take the place of what the start failed with, nor keep spans from leaving.
+            log.exception("the service did not stop cleanly")
 
 
 async def _start(service: Service, stop_requested: asyncio.Event) -> bool:

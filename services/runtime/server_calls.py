@@ -199,7 +199,9 @@ class _Call:
         remaining = self._context.time_remaining()
         late = remaining is not None and remaining <= DEADLINE_TOLERANCE_S
         self.code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-        self._mark(self.code.name)
+        # A caller may change its mind; that is no failure.
+        if late:
+            self._mark(self.code.name)
 
     async def fail(self, error: BaseException) -> NoReturn:
         """Turns an exception of the servicer into the status that the caller gets."""

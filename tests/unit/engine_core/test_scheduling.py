@@ -76,7 +76,8 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         except NeverFitsError:
             assert needed > self.context_tokens
         except QueueFullError:
-            assert self.engine.load().waiting_sequences == 8
+            # More than the bound when preempted sequences have come back to wait.
+            assert self.engine.load().waiting_sequences >= 8
         else:
             assert needed <= self.context_tokens
             self.live[request.sequence_id] = request

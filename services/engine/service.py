@@ -11,9 +11,9 @@ from services.engine.core.messages import Load, Step
 from services.engine.core.settings import CoreSettings
 from services.engine.core_client import CoreClient, CoreStartError
 from services.engine.servicer import EngineServicer
-from services.runtime.modelfiles import ModelStoreError, locate
+from services.runtime.modelfiles import CATALOGUE, ModelStoreError, locate
 from services.runtime.server import Service, StartupError
-from services.runtime.settings import Settings
+from services.runtime.settings import ModelSettings, Settings
 from services.runtime.telemetry import Metrics
 
 
@@ -95,9 +95,17 @@ def core_settings(settings: Settings) -> CoreSettings:
             max_batch_tokens=engine.max_batch_tokens,
             max_running_sequences=engine.max_running_sequences,
             max_waiting_sequences=engine.max_waiting_sequences,
+            default_sampling=_sampling_defaults(model),
         )
     except ValueError as error:
         raise StartupError(str(error), "mend the engine section of the settings") from None
+
+
+def _sampling_defaults(model: ModelSettings) -> dict[str, float]:
+    """What the settings say, over what the catalogue recommends for its own models."""
+    known = CATALOGUE.get(model.source)
+    recommended = dict(known.sampling) if known is not None else {}
+    return recommended | model.sampling.model_dump(exclude_none=True)
 
 
 class StepMetrics:

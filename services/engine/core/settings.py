@@ -23,6 +23,8 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int = 512  # tokens computed per step, over all sequences
     max_running_sequences: int = 64
     max_waiting_sequences: int = 1024
+    # By field of SamplingParams; laid over the defaults that the model brings itself.
+    default_sampling: dict[str, float] = {}
 
     def __post_init__(self) -> None:
         for name in (

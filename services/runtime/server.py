@@ -27,7 +27,7 @@ from services.runtime.channels import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
 from services.runtime.health import HealthMonitor
 from services.runtime.server_calls import CallInterceptor
 from services.runtime.settings import ServerSettings, Settings, SettingsError, load_settings
-from services.runtime.settings.schema import split_address
+from services.runtime.settings.addresses import split_address
 from services.runtime.telemetry import Metrics, configure_logging, configure_tracing
 
 log = logging.getLogger(__name__)

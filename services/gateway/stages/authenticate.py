@@ -8,7 +8,7 @@ from services.gateway.context import ANONYMOUS, RequestContext, Tenant
 from services.gateway.pipeline import Stage
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import GatewaySettings
-from services.runtime.settings.schema import is_loopback
+from services.runtime.settings.addresses import is_loopback
 
 SCHEME = "bearer "
 

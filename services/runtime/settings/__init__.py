@@ -1,19 +1,21 @@
 """The one YAML file that configures the mesh: its schema and how it is read."""
 
-from services.runtime.settings.load import SettingsError, load_settings, parse_settings
-from services.runtime.settings.schema import (
+from services.runtime.settings.addresses import is_loopback, split_address
+from services.runtime.settings.gateway import (
     ApiKeySettings,
     AuthSettings,
+    GatewaySettings,
+    RateLimitSettings,
+)
+from services.runtime.settings.load import SettingsError, load_settings, parse_settings
+from services.runtime.settings.models import ModelSettings, SamplingDefaults
+from services.runtime.settings.schema import Settings
+from services.runtime.settings.section import ServerSettings, TlsSettings
+from services.runtime.settings.services import (
     CacheSettings,
     EngineSettings,
-    GatewaySettings,
-    ModelSettings,
-    RateLimitSettings,
     SafetySettings,
-    ServerSettings,
-    Settings,
     TelemetrySettings,
-    TlsSettings,
     TokenizerSettings,
     ValkeySettings,
 )
@@ -27,6 +29,7 @@ __all__ = [
     "ModelSettings",
     "RateLimitSettings",
     "SafetySettings",
+    "SamplingDefaults",
     "ServerSettings",
     "Settings",
     "SettingsError",
@@ -34,6 +37,8 @@ __all__ = [
     "TlsSettings",
     "TokenizerSettings",
     "ValkeySettings",
+    "is_loopback",
     "load_settings",
     "parse_settings",
+    "split_address",
 ]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.runtime.settings import Settings, SettingsError, load_settings, parse_settings
-from services.runtime.settings.schema import is_loopback, split_address
+from services.runtime.settings.addresses import is_loopback, split_address
 
 
 def problem(document: Any, environ: dict[str, str] | None = None) -> str:

@@ -1,0 +1,70 @@
+"""The public edge: who may call, how often, how much."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from services.runtime.settings.section import Positive, Seconds, Section, ServerSettings
+
+
+class ApiKeySettings(Section):
+    """One API key. The file holds its digest, never the key."""
+
+    name: str = Field(description="Tenant that the key belongs to; shown in logs and metrics.")
+    sha256: str = Field(
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 of the key in hex, as `printf %s KEY | sha256sum` prints it.",
+    )
+    models: tuple[str, ...] = Field((), description="Models it may use. Default: all.")
+    requests_per_minute: Positive | None = Field(
+        None, description="Requests per minute. Default: `gateway.rate_limit`."
+    )
+
+
+class AuthSettings(Section):
+    """Who may call."""
+
+    mode: Literal["auto", "required", "off"] = Field(
+        "auto",
+        description="`auto` asks for a key unless the gateway listens on loopback alone.",
+    )
+    keys: tuple[ApiKeySettings, ...] = Field((), description="The keys.")
+
+
+class RateLimitSettings(Section):
+    """How often a tenant may call; kept in Valkey, so it holds over all gateway replicas."""
+
+    requests_per_minute: Positive | None = Field(
+        None, description="Requests per minute and tenant. Default: no limit."
+    )
+    burst: Positive = Field(20, description="Requests that may come at once.")
+    when_unavailable: Literal["allow", "refuse"] = Field(
+        "allow", description="What happens to requests while Valkey cannot be reached."
+    )
+
+
+class GatewaySettings(ServerSettings):
+    """The public edge."""
+
+    listen: str = "127.0.0.1:50051"
+    metrics_listen: str | None = "127.0.0.1:9451"
+    auth: AuthSettings = Field(default_factory=AuthSettings, description="Who may call.")
+    rate_limit: RateLimitSettings = Field(
+        default_factory=RateLimitSettings, description="How often a tenant may call."
+    )
+    default_timeout_s: Seconds = Field(
+        300.0, description="Deadline of requests that bring none, in seconds."
+    )
+    max_prompt_bytes: Positive = Field(
+        8 * 2**20, description="Largest prompt, all messages together, in bytes of UTF-8."
+    )
+    default_max_tokens: Positive | None = Field(
+        None,
+        description="Completion tokens of requests that set no `max_tokens`. Default: what the "
+        "context leaves.",
+    )
+    max_active_requests: Positive = Field(
+        1024, description="Requests in flight in one gateway before it refuses more."
+    )

@@ -1,0 +1,55 @@
+"""The models that the mesh serves."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from services.runtime.settings.section import Fraction, Positive, Section
+
+DEMO_MODEL = "smollm2-135m"
+
+
+class SamplingDefaults(Section):
+    """How tokens are drawn for requests that leave it open."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        None, description="Divides the logits; 0 is greedy choice."
+    )
+    top_p: Fraction | None = Field(
+        None, description="Keeps the smallest set of tokens whose probabilities reach this sum."
+    )
+    top_k: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Keeps this many of the likeliest tokens; 0 keeps all."
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Drops tokens less likely than this share of the likeliest one."
+    )
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        None, description="Divides or multiplies logits of tokens seen so far; 1 does nothing."
+    )
+
+
+class ModelSettings(Section):
+    """One model that the mesh serves."""
+
+    source: str = Field(
+        description="A name from the catalogue, a local directory, a `.gguf` file or a hub id "
+        "(`org/name` or `org/name@revision`)."
+    )
+    aliases: tuple[str, ...] = Field((), description="Other names that requests may use.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the weights as they run."
+    )
+    context_tokens: Positive | None = Field(
+        None, description="Largest number of prompt and completion tokens. Default: the model's."
+    )
+    sampling: SamplingDefaults = Field(
+        default_factory=lambda: SamplingDefaults.model_validate({}),
+        description="Sampling of requests that leave it open. What is not set here comes from the "
+        "catalogue or the model's own generation configuration.",
+    )
+    engine_target: str | None = Field(
+        None, description="gRPC target of the engines that run it. Default: `engine.target`."
+    )

@@ -1,0 +1,144 @@
+"""The services behind the edge, the store they share, and telemetry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from services.runtime.settings.section import Fraction, Positive, Seconds, Section, ServerSettings
+
+
+class TokenizerSettings(ServerSettings):
+    """The tokenizer service."""
+
+    listen: str = "127.0.0.1:50052"
+    metrics_listen: str | None = "127.0.0.1:9452"
+    workers: Positive = Field(2, description="Threads that encode.")
+    max_text_bytes: Positive = Field(
+        16 * 2**20, description="Largest text encoded, in bytes of UTF-8."
+    )
+    allow_request_templates: bool = Field(
+        False, description="Whether requests may bring a chat template of their own."
+    )
+    template_timeout_s: Seconds = Field(
+        2.0, description="Longest time a chat template may take, in seconds."
+    )
+    max_rendered_bytes: Positive = Field(
+        32 * 2**20, description="Largest prompt a chat template may render, in bytes."
+    )
+
+
+class EngineSettings(ServerSettings):
+    """The engine service."""
+
+    listen: str = "127.0.0.1:50053"
+    metrics_listen: str | None = "127.0.0.1:9453"
+    model: str | None = Field(
+        None, description="Model that this engine runs. Default: the first of `models`."
+    )
+    device: str = Field(
+        "auto", description="`auto` (CUDA when there is a card), `cpu` or `cuda:N`."
+    )
+    threads: Positive | None = Field(
+        None, description="Compute threads on a CPU. Default: one per core."
+    )
+    block_tokens: Literal[8, 16, 32, 64, 128] = Field(
+        16, description="Tokens in a block of the KV cache."
+    )
+    kv_cache_bytes: Positive | None = Field(
+        None, description="Size of the KV cache in bytes. Default: from free memory."
+    )
+    kv_cache_memory_fraction: Fraction = Field(
+        0.5, description="Share of the memory left beside the weights that the KV cache may take."
+    )
+    max_running_sequences: Positive = Field(64, description="Sequences computed in one step.")
+    max_batch_tokens: Positive = Field(
+        512, description="Tokens computed in one step; long prompts are computed in chunks of it."
+    )
+    max_waiting_sequences: Positive = Field(
+        1024, description="Sequences that may wait before requests are refused."
+    )
+    stall_timeout_s: Seconds = Field(
+        5.0, description="A core silent for longer is not healthy, in seconds."
+    )
+    restart_stalled_after_s: Seconds = Field(
+        60.0, description="A core silent for longer is restarted, in seconds."
+    )
+
+
+class CacheSettings(ServerSettings):
+    """The response cache."""
+
+    listen: str = "127.0.0.1:50054"
+    metrics_listen: str | None = "127.0.0.1:9454"
+    enabled: bool = Field(True, description="Whether the gateway uses the cache.")
+    default_ttl_s: Positive = Field(3600, description="How long an answer is kept, in seconds.")
+    max_ttl_s: Positive = Field(
+        7 * 86400, description="Longest time that a request may ask for, in seconds."
+    )
+    max_answer_bytes: Positive = Field(4 * 2**20, description="Largest answer kept, in bytes.")
+    compress_over_bytes: Positive = Field(
+        4096, description="Answers larger than this are compressed, in bytes."
+    )
+    lease_s: Seconds = Field(
+        30.0, description="How long one caller may compute while equal ones wait, in seconds."
+    )
+
+
+class SafetySettings(ServerSettings):
+    """The safety filter."""
+
+    listen: str = "127.0.0.1:50055"
+    metrics_listen: str | None = "127.0.0.1:9455"
+    enabled: bool = Field(True, description="Whether the gateway asks the safety filter.")
+    policies: dict[str, Path] = Field(
+        default_factory=dict,
+        description="Policy files by name. `default` replaces the policy that ships with the mesh.",
+    )
+    max_text_bytes: Positive = Field(
+        16 * 2**20, description="Largest text checked, in bytes of UTF-8."
+    )
+    workers: Positive = Field(2, description="Threads that check long prompts.")
+    when_unavailable: Literal["refuse", "allow"] = Field(
+        "refuse", description="What the gateway does with requests while the filter is away."
+    )
+
+
+class ValkeySettings(Section):
+    """The Redis-protocol server that holds what replicas share."""
+
+    url: str | None = Field(
+        None,
+        description="`redis://`, `rediss://`, `unix://` or `redis+cluster://` URL. Default: the "
+        "embedded Valkey that `meshserve up` starts.",
+    )
+    embedded_port: Annotated[int, Field(gt=0, le=65535)] = Field(
+        50056, description="Loopback port of the embedded Valkey."
+    )
+    embedded_max_bytes: Positive = Field(
+        256 * 2**20, description="Memory of the embedded Valkey, in bytes."
+    )
+
+    @property
+    def effective_url(self) -> str:
+        """The URL, or that of the embedded server."""
+        return self.url or f"redis://127.0.0.1:{self.embedded_port}/0"
+
+
+class TelemetrySettings(Section):
+    """Traces, metrics and logs."""
+
+    otlp_endpoint: str | None = Field(
+        None,
+        description="OTLP gRPC receiver of traces, for example `http://127.0.0.1:4317`. Default: "
+        "traces are not exported.",
+    )
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="Share of new traces that are recorded; a caller's own choice is kept."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log records written."
+    )
+    log_format: Literal["json", "text"] = Field("json", description="Form of log records.")

@@ -64,6 +64,8 @@ def channel_options(grpc_services: Sequence[str], max_message_bytes: int) -> lis
     return [
         ("grpc.service_config", json.dumps(service_config)),
         ("grpc.enable_retries", 1),
+        # A request that is not kept cannot be tried again; prompts are larger than the default.
+        ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,15 +42,25 @@ class RequestContext:
 
     # authenticate
     tenant: Tenant = field(default_factory=lambda: Tenant(ANONYMOUS))
+    # admit
+    admitted: bool = False
     # route
     model: ServedModel | None = None
     # look_up
     cache_key: cache_pb2.CacheKey | None = None
+    policy_revision: str | None = None
+    # The first question to the cache; it outlives a caller who leaves, for it may bring a lease.
+    look_up: asyncio.Task[cache_pb2.LookUpResponse] | None = None
     lease_token: str = ""
     cached_answer: cache_pb2.CachedAnswer | None = None
     # screen
     prompt_safety: types_pb2.SafetyVerdict | None = None
+    # Counts the redactions of the request, which outdate what was made of it before.
+    input_version: int = 0
+    # Set by screen and moderate: the filter was away and text has passed it by.
+    unchecked: bool = False
     # tokenize
+    tokenized_version: int = 0
     prompt_token_ids: list[int] = field(default_factory=list)
     stop_sequences: list[list[int]] = field(default_factory=list)
     max_tokens: int = 0

@@ -21,7 +21,9 @@ from prometheus_client import Histogram
 from services.gateway.context import RequestContext
 from services.gateway.events import ChoiceEnd, Event
 from services.gateway.replay import replay
+from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
+from services.runtime.server_calls import DEADLINE_TOLERANCE_S
 from services.runtime.telemetry import Metrics, get_tracer
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,11 @@ class Stage:
 
     async def before(self, context: RequestContext) -> None:
         """Runs on the way in, with the stage's span as the current one."""
+
+    def is_outdated(self, context: RequestContext) -> bool:
+        """Whether a stage beside this one has changed what `before` worked on; it then runs again,
+        alone."""
+        return False
 
     def stream(
         self, context: RequestContext, events: AsyncGenerator[Event], span: Span
@@ -55,7 +62,8 @@ class Stage:
 
 
 class SideBySide:
-    """Stages whose ways in run at the same time. The first error ends the others."""
+    """Stages whose ways in run at the same time, as if none changed what another works on: one that
+    is outdated at the end runs again. The first error ends the others."""
 
     def __init__(self, *stages: Stage) -> None:
         self.stages = stages
@@ -94,7 +102,7 @@ class Pipeline:
             error = failure
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            error = ServiceError(Reason.CANCELLED, "the caller went away")
+            error = departure()
             raise
         except Exception as failure:
             error = ServiceError(Reason.INTERNAL, str(failure))
@@ -112,6 +120,14 @@ class Pipeline:
             await asyncio.wait(self._closing)
 
 
+def departure() -> ServiceError:
+    """Why a request ends that is cancelled from outside."""
+    remaining_s = deadline.remaining_s()
+    if remaining_s is not None and remaining_s <= DEADLINE_TOLERANCE_S:
+        return ServiceError(Reason.DEADLINE_EXCEEDED, "the deadline passed")
+    return ServiceError(Reason.CANCELLED, "the caller went away")
+
+
 def _has_text(event: Event) -> bool:
     return isinstance(event, ChoiceEnd) or bool(event.text)
 
@@ -123,7 +139,7 @@ class _Passage:
         self._context = context
         self._tracer = tracer
         self._durations = durations
-        self._entered: list[tuple[Stage, Span, float]] = []
+        self._entered: list[Stage] = []
         self._open_spans: list[tuple[Stage, Span, float]] = []
 
     async def enter(self, step: Stage | SideBySide) -> None:
@@ -140,6 +156,9 @@ class _Passage:
                     group.create_task(self._enter(stage))
         except BaseExceptionGroup as failures:
             raise _leaf(failures) from None
+        for stage in step.stages:
+            if stage.is_outdated(self._context):
+                self._end(*await self._work(stage), None)
 
     def compose(self) -> AsyncGenerator[Event]:
         """The events of the answer, through the streams of the stages that were entered."""
@@ -154,29 +173,34 @@ class _Passage:
         """Ends the spans and runs the ways out."""
         for stage, span, started in self._open_spans:
             self._end(stage, span, started, error)
-        for stage, _, _ in reversed(self._entered):
+        for stage in reversed(self._entered):
             try:
                 await stage.after(self._context, error)
             except Exception:
                 log.exception("the way out of a stage failed", extra={"stage": stage.name})
 
     async def _enter(self, stage: Stage) -> None:
+        # Entered even if it fails: what it has taken by then is given back on its way out.
+        self._entered.append(stage)
+        entry = await self._work(stage)
+        if stage.transforms_stream() and self._context.cached_answer is None:
+            self._open_spans.append(entry)
+        else:
+            self._end(*entry, None)
+
+    async def _work(self, stage: Stage) -> tuple[Stage, Span, float]:
+        """The way in of a stage under a span, which is left open unless it fails."""
         started = time.perf_counter()
         span = self._tracer.start_span(
             f"stage {stage.name}", attributes={"meshserve.stage": stage.name}
         )
-        entry = (stage, span, started)
-        self._entered.append(entry)
         try:
             with use_span(span, record_exception=False, set_status_on_exception=False):
                 await stage.before(self._context)
         except BaseException as failure:
             self._end(stage, span, started, _as_service_error(failure))
             raise
-        if stage.transforms_stream() and self._context.cached_answer is None:
-            self._open_spans.append(entry)
-        else:
-            self._end(stage, span, started, None)
+        return stage, span, started
 
     def _end(self, stage: Stage, span: Span, started: float, error: ServiceError | None) -> None:
         self._durations.labels(stage.name).observe(time.perf_counter() - started)
@@ -191,8 +215,9 @@ class _Passage:
 def _as_service_error(failure: BaseException) -> ServiceError:
     if isinstance(failure, ServiceError):
         return failure
-    reason = Reason.INTERNAL if isinstance(failure, Exception) else Reason.CANCELLED
-    return ServiceError(reason, str(failure))
+    if isinstance(failure, Exception):
+        return ServiceError(Reason.INTERNAL, str(failure))
+    return departure()
 
 
 def _leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from meshserve.v1 import (
     gateway_pb2,
@@ -13,8 +14,10 @@ from meshserve.v1 import (
     types_pb2,
 )
 from services.gateway.context import RequestContext
+from services.gateway.field_paths import renamed_fields
 from services.gateway.pipeline import Stage
 from services.gateway.policy import PolicyWatch
+from services.gateway.prompt_texts import PromptText, prompt_texts
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import SafetySettings
 
@@ -45,15 +48,18 @@ class Screen(Stage):
         texts = await self._texts(context.request)
         if not texts:
             return
+        query = safety_pb2.CheckPromptRequest(
+            texts=[each.text for each in texts], tenant=context.tenant.name
+        )
         try:
-            response = await self._safety.CheckPrompt(
-                safety_pb2.CheckPromptRequest(texts=texts, tenant=context.tenant.name)
-            )
+            with renamed_fields({f"texts[{i}]": each.path for i, each in enumerate(texts)}):
+                response = await self._safety.CheckPrompt(query)
         except ServiceError as error:
-            away = error.reason is Reason.SERVICE_UNAVAILABLE
+            away = error.reason in (Reason.SERVICE_UNAVAILABLE, Reason.DRAINING)
             if not away or self._settings.when_unavailable == "refuse":
                 raise
             log.warning("a prompt is not checked: %s", error.message)
+            context.unchecked = True
             return
         verdict = response.verdict
         self._policy.seen(verdict.policy_revision)
@@ -73,50 +79,24 @@ class Screen(Stage):
                 metadata={"categories": ",".join(categories)},
             )
         if verdict.action == types_pb2.SAFETY_ACTION_REDACT:
-            _redact(context.request, list(response.redacted_texts))
+            for each, redacted in zip(texts, response.redacted_texts, strict=True):
+                if redacted != each.text:
+                    each.replace(redacted)
+            context.input_version += 1
 
-    async def _texts(self, request: gateway_pb2.GenerateRequest) -> list[str]:
-        kind = request.WhichOneof("input")
-        if kind == "text":
-            return [request.text]
-        if kind == "conversation":
-            return [_message_text(message) for message in request.conversation.messages]
+    async def _texts(self, request: gateway_pb2.GenerateRequest) -> list[PromptText]:
+        if request.WhichOneof("input") != "token_ids":
+            return prompt_texts(request)
         # Ids that spell a forbidden text are no way around the filter.
-        decoded = await self._tokenizer.Decode(
-            tokenizer_pb2.DecodeRequest(model=request.model, sequences=[request.token_ids])
-        )
-        return list(decoded.texts)
+        with renamed_fields({"sequences[0]": "token_ids"}):
+            decoded = await self._tokenizer.Decode(
+                tokenizer_pb2.DecodeRequest(model=request.model, sequences=[request.token_ids])
+            )
+        return [PromptText("token_ids", decoded.texts[0], partial(_become_text, request))]
 
 
-# Between the parts of a message that are checked together; no detector matches across it.
-_PART_SEPARATOR = "\n\n"
-
-
-def _message_text(message: types_pb2.ChatMessage) -> str:
-    parts = [message.content]
-    if message.reasoning_content:
-        parts.append(message.reasoning_content)
-    parts += [call.arguments_json for call in message.tool_calls]
-    return _PART_SEPARATOR.join(parts) if len(parts) > 1 else message.content
-
-
-def _redact(request: gateway_pb2.GenerateRequest, texts: list[str]) -> None:
-    kind = request.WhichOneof("input")
-    if kind == "conversation":
-        for message, text in zip(request.conversation.messages, texts, strict=True):
-            _replace(message, text)
-        return
-    if kind == "token_ids":
-        # The ids already stood for everything the tokenizer would add.
-        request.add_special_tokens = False
-    request.text = texts[0]
-
-
-def _replace(message: types_pb2.ChatMessage, text: str) -> None:
-    if text == _message_text(message):
-        return
-    # Redaction may move the borders between parts; nothing but the redacted whole is safe to keep.
-    message.content = text
-    message.reasoning_content = ""
-    for call in message.tool_calls:
-        call.arguments_json = "{}"
+def _become_text(request: gateway_pb2.GenerateRequest, text: str) -> None:
+    """Puts a redacted text in the place of ids."""
+    # The ids already stood for everything the tokenizer would add.
+    request.add_special_tokens = False
+    request.text = text

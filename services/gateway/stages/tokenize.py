@@ -24,6 +24,7 @@ class Tokenize(Stage):
     async def before(self, context: RequestContext) -> None:
         """Raises ServiceError (INVALID_ARGUMENT: template errors, prompts that do not fit)."""
         request = context.request
+        context.tokenized_version = context.input_version
         context.prompt_token_ids = await self._prompt(context)
         if not context.prompt_token_ids:
             raise invalid_field(str(request.WhichOneof("input")), "gives no token at all")
@@ -36,6 +37,10 @@ class Tokenize(Stage):
                 encoded = await self._tokenizer.Encode(query)
             context.stop_sequences = [list(text.token_ids) for text in encoded.encoded]
         self._fit(context)
+
+    def is_outdated(self, context: RequestContext) -> bool:
+        """Whether the input was redacted since: its ids would tell the model all the same."""
+        return context.tokenized_version != context.input_version
 
     async def _prompt(self, context: RequestContext) -> list[int]:
         request = context.request

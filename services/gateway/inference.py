@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, Literal
 
 from opentelemetry.trace import Status, StatusCode, use_span
@@ -14,13 +14,14 @@ from meshserve.v1 import gateway_pb2, types_pb2
 from services.gateway.context import RequestContext
 from services.gateway.events import Event
 from services.gateway.field_paths import under_request
-from services.gateway.pipeline import Pipeline
+from services.gateway.pipeline import Pipeline, departure
 from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import GatewaySettings
 from services.runtime.telemetry import Metrics, get_tracer
 
 UNROUTED = "unknown"
+MAX_ATTRIBUTE_CHARS = 128
 
 
 class Inference:
@@ -33,23 +34,27 @@ class Inference:
         self._requests = metrics.counter("meshserve_gateway_requests")
         self._duration = metrics.histogram("meshserve_gateway_request_duration_seconds")
 
-    def begin(
+    @contextmanager
+    def request(
         self,
         request: gateway_pb2.GenerateRequest,
         operation: Literal["chat", "text_completion"],
         metadata: Iterable[tuple[str, Any]],
         *,
         streaming: bool,
-    ) -> RequestContext:
-        """The context of a request that has just arrived. `request` is changed on its way."""
+    ) -> Iterator[RequestContext]:
+        """The context of a request that has just arrived, whose span and count end with the block.
+
+        `request` is changed on its way. A ServiceError of the block gets the request's id.
+        """
         if deadline.remaining_s() is None:
             deadline.set_remaining(self._settings.default_timeout_s)
         request_id = request.request_id or uuid.uuid4().hex
         span = self._tracer.start_span(
-            f"{operation} {request.model}".rstrip(),
+            f"{operation} {request.model[:MAX_ATTRIBUTE_CHARS]}".rstrip(),
             attributes=_request_attributes(request, operation, request_id, streaming),
         )
-        return RequestContext(
+        context = RequestContext(
             request=request,
             operation=operation,
             streaming=streaming,
@@ -57,31 +62,34 @@ class Inference:
             request_id=request_id,
             span=span,
         )
-
-    async def run(self, context: RequestContext) -> AsyncGenerator[Event]:
-        """The events of a request. Raises ServiceError, which then carries the request's id."""
         reason = ""
-        with use_span(context.span, record_exception=False, set_status_on_exception=False):
+        with use_span(span, record_exception=False, set_status_on_exception=False):
             try:
-                async with aclosing(self._pipeline.run(context)) as events:
-                    async for event in events:
-                        yield event
+                yield context
             except ServiceError as error:
                 reason = error.reason.value
-                error.metadata.setdefault("request_id", context.request_id)
-                if context.streaming:
-                    under_request(error)
+                error.metadata.setdefault("request_id", request_id)
                 raise
             except Exception:
                 reason = Reason.INTERNAL.value
                 raise
             except BaseException:
-                late = deadline.remaining_s() == 0
-                reason = (Reason.DEADLINE_EXCEEDED if late else Reason.CANCELLED).value
-                context.span.set_attribute("meshserve.cancelled", True)
+                reason = departure().reason.value
+                span.set_attribute("meshserve.cancelled", True)
                 raise
             finally:
                 self._end(context, reason)
+
+    async def events(self, context: RequestContext) -> AsyncGenerator[Event]:
+        """The events of a request. Raises ServiceError."""
+        async with aclosing(self._pipeline.run(context)) as events:
+            try:
+                async for event in events:
+                    yield event
+            except ServiceError as error:
+                if context.streaming:
+                    under_request(error)
+                raise
 
     async def drain(self) -> None:
         """Waits for what outlives cancelled requests."""
@@ -104,8 +112,8 @@ def _request_attributes(
     attributes: dict[str, str | int | float | bool] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "meshserve",
-        "gen_ai.request.model": request.model[:128],
-        "gen_ai.response.id": request_id[:128],
+        "gen_ai.request.model": request.model[:MAX_ATTRIBUTE_CHARS],
+        "gen_ai.response.id": request_id[:MAX_ATTRIBUTE_CHARS],
         "gen_ai.request.stream": streaming,
     }
     if request.stopping.HasField("max_tokens"):

@@ -30,6 +30,20 @@ class ServedModel:
     tokenizer: tokenizer_pb2.GetTokenizerInfoResponse
 
     @property
+    def revision(self) -> str:
+        """Changes with whatever may make its answers others: weights, precision, tokenizer."""
+        info = self.info
+        return "/".join(
+            (
+                info.architecture,
+                str(info.parameters),
+                info.dtype,
+                str(info.context_tokens),
+                self.tokenizer.revision,
+            )
+        )
+
+    @property
     def context_tokens(self) -> int:
         """Largest number of prompt and completion tokens together."""
         return self.info.context_tokens
@@ -88,6 +102,20 @@ class ModelDirectory:
                 f"no model is called {name[:128]!r}; did you mean {suggestion!r}?",
                 field_violations=[("model", "unknown model")],
                 metadata={"nearest": suggestion},
+            )
+        return canonical
+
+    def is_allowed(self, name: str, allowed: frozenset[str]) -> bool:
+        """Whether a key that lists `allowed`, names or aliases, may use a model; an empty list
+        allows every model."""
+        return not allowed or any(self._names.get(each) == name for each in allowed)
+
+    def allowed_name(self, name: str, allowed: frozenset[str]) -> str:
+        """The configured name, as `canonical_name`. Raises ServiceError (MODEL_NOT_ALLOWED) too."""
+        canonical = self.canonical_name(name)
+        if not self.is_allowed(canonical, allowed):
+            raise ServiceError(
+                Reason.MODEL_NOT_ALLOWED, f"the API key may not use the model {canonical!r}"
             )
         return canonical
 
@@ -153,4 +181,6 @@ class ModelDirectory:
                     await self._describe(name)
                 except ServiceError as error:
                     log.debug("model not described", extra={"model": name, "why": str(error)})
+                except Exception:
+                    log.exception("model not described", extra={"model": name})
             await asyncio.sleep(REFRESH_INTERVAL_S if self.complete else FIRST_REFRESH_INTERVAL_S)

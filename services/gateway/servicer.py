@@ -29,6 +29,7 @@ from services.gateway.responses import (
 from services.gateway.stages.authenticate import Authenticator
 from services.gateway.stages.tokenize import encode_request
 from services.gateway.validation import check_conversation, prompt_bytes, raise_violations
+from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError, invalid_field
 from services.runtime.settings import GatewaySettings
 
@@ -58,63 +59,67 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
         self, request: gateway_pb2.GenerateRequest, context: Any
     ) -> gateway_pb2.GenerateResponse:
         """Completes a prompt."""
-        call = self._inference.begin(
+        arrival = self._inference.request(
             request, "text_completion", context.invocation_metadata(), streaming=False
         )
-        await self._exhaust(call)
-        return generate_response(call)
+        with arrival as call:
+            await self._exhaust(call)
+            return generate_response(call)
 
     async def StreamGenerate(  # noqa: N802
         self, request: gateway_pb2.StreamGenerateRequest, context: Any
     ) -> AsyncIterator[gateway_pb2.StreamGenerateResponse]:
         """Completes a prompt, message by message."""
-        call = self._inference.begin(
+        arrival = self._inference.request(
             request.request, "text_completion", context.invocation_metadata(), streaming=True
         )
         opened = False
-        async with aclosing(self._stream(call, request.stream_options)) as events:
-            async for event in events:
-                if not opened:
-                    opened = True
-                    yield gateway_pb2.StreamGenerateResponse(
-                        request_id=call.request_id, started=started(call)
-                    )
-                yield generate_event(call, event)
+        with arrival as call:
+            async with aclosing(self._stream(call, request.stream_options)) as events:
+                async for event in events:
+                    if not opened:
+                        opened = True
+                        yield gateway_pb2.StreamGenerateResponse(
+                            request_id=call.request_id, started=started(call)
+                        )
+                    yield generate_event(call, event)
 
     async def Chat(  # noqa: N802
         self, request: gateway_pb2.ChatRequest, context: Any
     ) -> gateway_pb2.ChatResponse:
         """Answers a conversation."""
-        call = self._inference.begin(
+        arrival = self._inference.request(
             _as_generation(request), "chat", context.invocation_metadata(), streaming=False
         )
-        _check_tool_choice(request, call)
-        await self._exhaust(call)
-        return chat_response(call)
+        with arrival as call:
+            _check_tool_choice(request, "tool_choice")
+            await self._exhaust(call)
+            return chat_response(call)
 
     async def StreamChat(  # noqa: N802
         self, request: gateway_pb2.StreamChatRequest, context: Any
     ) -> AsyncIterator[gateway_pb2.StreamChatResponse]:
         """Answers a conversation, message by message."""
-        call = self._inference.begin(
+        arrival = self._inference.request(
             _as_generation(request.request), "chat", context.invocation_metadata(), streaming=True
         )
-        _check_tool_choice(request.request, call)
         opened = False
-        async with aclosing(self._stream(call, request.stream_options)) as events:
-            async for event in events:
-                if not opened:
-                    opened = True
-                    yield gateway_pb2.StreamChatResponse(
-                        request_id=call.request_id, started=started(call)
-                    )
-                yield chat_event(call, event)
+        with arrival as call:
+            _check_tool_choice(request.request, "request.tool_choice")
+            async with aclosing(self._stream(call, request.stream_options)) as events:
+                async for event in events:
+                    if not opened:
+                        opened = True
+                        yield gateway_pb2.StreamChatResponse(
+                            request_id=call.request_id, started=started(call)
+                        )
+                    yield chat_event(call, event)
 
     async def CountTokens(  # noqa: N802
         self, request: gateway_pb2.CountTokensRequest, context: Any
     ) -> gateway_pb2.CountTokensResponse:
         """Counts the tokens of an input."""
-        self._tenant(context)
+        tenant = self._tenant(context)
         kind = request.WhichOneof("input")
         if kind is None:
             raise invalid_field("input", "one of text and conversation is needed")
@@ -125,7 +130,7 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
                 f"the prompt has {size} bytes; at most {limit} are taken",
                 field_violations=[(kind, f"at most {limit} bytes")],
             )
-        request.model = self._models.canonical_name(request.model)
+        request.model = self._models.allowed_name(request.model, tenant.models)
         if kind == "conversation":
             raise_violations(check_conversation(request.conversation))
             rendered = await self._tokenizer.ApplyChatTemplate(
@@ -149,7 +154,8 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
         models = [
             model
             for model in self._models.describe_all()
-            if _may_use(tenant, model) and model.name > request.page_token
+            if self._models.is_allowed(model.name, tenant.models)
+            and model.name > request.page_token
         ]
         page = models[:size]
         return gateway_pb2.ListModelsResponse(
@@ -161,36 +167,29 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
     ) -> gateway_pb2.GetModelResponse:
         """Describes one model."""
         tenant = self._tenant(context)
-        model = self._models.describe(self._models.canonical_name(request.model))
-        if not _may_use(tenant, model):
-            raise ServiceError(
-                Reason.MODEL_NOT_ALLOWED, f"the API key may not use the model {model.name!r}"
-            )
-        return gateway_pb2.GetModelResponse(model=model)
+        name = self._models.allowed_name(request.model, tenant.models)
+        return gateway_pb2.GetModelResponse(model=self._models.describe(name))
 
     async def Embed(  # noqa: N802
         self, request: gateway_pb2.EmbedRequest, context: Any
     ) -> gateway_pb2.EmbedResponse:
         """No engine has the capability so far, which the answer says by name."""
-        self._tenant(context)
-        self._refuse(request.model, types_pb2.MODEL_CAPABILITY_EMBED)
+        self._refuse(context, request.model, types_pb2.MODEL_CAPABILITY_EMBED)
 
     async def Classify(  # noqa: N802
         self, request: gateway_pb2.ClassifyRequest, context: Any
     ) -> gateway_pb2.ClassifyResponse:
         """No engine has the capability so far, which the answer says by name."""
-        self._tenant(context)
-        self._refuse(request.model, types_pb2.MODEL_CAPABILITY_CLASSIFY)
+        self._refuse(context, request.model, types_pb2.MODEL_CAPABILITY_CLASSIFY)
 
     async def Score(  # noqa: N802
         self, request: gateway_pb2.ScoreRequest, context: Any
     ) -> gateway_pb2.ScoreResponse:
         """No engine has the capability so far, which the answer says by name."""
-        self._tenant(context)
-        self._refuse(request.model, types_pb2.MODEL_CAPABILITY_SCORE)
+        self._refuse(context, request.model, types_pb2.MODEL_CAPABILITY_SCORE)
 
     async def _exhaust(self, call: RequestContext) -> None:
-        async with aclosing(self._inference.run(call)) as events:
+        async with aclosing(self._inference.events(call)) as events:
             async for _ in events:
                 pass
 
@@ -201,27 +200,28 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
             raise invalid_field(
                 "stream_options.min_interval_ms", f"at most {MAX_STREAM_INTERVAL_MS}"
             )
-        events = self._inference.run(call)
+        events = self._inference.events(call)
         if options.min_interval_ms:
             return at_intervals(events, options.min_interval_ms / 1000)
         return events
 
     def _tenant(self, context: Any) -> Tenant:
+        """Who makes a call that is no inference; its deadline gets a default, too."""
+        if deadline.remaining_s() is None:
+            deadline.set_remaining(self._settings.default_timeout_s)
         metadata = dict(context.invocation_metadata() or ())
         return self._authenticator.tenant(metadata.get("authorization"))
 
-    def _refuse(self, model: str, capability: types_pb2.ModelCapability.ValueType) -> NoReturn:
-        name = self._models.canonical_name(model)
+    def _refuse(
+        self, context: Any, model: str, capability: types_pb2.ModelCapability.ValueType
+    ) -> NoReturn:
+        name = self._models.allowed_name(model, self._tenant(context).models)
         label = types_pb2.ModelCapability.Name(capability)
         raise ServiceError(
             Reason.CAPABILITY_MISSING,
             f"the model {name!r} cannot {label.removeprefix('MODEL_CAPABILITY_').lower()}",
             metadata={"capability": label},
         )
-
-
-def _may_use(tenant: Tenant, model: gateway_pb2.Model) -> bool:
-    return not tenant.models or bool(tenant.models & {model.name, *model.aliases})
 
 
 def _as_generation(request: gateway_pb2.ChatRequest) -> gateway_pb2.GenerateRequest:
@@ -242,11 +242,12 @@ def _as_generation(request: gateway_pb2.ChatRequest) -> gateway_pb2.GenerateRequ
     return generation
 
 
-def _check_tool_choice(request: gateway_pb2.ChatRequest, call: RequestContext) -> None:
+def _check_tool_choice(request: gateway_pb2.ChatRequest, path: str) -> None:
+    if request.tool_choice not in gateway_pb2.ToolChoice.values():
+        raise invalid_field(path, "must be a choice that the contract has")
     if request.tool_choice == gateway_pb2.TOOL_CHOICE_REQUIRED:
-        call.span.end()
         raise ServiceError(
             Reason.CAPABILITY_MISSING,
             "a tool call cannot be forced so far",
-            metadata={"capability": "TOOL_CHOICE_REQUIRED", "request_id": call.request_id},
+            metadata={"capability": "TOOL_CHOICE_REQUIRED"},
         )

@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 OVERLOAD_RETRY_S = 1.0
 
+# Tenant and request id: ids are the callers' own, so two tenants may choose the same.
+RequestName = tuple[str, str]
+
 
 class Admit(Stage):
     """Refuses what is malformed, too often or too much."""
@@ -25,30 +28,39 @@ class Admit(Stage):
     def __init__(self, settings: GatewaySettings, limiter: RateLimiter, metrics: Metrics) -> None:
         self._settings = settings
         self._limiter = limiter
-        self._active = 0
+        self._active: set[RequestName] = set()
         self._gauge = metrics.gauge("meshserve_gateway_active_requests")
-        self._holding: set[int] = set()
 
     async def before(self, context: RequestContext) -> None:
-        """Raises ServiceError (INVALID_ARGUMENT, RESOURCE_EXHAUSTED)."""
+        """Raises ServiceError (INVALID_ARGUMENT, ALREADY_EXISTS, RESOURCE_EXHAUSTED)."""
         validate(context.request, self._settings.max_prompt_bytes)
+        # Before the rate: what is refused for want of room must not cost any of it.
+        self._take_place(context)
         await self._limit_rate(context.tenant)
-        if self._active >= self._settings.max_active_requests:
-            raise ServiceError(
-                Reason.QUEUE_FULL,
-                f"{self._active} requests are in flight",
-                retry_after_s=OVERLOAD_RETRY_S,
-            )
-        self._active += 1
-        self._holding.add(id(context))
-        self._gauge.set(self._active)
 
     async def after(self, context: RequestContext, error: ServiceError | None) -> None:
         """Gives the place back."""
-        if id(context) in self._holding:
-            self._holding.remove(id(context))
-            self._active -= 1
-            self._gauge.set(self._active)
+        if context.admitted:
+            context.admitted = False
+            self._active.remove(_name(context))
+            self._gauge.set(len(self._active))
+
+    def _take_place(self, context: RequestContext) -> None:
+        if len(self._active) >= self._settings.max_active_requests:
+            raise ServiceError(
+                Reason.QUEUE_FULL,
+                f"{len(self._active)} requests are in flight",
+                retry_after_s=OVERLOAD_RETRY_S,
+            )
+        if _name(context) in self._active:
+            raise ServiceError(
+                Reason.REQUEST_ID_IN_USE,
+                "a request with this request_id is in flight",
+                field_violations=[("request_id", "in use")],
+            )
+        self._active.add(_name(context))
+        context.admitted = True
+        self._gauge.set(len(self._active))
 
     async def _limit_rate(self, tenant: Tenant) -> None:
         limits = self._settings.rate_limit
@@ -75,3 +87,7 @@ class Admit(Stage):
                 retry_after_s=decision.retry_after_s,
                 quota_violations=[(f"tenant:{tenant.name}", f"{per_minute} requests per minute")],
             )
+
+
+def _name(context: RequestContext) -> RequestName:
+    return context.tenant.name, context.request_id

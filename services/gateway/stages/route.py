@@ -20,12 +20,7 @@ class Route(Stage):
     async def before(self, context: RequestContext) -> None:
         """Raises ServiceError (NOT_FOUND, PERMISSION_DENIED, UNIMPLEMENTED, UNAVAILABLE)."""
         request = context.request
-        name = self._models.canonical_name(request.model)
-        allowed = context.tenant.models
-        if allowed and name not in allowed and request.model not in allowed:
-            raise ServiceError(
-                Reason.MODEL_NOT_ALLOWED, f"the API key may not use the model {name!r}"
-            )
+        name = self._models.allowed_name(request.model, context.tenant.models)
         model = await self._models.resolve(name)
         needed = (
             types_pb2.MODEL_CAPABILITY_CHAT

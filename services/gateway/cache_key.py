@@ -22,7 +22,7 @@ def cache_key(
     request: gateway_pb2.GenerateRequest,
     *,
     tenant: str,
-    tokenizer_revision: str,
+    model_revision: str,
     policy_revision: str,
 ) -> cache_pb2.CacheKey:
     """The key of a request whose defaults have been filled in.
@@ -45,7 +45,7 @@ def cache_key(
     canonical = b"\0".join(
         [
             str(KEY_VERSION).encode(),
-            tokenizer_revision.encode(),
+            model_revision.encode(),
             policy_revision.encode(),
             deciding.SerializeToString(deterministic=True),
         ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+
 import grpc
 
 from meshserve.v1 import gateway_pb2_grpc
@@ -25,6 +28,11 @@ from services.runtime.server import Service, StartupError
 from services.runtime.settings import Settings
 from services.runtime.telemetry import Metrics
 
+log = logging.getLogger(__name__)
+
+# The ways out of cancelled requests outlive their calls by this at most.
+KEEP_TIMEOUT_S = 5.0
+
 
 class GatewayService(Service):
     """The public edge of the mesh."""
@@ -43,16 +51,16 @@ class GatewayService(Service):
         self._models = ModelDirectory(settings, self._peers)
         authenticator = Authenticator(gateway)
         tokenizer = self._peers.tokenizer
-        policy = PolicyWatch(self._peers.safety, enabled=settings.safety.enabled)
+        self._policy = PolicyWatch(self._peers.safety, enabled=settings.safety.enabled)
         limiter = valkey.RateLimiter(self._valkey)
         pipeline = Pipeline(
             [
                 Authenticate(authenticator),
                 Admit(gateway, limiter, metrics),
                 Route(self._models),
-                LookUp(settings.cache, self._peers.cache, policy),
+                LookUp(settings.cache, self._peers.cache, self._policy),
                 SideBySide(
-                    Screen(settings.safety, self._peers.safety, tokenizer, policy),
+                    Screen(settings.safety, self._peers.safety, tokenizer, self._policy),
                     Tokenize(gateway, tokenizer),
                 ),
                 Generate(self._peers.decode_sessions),
@@ -71,8 +79,9 @@ class GatewayService(Service):
         gateway_pb2_grpc.add_InferenceServiceServicer_to_server(self._servicer, server)
 
     async def start(self) -> None:
-        """Begins to ask the engines what they serve."""
+        """Begins to ask the engines what they serve, and the filter for its policy."""
         self._models.start()
+        self._policy.start()
 
     async def probe(self) -> None:
         """Fails until every model has been described once.
@@ -83,12 +92,14 @@ class GatewayService(Service):
         if not self._models.complete:
             raise RuntimeError("engines or tokenizers have not been reached yet")
 
-    async def drain(self) -> None:
-        """Waits for answers that are being kept."""
-        await self._inference.drain()
-
     async def stop(self) -> None:
-        """Closes the channels."""
+        """Waits for answers that are being kept, then closes the channels."""
+        try:
+            async with asyncio.timeout(KEEP_TIMEOUT_S):
+                await self._inference.drain()
+        except TimeoutError:
+            log.warning("requests are still on their way out; their answers may not be kept")
         self._models.stop()
+        self._policy.stop()
         await self._peers.close()
         await self._valkey.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from google.protobuf.duration_pb2 import Duration
@@ -56,25 +57,21 @@ class LookUp(Stage):
             or not is_deterministic(request)
         ):
             return
-        revision = await self._policy.revision()
-        if revision is None:
+        context.policy_revision = await self._policy.revision()
+        if context.policy_revision is None:
             # Without the policy in force nobody can say that a kept answer may be served.
             return
         context.cache_key = cache_key(
             request,
             tenant=context.tenant.name,
-            tokenizer_revision=context.served.tokenizer.revision,
-            policy_revision=revision,
+            model_revision=context.served.revision,
+            policy_revision=context.policy_revision,
         )
-        wait_s = self._settings.lease_s
-        remaining_s = deadline.remaining_s()
-        if remaining_s is not None:
-            wait_s = min(wait_s, WAIT_SHARE * remaining_s)
-        query = cache_pb2.LookUpRequest(key=context.cache_key, wait=_duration(wait_s))
+        query = cache_pb2.LookUpRequest(key=context.cache_key)
         if not request.cache_control.no_store:
             query.lease_ttl.CopyFrom(_duration(self._settings.lease_s))
         try:
-            found = await self._cache.LookUp(query, timeout=wait_s + BACKEND_TIMEOUT_S)
+            found = await self._find(context, query)
         except ServiceError as error:
             log.warning("the cache is passed over: %s", error.message)
             context.cache_key = None
@@ -96,20 +93,53 @@ class LookUp(Stage):
         try:
             if error is None and await self._keep(context):
                 return
-            if context.lease_token:
+            token = context.lease_token or await self._unclaimed_lease(context)
+            if token:
                 await self._cache.ReleaseLease(
-                    cache_pb2.ReleaseLeaseRequest(
-                        key=context.cache_key, lease_token=context.lease_token
-                    ),
+                    cache_pb2.ReleaseLeaseRequest(key=context.cache_key, lease_token=token),
                     timeout=BACKEND_TIMEOUT_S,
                 )
         except ServiceError as failure:
             log.warning("an answer was not kept: %s", failure.message)
 
+    async def _find(
+        self, context: RequestContext, query: cache_pb2.LookUpRequest
+    ) -> cache_pb2.LookUpResponse:
+        """Asks at once, and then waits if another caller is computing the answer.
+
+        Two questions, so that a cache that does not answer at all costs little time.
+        """
+        context.look_up = asyncio.create_task(self._ask(query))
+        found = await asyncio.shield(context.look_up)
+        if found.outcome != cache_pb2.LookUpResponse.OUTCOME_PENDING:
+            return found
+        wait_s = self._settings.lease_s
+        remaining_s = deadline.remaining_s()
+        if remaining_s is not None:
+            wait_s = min(wait_s, WAIT_SHARE * remaining_s)
+        query.wait.CopyFrom(_duration(wait_s))
+        return await self._cache.LookUp(query, timeout=wait_s + BACKEND_TIMEOUT_S)
+
+    async def _ask(self, query: cache_pb2.LookUpRequest) -> cache_pb2.LookUpResponse:
+        # Under a deadline of its own: an answer cut off by the caller's may have brought a lease,
+        # and equal requests would wait for it in vain.
+        deadline.set_remaining(None)
+        return await self._cache.LookUp(query, timeout=BACKEND_TIMEOUT_S)
+
+    async def _unclaimed_lease(self, context: RequestContext) -> str:
+        """The lease that came when the caller had left."""
+        if context.look_up is None:
+            return ""
+        found = await context.look_up
+        return found.lease.token
+
     async def _keep(self, context: RequestContext) -> bool:
         control = context.request.cache_control
         answer = to_keep(context.events, context.arrived_unix_ns)
-        if control.no_store or not _is_whole(answer, context.choices):
+        if control.no_store or context.unchecked or not _is_whole(answer, context.choices):
+            return False
+        if context.policy_revision != await self._policy.revision():
+            # It was checked under two policies, or under another than its key says.
             return False
         if context.prompt_safety is not None:
             answer.prompt_safety.CopyFrom(context.prompt_safety)

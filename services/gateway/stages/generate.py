@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import cast
 
@@ -29,6 +29,10 @@ ENGINE_FIELDS = {
 }
 
 
+# The engine takes ids of 256 characters; 128 are the caller's.
+MAX_TENANT_CHARS = 127
+
+
 class Generate(Stage):
     """Source of the events. Leaving its stream aborts the request in the engine."""
 
@@ -46,19 +50,26 @@ class Generate(Stage):
             call = cast(ResponseStream, context.served.engine.Generate(engine_request(context)))
         choices = [_Choice(context, self._pool, index, trace) for index in range(context.choices)]
         unended = len(choices)
+        begun = False
         try:
             async with call:
-                if context.request.output.echo:
-                    for index in range(context.choices):
-                        yield TextDelta(index, context.request.text)
                 with renamed_fields(ENGINE_FIELDS):
                     async for message in call:
-                        async for event in _events(message, choices, context):
+                        if message.chunk.HasField("prompt_logprobs"):
+                            context.prompt_logprobs = message.chunk.prompt_logprobs
+                        if not begun:
+                            begun = True
+                            for event in _beginning(choices, context):
+                                yield event
+                        async for event in _events(message, choices):
                             unended -= isinstance(event, ChoiceEnd)
+                            if not unended and not all(each.engine_is_done for each in choices):
+                                # A stop string that only the text shows: the engine would go on,
+                                # and a slow reader must not keep it from being told.
+                                call.cancel()
+                                yield event
+                                return
                             yield event
-                        if not unended and not all(choice.engine_is_done for choice in choices):
-                            # A stop string that only the text shows: the engine would go on.
-                            return
             if unended:
                 raise ServiceError(
                     Reason.INTERNAL, "the engine's stream ended before its choices did"
@@ -73,7 +84,8 @@ def engine_request(context: RequestContext) -> engine_pb2.EngineServiceGenerateR
     source = context.request
     request = engine_pb2.EngineServiceGenerateRequest(
         model=source.model,
-        request_id=context.request_id,
+        # Ids are the callers' own: two tenants may choose the same.
+        request_id=f"{context.tenant.name[:MAX_TENANT_CHARS]}/{context.request_id}",
         prompt=types_pb2.TokenIds(ids=context.prompt_token_ids),
         sampling=source.sampling,
         stopping=source.stopping,
@@ -95,14 +107,18 @@ def engine_request(context: RequestContext) -> engine_pb2.EngineServiceGenerateR
     return request
 
 
+def _beginning(choices: list[_Choice], context: RequestContext) -> Iterator[Event]:
+    """What comes with the first word of the engine: the prompt has been read, so it counts."""
+    for index, choice in enumerate(choices):
+        context.usages[index] = choice.usage
+        if context.request.output.echo:
+            yield TextDelta(index, context.request.text)
+
+
 async def _events(
-    message: engine_pb2.EngineServiceGenerateResponse,
-    choices: list[_Choice],
-    context: RequestContext,
+    message: engine_pb2.EngineServiceGenerateResponse, choices: list[_Choice]
 ) -> AsyncGenerator[Event]:
     if message.WhichOneof("event") == "chunk":
-        if message.chunk.HasField("prompt_logprobs"):
-            context.prompt_logprobs = message.chunk.prompt_logprobs
         for delta in message.chunk.deltas:
             choice = choices[delta.index]
             if not choice.ended:
@@ -140,8 +156,7 @@ class _Choice:
             include_stop=request.stopping.include_stop_in_text,
         )
         self._decoded: list[int] = []
-        self._usage = types_pb2.Usage(prompt_tokens=len(context.prompt_token_ids))
-        context.usages[index] = self._usage
+        self.usage = types_pb2.Usage(prompt_tokens=len(context.prompt_token_ids))
         self._session: Session[tokenizer_pb2.DecodeInput, tokenizer_pb2.DecodeOutput] = Session(
             pool, self._message, lambda sid: tokenizer_pb2.DecodeInput(session_id=sid, cancel=True)
         )
@@ -151,7 +166,7 @@ class _Choice:
         for part in self._parts(len(delta.token_ids)):
             if self.ended:
                 return
-            may_stop = self._usage.completion_tokens + part.stop - part.start >= (
+            may_stop = self.usage.completion_tokens + part.stop - part.start >= (
                 self._stopping.min_tokens
             )
             token_ids = list(delta.token_ids[part])
@@ -173,7 +188,7 @@ class _Choice:
         if self.ended:
             return events
         self.ended = True
-        usage = self._usage
+        usage = self.usage
         usage.cached_prompt_tokens = complete.usage.cached_prompt_tokens
         held = self._matcher.flush()
         matched: types_pb2.MatchedStop | None = None
@@ -196,14 +211,14 @@ class _Choice:
         self._session.cancel()
 
     def _may_stop(self) -> bool:
-        return self._usage.completion_tokens >= self._stopping.min_tokens
+        return self.usage.completion_tokens >= self._stopping.min_tokens
 
     async def _feed(
         self, token_ids: list[int], positions: list[types_pb2.PositionLogprobs], may_stop: bool
     ) -> list[Event]:
         output = await self._session.exchange((token_ids, False))
         self._decoded += token_ids
-        self._usage.completion_tokens += len(token_ids)
+        self.usage.completion_tokens += len(token_ids)
         return self._match(output.text, token_ids, positions, may_stop=may_stop)
 
     def _match(
@@ -227,9 +242,7 @@ class _Choice:
         if isinstance(found, StopMatch):
             self.ended = True
             matched = types_pb2.MatchedStop(text=found.stop)
-            events.append(
-                ChoiceEnd(self._index, types_pb2.FINISH_REASON_STOP, matched, self._usage)
-            )
+            events.append(ChoiceEnd(self._index, types_pb2.FINISH_REASON_STOP, matched, self.usage))
         return events
 
     def _message(

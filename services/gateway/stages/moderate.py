@@ -38,7 +38,10 @@ class Moderate(Stage):
         self, context: RequestContext, events: AsyncGenerator[Event], span: Span
     ) -> AsyncGenerator[Event]:
         """Raises ServiceError when the filter is away and must not be passed by."""
-        return self._checked(context, events, span) if self._settings.enabled else events
+        if not self._settings.enabled or context.unchecked:
+            # A filter that was away for the prompt would be waited for in vain again.
+            return events
+        return self._checked(context, events, span)
 
     async def _checked(
         self, context: RequestContext, events: AsyncGenerator[Event], span: Span
@@ -82,6 +85,7 @@ class _ChoiceCheck:
         may_pass_by: bool,
     ) -> None:
         self.ended = False
+        self._passed_by = False
         self._context = context
         self._index = index
         self._trace = trace
@@ -123,12 +127,15 @@ class _ChoiceCheck:
         self._session.cancel()
 
     async def _exchange(self, text: str, *, finish: bool) -> list[Event]:
+        if self._passed_by:
+            return self._pass_by()
         try:
             output = await self._session.exchange((text, finish))
         except ServiceError as error:
             if error.reason is not Reason.SERVICE_UNAVAILABLE or not self._may_pass_by:
                 raise
-            log.warning("a completion is not checked: %s", error.message)
+            log.warning("the rest of a completion is not checked: %s", error.message)
+            self._passed_by = self._context.unchecked = True
             return self._pass_by()
         decided = output.decided_characters + self._redaction_shift
         self._undecided = self._undecided[decided - self._decided :]
@@ -139,15 +146,11 @@ class _ChoiceCheck:
         passed = self._released_delta(output.released_text)
         if self._action == types_pb2.SAFETY_ACTION_BLOCK:
             self.ended = True
-            passed.append(
-                ChoiceEnd(
-                    self._index,
-                    _FILTERED,
-                    None,
-                    self._context.usages.get(self._index, types_pb2.Usage()),
-                    self._verdict,
-                )
-            )
+            # Other choices may keep the generation going; what it adds to this one is not counted.
+            usage = types_pb2.Usage()
+            usage.CopyFrom(self._context.usages[self._index])
+            self._context.usages[self._index] = usage
+            passed.append(ChoiceEnd(self._index, _FILTERED, None, usage, self._verdict))
         return passed
 
     def _pass_by(self) -> list[Event]:
@@ -178,7 +181,7 @@ class _ChoiceCheck:
                 if delta.logprobs is None:
                     delta.logprobs = types_pb2.Logprobs()
                 delta.logprobs.MergeFrom(source.logprobs)
-        return [delta] if delta.text or delta.token_ids else []
+        return [delta] if delta.text or delta.token_ids or delta.logprobs is not None else []
 
     def _message(
         self, session_id: int, payload: tuple[str, bool], opening: bool

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +32,7 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (num_layers, 2, num_blocks, block_size, kv_heads, head_dim)
-        storage = torch.zeros(shape, dtype=dtype, device=device)
+        storage = _zeros(shape, dtype, torch.device(device))
         self.keys: list[Tensor] = [storage[layer, 0] for layer in range(num_layers)]
         self.values: list[Tensor] = [storage[layer, 1] for layer in range(num_layers)]
 
@@ -39,3 +42,12 @@ class KVCache:
     ) -> int:
         """Return what one block takes over all layers, keys and values, in bytes."""
         return 2 * num_layers * block_size * kv_heads * head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch writes its zeros, numpy asks the kernel for pages that are zero: gigabytes of cache cost
+    # neither start-up time nor memory before a sequence uses them.
+    pages = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)

@@ -16,7 +16,7 @@ class KVCache:
     belongs to which sequence is the block pool's knowledge, not the cache's. Blocks start as
     zeros: attention masks what it must not see, and a mask cannot hide a NaN.
 
-    Raises torch.OutOfMemoryError (CUDA) or RuntimeError (CPU) where the pool does not fit.
+    Raises torch.OutOfMemoryError (CUDA) or MemoryError (CPU) where the pool does not fit.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
 from services.engine.core.kernels import select
 from services.engine.core.kv_cache import KVCache
-from services.engine.core.memory import kv_cache_budget_bytes
+from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
 from services.engine.core.messages import ModelFacts
 from services.engine.core.models.config import ModelConfig
 from services.engine.core.models.dtype import resolve_dtype
@@ -71,7 +71,7 @@ def build_engine(
             dtype=dtype,
             device=device,
         )
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, and a CPU raises no other
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         raise StartupError(
             f"a KV cache of {num_blocks * bytes_per_block} bytes does not fit on {device}: {error}"
         ) from None
@@ -168,5 +168,12 @@ def _size_kv_cache(
         raise StartupError(
             f"a KV cache of {budget} bytes holds no block: one block of {settings.block_size} "
             f"tokens takes {bytes_per_block} bytes"
+        )
+    free = free_memory_bytes(device)
+    if num_blocks * bytes_per_block > free:
+        # A CPU would promise the memory now and fail in the middle of a request.
+        raise StartupError(
+            f"a KV cache of {num_blocks * bytes_per_block} bytes does not fit on {device}: "
+            f"{free} bytes are free"
         )
     return num_blocks, bytes_per_block

@@ -54,18 +54,22 @@ class ServiceProcess:
         """The exit code of a service that ends by itself."""
         return self._process.wait(timeout=timeout_s)
 
+    def health(self) -> str:
+        """The status of its health check; empty while it cannot be asked."""
+        with grpc.insecure_channel(self.address) as channel:
+            try:
+                answer = health_pb2_grpc.HealthStub(channel).Check(
+                    health_pb2.HealthCheckRequest(), timeout=1
+                )
+            except grpc.RpcError:
+                return ""
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
     def wait_until_healthy(self, timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             assert self._process.poll() is None, self.log
-            with grpc.insecure_channel(self.address) as channel:
-                try:
-                    answer = health_pb2_grpc.HealthStub(channel).Check(
-                        health_pb2.HealthCheckRequest(), timeout=1
-                    )
-                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                        return
-                except grpc.RpcError:
-                    pass
+            if self.health() == "SERVING":
+                return
             time.sleep(0.1)
         raise AssertionError(f"{self.name} is not healthy:\n{self.log}")

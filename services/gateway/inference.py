@@ -97,7 +97,8 @@ class Inference:
 
     def _end(self, context: RequestContext, reason: str) -> None:
         model = context.model.name if context.model is not None else UNROUTED
-        if reason:
+        # A caller may change its mind; that is no failure.
+        if reason and reason != Reason.CANCELLED:
             context.span.set_attribute("error.type", reason)
             context.span.set_status(Status(StatusCode.ERROR, reason))
         context.span.end()

@@ -155,7 +155,7 @@ class _Passage:
                 for stage in step.stages:
                     group.create_task(self._enter(stage))
         except BaseExceptionGroup as failures:
-            raise _leaf(failures) from None
+            raise first_error(failures) from None
         for stage in step.stages:
             if stage.is_outdated(self._context):
                 self._end(*await self._work(stage), None)
@@ -204,11 +204,10 @@ class _Passage:
 
     def _end(self, stage: Stage, span: Span, started: float, error: ServiceError | None) -> None:
         self._durations.labels(stage.name).observe(time.perf_counter() - started)
-        if error is not None:
+        # A stage that others' failure ended, or a caller who left, is no failure of its own.
+        if error is not None and error.reason is not Reason.CANCELLED:
             span.set_attribute("error.type", error.reason.value)
-            # A stage that others' failure ended, or a caller who left, is no failure of its own.
-            if error.reason is not Reason.CANCELLED:
-                span.set_status(Status(StatusCode.ERROR, error.reason.value))
+            span.set_status(Status(StatusCode.ERROR, error.reason.value))
         span.end()
 
 
@@ -220,7 +219,7 @@ def _as_service_error(failure: BaseException) -> ServiceError:
     return departure()
 
 
-def _leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error of a group."""
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a group, for callers who get one."""
     first = group.exceptions[0]
-    return _leaf(first) if isinstance(first, BaseExceptionGroup) else first
+    return first_error(first) if isinstance(first, BaseExceptionGroup) else first

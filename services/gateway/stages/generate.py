@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
 from typing import cast
 
 from opentelemetry.trace import Span, use_span
@@ -13,7 +13,7 @@ from services.gateway.context import RequestContext
 from services.gateway.events import ChoiceEnd, Event, TextDelta
 from services.gateway.field_paths import renamed_fields
 from services.gateway.peers import DecodePool
-from services.gateway.pipeline import Stage
+from services.gateway.pipeline import Stage, first_error
 from services.gateway.sessions import Session
 from services.gateway.stop_strings import StopMatch, StopStringMatcher
 from services.runtime.channels import ResponseStream
@@ -61,7 +61,7 @@ class Generate(Stage):
                             begun = True
                             for event in _beginning(choices, context):
                                 yield event
-                        async for event in _events(message, choices):
+                        for event in await _events(message, choices):
                             unended -= isinstance(event, ChoiceEnd)
                             if not unended and not all(each.engine_is_done for each in choices):
                                 # A stop string that only the text shows: the engine would go on,
@@ -117,20 +117,21 @@ def _beginning(choices: list[_Choice], context: RequestContext) -> Iterator[Even
 
 async def _events(
     message: engine_pb2.EngineServiceGenerateResponse, choices: list[_Choice]
-) -> AsyncGenerator[Event]:
-    if message.WhichOneof("event") == "chunk":
-        for delta in message.chunk.deltas:
-            choice = choices[delta.index]
-            if not choice.ended:
-                async with aclosing(choice.feed(delta)) as events:
-                    async for event in events:
-                        yield event
-    else:
+) -> list[Event]:
+    if message.WhichOneof("event") == "complete":
         choice = choices[message.complete.index]
         choice.engine_is_done = True
-        if not choice.ended:
-            for event in await choice.finish(message.complete):
-                yield event
+        return [] if choice.ended else await choice.finish(message.complete)
+    deltas = [delta for delta in message.chunk.deltas if not choices[delta.index].ended]
+    if len(deltas) == 1:
+        return await choices[deltas[0].index].feed(deltas[0])
+    # Side by side, so that all choices go in one message to the tokenizer.
+    try:
+        async with asyncio.TaskGroup() as group:
+            fed = [group.create_task(choices[delta.index].feed(delta)) for delta in deltas]
+    except BaseExceptionGroup as failures:
+        raise first_error(failures) from None
+    return [event for task in fed for event in task.result()]
 
 
 class _Choice:
@@ -161,18 +162,19 @@ class _Choice:
             pool, self._message, lambda sid: tokenizer_pb2.DecodeInput(session_id=sid, cancel=True)
         )
 
-    async def feed(self, delta: engine_pb2.TokenDelta) -> AsyncGenerator[Event]:
+    async def feed(self, delta: engine_pb2.TokenDelta) -> list[Event]:
         """The events of the tokens that were added."""
+        events: list[Event] = []
         for part in self._parts(len(delta.token_ids)):
             if self.ended:
-                return
+                break
             may_stop = self.usage.completion_tokens + part.stop - part.start >= (
                 self._stopping.min_tokens
             )
             token_ids = list(delta.token_ids[part])
             positions = list(delta.logprobs.positions[part])
-            for event in await self._feed(token_ids, positions, may_stop):
-                yield event
+            events += await self._feed(token_ids, positions, may_stop)
+        return events
 
     def _parts(self, tokens: int) -> list[slice]:
         """How a delta is taken: whole, or by the token where text may end the choice, so that what

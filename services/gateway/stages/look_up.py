@@ -14,7 +14,7 @@ from services.gateway.pipeline import Stage
 from services.gateway.policy import PolicyWatch
 from services.gateway.replay import to_keep
 from services.runtime import deadline
-from services.runtime.errors import ServiceError
+from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import CacheSettings
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 BACKEND_TIMEOUT_S = 2.0
 # Others' answers are waited for no longer than this share of what remains until the deadline.
 WAIT_SHARE = 0.5
+
+# Why a cache that can be reached keeps an answer out.
+_REFUSALS = frozenset({Reason.INVALID_FIELD, Reason.MESSAGE_TOO_LARGE, Reason.INTERNAL})
 
 _KEPT_REASONS = frozenset(
     {
@@ -93,6 +96,11 @@ class LookUp(Stage):
         try:
             if error is None and await self._keep(context):
                 return
+        except ServiceError as failure:
+            log.warning("an answer was not kept: %s", failure.message)
+            if failure.reason not in _REFUSALS:
+                return
+        try:
             token = context.lease_token or await self._unclaimed_lease(context)
             if token:
                 await self._cache.ReleaseLease(
@@ -100,7 +108,7 @@ class LookUp(Stage):
                     timeout=BACKEND_TIMEOUT_S,
                 )
         except ServiceError as failure:
-            log.warning("an answer was not kept: %s", failure.message)
+            log.warning("a lease was not given up: %s", failure.message)
 
     async def _find(
         self, context: RequestContext, query: cache_pb2.LookUpRequest

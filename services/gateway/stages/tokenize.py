@@ -80,25 +80,34 @@ class Tokenize(Stage):
             oldest = policy == types_pb2.TRUNCATION_POLICY_DROP_OLDEST
             context.prompt_token_ids = ids[-room:] if oldest else ids[:room]
         prompt = len(context.prompt_token_ids)
-        wanted = asked if asked is not None else 1
-        if prompt + wanted > limit:
-            size = f"prompt ({prompt}) and max_tokens ({asked})" if asked else f"prompt ({prompt})"
-            raise ServiceError(
-                Reason.PROMPT_TOO_LONG,
-                f"{size} do not fit the model's context of {limit} tokens"
-                if asked
-                else f"{size} does not fit the model's context of {limit} tokens",
-                field_violations=[
-                    (
-                        "stopping.max_tokens" if prompt < limit and asked else "input",
-                        f"at most {limit} tokens together",
-                    )
-                ],
-                metadata={"context_tokens": str(limit), "prompt_tokens": str(prompt)},
+        if prompt >= limit:
+            raise _too_long(
+                "input",
+                f"the prompt has {prompt} tokens, which leaves no room for a completion in the "
+                f"model's context of {limit}",
+                prompt,
+                limit,
+            )
+        if asked is not None and prompt + asked > limit:
+            raise _too_long(
+                "stopping.max_tokens",
+                f"a prompt of {prompt} and a completion of up to {asked} tokens do not fit the "
+                f"model's context of {limit}",
+                prompt,
+                limit,
             )
         if asked is None:
             asked = min(limit - prompt, self._settings.default_max_tokens or limit)
         context.max_tokens = asked
+
+
+def _too_long(field: str, message: str, prompt: int, limit: int) -> ServiceError:
+    return ServiceError(
+        Reason.PROMPT_TOO_LONG,
+        message,
+        field_violations=[(field, f"prompt and completion have at most {limit} tokens together")],
+        metadata={"context_tokens": str(limit), "prompt_tokens": str(prompt)},
+    )
 
 
 def encode_request(

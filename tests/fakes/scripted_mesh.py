@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Self
 import grpc
 
 from meshserve.v1 import (
+    cache_pb2,
+    cache_pb2_grpc,
     engine_pb2,
     engine_pb2_grpc,
     gateway_pb2,
@@ -22,6 +25,7 @@ from meshserve.v1 import (
     types_pb2,
 )
 from services.gateway.service import GatewayService
+from services.runtime.errors import Reason, ServiceError
 from services.runtime.multiplex import SessionHost
 from services.runtime.server_calls import CallInterceptor
 from services.runtime.settings import Settings
@@ -209,12 +213,59 @@ class Engine(engine_pb2_grpc.EngineServiceServicer):
         )
 
 
+class Cache(cache_pb2_grpc.CacheServiceServicer):
+    """Keeps answers and leases in memory. While `may_answer` is not set it hangs."""
+
+    def __init__(self) -> None:
+        self.answers: dict[bytes, cache_pb2.CachedAnswer] = {}
+        self.leases: dict[bytes, str] = {}
+        self.look_ups: list[cache_pb2.LookUpRequest] = []
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.refuses_stores = False
+
+    async def LookUp(self, request: Any, context: Any) -> Any:
+        self.look_ups.append(request)
+        await self.may_answer.wait()
+        key, response = request.key.SerializeToString(), cache_pb2.LookUpResponse
+        give_up_at = time.monotonic() + request.wait.ToMilliseconds() / 1000
+        while key in self.leases and time.monotonic() < give_up_at:
+            await asyncio.sleep(0.005)
+        if key in self.answers:
+            return response(outcome=response.OUTCOME_HIT, answer=self.answers[key])
+        if key in self.leases:
+            return response(outcome=response.OUTCOME_PENDING)
+        if not request.HasField("lease_ttl"):
+            return response(outcome=response.OUTCOME_MISS)
+        self.leases[key] = f"lease {len(self.look_ups)}"
+        return response(
+            outcome=response.OUTCOME_MISS, lease=cache_pb2.Lease(token=self.leases[key])
+        )
+
+    async def Store(self, request: Any, context: Any) -> Any:
+        await self.may_answer.wait()
+        if self.refuses_stores:
+            raise ServiceError(Reason.INVALID_FIELD, "no")
+        key = request.key.SerializeToString()
+        assert self.leases.pop(key, "") == request.lease_token
+        self.answers[key] = request.answer
+        return cache_pb2.StoreResponse(stored=True)
+
+    async def ReleaseLease(self, request: Any, context: Any) -> Any:
+        key = request.key.SerializeToString()
+        released = self.leases.get(key) == request.lease_token
+        if released:
+            del self.leases[key]
+        return cache_pb2.ReleaseLeaseResponse(released=released)
+
+
 class ScriptedMesh:
     """Enter it to start; `stub` calls the gateway."""
 
     def __init__(self, folder: Path, **sections: dict[str, Any]) -> None:
         self.tokenizer = Tokenizer()
         self.engine = Engine()
+        self.cache = Cache()
         self.gateway_metrics = Metrics("gateway")
         self._folder = folder
         self._sections = sections
@@ -232,10 +283,12 @@ class ScriptedMesh:
         )
         await safety.start()
         self._safety = safety
-        for name in ("tokenizer", "engine", "safety"):
+        for name in ("tokenizer", "engine", "safety", "cache"):
             await self.start(name)
-        sections = {name: {"target": f"ipv4:127.0.0.1:{self._ports[name]}"} for name in self._ports}
-        sections["cache"] = {"enabled": False}
+        sections: dict[str, dict[str, Any]] = {
+            name: {"target": f"ipv4:127.0.0.1:{self._ports[name]}"} for name in self._ports
+        }
+        sections["cache"]["enabled"] = False
         for name, section in self._sections.items():
             sections[name] = {**sections.get(name, {}), **section}
         settings = Settings.model_validate(
@@ -268,6 +321,8 @@ class ScriptedMesh:
             tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(self.tokenizer, server)
         elif name == "engine":
             engine_pb2_grpc.add_EngineServiceServicer_to_server(self.engine, server)
+        elif name == "cache":
+            cache_pb2_grpc.add_CacheServiceServicer_to_server(self.cache, server)
         else:
             self._safety.register(server)
         port = self._ports.get(name, 0)

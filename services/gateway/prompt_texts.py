@@ -68,7 +68,7 @@ def _struct(struct: Struct, path: str) -> PromptText:
     """A struct as its JSON, so that its keys and numbers are checked too."""
     try:
         text = json.dumps(json_format.MessageToDict(struct), ensure_ascii=False)
-    except json_format.SerializeToJsonError:
+    except (ValueError, json_format.Error):
         raise invalid_field(path, "must be JSON: numbers are finite, values are set") from None
     return PromptText(path, text, lambda redacted: _replace_struct(struct, redacted))
 

@@ -35,17 +35,24 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {key}"),)
 
 
-@contextmanager
-def gateway(
-    mesh: Mesh, folder: Path, *, host: str = "127.0.0.1", healthy: bool = True, **sections: Any
-) -> Iterator[Stub]:
-    """One more gateway before the mesh's other services; `sections` are laid over its settings."""
+def gateway_settings(mesh: Mesh, host: str = "127.0.0.1", **sections: Any) -> dict[str, Any]:
+    """Those of the mesh, with `sections` laid over them and ports of its own."""
     settings = copy.deepcopy(mesh.settings)
     port, metrics_port = free_ports(2)
     for name, section in sections.items():
         settings.setdefault(name, {}).update(section)
     settings["gateway"]["listen"] = f"{host}:{port}"
     settings["gateway"]["metrics_listen"] = f"127.0.0.1:{metrics_port}"
+    return settings
+
+
+@contextmanager
+def gateway(
+    mesh: Mesh, folder: Path, *, host: str = "127.0.0.1", healthy: bool = True, **sections: Any
+) -> Iterator[Stub]:
+    """One more gateway before the mesh's other services."""
+    settings = gateway_settings(mesh, host, **sections)
+    port = settings["gateway"]["listen"].rpartition(":")[2]
     with ServiceProcess("gateway", folder / f"gateway-{port}", settings) as process:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             if healthy:
@@ -195,6 +202,34 @@ def test_room_and_time_are_limited(mesh: Mesh, tmp_path: Path) -> None:
         assert stub.Generate(request(), timeout=30).usage.completion_tokens == 2
     with mesh.client() as client:
         assert client.generate("x", max_tokens=1).usage.completion_tokens == 1
+
+
+def test_a_gateway_that_ends_lets_go_of_what_it_was_computing(mesh: Mesh, tmp_path: Path) -> None:
+    """Its drain is too short for the answer; whoever asks the same elsewhere need not wait."""
+    message = gateway_pb2.StreamGenerateRequest(
+        request=gateway_pb2.GenerateRequest(
+            text=f"Count up from {time.time_ns()}.",
+            sampling=types_pb2.SamplingParams(temperature=0),
+            stopping=types_pb2.StoppingCriteria(max_tokens=1500, ignore_eos=True),
+        )
+    )
+    settings = gateway_settings(mesh, gateway={"drain_timeout_s": 0.5})
+    with grpc.insecure_channel(settings["gateway"]["listen"]) as channel:
+        with ServiceProcess("gateway", tmp_path, settings) as process:
+            process.wait_until_healthy()
+            stream = Stub(channel).StreamGenerate(message, timeout=60)
+            next(iter(stream))
+        with pytest.raises(grpc.RpcError) as error:
+            list(stream)
+    assert error.value.code() in (Code.UNAVAILABLE, Code.CANCELLED)
+    assert process.wait() == 0
+    assert "Traceback" not in process.log, process.log
+    with mesh.channel() as channel:
+        started = time.monotonic()
+        answers = Stub(channel).StreamGenerate(message, timeout=60)
+        next(iter(answers))
+        answers.cancel()
+    assert time.monotonic() - started < 5
 
 
 # --- peers that are away

@@ -56,6 +56,7 @@ async def greedy(client: meshserve.AsyncClient, prompt: list[int]) -> list[int]:
     answer = await client.generate(
         prompt,
         temperature=0,
+        repetition_penalty=1.0,
         max_tokens=NEW_TOKENS,
         ignore_eos=True,
         return_token_ids=True,

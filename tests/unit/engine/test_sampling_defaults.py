@@ -18,14 +18,19 @@ def defaults(**model: object) -> dict[str, float]:
     return service.core_settings(settings).default_sampling
 
 
-def test_a_catalogue_model_is_sampled_as_its_publisher_recommends() -> None:
-    assert defaults(source="smollm2-135m") == {"temperature": 0.2, "top_p": 0.9}
+def test_a_catalogue_model_is_sampled_as_the_catalogue_recommends() -> None:
+    assert defaults(source="smollm2-135m") == {
+        "temperature": 0.2,
+        "top_p": 0.9,
+        "repetition_penalty": 1.05,
+    }
 
 
 def test_the_settings_have_the_last_word() -> None:
     assert defaults(source="smollm2-135m", sampling={"temperature": 0, "top_k": 5}) == {
         "temperature": 0.0,
         "top_p": 0.9,
+        "repetition_penalty": 1.05,
         "top_k": 5,
     }
 

@@ -8,7 +8,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTOS := $(shell find protos -name '*.proto')
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help up down test test-slow lint format bench bench-start docs stubs baseline lock clean
+.PHONY: help up down test test-slow test-gpu lint format bench bench-start docs stubs baseline lock clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,10 +20,13 @@ down: ## Stop a mesh that `make up` started
 	@test ! -x $(BIN)/meshserve || $(BIN)/meshserve down
 
 test: $(VENV)/.dev ## Run the tests (those marked slow excepted)
-	$(PYTEST) -m "not slow and not docker" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not docker" $(ARGS)
 
 test-slow: $(VENV)/.dev ## Run the tests that take longer: faults, load, long streams
-	$(PYTEST) -m "slow and not docker" $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not docker" $(ARGS)
+
+test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device
+	$(PYTEST) -m gpu $(ARGS)
 
 lint: $(VENV)/.dev ## Check style, types and contracts
 	$(BIN)/ruff format --check .

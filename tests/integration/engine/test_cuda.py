@@ -1,0 +1,99 @@
+"""The engine on a CUDA device: the same code, the same answers. `make test-gpu` runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from services.engine.core.messages import FinishReason, Sampling, SequenceRequest, Stopping
+from services.engine.core.settings import CoreSettings
+from services.engine.core.startup import build_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+VOCAB_SIZE = 97
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama whose likeliest tokens stand out, so that rounding decides nothing."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        eos_token_id=2,
+    )
+    path = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).float().save_pretrained(path)
+    return path
+
+
+def completions(
+    checkpoint: Path, device: str, sampling: Sampling, **limits: int
+) -> list[list[int]]:
+    """What 24 sequences of different lengths get that share a small cache, so that chunks of
+    prefills, decodes and preemptions meet in one step."""
+    engine, _ = build_engine(
+        CoreSettings(
+            model_path=str(checkpoint),
+            device=device,
+            dtype="float32",
+            kv_cache_memory_bytes=512 * 2 * 2 * 2 * 16 * 4,
+            max_batch_tokens=limits.get("max_batch_tokens", 48),
+            max_running_sequences=16,
+        )
+    )
+    engine.add(
+        [
+            SequenceRequest(
+                number,
+                [3 + (7 * number + position) % (VOCAB_SIZE - 3) for position in range(1 + number)],
+                sampling,
+                Stopping(max_tokens=NEW_TOKENS, ignore_eos=True),
+            )
+            for number in range(24)
+        ]
+    )
+    outputs: list[list[int]] = [[] for _ in range(24)]
+    while engine.has_work:
+        for delta in engine.step().deltas:
+            outputs[delta.sequence_id] += delta.token_ids
+            assert delta.finish is None or delta.finish.reason is FinishReason.LENGTH
+        engine.check_integrity()
+    assert engine.load().used_blocks == 0
+    return outputs
+
+
+def test_greedy_answers_are_those_of_the_cpu(checkpoint: Path) -> None:
+    greedy = Sampling(temperature=0)
+    assert completions(checkpoint, "cuda:0", greedy) == completions(checkpoint, "cpu", greedy)
+
+
+def test_a_seed_gives_the_same_answer_however_prompts_are_chunked(checkpoint: Path) -> None:
+    seeded = Sampling(temperature=0.9, top_p=0.95, top_k=20, min_p=0.01, seed=4)
+    assert completions(checkpoint, "cuda:0", seeded) == completions(
+        checkpoint, "cuda:0", seeded, max_batch_tokens=16
+    )
+
+
+def test_the_cache_is_sized_from_the_memory_of_the_card(checkpoint: Path) -> None:
+    engine, facts = build_engine(
+        CoreSettings(model_path=str(checkpoint), device="cuda:0", kv_cache_memory_fraction=0.01)
+    )
+    assert facts.device == "cuda:0"
+    assert facts.dtype == "bfloat16"
+    assert 0 < facts.kv_cache_memory_bytes <= torch.cuda.mem_get_info()[1] * 0.01
+    assert not engine.has_work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import grpc
 import pytest
 
 from meshserve.v1 import gateway_pb2, types_pb2
+from services.gateway.events import ChoiceEnd
+from services.safety.completion_session import CompletionSession
 from tests.fakes.scripted_mesh import (
     EngineRequest,
     EngineResponse,
@@ -262,36 +265,67 @@ async def test_a_blocked_choice_leaves_the_others(mesh: ScriptedMesh) -> None:
 
 
 @pytest.mark.parametrize("lost", ["safety", "tokenizer"])
-async def test_a_lost_replica_changes_nothing_in_the_answer(mesh: ScriptedMesh, lost: str) -> None:
-    """It is killed between the halves of a redaction, of a character and of a stop string."""
-    proceed = asyncio.Event()
-    first, second = encode("ö badger 4111 1111")[:-1], encode("ö badger 4111 1111")[-1:]
-    rest = encode(" 1111 1111, then ö")
-    last = encode(" badger EN"), encode("D more")
+async def test_a_lost_replica_changes_nothing_in_the_answer(
+    mesh: ScriptedMesh, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed between the halves of redactions, of a character and of a stop string."""
+    first_byte, second_byte = encode("ö")
+    # What the engine says, and the end of what has been checked when the replica is lost.
+    parts = [
+        (encode("ö badger 4111 1111"), "badger 4111 1111"),
+        (encode(" 1111 1111 ö, then 4111 1111"), "then 4111 1111"),
+        ([*encode(" 1111 1111. badger "), first_byte], ". badger "),
+        ([second_byte, *encode("E")], "ö"),
+        (encode("ND more"), None),
+    ]
+    checked: list[str] = []
+    feed = CompletionSession.feed
+
+    def watched(session: CompletionSession, message: Any) -> Any:
+        checked.append(message.text)
+        return feed(session, message)
+
+    monkeypatch.setattr(CompletionSession, "feed", watched)
+    losses = 0
 
     async def script(request: EngineRequest) -> AsyncIterator[EngineResponse]:
-        yield chunk((0, first))
-        yield chunk((0, second))
-        await asyncio.sleep(0.1)
-        await mesh.kill(lost)
-        await mesh.start(lost)
-        yield chunk((0, rest[:-1]))
-        await asyncio.sleep(0.1)
-        await mesh.kill(lost)
-        proceed.set()
-        await mesh.start(lost)
-        yield chunk((0, rest[-1:]))
-        for part in last:
-            yield chunk((0, part))
+        nonlocal losses
+        for token_ids, tail in parts:
+            yield chunk((0, token_ids))
+            if tail is not None:
+                await until(lambda: "".join(checked).endswith(tail))  # noqa: B023
+                await asyncio.sleep(0.05)
+                await mesh.kill(lost)
+                await mesh.start(lost)
+                losses += 1
         yield complete()
 
     mesh.engine.script = script
-    messages = await mesh.stream(stop_strings=["END"])
-    assert proceed.is_set()
-    assert text_of(messages) == "ö [redacted] [redacted], then ö [redacted] "
+    messages = await mesh.stream(stop_strings=["END"], include_stop_in_text=True)
+    assert losses == 4
+    assert text_of(messages) == "ö [redacted] [redacted] ö, then [redacted]. [redacted] öEND"
     end = messages[-1].complete
     assert end.finish_reason == STOP
-    assert len(end.safety.findings) == 3
+    assert len(end.safety.findings) == 4
+
+
+async def test_the_engine_is_left_before_a_slow_reader_has_read_the_end(
+    mesh: ScriptedMesh,
+) -> None:
+    async def endless(request: EngineRequest) -> AsyncIterator[EngineResponse]:
+        while True:
+            yield chunk((0, encode("oneEN")))
+            yield chunk((0, encode("Dmore")))
+            await asyncio.sleep(0.01)
+
+    mesh.engine.script = endless
+    inference = mesh.gateway._inference
+    request = generation(stop_strings=["END"])
+    with inference.request(request, "text_completion", (), streaming=True) as call:
+        async with aclosing(inference.events(call)) as events:
+            async for event in events:
+                if isinstance(event, ChoiceEnd):
+                    await until(lambda: mesh.engine.left == 1)
 
 
 # --- names, room, refusals

@@ -61,13 +61,16 @@ class Moderate(Stage):
                     if check.ended:
                         continue
                     for passed in await check.feed(event):
-                        yield passed
                         if isinstance(passed, ChoiceEnd):
                             unended -= 1
                             filtered |= passed.finish_reason == _FILTERED
-                    if filtered and not unended:
-                        # A blocked choice ends before its generation does; leaving ends that too.
-                        break
+                            if filtered and not unended:
+                                # A blocked choice ends before its generation does; that ends now,
+                                # not when a slow reader has read the end.
+                                await events.aclose()
+                                yield passed
+                                return
+                        yield passed
         finally:
             for check in checks:
                 check.cancel()

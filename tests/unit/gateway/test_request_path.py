@@ -309,13 +309,14 @@ async def test_a_lost_replica_changes_nothing_in_the_answer(
     assert len(end.safety.findings) == 4
 
 
+@pytest.mark.parametrize("ending", ["a stop string", "a block"])
 async def test_the_engine_is_left_before_a_slow_reader_has_read_the_end(
-    mesh: ScriptedMesh,
+    mesh: ScriptedMesh, ending: str
 ) -> None:
     async def endless(request: EngineRequest) -> AsyncIterator[EngineResponse]:
         while True:
-            yield chunk((0, encode("oneEN")))
-            yield chunk((0, encode("Dmore")))
+            yield chunk((0, encode("oneEN" if ending == "a stop string" else "one stop ")))
+            yield chunk((0, encode("Dmore" if ending == "a stop string" else "here. More")))
             await asyncio.sleep(0.01)
 
     mesh.engine.script = endless

@@ -182,8 +182,8 @@ def test_the_whole_conversation_reaches_the_model(mesh: Mesh) -> None:
         meshserve.Message(role="user", content="Repeat: my favourite colour is"),
     ]
     with mesh.client() as client:
-        answer = client.chat(conversation, temperature=0, max_tokens=16)
-        alone = client.chat(conversation[-1:], temperature=0, max_tokens=16)
+        answer = client.chat(conversation, temperature=0, max_tokens=16, repetition_penalty=1.0)
+        alone = client.chat(conversation[-1:], temperature=0, max_tokens=16, repetition_penalty=1.0)
         counted = client.count_tokens(conversation)
     assert answer.usage.prompt_tokens == counted.tokens > alone.usage.prompt_tokens
     assert "green" in answer.text.lower()

@@ -145,8 +145,20 @@ class CoreClient:
 
     def abort(self, stream: RequestStream) -> None:
         """Have the core end a request; its reader sees its sequences finish as aborted."""
-        if self._core is not None and stream.live_sequence_ids:
-            self._core.send(Abort(stream.live_sequence_ids))
+        self._abort(stream.live_sequence_ids)
+
+    def withdraw(self, stream: RequestStream, choices: Sequence[int]) -> bool:
+        """Have the core end some choices of a request, while the others go on.
+
+        Returns whether there was any to end.
+        """
+        sequence_ids = stream.withdraw(choices)
+        self._abort(sequence_ids)
+        return bool(sequence_ids)
+
+    def _abort(self, sequence_ids: list[int]) -> None:
+        if self._core is not None and sequence_ids:
+            self._core.send(Abort(sequence_ids))
 
     async def drain(self, timeout_s: float) -> int:
         """Take nothing new and wait until all requests have ended, at most `timeout_s`.

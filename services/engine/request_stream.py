@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Protocol
 
 from services.engine.core.messages import Delta, FinishReason
@@ -38,8 +39,10 @@ class RequestStream:
     """
 
     def __init__(self, sequence_ids: list[int], forget: Forget) -> None:
-        self.sequence_ids = tuple(sequence_ids)
+        self.sequence_ids = tuple(sequence_ids)  # by choice
         self.was_aborted = False
+        # Sequences that the caller gave up while it wants the others: their end is no failure.
+        self.withdrawn: set[int] = set()
         self._live = set(sequence_ids)
         self._forget = forget
         self._accrued: list[Delta] = []
@@ -57,11 +60,25 @@ class RequestStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def withdraw(self, choices: Sequence[int]) -> list[int]:
+        """The live sequences of these choices, which from now on may end without failing the
+        request. Choices that have ended, or never were, are passed over."""
+        sequence_ids = [
+            self.sequence_ids[choice]
+            for choice in choices
+            if choice < len(self.sequence_ids) and self.sequence_ids[choice] in self._live
+        ]
+        self.withdrawn.update(sequence_ids)
+        return sequence_ids
+
     def accrue(self, delta: Delta) -> None:
         """Keep a delta for the reader."""
         self._accrued.append(delta)
         if delta.finish is not None:
-            self.was_aborted |= delta.finish.reason is FinishReason.ABORTED
+            self.was_aborted |= (
+                delta.finish.reason is FinishReason.ABORTED
+                and delta.sequence_id not in self.withdrawn
+            )
             self._live.discard(delta.sequence_id)
             self._forget([delta.sequence_id], abort=False)
         self._something.set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from meshserve.v1 import engine_pb2, types_pb2
 from services.engine.core.messages import Delta, Finish, FinishReason, Timing, TokenLogprobs
@@ -10,7 +10,9 @@ from services.engine.core.messages import Delta, Finish, FinishReason, Timing, T
 _FINISH_REASONS = {
     FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORTED: types_pb2.FINISH_REASON_ABORTED,
 }
+_FAILURES = (FinishReason.ABORTED, FinishReason.ERROR)
 
 
 class ResponseBuilder:
@@ -22,8 +24,13 @@ class ResponseBuilder:
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = dict.fromkeys(choices, 0)
 
-    def responses(self, deltas: list[Delta]) -> Iterator[engine_pb2.EngineServiceGenerateResponse]:
-        """The messages that say what `deltas` say, except for ends that are failures."""
+    def responses(
+        self, deltas: list[Delta], withdrawn: Collection[int] = ()
+    ) -> Iterator[engine_pb2.EngineServiceGenerateResponse]:
+        """The messages that say what `deltas` say, except for ends that are failures.
+
+        That a sequence was aborted is none if its id is among `withdrawn`.
+        """
         chunk = engine_pb2.TokenChunk()
         by_sequence: dict[int, engine_pb2.TokenDelta] = {}
         for delta in deltas:
@@ -44,7 +51,9 @@ class ResponseBuilder:
         for delta in deltas:
             if delta.finish is None or delta.timing is None:
                 continue
-            if delta.finish.reason in _FINISH_REASONS:
+            reason = delta.finish.reason
+            is_wanted = reason is FinishReason.ABORTED and delta.sequence_id in withdrawn
+            if reason not in _FAILURES or is_wanted:
                 yield engine_pb2.EngineServiceGenerateResponse(
                     complete=self._complete(delta.sequence_id, delta.finish, delta.timing)
                 )

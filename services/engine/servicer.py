@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 
 import grpc
 
@@ -88,12 +88,16 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         request: engine_pb2.AbortRequest,
         context: grpc.aio.ServicerContext[engine_pb2.AbortRequest, engine_pb2.AbortResponse],
     ) -> engine_pb2.AbortResponse:
-        """Ends a request; its own call ends with ABORTED."""
+        """Ends a request, whose own call then ends with ABORTED, or some of its choices, which
+        then end with FINISH_REASON_ABORTED."""
         if not request.request_id:
             raise invalid_field("request_id", "required")
         stream = self._in_flight.get(request.request_id)
         if stream is None:
             return engine_pb2.AbortResponse(aborted=False)
+        if request.indexes:
+            aborted = self._client.withdraw(stream, request.indexes)
+            return engine_pb2.AbortResponse(aborted=aborted)
         self._client.abort(stream)
         return engine_pb2.AbortResponse(aborted=True)
 
@@ -254,11 +258,11 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         failure: Reason = Reason.CANCELLED
         try:
             while deltas := await self._read(stream):
-                for response in builder.responses(deltas):
+                for response in builder.responses(deltas, stream.withdrawn):
                     yield response
                 for delta in deltas:
                     spans.follow(delta)
-                    self._raise_if_failed(delta)
+                    self._raise_if_failed(delta, stream.withdrawn)
         except ServiceError as error:
             failure = error.reason
             raise
@@ -284,11 +288,11 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         log.error("the engine core refused a valid request: %s: %s", error.kind, error)
         return ServiceError(Reason.INTERNAL, "internal error; the server's log has the rest")
 
-    def _raise_if_failed(self, delta: Delta) -> None:
+    def _raise_if_failed(self, delta: Delta, withdrawn: Collection[int]) -> None:
         finish = delta.finish
         if finish is None:
             return
-        if finish.reason is FinishReason.ABORTED:
+        if finish.reason is FinishReason.ABORTED and delta.sequence_id not in withdrawn:
             if self._client.draining:
                 raise _draining()
             raise ServiceError(Reason.ABORTED, "the request was aborted by another call")

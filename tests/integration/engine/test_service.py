@@ -192,6 +192,33 @@ async def test_abort_ends_the_request_with_a_status(stub: Stub, client: CoreClie
     assert (await failure(stub.Abort(engine_pb2.AbortRequest()))).reason is Reason.INVALID_FIELD
 
 
+async def test_abort_may_end_one_choice_while_the_others_go_on(
+    stub: Stub, client: CoreClient
+) -> None:
+    call = stub.Generate(
+        generate_request(
+            [SLOW_TOKEN_ID],
+            sampling=types_pb2.SamplingParams(temperature=1, n=3, seed=1),
+            stopping=types_pb2.StoppingCriteria(max_tokens=60, ignore_eos=True),
+        )
+    )
+    first = await call.read()
+    abort = engine_pb2.AbortRequest(request_id="r", indexes=[1, 7])
+    assert (await stub.Abort(abort)).aborted
+    ends = {
+        response.complete.index: response.complete
+        for response in [first, *await rest(call)]
+        if response.HasField("complete")
+    }
+    assert ends[1].finish_reason == types_pb2.FINISH_REASON_ABORTED
+    assert ends[1].usage.completion_tokens < 60
+    for index in (0, 2):
+        assert ends[index].finish_reason == types_pb2.FINISH_REASON_LENGTH
+        assert ends[index].usage.completion_tokens == 60
+    await eventually_free(client)
+    assert not (await stub.Abort(abort)).aborted
+
+
 async def test_a_caller_that_leaves_frees_its_blocks(stub: Stub, client: CoreClient) -> None:
     stopping = types_pb2.StoppingCriteria(max_tokens=200, ignore_eos=True)
     call = stub.Generate(generate_request([SLOW_TOKEN_ID], stopping=stopping))

@@ -51,6 +51,26 @@ def bundles(text: str, size: int) -> list[str]:
     return ["".join(tokens[i : i + size]) for i in range(0, len(tokens), size)]
 
 
+# --- how many tokens may follow
+
+
+async def test_a_request_that_sets_no_limit_gets_what_the_context_leaves(
+    mesh: ScriptedMesh,
+) -> None:
+    await mesh.generate("hello")
+    await mesh.generate("hello", max_tokens=7)
+    unlimited, limited = mesh.engine.requests
+    assert unlimited.stopping.max_tokens == 4096 - len(encode("hello"))
+    assert limited.stopping.max_tokens == 7
+
+
+async def test_the_operator_may_cap_requests_that_set_no_limit(tmp_path: Path) -> None:
+    async with ScriptedMesh(tmp_path, gateway={"default_max_tokens": 50}) as mesh:
+        await mesh.generate("hello")
+        await mesh.generate("hello", max_tokens=60)
+    assert [request.stopping.max_tokens for request in mesh.engine.requests] == [50, 60]
+
+
 # --- redaction and tokenization
 
 

@@ -16,7 +16,8 @@ from meshserve.v1 import (
     tokenizer_pb2_grpc,
 )
 from services.gateway.sessions import SessionPool
-from services.runtime.channels import ResponseStream, connect
+from services.runtime.channels import connect
+from services.runtime.client_calls import ResponseStream
 from services.runtime.server import StartupError
 from services.runtime.settings import Settings, TlsSettings
 from services.runtime.telemetry import Metrics

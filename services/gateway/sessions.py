@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from meshserve.v1 import safety_pb2, tokenizer_pb2
 from services.runtime import deadline
-from services.runtime.channels import ResponseStream
+from services.runtime.client_calls import ResponseStream
 from services.runtime.errors import Reason, ServiceError, from_session_status
 
 log = logging.getLogger(__name__)

@@ -1,36 +1,24 @@
-"""Channels to other services: balancing, keepalive, retry, trace, deadline and errors in one place.
+"""Channels to other services: names, balancing, health, keepalive and retry in one place.
 
-`connect` returns a channel that generated stubs take. Its calls pass on the trace context and the
-remaining deadline, raise ServiceError instead of AioRpcError, and leave a client span and metrics
-whatever their shape.
+`connect` returns a channel that generated stubs take. What happens around each of its calls is in
+client_calls.py.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self, cast
 
 import grpc
-from google.protobuf.message import DecodeError
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.trace import (
-    NonRecordingSpan,
-    Span,
-    SpanContext,
-    SpanKind,
-    Status,
-    StatusCode,
-    use_span,
-)
 
-from services.runtime import deadline
-from services.runtime.errors import Reason, ServiceError
-from services.runtime.telemetry import Metrics, get_tracer
-from services.runtime.telemetry.tracing import inject_context
+from services.runtime.client_calls import (
+    Instruments,
+    Method,
+    response_stream,
+    single_response,
+)
+from services.runtime.telemetry import Metrics
 
 KEEPALIVE_TIME_MS = 20_000
 KEEPALIVE_TIMEOUT_MS = 5_000
@@ -111,7 +99,7 @@ class MeshChannel:
 
     def __init__(self, channel: grpc.aio.Channel, peer: str, target: str, metrics: Metrics) -> None:
         self._channel = channel
-        self._instruments = _Instruments(peer, target, metrics)
+        self._instruments = Instruments(peer, target, metrics)
 
     async def __aenter__(self) -> Self:
         return self
@@ -125,248 +113,20 @@ class MeshChannel:
 
     def unary_unary(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
-        rpc = _Method(method, self._channel.unary_unary, False, *codec, **options)
-        return _single_response(rpc, self._instruments)
+        rpc = Method(method, self._channel.unary_unary, False, *codec, **options)
+        return single_response(rpc, self._instruments)
 
     def stream_unary(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
-        rpc = _Method(method, self._channel.stream_unary, True, *codec, **options)
-        return _single_response(rpc, self._instruments)
+        rpc = Method(method, self._channel.stream_unary, True, *codec, **options)
+        return single_response(rpc, self._instruments)
 
     def unary_stream(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
-        rpc = _Method(method, self._channel.unary_stream, False, *codec, **options)
-        return _response_stream(rpc, self._instruments)
+        rpc = Method(method, self._channel.unary_stream, False, *codec, **options)
+        return response_stream(rpc, self._instruments)
 
     def stream_stream(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
-        rpc = _Method(method, self._channel.stream_stream, True, *codec, **options)
-        return _response_stream(rpc, self._instruments)
-
-
-class _Method:
-    """One RPC, and how its messages become bytes and back.
-
-    gRPC logs the exception of a codec and goes on with an empty message or None; here it is raised.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        make_call: Callable[..., Any],
-        request_streaming: bool,
-        request_serializer: Callable[[Any], bytes] | None = None,
-        response_deserializer: Callable[[bytes], Any] | None = None,
-        **options: Any,
-    ) -> None:
-        self.name = path.removeprefix("/")
-        self._call = make_call(path, **options)
-        self._send = self._serialized if request_streaming else self.to_bytes
-        self._serialize = request_serializer or bytes
-        self._deserialize = response_deserializer or bytes
-
-    def start(self, requests: Any, **options: Any) -> Any:
-        """The gRPC call. `requests` is one message, an iterator of them, or None to write them."""
-        if requests is None:
-            return self._call(**options)
-        return self._call(self._send(requests), **options)
-
-    def to_bytes(self, request: Any) -> bytes:
-        """One request; raises what the serializer raises."""
-        return self._serialize(request)
-
-    def from_bytes(self, data: bytes, peer: str) -> Any:
-        """One response. Raises ServiceError."""
-        try:
-            return self._deserialize(data)
-        except (DecodeError, ValueError):
-            raise ServiceError(
-                Reason.INTERNAL,
-                f"the {peer} service sent what is no answer of the expected type",
-                metadata={"service": peer},
-            ) from None
-
-    async def _serialized(self, requests: Any) -> AsyncIterator[bytes]:
-        if hasattr(requests, "__aiter__"):
-            async for request in requests:
-                yield self.to_bytes(request)
-        else:
-            for request in requests:
-                yield self.to_bytes(request)
-
-
-class _Instruments:
-    """What is recorded of the calls to one peer."""
-
-    def __init__(self, peer: str, target: str, metrics: Metrics) -> None:
-        self.peer = peer
-        self._target = target
-        self._calls = metrics.counter("meshserve_rpc_client_calls")
-        self._duration = metrics.histogram("meshserve_rpc_client_duration_seconds")
-        self._tracer = get_tracer()
-
-    def start(self, method: str) -> Span:
-        return self._tracer.start_span(
-            method,
-            kind=SpanKind.CLIENT,
-            attributes={
-                "rpc.system.name": "grpc",
-                "rpc.method": method,
-                "server.address": self._target,
-            },
-        )
-
-    def end(self, method: str, span: Span, started: float, error: BaseException | None) -> None:
-        code, kind = _outcome(error)
-        if kind:
-            span.set_attribute("error.type", kind)
-            span.set_status(Status(StatusCode.ERROR, kind))
-        span.set_attribute("rpc.response.status_code", code)
-        span.end()
-        self._calls.labels(method, code).inc()
-        self._duration.labels(method).observe(time.perf_counter() - started)
-
-
-def _outcome(error: BaseException | None) -> tuple[str, str]:
-    """The gRPC code of a call's end, and what went wrong: nothing if we gave the call up."""
-    if error is None:
-        return grpc.StatusCode.OK.name, ""
-    if isinstance(error, ServiceError):
-        return error.code.name, error.reason.value
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        return grpc.StatusCode.CANCELLED.name, ""
-    # A defect on this side, for example a request of the wrong type.
-    return grpc.StatusCode.INTERNAL.name, type(error).__name__
-
-
-def _outgoing(span: Span) -> tuple[tuple[str, str], ...]:
-    carrier: dict[str, str] = {}
-    with use_span(span):
-        inject_context(carrier)
-    return tuple(carrier.items())
-
-
-def _single_response(rpc: _Method, instruments: _Instruments) -> Callable[..., Awaitable[Any]]:
-    async def invoke(request: Any, *, timeout: float | None = None) -> Any:
-        """Raises ServiceError. `timeout` is in seconds; the remaining deadline bounds it."""
-        started = time.perf_counter()
-        span = instruments.start(rpc.name)
-        failure: BaseException | None = None
-        try:
-            limit = deadline.bounded(timeout)
-            data = await rpc.start(request, timeout=limit, metadata=_outgoing(span))
-            return rpc.from_bytes(data, instruments.peer)
-        except grpc.RpcError as error:
-            failure = ServiceError.from_rpc_error(error, peer=instruments.peer)
-            raise failure from None
-        except BaseException as error:
-            failure = error
-            raise
-        finally:
-            instruments.end(rpc.name, span, started, failure)
-
-    return invoke
-
-
-def _response_stream(rpc: _Method, instruments: _Instruments) -> Callable[..., ResponseStream]:
-    def invoke(
-        requests: Any = None, *, timeout: float | None = None, standing: bool = False
-    ) -> ResponseStream:
-        """A `standing` stream outlives the call it was opened in: it has no deadline, and no span
-        on either side, since it belongs to no one request."""
-        span = NonRecordingSpan(_unsampled()) if standing else instruments.start(rpc.name)
-        started = time.perf_counter()
-        try:
-            limit = timeout if standing else deadline.bounded(timeout)
-            responses = rpc.start(requests, timeout=limit, metadata=_outgoing(span))
-        except BaseException as error:
-            instruments.end(rpc.name, span, started, error)
-            raise
-        return ResponseStream(responses, rpc, span, instruments)
-
-    return invoke
-
-
-def _unsampled() -> SpanContext:
-    """A context that tells the other side not to record."""
-    ids = RandomIdGenerator()
-    return SpanContext(ids.generate_trace_id(), ids.generate_span_id(), is_remote=False)
-
-
-class ResponseStream:
-    """Responses of a streaming call, as an async iterator that raises ServiceError.
-
-    Exhaust it or cancel it; `async with` does the latter. One that is dropped in the middle is
-    cancelled when it is collected.
-    """
-
-    def __init__(self, call: Any, rpc: _Method, span: Span, instruments: _Instruments) -> None:
-        self._call = call
-        self._rpc = rpc
-        self._span: Span | None = span
-        self._instruments = instruments
-        self._started = time.perf_counter()
-        self._messages: AsyncIterator[Any] = aiter(call)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.cancel()
-
-    def __del__(self) -> None:
-        # The loop may be gone at the end of a process, and the call with it.
-        with contextlib.suppress(RuntimeError):
-            self.cancel()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Any:
-        try:
-            return self._rpc.from_bytes(await anext(self._messages), self._instruments.peer)
-        except StopAsyncIteration:
-            self._end(None)
-            raise
-        except grpc.RpcError as error:
-            failure = ServiceError.from_rpc_error(error, peer=self._instruments.peer)
-            self._end(failure)
-            raise failure from None
-        except BaseException as error:
-            self._call.cancel()
-            self._end(error)
-            raise
-
-    async def write(self, request: Any) -> None:
-        """Sends one request of a bidirectional call; returns once the transport took it.
-
-        Raises ServiceError, also when the call has ended.
-        """
-        peer = self._instruments.peer
-        try:
-            await self._call.write(self._rpc.to_bytes(request))
-        except grpc.RpcError as error:
-            raise ServiceError.from_rpc_error(error, peer=peer) from None
-        except asyncio.InvalidStateError:
-            raise ServiceError(
-                Reason.SERVICE_UNAVAILABLE,
-                f"the stream to the {peer} service has ended",
-                retry_after_s=1.0,
-                metadata={"service": peer},
-            ) from None
-
-    async def done_writing(self) -> None:
-        """Says that no more requests follow; does nothing when the call has ended."""
-        with contextlib.suppress(asyncio.InvalidStateError):
-            await self._call.done_writing()
-
-    def cancel(self) -> None:
-        """Ends the call if it has not ended."""
-        if self._span is not None:
-            self._call.cancel()
-            self._end(GeneratorExit())
-
-    def _end(self, error: BaseException | None) -> None:
-        if self._span is not None:
-            self._instruments.end(self._rpc.name, self._span, self._started, error)
-            self._span = None
+        rpc = Method(method, self._channel.stream_stream, True, *codec, **options)
+        return response_stream(rpc, self._instruments)

@@ -16,7 +16,7 @@ from services.gateway.peers import DecodePool
 from services.gateway.pipeline import Stage, first_error
 from services.gateway.sessions import Session
 from services.gateway.stop_strings import StopMatch, StopStringMatcher
-from services.runtime.channels import ResponseStream
+from services.runtime.client_calls import ResponseStream
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.telemetry.tracing import current_trace_context
 

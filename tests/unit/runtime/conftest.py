@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 
-from services.runtime import channels, server_calls
+from services.runtime import client_calls, server_calls
 from services.runtime.channels import MeshChannel, connect
 from services.runtime.health import SERVING, HealthMonitor
 from services.runtime.server_calls import CallInterceptor
@@ -52,7 +52,7 @@ def provider() -> TracerProvider:
 def spans(provider: TracerProvider, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spans]:
     exporter = InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    for module in (channels, server_calls):
+    for module in (client_calls, server_calls):
         monkeypatch.setattr(module, "get_tracer", lambda: provider.get_tracer("test"))
     yield Spans(exporter)
     provider.shutdown()

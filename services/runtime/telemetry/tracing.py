@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import version
 
 from opentelemetry import context as otel_context
@@ -55,7 +56,7 @@ def configure_tracing(service: str, endpoint: str | None, sample_ratio: float) -
         {
             "service.name": f"meshserve-{service}",
             "service.namespace": "meshserve",
-            "service.version": version("meshserve"),
+            "service.version": _version(),
             "service.instance.id": f"{socket.gethostname()}:{os.getpid()}",
         }
     )
@@ -74,7 +75,13 @@ def configure_tracing(service: str, endpoint: str | None, sample_ratio: float) -
 
 def get_tracer() -> trace.Tracer:
     """The tracer of MeshServe; spans it makes are named in services/runtime/telemetry/spans.py."""
-    return trace.get_tracer("meshserve", version("meshserve"))
+    return trace.get_tracer("meshserve", _version())
+
+
+@cache
+def _version() -> str:
+    # Read from the installed metadata, which is parsed anew each time.
+    return version("meshserve")
 
 
 def extract_context(metadata: Iterable[tuple[str, str | bytes]]) -> Context:

@@ -50,6 +50,11 @@ class GatewayService(Service):
         self._peers = Peers(settings, metrics)
         self._models = ModelDirectory(settings, self._peers)
         authenticator = Authenticator(gateway)
+        if authenticator.required and not gateway.auth.keys:
+            raise StartupError(
+                f"callers on {gateway.listen} need an API key, but gateway.auth.keys is empty",
+                "add a key as docs/configuration.md shows, or set gateway.auth.mode: off",
+            )
         tokenizer = self._peers.tokenizer
         self._policy = PolicyWatch(self._peers.safety, enabled=settings.safety.enabled)
         limiter = valkey.RateLimiter(self._valkey)

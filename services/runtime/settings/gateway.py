@@ -28,7 +28,8 @@ class AuthSettings(Section):
 
     mode: Literal["auto", "required", "off"] = Field(
         "auto",
-        description="`auto` asks for a key unless the gateway listens on loopback alone.",
+        description="`auto` asks for a key unless the gateway listens on loopback alone. Where "
+        "keys are asked for and none is configured, the gateway does not start.",
     )
     keys: tuple[ApiKeySettings, ...] = Field((), description="The keys.")
 

@@ -70,6 +70,13 @@ def test_an_unknown_key_is_told_its_nearest(tmp_path: Path) -> None:
     assert "gateway.yaml" in words
 
 
+@pytest.mark.parametrize("section", [{"listen": "0.0.0.0:0"}, {"auth": {"mode": "required"}}])
+def test_a_gateway_that_nobody_could_call(tmp_path: Path, section: dict[str, Any]) -> None:
+    words = complaint(last_words("gateway", tmp_path, settings("gateway", **section)))
+    assert "gateway.auth.keys is empty" in words
+    assert "gateway.auth.mode: off" in words
+
+
 def test_an_override_in_the_environment_that_makes_no_sense(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

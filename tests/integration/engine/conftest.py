@@ -1,14 +1,24 @@
-"""A core client over the fake core, for all tests here."""
+"""A core client over the fake core, and a small real checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from services.engine.core.settings import CoreSettings
 from services.engine.core_client import CoreClient
 from tests.fakes.core import COMMAND
+from tests.fakes.small_llama import save_small_llama
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama in float32."""
+    path = tmp_path_factory.mktemp("llama")
+    save_small_llama(path)
+    return path
 
 
 @pytest.fixture

@@ -6,39 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from services.engine.core.messages import FinishReason, Sampling, SequenceRequest, Stopping
 from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
+from tests.fakes.small_llama import VOCAB_SIZE
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 
-VOCAB_SIZE = 97
 NEW_TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama whose likeliest tokens stand out, so that rounding decides nothing."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        eos_token_id=2,
-    )
-    path = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).float().save_pretrained(path)
-    return path
 
 
 def completions(

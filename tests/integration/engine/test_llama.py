@@ -9,34 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from services.engine.core.messages import Sampling, SequenceRequest, Stopping
 from services.engine.core.settings import CoreSettings
 from services.engine.core_client import CoreClient
+from tests.fakes.small_llama import VOCAB_SIZE
 
-VOCAB_SIZE = 97
 KV_BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head dim, float32
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama whose likeliest tokens stand out, so that rounding decides nothing."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        eos_token_id=2,
-    )
-    path = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).float().save_pretrained(path)
-    return path
 
 
 @pytest.fixture

@@ -200,6 +200,40 @@ def test_a_failure_is_marked_where_it_happened_and_above(
             assert span.attributes["error.type"] == "PROMPT_TOO_LONG"
 
 
+@BOTH_SHAPES
+def test_a_failure_in_the_last_service_is_one_tree_over_five_processes(
+    mesh: Mesh, otlp: Receiver, method: str, send: Send
+) -> None:
+    """The engine refuses what it cannot do, after every other service has had its part."""
+    caller = Caller()
+    request = chat_request(fresh_prompt(), adapter="absent")
+    with mesh.channel() as channel, pytest.raises(grpc.RpcError) as failure:
+        send(gateway_pb2_grpc.InferenceServiceStub(channel), request, caller)
+    assert failure.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    rpc, inference = gateway(f"{INFERENCE}/{method}", "server"), gateway("chat demo")
+    stages = {name: gateway(f"stage {name}") for name, _ in STAGES}
+    generation = hop(stages["generate"], "engine", f"{ENGINE}/Generate")
+    expected = [
+        (None, rpc),
+        (rpc, inference),
+        *((inference, stage) for stage in stages.values()),
+        *hop(stages["look_up"], "cache", f"{CACHE}/LookUp"),
+        *hop(stages["screen"], "safety", f"{SAFETY}/CheckPrompt"),
+        *hop(stages["tokenize"], "tokenizer", f"{TOKENIZER}/ApplyChatTemplate"),
+        *generation,
+        *hop(inference, "cache", f"{CACHE}/ReleaseLease"),
+    ]
+    spans = otlp.wait_for(caller.trace_id, has_expected(expected, caller.span_id))
+    assert edges(spans, caller.span_id) == Counter(expected)
+    assert {span.service for span in spans} == {
+        f"meshserve-{name}" for name in ("gateway", "tokenizer", "engine", "cache", "safety")
+    }
+    failed = {(span.service, span.kind, span.name): span for span in spans if span.failed}
+    assert {*(span for _, span in generation), stages["generate"], inference, rpc} <= set(failed)
+    assert {service for service, _, _ in failed} == {"meshserve-gateway", "meshserve-engine"}
+    assert {span.attributes["error.type"] for span in failed.values()} == {"CAPABILITY_MISSING"}
+
+
 def test_an_inference_span_carries_the_genai_attributes(mesh: Mesh, otlp: Receiver) -> None:
     caller = Caller()
     with mesh.channel() as channel:

@@ -20,7 +20,14 @@ from rich.progress import (
 
 from meshserve.cli.exits import EXIT_CONFIGURATION, CommandError
 from meshserve.cli.output import stderr_console
-from services.runtime.modelfiles import CATALOGUE, ModelFileError, ModelStoreError, locate, pull
+from services.runtime.modelfiles import (
+    CATALOGUE,
+    ModelFileError,
+    ModelStoreError,
+    check_source,
+    locate,
+    pull,
+)
 from services.runtime.settings import Settings, SettingsError, load_settings
 
 
@@ -47,6 +54,13 @@ def model_environment(model: str) -> dict[str, str]:
     models = yaml.safe_dump({name: {"source": source}}, default_flow_style=True)
     # A model that the file chose for the engine is not among these.
     return {"MESHSERVE_MODELS": models, "MESHSERVE_ENGINE__MODEL": "null"}
+
+
+def check_models(settings: Settings) -> None:
+    """Raises CommandError where a model's source cannot be one, before anything is pulled."""
+    with store_errors():
+        for model in settings.models.values():
+            check_source(model.source)
 
 
 def fetch_model(source: str, cache_dir: Path | None) -> Path:

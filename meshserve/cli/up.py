@@ -85,10 +85,11 @@ def _run(
     environment: dict[str, str],
     options: UpOptions,
 ) -> int:
-    from meshserve.cli.services import fetch_model
+    from meshserve.cli.services import check_models, fetch_model
     from meshserve.supervisor.plan import process_specs, running_mesh, service_tls
     from meshserve.supervisor.ports import AddressError, check_addresses
 
+    check_models(settings)
     specs = process_specs(settings, config, state, environment)
     try:
         check_addresses(address for spec in specs for address in spec.addresses)

@@ -9,7 +9,7 @@ from services.runtime.modelfiles.catalogue import CATALOGUE, CatalogueModel
 from services.runtime.modelfiles.description import ModelDescription, describe
 from services.runtime.modelfiles.errors import ModelFileError, ModelStoreError
 from services.runtime.modelfiles.gguf import GGUFFile, GGUFMetadata, GGUFValue, TensorInfo
-from services.runtime.modelfiles.store import default_cache_dir, locate, pull
+from services.runtime.modelfiles.store import check_source, default_cache_dir, locate, pull
 
 __all__ = [
     "CATALOGUE",
@@ -21,6 +21,7 @@ __all__ = [
     "ModelFileError",
     "ModelStoreError",
     "TensorInfo",
+    "check_source",
     "default_cache_dir",
     "describe",
     "locate",

@@ -63,6 +63,16 @@ def locate(source: str, cache_dir: Path | None = None) -> Path:
     return hub.locate(*_split_hub_id(source), models_dir / "hub")
 
 
+def check_source(source: str) -> None:
+    """Check, without any network, that `source` names something that `pull` could bring here.
+
+    Raises:
+        ModelStoreError: it is a path where there is no model, or no name at all.
+    """
+    if source not in CATALOGUE and _local_path(source) is None:
+        _split_hub_id(source)
+
+
 def _local_path(source: str) -> Path | None:
     path = Path(source).expanduser()
     if source and _exists(path):

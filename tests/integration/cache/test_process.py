@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import sys
 import time
 
@@ -17,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from meshserve.v1 import cache_pb2, cache_pb2_grpc, types_pb2
 from services.runtime.errors import Reason, ServiceError
+from tests.support.ports import free_ports
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -26,9 +26,7 @@ KEY = cache_pb2.CacheKey(model="m", request=b"r")
 
 @contextlib.asynccontextmanager
 async def cache_process(tmp_path, url: str):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     config = tmp_path / "meshserve.yaml"
     section = {"listen": address, "metrics_listen": None, "drain_timeout_s": 5}
     config.write_text(yaml.safe_dump({"cache": section, "valkey": {"url": url}}))

@@ -22,12 +22,11 @@ from services.runtime.valkey import (
     ValkeyUnavailableError,
     connect,
 )
+from tests.support.ports import free_ports
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_ports(1)[0]
 
 
 @contextlib.contextmanager
@@ -182,8 +181,7 @@ async def test_a_closed_client_says_so(valkey):
 @pytest.fixture
 async def cluster(tmp_path) -> AsyncIterator[str]:
     """URL of a cluster of three nodes, made of the embedded server's binary."""
-    # The bus listens 10,000 above the port.
-    ports = [free_port() % 20_000 + 20_000 for _ in range(3)]
+    ports = free_ports(3)
     bounds = [0, 5461, 10923, 16384]
     async with contextlib.AsyncExitStack() as stack:
         nodes = []

@@ -244,6 +244,13 @@ def test_wrong_usage_is_a_line_that_says_what(
     assert result.err.startswith("error: ")
 
 
+def test_a_missing_model_is_named_whatever_ports_are_in_use(
+    gateway: ScriptedGateway, meshserve: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MESHSERVE_GATEWAY__LISTEN", gateway.target)
+    assert "no file" in meshserve("up", "--model", "/no/such.gguf").err
+
+
 def test_a_port_in_use_is_found_before_anything_is_pulled_or_started(
     gateway: ScriptedGateway, meshserve: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

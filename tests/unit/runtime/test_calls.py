@@ -258,7 +258,8 @@ async def test_each_hop_gets_what_remains_of_the_deadline(loopback, spans) -> No
     assert at_middle is not None
     assert at_last is not None
     assert at_last <= at_middle - 0.04
-    assert at_middle <= 5.0
+    # gRPC sends a timeout in whole units of its own, rounded up.
+    assert at_middle <= 5.1
     assert at_last > 3.0
 
 

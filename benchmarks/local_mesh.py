@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 SERVICES = ("gateway", "tokenizer", "engine", "cache", "safety")
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
@@ -26,6 +28,7 @@ class LocalMesh:
         self._settings = settings
         self.target = ""
         self.start_s = 0.0
+        self.config = Path(self._directory.name) / "meshserve.json"  # JSON is YAML
 
     def __enter__(self) -> LocalMesh:
         root = Path(self._directory.name)
@@ -36,12 +39,19 @@ class LocalMesh:
             section["listen"] = f"127.0.0.1:{port}"
             section["metrics_listen"] = None
         document.setdefault("valkey", {})["embedded_port"] = ports[-1]
-        config = root / "meshserve.json"  # JSON is YAML
-        config.write_text(json.dumps(document), encoding="utf-8")
+        self.config.write_text(json.dumps(document), encoding="utf-8")
         self._log = (root / "up.log").open("w+b")
         started = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "meshserve", "up", "--config", str(config), "--no-greeting"],
+            [
+                sys.executable,
+                "-m",
+                "meshserve",
+                "up",
+                "--config",
+                str(self.config),
+                "--no-greeting",
+            ],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -58,6 +68,10 @@ class LocalMesh:
         self.start_s = time.perf_counter() - started
         self.target = f"127.0.0.1:{ports[0]}"
         return self
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that runs for the mesh."""
+        return psutil.Process(self._process.pid).children(recursive=True)
 
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:

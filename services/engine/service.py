@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -10,6 +10,7 @@ from meshserve.v1 import engine_pb2, engine_pb2_grpc
 from services.engine.core.messages import Load, Step
 from services.engine.core.settings import CoreSettings
 from services.engine.core_client import CoreClient, CoreStartError
+from services.engine.core_process import CORE_COMMAND
 from services.engine.servicer import EngineServicer
 from services.runtime.modelfiles import CATALOGUE, ModelStoreError, locate
 from services.runtime.server import Service, StartupError
@@ -23,13 +24,20 @@ class EngineService(Service):
     name = "engine"
     grpc_services = (engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name,)
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        core_command: Sequence[str] = CORE_COMMAND,
+    ) -> None:
         super().__init__(settings, metrics)
         model_name = settings.engine_model
         self._client = CoreClient(
             core_settings(settings),
             stall_timeout_s=settings.engine.stall_timeout_s,
             restart_stalled_after_s=settings.engine.restart_stalled_after_s,
+            command=core_command,
             on_step=StepMetrics(metrics, lambda: self._client.load).observe,
             on_restart=metrics.counter("meshserve_engine_core_restarts").inc,
         )

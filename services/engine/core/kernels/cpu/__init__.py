@@ -1,0 +1,10 @@
+"""The ops of a CPU in C++: compiled at install or at the first start, one set per instruction set.
+
+Without a compiler or on another processor there are none of them, and the references run.
+"""
+
+from __future__ import annotations
+
+from services.engine.core.kernels.cpu.library import Library, activate, active, why_not
+
+__all__ = ["Library", "activate", "active", "why_not"]

@@ -1,0 +1,189 @@
+"""Loads the compiled kernels, chooses an instruction set, and checks that it computes correctly.
+
+`activate` is called once, when an engine starts. Everything else asks `active()`, and goes without
+the kernels where it returns None: `why_not()` says why for the start-up lines of the op registry.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from services.engine.core.kernels.cpu.build import PACKAGE, BuildError, Recipe, build, check_machine
+from services.runtime.modelfiles import default_cache_dir
+
+logger = logging.getLogger(__name__)
+
+Choice: TypeAlias = Literal["auto", "avx512bf16", "avx512", "avx2", "off"]
+
+
+class KernelTable(ctypes.Structure):
+    """`struct Kernels` of src/kernels.h, field by field."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("isa", ctypes.c_char_p),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Library:
+    """The kernels of one instruction set. Calls release the GIL."""
+
+    isa: str
+    path: Path
+    table: KernelTable
+
+
+class UnavailableError(Exception):
+    """The kernels cannot be used. `way_out` says what would change that."""
+
+    def __init__(self, problem: str, way_out: str) -> None:
+        super().__init__(f"{problem}; {way_out}")
+        self.problem = problem
+        self.way_out = way_out
+
+
+Check: TypeAlias = Callable[[Library], bool]
+_CHECKS: dict[str, Check] = {}
+_active: Library | None = None
+_reason = "no engine has been started"
+
+
+def check(name: str) -> Callable[[Check], Check]:
+    """Register a check of a kernel on a small known input: whether its answer is right.
+
+    An instruction set that fails one is not used. Checks run at every start: keep them short.
+    """
+
+    def register(function: Check) -> Check:
+        if name in _CHECKS:
+            raise ValueError(f"there are two checks named {name!r}")
+        _CHECKS[name] = function
+        return function
+
+    return register
+
+
+def self_check(library: Library) -> list[str]:
+    """Run every registered check; return the names of those that failed."""
+    return [name for name, passes in _CHECKS.items() if not passes(library)]
+
+
+def active() -> Library | None:
+    """Return the kernels in use, or None while there are none."""
+    return _active
+
+
+def why_not() -> str | None:
+    """Return why there are no kernels in use, or None if there are: a probe for the op registry."""
+    return None if _active is not None else _reason
+
+
+def activate(choice: Choice = "auto", cache_dir: Path | None = None) -> Library | None:
+    """Choose the kernels that this process uses, compiling them where that has not been done.
+
+    "auto" takes the best instruction set that the machine has and whose kernels compute correctly.
+    What was chosen, or what is missed and how to get it, is logged in one line. Never raises:
+    without kernels the engine runs on plain torch.
+    """
+    global _active, _reason
+    _active, _reason = None, "switched off by engine.cpu_kernels"
+    if choice == "off":
+        logger.info("CPU kernels: off, as engine.cpu_kernels says; running on plain torch")
+        return None
+    try:
+        path = find_or_build(cache_dir)
+        names = isa_names(path)
+        if not names:
+            raise UnavailableError("this processor has no AVX2", "nothing is to be done about it")
+        for name in names if choice == "auto" else [choice]:
+            library = load(path, name)
+            failed = self_check(library)
+            if not failed:
+                _active = library
+                logger.info("CPU kernels: %s, of %s in %s", name, ", ".join(names), path)
+                return library
+            logger.error("CPU kernels: %s computes %s wrongly here", name, ", ".join(failed))
+        raise UnavailableError("no instruction set computes correctly here", "please report this")
+    except UnavailableError as error:
+        _reason = error.problem
+        logger.warning(
+            "CPU kernels: none, running on plain torch, which is several times slower: %s; %s",
+            error.problem,
+            error.way_out,
+        )
+    return None
+
+
+def find_or_build(cache_dir: Path | None = None) -> Path:
+    """Return the library of the present sources: the installed, the cached, or one compiled now.
+
+    Raises:
+        UnavailableError: there is none and it cannot be compiled.
+    """
+    recipe = Recipe()
+    cached = (cache_dir or default_cache_dir()) / "kernels"
+    try:
+        check_machine()
+        found = [*recipe.find(PACKAGE), *recipe.find(cached)]
+        for path in found:
+            try:
+                isa_names(path)
+            except UnavailableError:
+                continue  # built where the C library is newer; this machine's own will do
+            return path
+        logger.info("CPU kernels: compiling them into %s, once, for a minute or so", cached)
+        return build(cached, recipe)
+    except BuildError as error:
+        raise UnavailableError(error.problem, error.way_out) from None
+
+
+def isa_names(path: Path) -> list[str]:
+    """Return the instruction sets of a library that this machine has, the best one first.
+
+    Raises:
+        UnavailableError: the library cannot be loaded.
+    """
+    names: bytes = _open(path).meshserve_isa_names()
+    return names.decode().split()
+
+
+@cache
+def load(path: Path, isa: str) -> Library:
+    """Return the kernels of an instruction set by its name.
+
+    Raises:
+        UnavailableError: the library cannot be loaded, or the machine lacks the instruction set.
+    """
+    table = _open(path).meshserve_kernels(isa.encode())
+    if not table:
+        has = ", ".join(isa_names(path)) or "none of the instruction sets that the kernels use"
+        raise UnavailableError(
+            f"this processor lacks {isa}; it has {has}", "set engine.cpu_kernels to auto"
+        )
+    if table.contents.size != ctypes.sizeof(KernelTable):
+        raise UnavailableError(
+            f"{path} and library.py disagree about the table of kernels", "please report this"
+        )
+    return Library(isa, path, table.contents)
+
+
+@cache
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+        library.meshserve_isa_names.restype = ctypes.c_char_p
+        library.meshserve_isa_names.argtypes = ()
+        library.meshserve_kernels.restype = ctypes.POINTER(KernelTable)
+        library.meshserve_kernels.argtypes = (ctypes.c_char_p,)
+    except (OSError, AttributeError) as error:
+        raise UnavailableError(
+            f"{path} cannot be loaded: {error}", f"remove it to have it compiled here ({PACKAGE})"
+        ) from None
+    return library

@@ -1,0 +1,17 @@
+// The kernels that one instruction set offers, as the library hands them out.
+//
+// Every source but those of build.py's BASELINE_SOURCES is compiled once per instruction set into
+// the namespace meshserve::MESHSERVE_ISA; kernels_table.cpp fills one table from what it finds
+// there. library.py mirrors the table field by field.
+#pragma once
+
+#include <cstddef>
+
+namespace meshserve {
+
+struct Kernels {
+  size_t size;      // sizeof(Kernels), for the caller to compare with its own idea of it
+  const char* isa;  // "avx2", "avx512", "avx512bf16"
+};
+
+}  // namespace meshserve

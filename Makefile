@@ -6,23 +6,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTOS := $(shell find protos -name '*.proto')
+KERNELS := services/engine/core/kernels/cpu
+KERNEL_SOURCES := $(wildcard $(KERNELS)/src/*) $(KERNELS)/build.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help up down test test-slow test-gpu lint format bench bench-start docs stubs baseline lock clean
+.PHONY: help up down test test-slow test-gpu lint format bench bench-start docs kernels stubs baseline lock clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-up: $(VENV)/.all ## Pull the demo model, start the mesh on this machine and keep serving
+up: $(VENV)/.all $(VENV)/.kernels ## Pull the demo model, start the mesh on this machine and keep serving
 	@$(BIN)/meshserve up $(ARGS)
 
 down: ## Stop a mesh that `make up` started
 	@test ! -x $(BIN)/meshserve || $(BIN)/meshserve down
 
-test: $(VENV)/.dev ## Run the tests (those marked slow excepted)
+test: $(VENV)/.dev $(VENV)/.kernels ## Run the tests (those marked slow excepted)
 	$(PYTEST) -m "not slow and not gpu and not docker" $(ARGS)
 
-test-slow: $(VENV)/.dev ## Run the tests that take longer: faults, load, long streams
+test-slow: $(VENV)/.dev $(VENV)/.kernels ## Run the tests that take longer: faults, load, long streams
 	$(PYTEST) -m "slow and not gpu and not docker" $(ARGS)
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device
@@ -39,7 +41,7 @@ format: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.all ## Print tokens/s of the engine core alone and through the mesh
+bench: $(VENV)/.all $(VENV)/.kernels ## Print tokens/s of the engine core alone and through the mesh
 	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-start: ## Print the time from git clone to the first token, and of a second start
@@ -47,6 +49,8 @@ bench-start: ## Print the time from git clone to the first token, and of a secon
 
 docs: $(VENV)/.dev ## Regenerate the reference tables in docs/
 	$(BIN)/python docs/generate.py
+
+kernels: $(VENV)/.kernels ## Compile the C++ kernels of the CPU again after editing them
 
 stubs: $(VENV)/.all ## Regenerate the stubs after editing a .proto file
 	$(BIN)/python build_stubs.py
@@ -58,7 +62,7 @@ lock: $(VENV)/.dev ## Record the installed versions as the ones to install
 	$(BIN)/python -m pip freeze --exclude-editable --exclude meshserve | sed 's/+cpu$$//' > requirements.lock
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) meshserve/v1 .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) meshserve/v1 $(KERNELS)/*.so $(KERNELS)/objects build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # PyTorch comes first: what depends on it then takes the build that is here.
 $(VENV)/.torch: requirements.lock
@@ -66,10 +70,15 @@ $(VENV)/.torch: requirements.lock
 	$(PIP) install "$$(grep '^torch==' requirements.lock)"
 	@touch $@
 
-$(VENV)/.all: $(VENV)/.torch pyproject.toml build_stubs.py $(PROTOS)
+$(VENV)/.all: $(VENV)/.torch pyproject.toml build_hook.py build_stubs.py $(PROTOS)
 	$(PIP) install -c requirements.lock -e '.[all]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.all
 	$(PIP) install -c requirements.lock -e '.[dev]'
+	@touch $@
+
+# Without a compiler the engine runs on plain torch, and says so when it starts.
+$(VENV)/.kernels: $(VENV)/.all $(KERNEL_SOURCES)
+	@$(BIN)/python $(KERNELS)/build.py || true
 	@touch $@

@@ -1,8 +1,8 @@
 """Generates the Python stubs of every contract under protos/ at build time.
 
-Hatchling runs the hook for wheels and for editable installs alike, so the stubs are never
-committed and never stale after `pip install`. `python build_stubs.py` does the same by hand
-(`make stubs`) after a .proto file has been edited.
+`build_hook.py` runs it at every install, so the stubs are never committed and never stale after
+`pip install`. `python build_stubs.py` does the same by hand (`make stubs`) after a .proto file has
+been edited.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent
 STUB_SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
@@ -58,22 +57,6 @@ def generate_stubs(root: Path) -> list[Path]:
         marker.write_text('"""Generated from protos/ at build time; do not edit."""\n')
         generated.append(marker)
     return [path for path in generated if path.exists()]
-
-
-try:
-    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-except ImportError:  # run by hand, outside a build environment
-    pass
-else:
-
-    class StubBuildHook(BuildHookInterface[Any]):
-        """Hatchling's entry: generate before the files of the wheel are collected."""
-
-        def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-            root = Path(self.root)
-            build_data["artifacts"] += [
-                f"/{path.relative_to(root)}" for path in generate_stubs(root)
-            ]
 
 
 if __name__ == "__main__":

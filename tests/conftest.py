@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from services.runtime.modelfiles import pull
+
+BUILD_KERNELS = (
+    Path(__file__).parents[1] / "services" / "engine" / "core" / "kernels" / "cpu" / "build.py"
+)
+
+
+def pytest_sessionstart() -> None:
+    """Compile the CPU kernels if they have changed, so that no test waits for that at its start."""
+    subprocess.run([sys.executable, str(BUILD_KERNELS)], check=False, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="session")

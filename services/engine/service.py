@@ -96,6 +96,7 @@ def core_settings(settings: Settings) -> CoreSettings:
             device=engine.device,
             dtype=model.dtype,
             threads=engine.threads,
+            cpu_kernels=engine.cpu_kernels,
             block_size=engine.block_tokens,
             kv_cache_memory_bytes=engine.kv_cache_bytes,
             kv_cache_memory_fraction=engine.kv_cache_memory_fraction,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -113,7 +115,7 @@ def test_every_dependency_is_pinned() -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_the_generated_stubs(tmp_path: Path) -> None:
+def test_a_wheel_holds_the_generated_stubs_and_the_compiled_kernels(tmp_path: Path) -> None:
     import zipfile
 
     subprocess.run(
@@ -130,3 +132,15 @@ def test_a_wheel_holds_the_generated_stubs(tmp_path: Path) -> None:
     assert "services/safety/policies/default.yaml" in names
     assert "meshserve/py.typed" in names
     assert not any(name.startswith("tests/") for name in names)
+    # The kernels, and what an engine needs to compile them where the library does not fit.
+    kernels = "services/engine/core/kernels/cpu"
+    assert f"{kernels}/src/dispatch.cpp" in names
+    assert f"{kernels}/src/kernels.h" in names
+    compiled = [name for name in names if name.endswith(".so")]
+    if shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX"):
+        assert [name.startswith(f"{kernels}/libmeshserve_cpu-") for name in compiled] == [True]
+        assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
+    else:
+        assert compiled == []
+        assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".o") for name in names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -16,6 +18,8 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"  # "auto" (CUDA where there is a card), "cpu", "cuda:1"
     dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16"
     threads: int | None = None  # CPU threads of one step; None: torch's choice
+    # Instruction set of the C++ kernels; "auto" is the best the machine has, "off" plain torch.
+    cpu_kernels: Literal["auto", "avx512bf16", "avx512", "avx2", "off"] = "auto"
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None  # None: kv_cache_memory_fraction of what is free
     kv_cache_memory_fraction: float = 0.5

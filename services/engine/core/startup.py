@@ -14,7 +14,7 @@ from services.engine.core.block_pool import BlockPool
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
-from services.engine.core.kernels import select
+from services.engine.core.kernels import cpu, select
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
 from services.engine.core.messages import ModelFacts
@@ -47,6 +47,8 @@ def build_engine(
         dtype = resolve_dtype(settings.dtype, device)
     except ValueError as error:
         raise StartupError(str(error)) from None
+    if device.type == "cpu":
+        cpu.activate(settings.cpu_kernels)
     selections = select(device.type)
     for selection in selections:
         logger.info("kernel %s", selection)

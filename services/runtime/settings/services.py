@@ -44,6 +44,11 @@ class EngineSettings(ServerSettings):
     threads: Positive | None = Field(
         None, description="Compute threads on a CPU. Default: one per core."
     )
+    cpu_kernels: Literal["auto", "avx512bf16", "avx512", "avx2", "off"] = Field(
+        "auto",
+        description="Instruction set of the C++ kernels on a CPU: `auto` is the best that the "
+        "machine has, `off` is plain torch.",
+    )
     block_tokens: Literal[8, 16, 32, 64, 128] = Field(
         16, description="Tokens in a block of the KV cache."
     )

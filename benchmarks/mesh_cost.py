@@ -19,11 +19,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import psutil
 
@@ -97,17 +98,13 @@ async def send_all(target: str, requests: list[Request], concurrency: int) -> Ar
 def paced_mesh(model: str, step_ms: float) -> Iterator[tuple[str, dict[str, psutil.Process]]]:
     """A mesh whose engine runs a paced core: its address, and the processes by name."""
     (port,) = _free_ports(1)
-    settings: dict[str, Any] = {
-        "models": {"bench": {"source": model, "engine_target": f"127.0.0.1:{port}"}},
-        "engine": {"kv_cache_bytes": 1 << 26},
-    }
-    with LocalMesh(settings) as mesh:
-        config = json.loads(mesh.config.read_text())
-        config["engine"] |= {"listen": f"127.0.0.1:{port}"}
-        own = mesh.config.with_name("paced.json")
-        own.write_text(json.dumps(config))
+    models = {"bench": {"source": model, "engine_target": f"127.0.0.1:{port}"}}
+    with tempfile.TemporaryDirectory(prefix="meshserve-bench-") as directory:
+        config = Path(directory) / "paced.json"
+        section = {"listen": f"127.0.0.1:{port}", "metrics_listen": None}
+        config.write_text(json.dumps({"models": models, "engine": section}))
         engine = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.paced_engine", "--config", str(own)],
+            [sys.executable, "-m", "benchmarks.paced_engine", "--config", str(config)],
             stderr=subprocess.DEVNULL,
             env={
                 **os.environ,
@@ -116,13 +113,12 @@ def paced_mesh(model: str, step_ms: float) -> Iterator[tuple[str, dict[str, psut
             },
         )
         try:
-            processes = {"client": psutil.Process(), "engine front": psutil.Process(engine.pid)}
-            for child in mesh.processes():
-                command = child.cmdline()
-                for name in SERVICES:
-                    if f"services.{name}" in command:
-                        processes[name] = child
-            yield mesh.target, processes
+            with LocalMesh({"models": models, "engine": {"kv_cache_bytes": 1 << 26}}) as mesh:
+                processes = {"client": psutil.Process(), "engine front": psutil.Process(engine.pid)}
+                for child in mesh.processes():
+                    command = child.cmdline()
+                    processes |= {name: child for name in SERVICES if f"services.{name}" in command}
+                yield mesh.target, processes
         finally:
             engine.send_signal(signal.SIGINT)
             engine.wait()

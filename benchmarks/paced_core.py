@@ -28,8 +28,8 @@ from services.engine.core.process import run
 from services.engine.core.settings import CoreSettings
 
 COMMAND = (sys.executable, "-m", "benchmarks.paced_core")
-STEP_MS_VARIABLE = "MESHSERVE_BENCH_STEP_MS"
-MODEL_VARIABLE = "MESHSERVE_BENCH_MODEL"
+STEP_MS_VARIABLE = "BENCH_STEP_MS"
+MODEL_VARIABLE = "BENCH_MODEL"
 CONTEXT_TOKENS = 8192
 
 

@@ -28,6 +28,16 @@ class KernelTable(ctypes.Structure):
     _fields_ = (
         ("size", ctypes.c_size_t),
         ("isa", ctypes.c_char_p),
+        ("make_team", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int32)),
+        ("free_team", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
+        (
+            "run_rotary_kv",
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32),
+        ),
+        (
+            "run_attention",
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32),
+        ),
     )
 
 

@@ -38,7 +38,8 @@ struct AttentionSplit {
   int64_t partials;  // where they begin, in floats
 };
 
-// How a step's attention is cut into tasks, the longest first; the same for all layers.
+// How a step's attention is cut into tasks; the same for all layers. The longest come first and are
+// many times the shortest, so threads should claim them one by one.
 struct AttentionPlan {
   AttentionTask* tasks;
   int32_t num_tasks;

@@ -1,0 +1,167 @@
+"""The paged KV cache as the native kernels read it; src/kv_layout.h describes the layout."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Iterable
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TILE_TOKENS = 16
+# What the kernels' buffers for one vector hold.
+MAX_HEAD_DIM = 512
+
+
+class KvFormat(IntEnum):
+    """How keys and values are stored, `enum class KvFormat` of src/kv_layout.h.
+
+    INT8 takes a little over half the memory of BF16: eight bits an element, and a scale for each
+    token's key and value in each KV head.
+    """
+
+    BF16 = 0
+    INT8 = 1
+
+
+class KvLayout(ctypes.Structure):
+    """`struct KvLayout` of src/kv_layout.h: the cache of one layer."""
+
+    _fields_ = (
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("block_stride", ctypes.c_int64),
+        ("block_size", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("format", ctypes.c_int32),
+    )
+
+
+class PackedKVCache:
+    """Keys and values of all sequences and layers, in blocks of `block_size` tokens.
+
+    A block's keys and values of all layers lie together, so that a block is copied in one piece,
+    and few blocks in use touch little memory. Pages are the operating system's zeros until they
+    are written, so that a large pool costs nothing before it is used. What a freed block holds
+    stays there; the kernels never let it reach a result.
+
+    Raises ValueError for sizes that the kernels do not serve and MemoryError where the pool does
+    not fit.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        kv_format: KvFormat = KvFormat.BF16,
+    ) -> None:
+        if block_size % TILE_TOKENS or block_size <= 0:
+            raise ValueError(f"a block holds a multiple of {TILE_TOKENS} tokens, not {block_size}")
+        if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"head_dim is a multiple of 16 of at most {MAX_HEAD_DIM}, not {head_dim}"
+            )
+        self.num_layers = num_layers
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.kv_format = kv_format
+        self._part_bytes = _part_bytes(block_size, kv_heads, head_dim, kv_format)
+        self._block_bytes = 2 * num_layers * self._part_bytes
+        pages = _zero_pages(num_blocks * self._block_bytes)
+        # [num_blocks, num_layers, keys or values, bytes]
+        self._storage = np.frombuffer(pages, np.uint8, num_blocks * self._block_bytes).reshape(
+            num_blocks, num_layers, 2, self._part_bytes
+        )
+
+    @staticmethod
+    def bytes_per_block(
+        num_layers: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        kv_format: KvFormat = KvFormat.BF16,
+    ) -> int:
+        """Return what one block takes over all layers, keys and values, in bytes."""
+        return 2 * num_layers * _part_bytes(block_size, kv_heads, head_dim, kv_format)
+
+    def layer(self, index: int) -> tuple[int, int]:
+        """Return the addresses of block 0's keys and values in a layer."""
+        keys = self._storage.ctypes.data + 2 * index * self._part_bytes
+        return keys, keys + self._part_bytes
+
+    def layout(self, index: int) -> KvLayout:
+        """Return a layer as the kernels take it; the addresses live as long as this cache."""
+        keys, values = self.layer(index)
+        return KvLayout(
+            keys,
+            values,
+            self._block_bytes,
+            self.block_size,
+            self.kv_heads,
+            self.head_dim,
+            int(self.kv_format),
+        )
+
+    def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy whole blocks, (source, destination), in all layers."""
+        for source, destination in pairs:
+            self._storage[destination] = self._storage[source]
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values in `slots` [n] as float32 [n, kv_heads, head_dim].
+
+        For tests and tools: the kernels read the cache where it is.
+        """
+        blocks, offsets = slots // self.block_size, slots % self.block_size
+        tiles, tokens = offsets // TILE_TOKENS, offsets % TILE_TOKENS
+        parts = torch.from_numpy(self._storage[:, layer])[blocks]
+        shape = (len(slots), 2, self.kv_heads, self.block_size // TILE_TOKENS, -1)
+        rows = torch.arange(len(slots))
+        found = parts.view(shape)[rows, :, :, tiles]  # [n, 2, kv_heads, tile bytes]
+        if self.kv_format == KvFormat.INT8:
+            elements = TILE_TOKENS * self.head_dim
+            scales = found[..., elements:].contiguous().view(torch.float32)
+            values = found[..., :elements].view(torch.int8).float()
+            values *= scales[rows, :, :, tokens].unsqueeze(-1)
+        else:
+            values = found.view(torch.bfloat16).float()
+        by_pair = (len(slots), self.kv_heads, self.head_dim // 2, TILE_TOKENS, 2)
+        by_token = (len(slots), self.kv_heads, TILE_TOKENS // 2, self.head_dim, 2)
+        return (
+            values[:, 0].reshape(by_pair)[rows, :, :, tokens].flatten(2),
+            values[:, 1].reshape(by_token)[rows, :, tokens // 2, :, tokens % 2],
+        )
+
+    def fill(self, byte: int) -> None:
+        """Set every byte of the pool: for tests of what stale memory may do (0xff is NaN)."""
+        self._storage.fill(byte)
+
+
+def _part_bytes(block_size: int, kv_heads: int, head_dim: int, kv_format: KvFormat) -> int:
+    """Bytes of one block's keys, or values, in one layer."""
+    elements = TILE_TOKENS * head_dim
+    tile = elements * 2 if kv_format == KvFormat.BF16 else elements + 4 * TILE_TOKENS
+    return block_size // TILE_TOKENS * kv_heads * tile
+
+
+def _zero_pages(num_bytes: int) -> mmap.mmap:
+    try:
+        pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{num_bytes} bytes of KV cache do not fit: {error}") from None
+    # A step reads blocks from all over the pool; with small pages the processor would spend its
+    # time on finding them.
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages

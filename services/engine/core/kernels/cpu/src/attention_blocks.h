@@ -1,0 +1,143 @@
+// The two products of attention, blocked for registers: scores = queries x keys, and
+// sums = weights x values, for a few query rows and one chunk of keys.
+//
+// Each element is one chain of additions over the dimensions (or the tokens) in order, whatever the
+// block it is computed in.
+#pragma once
+
+#include "attention.h"
+#include "simd.h"
+
+namespace meshserve::MESHSERVE_ISA {
+
+constexpr int32_t chunk_tiles = attention_chunk / tile_tokens;
+
+// Rows whose accumulators, with the vectors that feed them, fill the registers.
+#if defined(__AVX512BF16__)
+constexpr int32_t block_rows = 6;
+constexpr int block_width(int rows) { return rows <= 3 ? 8 : 4; }
+#elif defined(__AVX512F__)
+constexpr int32_t block_rows = 4;
+constexpr int block_width(int rows) { return rows <= 2 ? 8 : 4; }
+#else
+constexpr int32_t block_rows = 4;
+constexpr int block_width(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+#endif
+
+// The tiles of one chunk, in the layout of KvFormat::bf16.
+struct Chunk {
+  const uint16_t* keys[chunk_tiles];
+  const uint16_t* values[chunk_tiles];
+  // Scales of the tiles' tokens, where the cache is int8.
+  const float* key_scales[chunk_tiles];
+  const float* value_scales[chunk_tiles];
+  int32_t tokens;  // whose keys exist; tiles beyond repeat the last one
+};
+
+// scores[row][16 * tile + token], for `num_tiles` tiles rounded up to a multiple of the width.
+template <int rows>
+void multiply_keys(const Operand* queries, const Chunk& chunk, int32_t num_tiles, int32_t head_dim,
+                   float* scores) {
+  constexpr int width = block_width(rows);
+  for (int32_t tile = 0; tile < num_tiles; tile += width) {
+    Floats sums[rows][width];
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 8
+      for (int i = 0; i < width; ++i) sums[row][i] = broadcast(0.0f);
+    for (int32_t dim = 0; dim < head_dim; dim += 2) {
+      Pairs keys[width];
+#pragma GCC unroll 8
+      for (int i = 0; i < width; ++i) keys[i] = load_pairs(chunk.keys[tile + i] + dim * tile_tokens);
+#pragma GCC unroll 8
+      for (int row = 0; row < rows; ++row) {
+        const Pairs query = broadcast_pair(queries + row * head_dim + dim);
+#pragma GCC unroll 8
+        for (int i = 0; i < width; ++i) sums[row][i] = add_products(sums[row][i], query, keys[i]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 8
+      for (int i = 0; i < width; ++i)
+        store(scores + row * attention_chunk + (tile + i) * tile_tokens, sums[row][i]);
+  }
+}
+
+// How a chunk's sums join those of the chunks before: kept * before + added * sums.
+struct Fold {
+  bool skip;   // the row sees nothing of this chunk
+  bool first;  // there is nothing before
+  float kept, added;
+};
+
+inline void fold_into(float* before, Floats sums, const Fold& fold) {
+  if (fold.first) return store(before, sums);
+  const Floats kept = multiply(load(before), broadcast(fold.kept));
+  store(before, fused(sums, broadcast(fold.added), kept));
+}
+
+// Folds weights x values of the dimensions [dim, dim + 16 * width) into sums[row][dim...].
+template <int rows, int width>
+void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible, int32_t head_dim,
+                     int32_t dim, const Fold* folds, float* const* sums_of_rows) {
+  constexpr int32_t tile_pairs = tile_tokens / 2;
+  Floats sums[rows][width];
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) sums[row][i] = broadcast(0.0f);
+  const auto add_pair = [&](int32_t pair, const Pairs(&values)[width]) {
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; ++row) {
+      const Pairs weight = broadcast_pair(weights + row * attention_chunk + 2 * pair);
+#pragma GCC unroll 8
+      for (int i = 0; i < width; ++i) sums[row][i] = add_products(sums[row][i], weight, values[i]);
+    }
+  };
+  const auto pair_values = [&](int32_t pair) {
+    return chunk.values[pair / tile_pairs] + (pair % tile_pairs * head_dim + dim) * 2;
+  };
+  const int32_t whole_pairs = visible / 2;
+  for (int32_t pair = 0; pair < whole_pairs; ++pair) {
+    const uint16_t* from = pair_values(pair);
+    Pairs values[width];
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) values[i] = load_pairs(from + 2 * lanes * i);
+    add_pair(pair, values);
+  }
+  if (visible % 2) {
+    // The other token of the pair is not there yet: what its place holds must not be multiplied.
+    const uint16_t* from = pair_values(whole_pairs);
+    Pairs values[width];
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) values[i] = first_of_pairs(load_pairs(from + 2 * lanes * i));
+    add_pair(whole_pairs, values);
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; ++row) {
+    if (folds[row].skip) continue;
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i)
+      fold_into(sums_of_rows[row] + dim + lanes * i, sums[row][i], folds[row]);
+  }
+}
+
+template <int rows>
+void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible, int32_t head_dim,
+                     const Fold* folds, float* const* sums) {
+  constexpr int width = block_width(rows) < 4 ? block_width(rows) : 4;
+  int32_t dim = 0;
+  for (; dim + width * lanes <= head_dim; dim += width * lanes)
+    multiply_values<rows, width>(weights, chunk, visible, head_dim, dim, folds, sums);
+  if constexpr (width > 2) {
+    if (dim + 2 * lanes <= head_dim) {
+      multiply_values<rows, 2>(weights, chunk, visible, head_dim, dim, folds, sums);
+      dim += 2 * lanes;
+    }
+  }
+  if (dim < head_dim)
+    multiply_values<rows, 1>(weights, chunk, visible, head_dim, dim, folds, sums);
+}
+
+}  // namespace meshserve::MESHSERVE_ISA

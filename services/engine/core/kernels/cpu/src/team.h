@@ -1,0 +1,127 @@
+// The threads that compute a step together, and how they share its work.
+//
+// All threads run the same sequence of operations: within one they claim tasks until none is left,
+// and a barrier ends it. Threads wait by spinning while a step runs, for a barrier is crossed every
+// few microseconds; between steps they spin a little and then sleep.
+#pragma once
+
+#include <immintrin.h>
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace meshserve {
+
+// The tasks [0, count) of one operation, handed out in shrinking ranges: long ones first, so that
+// claiming costs little, and short ones last, so that all threads end together even where one of
+// them is held up by another process.
+class TaskRange {
+ public:
+  void reset() { next_.store(0, std::memory_order_relaxed); }
+
+  // Takes a range of at least `smallest` tasks (fewer at the end); false when none is left.
+  bool claim(int count, int threads, int smallest, int& begin, int& end) {
+    int first = next_.load(std::memory_order_relaxed);
+    do {
+      if (first >= count) return false;
+      const int share = (count - first) / (2 * threads);
+      end = first + (share > smallest ? share : smallest);
+      if (end > count) end = count;
+    } while (!next_.compare_exchange_weak(first, end, std::memory_order_relaxed));
+    begin = first;
+    return true;
+  }
+
+ private:
+  alignas(64) std::atomic<int> next_{0};
+};
+
+class Team {
+ public:
+  // Starts `threads` - 1 threads beside the one that will call `run`. Where `cpus` is given, thread
+  // i of those started stays on cpus[i + 1]; the caller is left where it is.
+  Team(int threads, const int32_t* cpus) : size_(threads) {
+    for (int rank = 1; rank < threads; ++rank) {
+      workers_.emplace_back([this, rank] { work(rank); });
+      if (cpus != nullptr) {
+        cpu_set_t only;
+        CPU_ZERO(&only);
+        CPU_SET(static_cast<size_t>(cpus[rank]), &only);
+        pthread_setaffinity_np(workers_.back().native_handle(), sizeof only, &only);
+      }
+    }
+  }
+
+  ~Team() {
+    ending_ = true;
+    start();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int size() const { return size_; }
+
+  // Runs `body(rank)` on every thread, the caller being rank 0, and returns when all are done.
+  // One caller at a time.
+  void run(const std::function<void(int)>& body) {
+    body_ = &body;
+    start();
+    body(0);
+    barrier();
+  }
+
+  // Waits until every thread has come here. What each wrote before, all can read afterwards.
+  void barrier() {
+    const uint32_t phase = phase_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int turns = 0; phase_.load(std::memory_order_acquire) == phase; ++turns) {
+      _mm_pause();
+      // Whoever is awaited has lost its processor to another process: perhaps to ours.
+      if (turns > barrier_spins) sched_yield();
+    }
+  }
+
+ private:
+  static constexpr int barrier_spins = 20'000;
+  static constexpr int idle_spins = 4'000;  // about 50 us: the host's work between two steps
+
+  void start() {
+    started_.fetch_add(1, std::memory_order_release);
+    started_.notify_all();
+  }
+
+  void work(int rank) {
+    for (uint32_t seen = 0;;) {
+      for (int turns = 0; turns < idle_spins; ++turns) {
+        if (started_.load(std::memory_order_acquire) != seen) break;
+        _mm_pause();
+      }
+      started_.wait(seen, std::memory_order_acquire);
+      seen = started_.load(std::memory_order_acquire);
+      if (ending_) return;
+      (*body_)(rank);
+      barrier();
+    }
+  }
+
+  const int size_;
+  bool ending_ = false;
+  const std::function<void(int)>* body_ = nullptr;
+  std::vector<std::thread> workers_;
+  alignas(64) std::atomic<uint32_t> started_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+}  // namespace meshserve

@@ -39,16 +39,22 @@ class LogitEdits:
         self._banned = _Triples()
         self._allowed: list[tuple[int, tuple[int, ...]]] = []
 
-    def add(self, row: int, sequence: Sequence) -> None:
-        """Gather the edits that the next token of `sequence` asks for; its logits are `row`."""
+    def add(self, row: int, sequence: Sequence, draft: tuple[int, ...] = ()) -> None:
+        """Gather the edits that a token of `sequence` asks for; its logits are `row`.
+
+        It is the token after the known ones and those of `draft`: where the draft is not accepted
+        so far, nobody looks at the row.
+        """
         sampling = sequence.sampling
-        barred = sequence.stops.barred_token_ids(sequence.num_output_tokens)
+        barred = sequence.stops.barred_token_ids(sequence.num_output_tokens + len(draft))
         if barred:
             self._banned.add(row, barred, 0.0)
         if not has_edits(sampling):
             return
         # Copies: a view would keep the array from growing.
         token_ids = np.array(sequence.token_ids, np.int64)
+        if draft:
+            token_ids = np.concatenate((token_ids, draft))
         if sampling.repetition_penalty != 1.0:
             self._repetition.add(row, np.unique(token_ids), sampling.repetition_penalty)
         output = token_ids[sequence.num_prompt_tokens :]

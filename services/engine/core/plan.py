@@ -12,31 +12,60 @@ from services.engine.core.sequence import Sequence
 class Plan:
     """One step: for each sequence, how many of its uncomputed tokens to compute.
 
-    Prefill, a chunk of a prefill and decode differ in nothing but the count. A sequence whose
-    count reaches its last known token is sampled from; the others are not.
+    Prefill, a chunk of a prefill, decode and the verification of a draft differ in nothing but the
+    count. A sequence whose count reaches its last known token is sampled from; the others are not.
+    A count that goes beyond it takes in the first tokens of the sequence's draft, and a token is
+    sampled after each of these as well.
+
+    `block_copies` are pairs of blocks (source, destination) whose contents are copied before
+    anything is computed, all as if at once: no destination is another's source.
     """
 
     step: int
     sequences: tuple[Sequence, ...]
     token_counts: tuple[int, ...]
+    block_copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed in this step, over all sequences."""
         return sum(self.token_counts)
 
+    def drafts(self) -> tuple[tuple[int, ...], ...] | None:
+        """The drafted tokens computed for each sequence, or None if there are none at all."""
+        if self.num_tokens == len(self.sequences):
+            return None
+        drafts = tuple(
+            sequence.draft_token_ids[: count - known] if count > known else ()
+            for sequence, count, known in zip(
+                self.sequences,
+                self.token_counts,
+                (sequence.num_uncomputed_tokens for sequence in self.sequences),
+                strict=True,
+            )
+        )
+        return drafts if any(drafts) else None
+
     def alone(self, index: int) -> Plan:
-        """The same step with one of its sequences only."""
-        return Plan(self.step, (self.sequences[index],), (self.token_counts[index],))
+        """The same step with one of its sequences only, and without its draft."""
+        sequence = self.sequences[index]
+        count = min(self.token_counts[index], sequence.num_uncomputed_tokens)
+        copies = tuple(pair for pair in self.block_copies if pair[1] in sequence.block_table)
+        return Plan(self.step, (sequence,), (count,), copies)
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceOutput:
-    """What a step brought one sequence: tokens sampled (none after a chunk of a prefill)."""
+    """What a step brought one sequence: tokens sampled (none after a chunk of a prefill).
+
+    With a draft there may be several, of which `num_accepted` are the draft's own: their K and V
+    are in the cache.
+    """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     error: Exception | None = None
+    num_accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
-"""Runs one plan: builds the flattened batch, calls the model, samples."""
+"""Runs one plan: builds the flattened batch, calls the model, samples, verifies drafts."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.clock import now_ns
-from services.engine.core.logit_edits import LogitEdits, has_edits
-from services.engine.core.noise import stream_key, uniforms
+from services.engine.core.logit_edits import LogitEdits
+from services.engine.core.noise import uniforms
 from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
 from services.engine.core.sampler import SampledTokens, SamplingBatch, sample
-from services.engine.core.sequence import Sequence
+from services.engine.core.sequence_rows import SequenceRows
+from services.engine.core.speculation.verification import verify
+from services.engine.core.staging import Staging
 
 # (batch, kv_cache) -> logits [num_rows, vocab] float32
 Model: TypeAlias = Callable[[ForwardBatch, Any], Tensor]
@@ -25,52 +27,12 @@ Model: TypeAlias = Callable[[ForwardBatch, Any], Tensor]
 _NO_OUTPUT = SequenceOutput()
 
 
-class _SequenceRows:
-    """What a step needs of each running sequence, kept in arrays from step to step.
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """Which planned sequences a step samples from: `num_rows[i]` times from `indices[i]`."""
 
-    Row r belongs to the running sequence whose `row` is r, from the step that first sees it there
-    until another sequence (or another admission of the same one) shows up at r. Nobody has to
-    announce departures, so the mirror cannot fall out of step with the scheduler.
-    """
-
-    def __init__(self, num_rows: int, max_blocks: int) -> None:
-        self.block_tables = np.zeros((num_rows, max_blocks), np.int32)
-        self.temperature = np.zeros(num_rows, np.float32)
-        self.top_k = np.zeros(num_rows, np.int64)
-        self.top_p = np.ones(num_rows, np.float32)
-        self.min_p = np.zeros(num_rows, np.float32)
-        self.noise_key = np.zeros(num_rows, np.uint64)
-        self.logprobs = np.full(num_rows, -1, np.int64)
-        self.has_edits = [False] * num_rows
-        self._tenant: list[tuple[int, int] | None] = [None] * num_rows
-        self._num_blocks = [0] * num_rows
-
-    def refresh(self, sequence: Sequence) -> int:
-        """Bring the row of `sequence` up to date; returns the number of its blocks."""
-        row = sequence.row
-        # Not the sequence's id, which its front may use again once the sequence has ended.
-        tenant = (sequence.arrival, sequence.admissions)
-        if self._tenant[row] != tenant:
-            self._tenant[row] = tenant
-            self._move_in(row, sequence)
-        blocks = sequence.block_table
-        mirrored = self._num_blocks[row]
-        if len(blocks) != mirrored:
-            self.block_tables[row, mirrored : len(blocks)] = blocks[mirrored:]
-            self._num_blocks[row] = len(blocks)
-        return len(blocks)
-
-    def _move_in(self, row: int, sequence: Sequence) -> None:
-        sampling = sequence.sampling
-        self._num_blocks[row] = 0
-        self.block_tables[row] = 0
-        self.temperature[row] = sampling.temperature
-        self.top_k[row] = sampling.top_k
-        self.top_p[row] = sampling.top_p
-        self.min_p[row] = sampling.min_p
-        self.noise_key[row] = stream_key(sampling.seed, sequence.request.choice_index)
-        self.logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
-        self.has_edits[row] = has_edits(sampling) or sequence.request.stopping.min_tokens > 0
+    indices: npt.NDArray[np.int64]
+    num_rows: npt.NDArray[np.int64] | None  # None: once from each
 
 
 class Runner:
@@ -91,10 +53,10 @@ class Runner:
         self._kv_cache = kv_cache
         self._block_size = block_size
         max_blocks = -(-max_context_tokens // block_size)
-        self._rows = _SequenceRows(max_running_sequences, max_blocks)
+        self._rows = SequenceRows(max_running_sequences, max_blocks)
         # Token ids, positions, slots and logits rows, packed one after the other.
-        self._integers = _Staging(3 * max_batch_tokens + max_running_sequences, np.int64, device)
-        self._tables = _Staging(max_running_sequences * max_blocks, np.int32, device)
+        self._integers = Staging(4 * max_batch_tokens, np.int64, device)
+        self._tables = Staging(max_running_sequences * max_blocks, np.int32, device)
 
     def run(self, plan: Plan) -> StepOutputs:
         """Compute the planned tokens and sample from every sequence whose last token is computed.
@@ -104,21 +66,18 @@ class Runner:
         """
         started_ns = now_ns()
         with torch.inference_mode():
-            batch, sampled = self._batch(plan)
+            if plan.block_copies:
+                self._kv_cache.copy_blocks(plan.block_copies)
+            drafts = plan.drafts()
+            batch, sampled = self._batch(plan, drafts)
             logits = self._model(batch, self._kv_cache)
-            tokens = self._sample(plan, sampled, logits)
-        outputs = [_NO_OUTPUT] * len(plan.sequences)
-        for row, index in enumerate(sampled.tolist()):
-            logprobs = tokens.logprobs[row]
-            outputs[index] = SequenceOutput(
-                () if tokens.errors[row] else (tokens.token_ids[row],),
-                () if logprobs is None else (logprobs,),
-                tokens.errors[row],
-            )
-        return StepOutputs(plan, tuple(outputs), started_ns, now_ns())
+            tokens = self._sample(plan, drafts, sampled, logits)
+        outputs = _outputs(len(plan.sequences), drafts, sampled, tokens)
+        return StepOutputs(plan, outputs, started_ns, now_ns())
 
-    def _batch(self, plan: Plan) -> tuple[ForwardBatch, npt.NDArray[np.int64]]:
-        """The flattened batch, and the indices of the planned sequences that are sampled from."""
+    def _batch(
+        self, plan: Plan, drafts: tuple[tuple[int, ...], ...] | None
+    ) -> tuple[ForwardBatch, _Sampled]:
         sequences = plan.sequences
         num_sequences = len(sequences)
         widest = max(map(self._rows.refresh, sequences))
@@ -129,7 +88,8 @@ class Runner:
         after = computed + counts
         ends = counts.cumsum()
         total = int(ends[-1])
-        sampled = np.flatnonzero(after == known)
+        indices = np.flatnonzero(after >= known)
+        sampled = _Sampled(indices, None if drafts is None else (after - known)[indices] + 1)
 
         integers = self._integers.host
         token_ids, positions, slots = integers[: 3 * total].reshape(3, total)
@@ -143,9 +103,12 @@ class Runner:
         tables = self._rows.block_tables
         np.multiply(tables[owner, positions // self._block_size], self._block_size, out=slots)
         slots += positions % self._block_size
-        _fill_token_ids(token_ids, plan)
-        num_integers = 3 * total + len(sampled)
-        integers[3 * total : num_integers] = ends[sampled] - 1
+        _fill_token_ids(token_ids, plan, drafts)
+        logits_rows = ends[indices] - 1
+        if sampled.num_rows is not None:
+            logits_rows = _runs_up_to(logits_rows, sampled.num_rows)
+        num_integers = 3 * total + len(logits_rows)
+        integers[3 * total : num_integers] = logits_rows
         packed = self._integers.to_device(num_integers)
 
         num_entries = num_sequences * widest
@@ -161,19 +124,33 @@ class Runner:
         )
         return batch, sampled
 
-    def _sample(self, plan: Plan, sampled: npt.NDArray[np.int64], logits: Tensor) -> SampledTokens:
-        if not len(sampled):
+    def _sample(
+        self,
+        plan: Plan,
+        drafts: tuple[tuple[int, ...], ...] | None,
+        sampled: _Sampled,
+        logits: Tensor,
+    ) -> SampledTokens:
+        indices = sampled.indices.tolist()
+        if not indices:
             return SampledTokens([], [], [])
-        chosen = [plan.sequences[index] for index in sampled.tolist()]
+        chosen = [plan.sequences[index] for index in indices]
         rows = np.fromiter((s.row for s in chosen), np.int64, len(chosen))
         positions = np.fromiter((s.num_output_tokens for s in chosen), np.int64, len(chosen))
+        if sampled.num_rows is not None:
+            rows = np.repeat(rows, sampled.num_rows)
+            positions = _runs_up_to(positions + sampled.num_rows - 1, sampled.num_rows)
         state = self._rows
         edits = None
         if any(state.has_edits[s.row] for s in chosen):
             edits = LogitEdits()
-            for row, sequence in enumerate(chosen):
+            row = 0
+            for index, sequence in zip(indices, chosen, strict=True):
+                draft = () if drafts is None else drafts[index]
                 if state.has_edits[sequence.row]:
-                    edits.add(row, sequence)
+                    for length in range(len(draft) + 1):
+                        edits.add(row + length, sequence, draft[:length])
+                row += len(draft) + 1
         return sample(
             logits,
             SamplingBatch(
@@ -188,38 +165,55 @@ class Runner:
         )
 
 
-class _Staging:
-    """A host array and its twin on the device. On a CPU they share their memory.
+def _outputs(
+    num_sequences: int,
+    drafts: tuple[tuple[int, ...], ...] | None,
+    sampled: _Sampled,
+    tokens: SampledTokens,
+) -> tuple[SequenceOutput, ...]:
+    outputs = [_NO_OUTPUT] * num_sequences
+    row = 0
+    for index in sampled.indices.tolist():
+        if drafts is not None and drafts[index]:
+            outputs[index] = verify(drafts[index], tokens, row)
+            row += len(drafts[index]) + 1
+            continue
+        error, logprobs = tokens.errors[row], tokens.logprobs[row]
+        outputs[index] = SequenceOutput(
+            () if error else (tokens.token_ids[row],),
+            () if logprobs is None else (logprobs,),
+            error,
+        )
+        row += 1
+    return tuple(outputs)
 
-    One step at a time is in flight: sampling waits for the device, so the host array may be filled
-    again as soon as a step has returned.
+
+def _runs_up_to(
+    lasts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """For each i the `lengths[i]` consecutive numbers that end with `lasts[i]`, one after another.
+
+    >>> _runs_up_to(np.array([4, 9]), np.array([3, 1])).tolist()
+    [2, 3, 4, 9]
     """
-
-    def __init__(self, size: int, dtype: Any, device: torch.device) -> None:
-        if device.type == "cpu":
-            self.host = np.zeros(size, dtype)
-            self._source = self._device = torch.from_numpy(self.host)
-        else:
-            torch_dtype = torch.from_numpy(np.zeros(0, dtype)).dtype
-            self._source = torch.zeros(size, dtype=torch_dtype, pin_memory=True)
-            self.host = self._source.numpy()
-            self._device = torch.zeros(size, dtype=torch_dtype, device=device)
-
-    def to_device(self, size: int) -> Tensor:
-        """The first `size` elements as they are now, on the device."""
-        part = self._device[:size]
-        if self._device is not self._source:
-            part.copy_(self._source[:size], non_blocking=True)
-        return part
+    ends = lengths.cumsum()
+    runs: npt.NDArray[np.int64] = np.repeat(lasts + 1 - ends, lengths)
+    runs += np.arange(len(runs))
+    return runs
 
 
-def _fill_token_ids(target: npt.NDArray[np.int64], plan: Plan) -> None:
+def _fill_token_ids(
+    target: npt.NDArray[np.int64], plan: Plan, drafts: tuple[tuple[int, ...], ...] | None
+) -> None:
     position = 0
-    for sequence, count in zip(plan.sequences, plan.token_counts, strict=True):
+    for index, (sequence, count) in enumerate(zip(plan.sequences, plan.token_counts, strict=True)):
         start = sequence.num_computed_tokens
         if count == 1:
             target[position] = sequence.token_ids[start]
         else:
-            share: array[int] = sequence.token_ids[start : start + count]
-            target[position : position + count] = np.frombuffer(share, np.int64)
+            share = sequence.token_ids[start : start + count]
+            drafted = position + len(share)
+            target[position:drafted] = np.frombuffer(share, np.int64)
+            if drafts is not None:
+                target[drafted : position + count] = drafts[index]
         position += count

@@ -1,0 +1,60 @@
+"""What the runner keeps of each running sequence, in arrays from step to step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from services.engine.core.logit_edits import has_edits
+from services.engine.core.noise import stream_key
+from services.engine.core.sequence import Sequence
+
+
+class SequenceRows:
+    """The block table and the sampling numbers of every running sequence, one row for each.
+
+    Row r belongs to the running sequence whose `row` is r, from the step that first sees it there
+    until another sequence (or another admission of the same one) shows up at r. Nobody has to
+    announce departures, so the mirror cannot fall out of step with the scheduler.
+    """
+
+    def __init__(self, num_rows: int, max_blocks: int) -> None:
+        self.block_tables = np.zeros((num_rows, max_blocks), np.int32)
+        self.temperature = np.zeros(num_rows, np.float32)
+        self.top_k = np.zeros(num_rows, np.int64)
+        self.top_p = np.ones(num_rows, np.float32)
+        self.min_p = np.zeros(num_rows, np.float32)
+        self.noise_key = np.zeros(num_rows, np.uint64)
+        self.logprobs = np.full(num_rows, -1, np.int64)
+        self.has_edits = [False] * num_rows
+        self._tenant: list[tuple[int, int] | None] = [None] * num_rows
+        self._num_blocks = [0] * num_rows
+
+    def refresh(self, sequence: Sequence) -> int:
+        """Bring the row of `sequence` up to date; returns the number of its blocks.
+
+        While a sequence runs, its block table only grows.
+        """
+        row = sequence.row
+        # Not the sequence's id, which its front may use again once the sequence has ended.
+        tenant = (sequence.arrival, sequence.admissions)
+        if self._tenant[row] != tenant:
+            self._tenant[row] = tenant
+            self._move_in(row, sequence)
+        blocks = sequence.block_table
+        mirrored = self._num_blocks[row]
+        if len(blocks) != mirrored:
+            self.block_tables[row, mirrored : len(blocks)] = blocks[mirrored:]
+            self._num_blocks[row] = len(blocks)
+        return len(blocks)
+
+    def _move_in(self, row: int, sequence: Sequence) -> None:
+        sampling = sequence.sampling
+        self._num_blocks[row] = 0
+        self.block_tables[row] = 0
+        self.temperature[row] = sampling.temperature
+        self.top_k[row] = sampling.top_k
+        self.top_p[row] = sampling.top_p
+        self.min_p[row] = sampling.min_p
+        self.noise_key[row] = stream_key(sampling.seed, sequence.request.choice_index)
+        self.logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
+        self.has_edits[row] = has_edits(sampling) or sequence.request.stopping.min_tokens > 0

@@ -1,0 +1,1 @@
+"""Speculative decoding: tokens guessed cheaply, and verified many in one step of the model."""

@@ -29,6 +29,7 @@ from services.engine.core.messages import (
 )
 from services.engine.core.settings import CoreSettings
 from services.engine.core_process import CORE_COMMAND, CoreProcess
+from services.engine.pacing import Pacer
 from services.engine.request_stream import (
     CoreLostError,
     CoreUnavailableError,
@@ -58,6 +59,7 @@ class CoreClient:
 
     When the core dies, or hangs for longer than `restart_stalled_after_s`, the requests in flight
     fail with CoreLostError and a new core is started, after a back-off that doubles each time.
+    `longest_interval_s` bounds the interval at which running streams are told of their tokens.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class CoreClient:
         *,
         stall_timeout_s: float = 5.0,
         restart_stalled_after_s: float = 60.0,
+        longest_interval_s: float = 0.0,
         command: Sequence[str] = CORE_COMMAND,
         on_step: Callable[[Step], None] | None = None,
         on_restart: Callable[[], None] | None = None,
@@ -76,6 +79,7 @@ class CoreClient:
         self._stall_timeout_s = stall_timeout_s
         self._restart_stalled_after_s = restart_stalled_after_s
         self._command = command
+        self._pacer = Pacer(longest_interval_s)
         self._on_step = on_step
         self._on_restart = on_restart
         self._core: CoreProcess | None = None
@@ -136,7 +140,9 @@ class CoreClient:
         """
         if not self._ready or self._core is None:
             raise CoreUnavailableError("the engine core is starting")
-        stream = RequestStream([request.sequence_id for request in requests], self._forget)
+        stream = RequestStream(
+            [request.sequence_id for request in requests], self._forget, self._pacer
+        )
         for request in requests:
             self._streams[request.sequence_id] = stream
         self._nothing_live.clear()
@@ -253,6 +259,7 @@ class CoreClient:
         match event:
             case Step():
                 self.load = event.load
+                self._pacer.set_running(event.load.running_sequences)
                 self._deliver(event.deltas)
                 if self._on_step is not None:
                     self._on_step(event)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from services.engine.core.messages import Delta, FinishReason
+from services.engine.pacing import Pacer
 
 
 class CoreUnavailableError(Exception):
@@ -34,11 +35,12 @@ class Forget(Protocol):
 class RequestStream:
     """The deltas of one request's sequences, which accrue until they are read.
 
-    One reader. Leaving it, by `close` or as a context manager, aborts what has not ended; nothing
-    that arrives later is kept.
+    One reader, which is told when it is time to read: at once of the first tokens and the end of a
+    sequence, as the pacer has it of the rest. Leaving it, by `close` or as a context manager,
+    aborts what has not ended; nothing that arrives later is kept.
     """
 
-    def __init__(self, sequence_ids: list[int], forget: Forget) -> None:
+    def __init__(self, sequence_ids: list[int], forget: Forget, pacer: Pacer) -> None:
         self.sequence_ids = tuple(sequence_ids)  # by choice
         self.was_aborted = False
         # Sequences that the caller gave up while it wants the others: their end is no failure.
@@ -47,7 +49,11 @@ class RequestStream:
         self._forget = forget
         self._accrued: list[Delta] = []
         self._error: Exception | None = None
-        self._something = asyncio.Event()
+        self._pacer = pacer
+        self._waits = False
+        self._due = asyncio.Event()
+        # Called when it is time to read.
+        self.on_due: Callable[[], None] = self._due.set
 
     @property
     def live_sequence_ids(self) -> list[int]:
@@ -81,13 +87,38 @@ class RequestStream:
             )
             self._live.discard(delta.sequence_id)
             self._forget([delta.sequence_id], abort=False)
-        self._something.set()
+        # Timing facts come with a first token and with an end.
+        if delta.timing is not None or delta.finish is not None:
+            self.on_due()
+        elif not self._waits:
+            self._waits = True
+            self._pacer.wait(self._become_due)
 
     def fail(self, error: Exception) -> None:
         """End the stream with an error, after what has accrued."""
         self._error = error
         self._let_go(abort=False)
-        self._something.set()
+        self.on_due()
+
+    def take(self) -> list[Delta]:
+        """All deltas since the last call, without waiting for any."""
+        accrued, self._accrued = self._accrued, []
+        return accrued
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every sequence has ended and nothing is left to take."""
+        return not self._live and not self._accrued
+
+    def raise_failure(self) -> None:
+        """Raise what the stream failed with, once what accrued before has been taken.
+
+        Raises:
+            RefusedError: the core did not take the request.
+            CoreLostError: the core ended.
+        """
+        if self._error is not None and not self._accrued:
+            raise self._error
 
     async def read(self) -> list[Delta]:
         """All deltas since the last call, at least one; empty once every sequence has ended.
@@ -96,15 +127,20 @@ class RequestStream:
             RefusedError: the core did not take the request.
             CoreLostError: the core ended.
         """
-        while not self._accrued:
-            if self._error is not None:
-                raise self._error
-            if not self._live:
-                return []
-            self._something.clear()
-            await self._something.wait()
-        accrued, self._accrued = self._accrued, []
-        return accrued
+        while True:
+            if not self._accrued:
+                self.raise_failure()
+                if not self._live:
+                    return []
+            await self._due.wait()
+            self._due.clear()
+            if self._accrued:
+                return self.take()
+
+    def _become_due(self) -> None:
+        self._waits = False
+        if self._accrued:
+            self.on_due()
 
     def close(self) -> None:
         """Abort what has not ended."""

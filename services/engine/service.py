@@ -37,6 +37,7 @@ class EngineService(Service):
             core_settings(settings),
             stall_timeout_s=settings.engine.stall_timeout_s,
             restart_stalled_after_s=settings.engine.restart_stalled_after_s,
+            longest_interval_s=settings.engine.stream_interval_ms / 1000,
             command=core_command,
             on_step=StepMetrics(metrics, lambda: self._client.load).observe,
             on_restart=metrics.counter("meshserve_engine_core_restarts").inc,

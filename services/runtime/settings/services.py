@@ -65,6 +65,12 @@ class EngineSettings(ServerSettings):
     max_waiting_sequences: Positive = Field(
         1024, description="Sequences that may wait before requests are refused."
     )
+    stream_interval_ms: Annotated[int, Field(ge=0, le=1000)] = Field(
+        50,
+        description="Longest time between two messages of a stream, in milliseconds. With few "
+        "sequences the tokens of a stream are sent more often; the first is sent at once. 0 sends "
+        "the tokens of every step.",
+    )
     stall_timeout_s: Seconds = Field(
         5.0, description="A core silent for longer is not healthy, in seconds."
     )

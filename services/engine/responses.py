@@ -69,6 +69,7 @@ class ResponseBuilder:
             usage=types_pb2.Usage(
                 prompt_tokens=self._prompt_tokens,
                 completion_tokens=self._completion_tokens[sequence_id],
+                cached_prompt_tokens=timing.cached_prompt_tokens,
             ),
             timings=engine_pb2.EngineTimings(
                 queued_time_unix_ns=timing.queued_ns,

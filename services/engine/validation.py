@@ -52,6 +52,8 @@ def sequence_requests(
             priority=request.priority,
             request_id=request.request_id,
             received_ns=received_ns,
+            tenant=request.tenant,
+            cache_salt=request.cache_salt,
         )
         for index in range(_choices(request.sampling))
     ]

@@ -23,6 +23,7 @@ def make_scheduler(
     max_batch_tokens: int = 16,
     max_running_sequences: int = 4,
     max_waiting_sequences: int = 64,
+    prefix_cache: bool = True,
 ) -> Scheduler:
     """A scheduler whose context is all that its pool holds."""
     return Scheduler(
@@ -32,6 +33,7 @@ def make_scheduler(
         max_batch_tokens=max_batch_tokens,
         max_running_sequences=max_running_sequences,
         max_waiting_sequences=max_waiting_sequences,
+        prefix_cache=prefix_cache,
     )
 
 
@@ -42,6 +44,7 @@ def make_engine(
     max_batch_tokens: int = 16,
     max_running_sequences: int = 4,
     max_waiting_sequences: int = 64,
+    prefix_cache: bool = True,
 ) -> EngineCore:
     """An engine core over the hash model."""
     scheduler = make_scheduler(
@@ -50,6 +53,7 @@ def make_engine(
         max_batch_tokens=max_batch_tokens,
         max_running_sequences=max_running_sequences,
         max_waiting_sequences=max_waiting_sequences,
+        prefix_cache=prefix_cache,
     )
     runner = Runner(
         hash_model,

@@ -42,6 +42,13 @@ class HashCache:
         self.token_ids = torch.full((num_blocks * block_size,), -1, dtype=torch.int64)
         self.positions = torch.full((num_blocks * block_size,), -1, dtype=torch.int64)
 
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, given as (source, destination)."""
+        sources, destinations = torch.tensor(pairs).unbind(1)
+        for slots in (self.token_ids, self.positions):
+            blocks = slots.view(-1, self.block_size)
+            blocks[destinations] = blocks[sources]
+
 
 def hash_model(batch: ForwardBatch, cache: HashCache) -> Tensor:
     """Logits [num_rows, vocab] of the wanted rows; writes and reads the cache as a model does."""

@@ -86,6 +86,8 @@ class EngineCore:
             failed_sequences=self._failed_sequences,
             last_step_us=self._last_step_us,
             draining=scheduler.draining,
+            cache_queried_tokens=scheduler.cache_queried_tokens,
+            cache_hit_tokens=scheduler.cache_hit_tokens,
         )
 
     def check_integrity(self) -> None:

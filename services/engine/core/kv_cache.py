@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,8 +34,14 @@ class KVCache:
         self.block_size = block_size
         shape = (num_layers, 2, num_blocks, block_size, kv_heads, head_dim)
         storage = _zeros(shape, dtype, torch.device(device))
+        self._storage = storage
         self.keys: list[Tensor] = [storage[layer, 0] for layer in range(num_layers)]
         self.values: list[Tensor] = [storage[layer, 1] for layer in range(num_layers)]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, given as (source, destination), all layers, keys and values."""
+        sources, destinations = torch.tensor(pairs, device=self._storage.device).unbind(1)
+        self._storage[:, :, destinations] = self._storage[:, :, sources]
 
     @staticmethod
     def bytes_per_block(

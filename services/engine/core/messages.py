@@ -60,6 +60,8 @@ class SequenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     priority: int = 0  # larger goes first
     request_id: str = ""  # for log lines only
     received_ns: int = 0
+    tenant: str = ""  # fairness is kept between tenants, and their prefixes are kept apart
+    cache_salt: bytes = b""  # prefixes are shared under the same salt only
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
@@ -126,6 +128,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     failed_sequences: int = 0
     last_step_us: int = 0
     draining: bool = False
+    cache_queried_tokens: int = 0  # of sequences that entered since start, re-entries included
+    cache_hit_tokens: int = 0  # of these, found in the KV cache
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -156,6 +160,7 @@ class Timing(msgspec.Struct, frozen=True, array_like=True):
     finished_ns: int = 0
     preemptions: int = 0
     steps: int = 0  # engine steps this sequence took part in
+    cached_prompt_tokens: int = 0  # found in the KV cache when the sequence first entered
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):

@@ -13,6 +13,8 @@ from services.engine.core.errors import (
 )
 from services.engine.core.messages import Finish, FinishReason, SequenceRequest
 from services.engine.core.plan import Plan, SequenceOutput, SequenceUpdate, StepOutputs
+from services.engine.core.prefill_sharing import PrefillSharing
+from services.engine.core.prefix_cache import Match, PrefixCache
 from services.engine.core.sequence import Sequence, SequenceState
 from services.engine.core.waiting_queue import WaitingQueue
 
@@ -44,6 +46,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_running_sequences: int,
         max_waiting_sequences: int,
+        prefix_cache: bool = True,
     ) -> None:
         self.pool = pool
         self.limits = limits
@@ -51,12 +54,16 @@ class Scheduler:
         self.steps = 0
         self.preemptions = 0
         self.prompt_tokens = 0  # computed so far, recomputation included
+        self.cache_queried_tokens = 0  # of all sequences that entered, re-entries included
+        self.cache_hit_tokens = 0  # of these, found in the KV cache
         self._eos_token_ids = eos_token_ids
         self._max_batch_tokens = max_batch_tokens
         self._max_running_sequences = max_running_sequences
         self._max_waiting_sequences = max_waiting_sequences
         self._arrivals = 0
         self._live: dict[int, Sequence] = {}
+        self._prefix_cache = PrefixCache(pool, enabled=prefix_cache)
+        self._sharing = PrefillSharing(self._prefix_cache, pool.block_size)
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # best rank first
         self._free_rows = list(range(max_running_sequences - 1, -1, -1))
@@ -64,7 +71,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for their turn."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._sharing)
 
     @property
     def num_running(self) -> int:
@@ -92,12 +99,13 @@ class Scheduler:
         ids = {request.sequence_id for request in requests}
         if len(ids) < len(requests) or not ids.isdisjoint(self._live):
             raise DuplicateSequenceError("a sequence id is in use already")
-        if len(self._waiting) + len(requests) > self._max_waiting_sequences:
+        if self.num_waiting + len(requests) > self._max_waiting_sequences:
             raise QueueFullError(
-                f"{len(self._waiting)} sequences wait already, of at most "
+                f"{self.num_waiting} sequences wait already, of at most "
                 f"{self._max_waiting_sequences}"
             )
         queued_ns = now_ns()
+        added: list[Sequence] = []
         for request, max_output_tokens in zip(requests, max_tokens, strict=True):
             sequence = Sequence(
                 request,
@@ -107,6 +115,8 @@ class Scheduler:
                 queued_ns=queued_ns,
             )
             self._arrivals += 1
+            sequence.fork_of = next((each for each in added if each.may_fork(request)), None)
+            added.append(sequence)
             self._live[sequence.sequence_id] = sequence
             self._waiting.push(sequence)
 
@@ -127,21 +137,23 @@ class Scheduler:
         """
         preemptions = self.preemptions
         planned: dict[Sequence, int] = {}
+        copies: list[tuple[int, int]] = []
         self._plan_decodes(planned)
-        budget = self._max_batch_tokens - len(planned)
+        budget = self._max_batch_tokens - sum(planned.values())
         budget = self._plan_prefills(planned, budget)
         if self.preemptions == preemptions:
-            self._admit(planned, budget)
+            self._admit(planned, copies, budget)
         if not planned and self._live:
             raise IntegrityError("sequences are live, but none can be scheduled")
         self.steps += 1
-        return Plan(self.steps, tuple(planned), tuple(planned.values()))
+        return Plan(self.steps, tuple(planned), tuple(planned.values()), tuple(copies))
 
     def apply(self, outputs: StepOutputs) -> list[SequenceUpdate]:
         """Take in what a step brought; returns what changed, one update per planned sequence
         that got tokens or ended."""
         updates = []
         plan = outputs.plan
+        self.pool.release([source for source, _ in plan.block_copies])
         for sequence, count, output in zip(
             plan.sequences, plan.token_counts, outputs.outputs, strict=True
         ):
@@ -154,21 +166,23 @@ class Scheduler:
             self.prompt_tokens += max(
                 0, min(count, sequence.num_prompt_tokens - sequence.num_computed_tokens)
             )
-            sequence.num_computed_tokens += count
+            known = min(count, sequence.num_uncomputed_tokens)  # the rest was its draft
+            sequence.num_computed_tokens += known + output.num_accepted
             if output.token_ids:
                 updates.append(self._extend(sequence, output, outputs.ended_ns))
         return updates
 
     def check_integrity(self) -> None:
-        """Check the invariants of scheduler, queue, sequences and pool together.
+        """Check the invariants of scheduler, queue, sequences, pool and prefix cache together.
 
         Raises:
             IntegrityError: one does not hold.
         """
         self._waiting.check_integrity()
+        self._sharing.check_integrity()
         for sequence in self._live.values():
             sequence.check_integrity(self.pool.block_size)
-        places = [*self._waiting, *self._running]
+        places = [*self._waiting, *self._sharing, *self._running]
         if len(places) != len(self._live) or set(places) != set(self._live.values()):
             raise IntegrityError("a live sequence neither waits nor runs, or does both")
         if any(sequence.state is not SequenceState.RUNNING for sequence in self._running):
@@ -180,6 +194,8 @@ class Scheduler:
         if sorted(rows) != list(range(self._max_running_sequences)):
             raise IntegrityError("a row is lost or shared")
         self.pool.check_integrity(sequence.block_table for sequence in self._running)
+        for sequence in self._running:
+            self._prefix_cache.check_integrity(sequence)
 
     def _plan_decodes(self, planned: dict[Sequence, int]) -> None:
         for sequence in tuple(self._running):
@@ -187,7 +203,7 @@ class Scheduler:
             if sequence.state is not SequenceState.RUNNING or sequence.num_uncomputed_tokens != 1:
                 continue
             if self._grow(sequence, planned):
-                planned[sequence] = 1
+                planned[sequence] = 1 + len(sequence.draft_token_ids)
 
     def _plan_prefills(self, planned: dict[Sequence, int], budget: int) -> int:
         for sequence in self._running:
@@ -198,23 +214,68 @@ class Scheduler:
                 budget -= planned[sequence]
         return budget
 
-    def _admit(self, planned: dict[Sequence, int], budget: int) -> None:
+    def _admit(
+        self, planned: dict[Sequence, int], copies: list[tuple[int, int]], budget: int
+    ) -> None:
         while budget and self._free_rows and (sequence := self._waiting.head) is not None:
-            blocks = self.pool.blocks_for(sequence.num_tokens)
-            if blocks + len(self._running) > self.pool.num_free:
-                break
+            match = self._match(sequence)
+            leader = self._sharing.leader_for(sequence, match)
+            if leader is not None:
+                self._sharing.wait(self._waiting.pop(), leader)
+                continue
+            if not self._fits(sequence, match):
+                # Without the copy's source, which would be held beside the copy.
+                match = match.without_copy(self.pool.block_size)
+                if not self._fits(sequence, match):
+                    break
             self._waiting.pop()
-            sequence.block_table = self.pool.allocate(blocks)
-            sequence.row = self._free_rows.pop()
-            sequence.admissions += 1
-            sequence.state = SequenceState.RUNNING
-            self._insert_running(sequence)
+            self._enter(sequence, match, copies)
             planned[sequence] = min(sequence.num_uncomputed_tokens, budget)
             budget -= planned[sequence]
 
+    def _match(self, sequence: Sequence) -> Match:
+        """What of a waiting sequence is in the KV cache already."""
+        original = sequence.fork_of
+        if original is not None and original.num_computed_tokens >= sequence.num_tokens:
+            return Match.of(original.block_table, sequence.num_tokens - 1, self.pool.block_size)
+        return self._prefix_cache.match(sequence)
+
+    def _fits(self, sequence: Sequence, match: Match) -> bool:
+        held = (
+            [*match.blocks] if match.copied_block is None else [*match.blocks, match.copied_block]
+        )
+        missing = self.pool.blocks_for(sequence.num_tokens) - len(match.blocks)
+        taken = missing + self.pool.count_kept(held)
+        return taken + len(self._running) <= self.pool.num_free
+
+    def _enter(self, sequence: Sequence, match: Match, copies: list[tuple[int, int]]) -> None:
+        pool = self.pool
+        pool.share(match.blocks)
+        if match.copied_block is not None:
+            pool.share([match.copied_block])  # until the copy is made; see `apply`
+        missing = pool.blocks_for(sequence.num_tokens) - len(match.blocks)
+        sequence.block_table = match.blocks + pool.allocate(missing)
+        if match.copied_block is not None:
+            copies.append((match.copied_block, sequence.block_table[len(match.blocks)]))
+        sequence.num_computed_tokens = match.num_tokens
+        self._prefix_cache.adopt(sequence, match)
+        sequence.fork_of = None
+        if sequence.admissions == 0:
+            sequence.cached_prompt_tokens = min(match.num_tokens, sequence.num_prompt_tokens)
+        self.cache_queried_tokens += sequence.num_tokens
+        self.cache_hit_tokens += match.num_tokens
+        sequence.row = self._free_rows.pop()
+        sequence.admissions += 1
+        sequence.state = SequenceState.RUNNING
+        self._insert_running(sequence)
+        if sequence.num_uncomputed_tokens > 1:
+            self._sharing.lead(sequence)
+
     def _grow(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
-        """Make room for all known tokens of `sequence`; False if it was itself preempted."""
-        missing = self.pool.blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        """Make room for all known tokens of `sequence` and its drafts; False if it was itself
+        preempted."""
+        num_tokens = sequence.num_tokens + len(sequence.draft_token_ids)
+        missing = self.pool.blocks_for(num_tokens) - len(sequence.block_table)
         while missing > self.pool.num_free:
             victim = self._running[-1]
             planned.pop(victim, None)
@@ -227,7 +288,6 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
-        sequence.num_computed_tokens = 0
         sequence.preemptions += 1
         sequence.state = SequenceState.WAITING
         self._waiting.push(sequence)
@@ -244,8 +304,17 @@ class Scheduler:
         self._running.remove(sequence)
         self.pool.release(sequence.block_table)
         sequence.block_table = []
+        sequence.num_computed_tokens = 0
+        sequence.num_published_blocks = 0
+        sequence.draft_token_ids = ()
         self._free_rows.append(sequence.row)
         sequence.row = -1
+        if sequence in self._sharing:
+            self._finish_prefill(sequence)
+
+    def _finish_prefill(self, leader: Sequence) -> None:
+        for follower in self._sharing.finish(leader):
+            self._waiting.push(follower)
 
     def _extend(self, sequence: Sequence, output: SequenceOutput, ended_ns: int) -> SequenceUpdate:
         if sequence.first_token_ns == 0:
@@ -257,8 +326,12 @@ class Scheduler:
             accepted += 1
             finish = sequence.stops.check(sequence.token_ids, sequence.num_prompt_tokens)
             if finish is not None:
-                self._end(sequence, finish, ended_ns)
                 break
+        self._prefix_cache.publish(sequence)
+        if sequence in self._sharing:
+            self._finish_prefill(sequence)
+        if finish is not None:
+            self._end(sequence, finish, ended_ns)
         return SequenceUpdate(
             sequence, output.token_ids[:accepted], output.logprobs[:accepted], finish
         )
@@ -271,6 +344,8 @@ class Scheduler:
     def _end(self, sequence: Sequence, finish: Finish, ended_ns: int) -> None:
         if sequence.state is SequenceState.RUNNING:
             self._stop_running(sequence)
+        elif sequence.awaits is not None:
+            self._sharing.remove(sequence)
         else:
             self._waiting.remove(sequence)
         del self._live[sequence.sequence_id]

@@ -32,13 +32,19 @@ class Sequence:
     __slots__ = (
         "admissions",
         "arrival",
+        "awaits",
+        "block_hashes",
         "block_table",
+        "cached_prompt_tokens",
+        "draft_token_ids",
         "finish",
         "finished_ns",
         "first_token_ns",
+        "fork_of",
         "max_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "num_published_blocks",
         "preemptions",
         "prefill_start_ns",
         "queued_ns",
@@ -69,6 +75,15 @@ class Sequence:
         self.max_tokens = max_tokens
         self.num_computed_tokens = 0
         self.block_table: list[int] = []
+        # Of the blocks that known tokens fill, as far as they were wanted; see PrefixCache.
+        self.block_hashes: list[bytes] = []
+        self.num_published_blocks = 0  # the first so many of block_table can be found by hash
+        self.cached_prompt_tokens = 0  # prompt tokens that the KV cache held on first entry
+        # Guesses at what follows token_ids, to be verified in the next step it decodes in.
+        self.draft_token_ids: tuple[int, ...] = ()
+        # The choice of the same request that computes the prompt for both, until this one enters.
+        self.fork_of: Sequence | None = None
+        self.awaits: Sequence | None = None  # whose prefill it waits for beside the queue
         self.row = -1  # where the runner keeps this sequence's buffers, while RUNNING
         self.admissions = 0  # how often it has entered RUNNING
         self.preemptions = 0
@@ -113,6 +128,15 @@ class Sequence:
         """Whether it has ended, however that came."""
         return self.state is SequenceState.FINISHED
 
+    def may_fork(self, request: SequenceRequest) -> bool:
+        """Whether a sequence of `request`, arriving with this one, may share all of its prompt."""
+        own = self.request
+        return (
+            own.prompt_token_ids == request.prompt_token_ids
+            and own.priority == request.priority
+            and (own.tenant, own.cache_salt) == (request.tenant, request.cache_salt)
+        )
+
     def timing(self) -> Timing:
         """The timing facts so far."""
         return Timing(
@@ -123,6 +147,7 @@ class Sequence:
             finished_ns=self.finished_ns,
             preemptions=self.preemptions,
             steps=self.steps,
+            cached_prompt_tokens=self.cached_prompt_tokens,
         )
 
     def check_integrity(self, block_size: int) -> None:
@@ -141,7 +166,9 @@ class Sequence:
                 )
             if len(self.block_table) * block_size < self.num_computed_tokens:
                 raise IntegrityError(f"{name} computed more tokens than its blocks hold")
-        elif self.block_table or self.row >= 0:
+            if self.num_published_blocks * block_size > self.num_computed_tokens:
+                raise IntegrityError(f"{name} published a block that it has not computed")
+        elif self.block_table or self.row >= 0 or self.num_published_blocks:
             raise IntegrityError(f"{name} still owns blocks or a row")
         if (self.finish is not None) != self.is_finished:
             raise IntegrityError(f"{name} and its finish contradict each other")

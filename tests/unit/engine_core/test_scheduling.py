@@ -21,6 +21,8 @@ from tests.fakes.engines import make_engine, reference_output
 BLOCK_SIZE = 4
 
 tokens = st.integers(0, 50)
+# Beginnings that many prompts have in common, of less, exactly, and more than a block.
+prefixes = st.sampled_from([[], [9], [9] * 4, [9] * 8, [9] * 8 + [1, 2], [9] * 8 + [5] * 12])
 samplings = st.builds(
     Sampling,
     temperature=st.sampled_from([0.0, 0.7, 1.3]),
@@ -58,30 +60,45 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         self.next_id = 0
 
     @rule(
-        prompt=st.lists(tokens, min_size=1, max_size=40),
+        prefix=prefixes,
+        own=st.lists(tokens, min_size=1, max_size=6) | st.lists(tokens, min_size=1, max_size=40),
         sampling=samplings,
         stopping=stoppings,
+        choices=st.sampled_from([1, 1, 2, 4]),
         priority=st.integers(-1, 1),
+        tenant=st.sampled_from(["", "a", "b"]),
+        cache_salt=st.sampled_from([b"", b"salt"]),
     )
     def arrive(
-        self, prompt: list[int], sampling: Sampling, stopping: Stopping, priority: int
+        self,
+        prefix: list[int],
+        own: list[int],
+        sampling: Sampling,
+        stopping: Stopping,
+        choices: int,
+        **fields: Any,
     ) -> None:
-        request = SequenceRequest(
-            self.next_id, prompt, sampling, stopping, choice_index=priority + 1, priority=priority
-        )
-        self.next_id += 1
+        prompt = prefix + own
+        requests = [
+            SequenceRequest(
+                self.next_id + index, prompt, sampling, stopping, choice_index=index, **fields
+            )
+            for index in range(choices)
+        ]
+        self.next_id += choices
         needed = len(prompt) + (stopping.max_tokens or 1)
         try:
-            self.engine.add([request])
+            self.engine.add(requests)
         except NeverFitsError:
             assert needed > self.context_tokens
         except QueueFullError:
             # More than the bound when preempted sequences have come back to wait.
-            assert self.engine.load().waiting_sequences >= 8
+            assert self.engine.load().waiting_sequences + choices > 8
         else:
             assert needed <= self.context_tokens
-            self.live[request.sequence_id] = request
-            self.outputs[request.sequence_id] = []
+            for request in requests:
+                self.live[request.sequence_id] = request
+                self.outputs[request.sequence_id] = []
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels import AttentionMetadata, rotary_embedding, silu_and_mul
+from services.engine.core.kernels.cpu.program import Buffer, Epilogue, ProgramBuilder
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layers import (
     Embedding,
@@ -90,6 +91,21 @@ class LlamaLayer(nn.Module):
         hidden, residual = self.feed_forward_norm.add(hidden, residual)
         return self.feed_forward(hidden), residual
 
+    def lower(self, program: ProgramBuilder) -> None:
+        """The same as operations of the native kernels, on the residual stream."""
+        attention, feed_forward = self.attention, self.feed_forward
+        index = attention.attend.layer_index
+        program.norm(self.attention_norm)
+        program.linear(attention.qkv, Buffer.PROJECTED)
+        program.rotary_kv(index)
+        program.attention(index, attention.heads * attention.head_dim)
+        program.convert(Buffer.ATTENDED)
+        program.linear(attention.output, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
+        program.norm(self.feed_forward_norm)
+        program.linear(feed_forward.gate_up, Buffer.GATED, epilogue=Epilogue.GATED_SILU)
+        program.convert(Buffer.GATED)
+        program.linear(feed_forward.down, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
+
 
 class Llama(Model):
     """A Llama-family decoder."""
@@ -117,6 +133,15 @@ class Llama(Model):
         hidden, _ = self.norm.add(hidden.index_select(0, rows), residual.index_select(0, rows))
         logits: Tensor = self.embedding.project(hidden) if self.head is None else self.head(hidden)
         return logits.float()
+
+    def lower(self, program: ProgramBuilder) -> None:
+        program.embed(self.embedding)
+        for layer in self.layers:
+            assert isinstance(layer, LlamaLayer)
+            layer.lower(program)
+        program.select_rows()
+        program.norm(self.norm)
+        program.linear(self.embedding if self.head is None else self.head, Buffer.LOGITS)
 
 
 class _Step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from services.engine.core.models.base import Model
 from services.engine.core.models.config import ModelConfig, config_from_gguf, config_from_hf
 from services.engine.core.models.registry import ARCHITECTURES
-from services.engine.core.weights.checkpoint import open_checkpoint
+from services.engine.core.weights.checkpoint import Checkpoint, open_checkpoint
 from services.engine.core.weights.loading import check_weights, load_weights
 from services.runtime.modelfiles import GGUFFile, ModelFileError
 
@@ -34,19 +34,31 @@ def read_config(path: Path | str) -> ModelConfig:
     return config
 
 
-def load_model(
-    path: Path | str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    max_context_tokens: int | None = None,
-) -> tuple[Model, ModelConfig]:
-    """Load a model for inference.
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model that was found fit for its architecture, and no memory taken for it yet."""
+
+    config: ModelConfig
+    checkpoint: Checkpoint
+    skeleton: Model  # on the meta device
+
+    def load(self, dtype: torch.dtype, device: torch.device | str) -> Model:
+        """Load it for inference on plain torch.
+
+        Raises ModelFileError for a tensor that cannot be read and torch.OutOfMemoryError where the
+        device has not the room.
+        """
+        model = _build(self.config, dtype, device)
+        load_weights(model, self.checkpoint)
+        return model.eval().requires_grad_(False)
+
+
+def open_model(path: Path | str, *, max_context_tokens: int | None = None) -> OpenedModel:
+    """Open a model and check names and shapes of its weights.
 
     `max_context_tokens` serves a context other than the model's own: a shorter one, or, for models
     whose rope scaling is dynamic, a longer one. Raises ModelFileError for files that are missing,
-    damaged or do not fit the architecture, and for a context that the model does not stretch to;
-    torch.OutOfMemoryError where the device has not the room.
+    damaged or do not fit the architecture, and for a context that the model does not stretch to.
     """
     config = read_config(path)
     if max_context_tokens is not None:
@@ -59,11 +71,22 @@ def load_model(
     if config.num_layers > len(checkpoint.shapes):
         problem = f"claims {config.num_layers} layers but has {len(checkpoint.shapes)} tensors"
         raise ModelFileError(path, problem)
-    # Built twice: first without memory, so that a wrong file is refused before any is taken.
-    check_weights(_build(config, dtype, "meta"), checkpoint, tied=config.tie_embeddings)
-    model = _build(config, dtype, device)
-    load_weights(model, checkpoint)
-    return model.eval().requires_grad_(False), config
+    # Without memory, so that a wrong file is refused before any is taken.
+    skeleton = _build(config, torch.float32, "meta")
+    check_weights(skeleton, checkpoint, tied=config.tie_embeddings)
+    return OpenedModel(config, checkpoint, skeleton)
+
+
+def load_model(
+    path: Path | str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    max_context_tokens: int | None = None,
+) -> tuple[Model, ModelConfig]:
+    """Open a model and load it for plain torch; raises what `open_model` and `load` raise."""
+    opened = open_model(path, max_context_tokens=max_context_tokens)
+    return opened.load(dtype, device), opened.config
 
 
 def _build(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Model:

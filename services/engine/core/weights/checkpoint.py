@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from services.engine.core.kernels.cpu.packing import GroupedWeight
 from services.engine.core.weights.dequantize import DEQUANTIZERS, dequantize
+from services.engine.core.weights.grouped import GROUPED, read_grouped
 from services.engine.core.weights.names import FROM_GGUF, FROM_HF, is_derived, model_name
 from services.runtime.modelfiles import GGUFFile, ModelFileError, TensorInfo
 
@@ -27,6 +30,9 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> Tensor:
         """Return a tensor of floating-point type on the CPU; raises ModelFileError."""
+
+    def read_grouped(self, name: str) -> GroupedWeight | None:
+        """Return a matrix in the precision it is stored in, None if that is no quantised one."""
 
     def source_name(self, name: str) -> str:
         """Return what the checkpoint itself calls the model's tensor `name`."""
@@ -83,6 +89,9 @@ class SafetensorsCheckpoint:
             ) from None
         return tensor
 
+    def read_grouped(self, name: str) -> GroupedWeight | None:
+        return None
+
 
 class GGUFCheckpoint:
     """A GGUF file, its tensors dequantised as they are read."""
@@ -110,20 +119,31 @@ class GGUFCheckpoint:
             problem = f"is stored as {info.type.name}, only {', '.join(DEQUANTIZERS)} can be read"
             raise ModelFileError(self.path, problem, what=f"tensor {info.name!r}")
         tensor = dequantize(self._file.tensor_bytes(info.name), info.type, info.shape)
+        order = self._row_order(name, info)
+        return tensor if order is None else tensor[order]
+
+    def read_grouped(self, name: str) -> GroupedWeight | None:
+        info = self._infos[name]
+        if info.type.name not in GROUPED or len(info.shape) != 2:
+            return None
+        weight = read_grouped(self._file.tensor_bytes(info.name), info.type, info.shape)
+        order = self._row_order(name, info)
+        return weight if order is None else weight.rows(order)
+
+    def _row_order(self, name: str, info: TensorInfo) -> Tensor | None:
         parts = name.split(".")
         if len(parts) > 2 and parts[-3] == "attention" and parts[-2] in self._heads:
-            return _halves_from_pairs(tensor, self._heads[parts[-2]])
-        return tensor
+            return _halves_from_pairs(info.shape[0], self._heads[parts[-2]])
+        return None
 
 
-def _halves_from_pairs(rows: Tensor, heads: int) -> Tensor:
-    """Undo GGUF's row order of Llama's query and key projections.
+def _halves_from_pairs(num_rows: int, heads: int) -> Tensor:
+    """The order that undoes GGUF's, for the rows of Llama's query and key projections.
 
     GGUF rotates neighbouring rows of a head against each other, this model (as HF) a head's two
     halves: row 2i of a head becomes row i, row 2i + 1 becomes row i + head_dim / 2.
     """
-    paired = rows.view(heads, -1, 2, *rows.shape[1:])
-    return paired.transpose(1, 2).reshape(rows.shape)
+    return torch.arange(num_rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
 
 
 def open_checkpoint(path: Path, heads: int, kv_heads: int) -> Checkpoint:

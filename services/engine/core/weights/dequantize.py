@@ -49,12 +49,12 @@ def _bits(packed: Tensor, width: int) -> Tensor:
     return (packed.unsqueeze(2) >> shifts) & ((1 << width) - 1)
 
 
-def _nibbles(packed: Tensor) -> Tensor:
+def nibbles(packed: Tensor) -> Tensor:
     """32 four-bit values per block: the low nibbles of 16 bytes, then the high ones."""
     return _bits(packed.unsqueeze(1), 4).flatten(1)
 
 
-def _fifth_bits(packed: Tensor) -> Tensor:
+def fifth_bits(packed: Tensor) -> Tensor:
     """32 single bits per block, each in the place of a fifth bit."""
     shifts = torch.arange(8, dtype=torch.uint8)
     return (((packed.unsqueeze(2) >> shifts) & 1) << 4).flatten(1)
@@ -73,20 +73,20 @@ def _bf16(blocks: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return (_nibbles(blocks[:, 2:]).float() - 8) * _half(blocks, 0)
+    return (nibbles(blocks[:, 2:]).float() - 8) * _half(blocks, 0)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return _nibbles(blocks[:, 4:]).float() * _half(blocks, 0) + _half(blocks, 2)
+    return nibbles(blocks[:, 4:]).float() * _half(blocks, 0) + _half(blocks, 2)
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    quants = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])
+    quants = nibbles(blocks[:, 6:]) | fifth_bits(blocks[:, 2:6])
     return (quants.float() - 16) * _half(blocks, 0)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    quants = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])
+    quants = nibbles(blocks[:, 8:]) | fifth_bits(blocks[:, 4:8])
     return quants.float() * _half(blocks, 0) + _half(blocks, 2)
 
 

@@ -38,6 +38,9 @@ class KernelTable(ctypes.Structure):
             "run_attention",
             ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32),
         ),
+        ("make_program", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)),
+        ("run_program", ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)),
+        ("free_program", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
     )
 
 

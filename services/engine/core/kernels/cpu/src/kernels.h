@@ -13,6 +13,8 @@ namespace meshserve {
 class Team;
 struct AttentionArgs;
 struct RotaryKvArgs;
+struct ProgramSpec;
+struct StepInput;
 
 struct Kernels {
   size_t size;      // sizeof(Kernels), for the caller to compare with its own idea of it
@@ -22,6 +24,10 @@ struct Kernels {
   void (*free_team)(Team* team);
   void (*run_rotary_kv)(Team* team, const RotaryKvArgs* layers, int32_t num_layers);
   void (*run_attention)(Team* team, const AttentionArgs* layers, int32_t num_layers);
+  // program.h
+  void* (*make_program)(Team* team, const ProgramSpec* spec);
+  int32_t (*run_program)(void* program, const StepInput* input);
+  void (*free_program)(void* program);
 };
 
 }  // namespace meshserve

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attention_calls.h"
+#include "program.h"
 
 namespace meshserve::MESHSERVE_ISA {
 
@@ -14,6 +15,9 @@ const Kernels kernels = {
     .free_team = free_team,
     .run_rotary_kv = run_rotary_kv,
     .run_attention = run_attention,
+    .make_program = make_program,
+    .run_program = run_program,
+    .free_program = free_program,
 };
 
 }  // namespace meshserve::MESHSERVE_ISA

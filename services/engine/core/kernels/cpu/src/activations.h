@@ -1,0 +1,55 @@
+// Rows of activations in the forms that the linear kernels multiply: norms and conversions write
+// them, linear.h reads them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace meshserve {
+
+// Inputs of a linear layer that share a scale, in quantised weights and activations alike.
+constexpr int32_t group_inputs = 32;
+
+enum class ActivationFormat : int32_t {
+  operands = 0,  // bf16 or float, as simd.h's Operand
+  int8 = 1,      // groups of 32 signed bytes with a scale each
+};
+
+// A row of int8 is laid out as: [inputs] int8, [groups] float scales, [groups] float sums
+// (scale * the sum of the group's bytes), [groups] int32 offsets (-128 * that sum of bytes). Weights
+// are unsigned bytes: the sums serve those with a minimum, the offsets those centred on 128.
+struct Activations {
+  ActivationFormat format;
+  int32_t inputs;  // a multiple of 32
+  void* rows;      // 64-byte aligned
+  int64_t stride;  // bytes
+};
+
+// Bytes of a row in any format on any instruction set.
+inline int64_t activation_stride(int32_t inputs) { return (int64_t{inputs} * 4 + 63) / 64 * 64; }
+
+}  // namespace meshserve
+
+namespace meshserve::MESHSERVE_ISA {
+
+struct Int8Row {
+  int8_t* values;
+  float* scales;
+  float* sums;
+  int32_t* offsets;
+};
+
+inline Int8Row int8_row(const Activations& of, int64_t row) {
+  auto* start = static_cast<int8_t*>(of.rows) + row * of.stride;
+  auto* scales = reinterpret_cast<float*>(start + of.inputs);
+  const int32_t groups = of.inputs / group_inputs;
+  return {start, scales, scales + groups, reinterpret_cast<int32_t*>(scales + 2 * groups)};
+}
+
+// Writes row `row` from `inputs` floats.
+void store_activations(const Activations& to, int64_t row, const float* values);
+
+// RMSNorm (Zhang and Sennrich, arXiv:1910.07467) of a row, computed in float.
+void rms_norm(const float* row, const float* weight, float eps, int32_t size, float* out);
+
+}  // namespace meshserve::MESHSERVE_ISA

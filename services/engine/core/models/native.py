@@ -1,0 +1,170 @@
+"""A model whose steps run on the native CPU kernels, from the same checkpoint and model family."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.engine.core.batch import ForwardBatch
+from services.engine.core.kernels.cpu.kv_cache import KvLayout, PackedKVCache
+from services.engine.core.kernels.cpu.packing import (
+    GroupedWeight,
+    PackedLinear,
+    concatenate,
+    pack_bf16,
+    pack_grouped,
+    quantize_4,
+    quantize_8,
+)
+from services.engine.core.kernels.cpu.program import (
+    Buffer,
+    Program,
+    ProgramBuilder,
+    StepInput,
+    Team,
+    rotary_tables,
+)
+from services.engine.core.layers import Embedding, MergedLinear
+from services.engine.core.models.base import Model
+from services.engine.core.models.config import ModelConfig
+from services.engine.core.weights.checkpoint import Checkpoint
+
+# "auto": quantised matrices in their own precision, others in bf16.
+WeightChoice: TypeAlias = Literal["auto", "bfloat16", "int8", "int4"]
+
+
+class UnsupportedModelError(Exception):
+    """The native kernels do not serve this model; plain torch does."""
+
+
+class NativeModel:
+    """Computes steps as `Model` does, in one native call; `bind` gives it its KV cache first."""
+
+    def __init__(
+        self, model: Model, checkpoint: Checkpoint, team: Team, weights: WeightChoice
+    ) -> None:
+        """model: of the family, on the meta device; its checkpoint has been checked.
+
+        Raises UnsupportedModelError where the kernels do not serve its shape.
+        """
+        self.config: ModelConfig = model.config
+        self._team = team
+        self._rotary = model.rotary
+        packer = _Packer(model, checkpoint, weights)
+        self._builder = ProgramBuilder(packer.pack, packer.vector)
+        try:
+            with torch.inference_mode():
+                model.lower(self._builder)
+        except (NotImplementedError, ValueError) as error:
+            raise UnsupportedModelError(str(error)) from None
+        self._program: Program | None = None
+
+    @property
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of the packed matrices, by their format."""
+        sizes: dict[str, int] = {}
+        for packed in self._builder.packed:
+            name = packed.weight_format.name.lower()
+            sizes[name] = sizes.get(name, 0) + packed.num_bytes
+        return sizes
+
+    def bind(self, kv_cache: PackedKVCache, *, max_batch_tokens: int) -> None:
+        """Take the cache that all steps use. Raises MemoryError where buffers do not fit."""
+        config = self.config
+        cos, sin = rotary_tables(
+            self._rotary.frequencies, self._rotary.amplitude, config.max_context_tokens
+        )
+        layouts = [kv_cache.layout(index) for index in range(config.num_layers)]
+        self._program = Program(
+            self._builder,
+            self._team,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            rotary_dim=2 * cos.shape[1],
+            attention_scale=config.head_dim**-0.5,
+            cos=cos,
+            sin=sin,
+            layers=(KvLayout * config.num_layers)(*layouts),
+            num_layers=config.num_layers,
+            max_tokens=max_batch_tokens,
+        )
+        # Untouched pages: a row takes memory once a step wants that many rows.
+        self._logits = torch.empty(max_batch_tokens, self._builder.widths[Buffer.LOGITS])
+        self._positions = np.empty(max_batch_tokens, np.int32)
+
+    def __call__(self, batch: ForwardBatch, kv_cache: Any) -> Tensor:
+        """Compute a step, as `Model.__call__`. The logits are overwritten by the next step."""
+        assert self._program is not None
+        num_tokens, num_rows = len(batch.token_ids), len(batch.logits_rows)
+        self._positions[:num_tokens] = batch.positions.numpy()
+        starts = np.zeros(len(batch.query_lengths) + 1, np.int32)
+        np.cumsum(batch.query_lengths, out=starts[1:])
+        contexts = np.array(batch.context_lengths, np.int32)
+        logits = self._logits[:num_rows]
+        self._program.run(
+            StepInput(
+                num_tokens=num_tokens,
+                num_sequences=len(batch.query_lengths),
+                positions=self._positions.ctypes.data,
+                slots=batch.slots.data_ptr(),
+                query_starts=starts.ctypes.data,
+                context_lengths=contexts.ctypes.data,
+                block_tables=batch.block_tables.data_ptr(),
+                table_stride=batch.block_tables.stride(0),
+                token_ids=batch.token_ids.data_ptr(),
+                logits_rows=batch.logits_rows.data_ptr(),
+                num_rows=num_rows,
+                logits=logits.data_ptr(),
+            )
+        )
+        return logits
+
+
+class _Packer:
+    """Reads a model's matrices from its checkpoint and packs them, one module at a time."""
+
+    def __init__(self, model: Model, checkpoint: Checkpoint, weights: WeightChoice) -> None:
+        self._checkpoint = checkpoint
+        self._weights = weights
+        self._paths = {id(module): path for path, module in model.named_modules()}
+
+    def vector(self, module: Any) -> Tensor:
+        return self._checkpoint.read(f"{self._paths[id(module)]}.weight")
+
+    def pack(self, module: Any, gated: bool) -> PackedLinear:
+        path = self._paths[id(module)]
+        names = [path]
+        if isinstance(module, MergedLinear):
+            parent = path.rpartition(".")[0]
+            names = [f"{parent}.{part}" for part in module.sizes]
+        bias = None
+        if getattr(module, "bias", None) is not None:
+            bias = torch.cat([self._checkpoint.read(f"{name}.bias").float() for name in names])
+        grouped = self._grouped(names, is_head=isinstance(module, Embedding) or path == "head")
+        if grouped is not None:
+            return pack_grouped(grouped, bias, gated=gated)
+        return pack_bf16(self._floats(names), bias, gated=gated)
+
+    def _floats(self, names: list[str]) -> Tensor:
+        return torch.cat([self._checkpoint.read(f"{name}.weight") for name in names])
+
+    def _grouped(self, names: list[str], *, is_head: bool) -> GroupedWeight | None:
+        if self._weights == "bfloat16":
+            return None
+        parts = [self._checkpoint.read_grouped(f"{name}.weight") for name in names]
+        stored = [part for part in parts if part is not None]
+        own = concatenate(stored) if len(stored) == len(names) else None
+        if self._weights == "auto":
+            return own
+        if self._weights == "int4" and not is_head:
+            return own if own is not None and own.bits == 4 else quantize_4(self._floats(names))
+        # Four bits fit into eight. A head stays at eight, for logits show every error in it.
+        if own is None:
+            return quantize_8(self._floats(names))
+        if own.minima is None:
+            return own
+        return GroupedWeight(own.levels, own.scales, own.minima, bits=8)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import select
-import socket
 import struct
+from collections.abc import Iterable
 
 import msgspec
 
 from services.engine.core.messages import Command, Event
 
 LENGTH = struct.Struct("<I")
-_RECEIVE_BYTES = 1 << 18
-# Room for the events of many steps, so that a front that is briefly busy does not hold up the core.
-_SEND_BUFFER_BYTES = 1 << 22
-
-
-class ConnectionClosedError(Exception):
-    """The other end is gone."""
+# A buffer that one large frame has stretched is not kept for the small ones that follow.
+_KEPT_BUFFER_BYTES = 1 << 20
 
 
 def frame(message: object, encoder: msgspec.msgpack.Encoder) -> bytes:
@@ -26,59 +20,51 @@ def frame(message: object, encoder: msgspec.msgpack.Encoder) -> bytes:
     return LENGTH.pack(len(payload)) + payload
 
 
-class CoreConnection:
-    """The core's end: sends events, receives commands. Blocking, for the core has one thread."""
+class EventFrames:
+    """Encodes events, one frame each, into one buffer that is used again and again."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
-        self._socket.setblocking(True)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    def __init__(self) -> None:
         self._encoder = msgspec.msgpack.Encoder()
+        self._buffer = bytearray()
+
+    def encode(self, events: Iterable[Event]) -> bytearray:
+        """The frames of `events`, one after another; valid until the next call."""
+        if len(self._buffer) > _KEPT_BUFFER_BYTES:
+            self._buffer = bytearray()
+        buffer = self._buffer
+        start = 0
+        for event in events:
+            payload = start + LENGTH.size
+            # What lies behind the payload is cut off: the buffer ends with the frame.
+            self._encoder.encode_into(event, buffer, payload)
+            LENGTH.pack_into(buffer, start, len(buffer) - payload)
+            start = len(buffer)
+        return buffer
+
+
+class CommandFrames:
+    """Puts commands together from the pieces in which they arrive."""
+
+    def __init__(self) -> None:
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._received = bytearray()
 
-    def send(self, event: Event) -> None:
-        """Send one event, waiting while the front is more than a full buffer behind.
+    def decode(self, piece: bytes) -> list[Command]:
+        """The commands that `piece` completes.
 
         Raises:
-            ConnectionClosedError: the front is gone.
+            msgspec.MsgspecError: a frame holds something else than a command.
         """
-        try:
-            self._socket.sendall(frame(event, self._encoder))
-        except OSError as error:
-            raise ConnectionClosedError(str(error)) from error
-
-    def receive(self, *, wait_s: float | None) -> list[Command]:
-        """All commands that have arrived; waits up to `wait_s` (None: for ever) for the first.
-
-        Raises:
-            ConnectionClosedError: the front is gone.
-        """
-        while not (commands := self._complete_commands()):
-            readable, _, _ = select.select([self._socket], [], [], wait_s)
-            if not readable:
-                return []
-            self._fill()
-        return commands
-
-    def _fill(self) -> None:
-        try:
-            chunk = self._socket.recv(_RECEIVE_BYTES)
-        except OSError as error:
-            raise ConnectionClosedError(str(error)) from error
-        if not chunk:
-            raise ConnectionClosedError("the other end closed the connection")
-        self._received += chunk
-
-    def _complete_commands(self) -> list[Command]:
+        received = self._received
+        received += piece
         commands: list[Command] = []
         position = 0
-        while len(self._received) - position >= LENGTH.size:
-            (length,) = LENGTH.unpack_from(self._received, position)
+        while len(received) - position >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(received, position)
             end = position + LENGTH.size + length
-            if len(self._received) < end:
+            if len(received) < end:
                 break
-            commands.append(self._decoder.decode(self._received[position + LENGTH.size : end]))
+            commands.append(self._decoder.decode(received[position + LENGTH.size : end]))
             position = end
-        del self._received[:position]
+        del received[:position]
         return commands

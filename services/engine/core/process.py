@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import AdmissionError, StartupError
-from services.engine.core.framing import ConnectionClosedError, CoreConnection
+from services.engine.core.mailbox import ConnectionClosedError, Mailbox
 from services.engine.core.messages import (
     Abort,
     Add,
@@ -40,106 +40,135 @@ logger = logging.getLogger(__name__)
 
 EngineBuilder: TypeAlias = Callable[[CoreSettings], tuple[EngineCore, ModelFacts]]
 
-# An idle core checks its own integrity once nothing has come for this long.
-_IDLE_CHECK_AFTER_S = 0.2
+# A core is idle once nothing has come for this long.
+_UPKEEP_AFTER_S = 0.2
+_MOST_STEPS_UNCOLLECTED = 10_000
+# A step that returns while the mailbox runs is not kept waiting for the interpreter much longer.
+_SWITCH_INTERVAL_S = 0.0005
 # How long the step loop has to notice that its front is gone before the process ends without it.
 _ORPHAN_GRACE_S = 5.0
 
 
-def serve(connection: CoreConnection, build_engine: EngineBuilder) -> int:
+def serve(mailbox: Mailbox, build_engine: EngineBuilder) -> int:
     """Run a core until its front goes away (0) or it cannot go on (1). Returns the exit code."""
     try:
-        start = _receive_start(connection)
+        start = _receive_start(mailbox)
         try:
             engine, facts = build_engine(start.settings)
         except (StartupError, ModelFileError) as error:
             # The user's to mend, and written for the user: no traceback.
-            connection.send(Fatal(str(error), starting=True))
+            mailbox.post(Fatal(str(error), starting=True))
             return 1
         except Exception as error:
             logger.exception("the core cannot start")
-            connection.send(Fatal(f"{type(error).__name__}: {error}", starting=True))
+            mailbox.post(Fatal(f"{type(error).__name__}: {error}", starting=True))
             return 1
-        # What loading left behind lives as long as the process: keep the collector away from it.
+        # What loading left behind lives as long as the process: keep the collector away from it,
+        # and from the steps altogether (see _Upkeep).
         gc.collect()
         gc.freeze()
-        connection.send(Ready(facts))
-        return _serve_commands(connection, engine)
+        gc.disable()
+        mailbox.post(Ready(facts))
+        return _serve_commands(mailbox, engine)
     except ConnectionClosedError:
         return 0
 
 
-def _receive_start(connection: CoreConnection) -> Start:
-    commands = connection.receive(wait_s=None)
+def _receive_start(mailbox: Mailbox) -> Start:
+    commands = mailbox.take(wait_s=None)
     if len(commands) != 1 or not isinstance(commands[0], Start):
         raise ConnectionClosedError("the front did not begin with Start")
     return commands[0]
 
 
-def _serve_commands(connection: CoreConnection, engine: EngineCore) -> int:
+def _serve_commands(mailbox: Mailbox, engine: EngineCore) -> int:
     try:
-        checked = True
+        upkeep = _Upkeep(engine)
         while True:
-            commands = connection.receive(wait_s=_patience_s(engine, checked=checked))
-            if not commands and not engine.has_work and not checked:
-                engine.check_integrity()
-                checked = True
+            commands = mailbox.take(wait_s=0.0 if engine.has_work else upkeep.due_in_s)
+            if not commands and not engine.has_work:
+                upkeep.do()
             changed = False
             for command in commands:
-                changed |= _handle(command, connection, engine)
+                changed |= _handle(command, mailbox, engine)
             if engine.has_work:
-                connection.send(engine.step())
-                checked = False
+                # The mailbox sends this while the next step runs.
+                mailbox.post(engine.step())
+                upkeep.after_step()
             elif changed:
-                connection.send(LoadChanged(engine.load()))
-                checked = False
+                mailbox.post(LoadChanged(engine.load()))
     except ConnectionClosedError:
         raise
     except Exception as error:
         logger.exception("the core gives up")
-        connection.send(Fatal(f"{type(error).__name__}: {error}"))
+        mailbox.post(Fatal(f"{type(error).__name__}: {error}"))
         return 1
 
 
-def _patience_s(engine: EngineCore, *, checked: bool) -> float | None:
-    if engine.has_work:
-        return 0.0
-    return None if checked else _IDLE_CHECK_AFTER_S
+class _Upkeep:
+    """What is done once after each busy time, when nobody waits for it: the core checks itself and
+    clears away garbage that only the collector finds. Everything else is freed as it is dropped.
+    """
+
+    def __init__(self, engine: EngineCore) -> None:
+        self._engine = engine
+        self._steps = 0  # since the last upkeep
+
+    @property
+    def due_in_s(self) -> float | None:
+        """How long the core must have been idle; None: there is nothing to do."""
+        return _UPKEEP_AFTER_S if self._steps else None
+
+    def after_step(self) -> None:
+        """Count a step. A core that is never idle has its garbage cleared now and then."""
+        self._steps += 1
+        if self._steps % _MOST_STEPS_UNCOLLECTED == 0:
+            gc.collect()
+
+    def do(self) -> None:
+        """Check and clear.
+
+        Raises:
+            IntegrityError: the core's state is broken.
+        """
+        self._engine.check_integrity()
+        gc.collect()
+        self._steps = 0
 
 
-def _handle(command: Command, connection: CoreConnection, engine: EngineCore) -> bool:
+def _handle(command: Command, mailbox: Mailbox, engine: EngineCore) -> bool:
     """Carry out one command; returns whether the load changed."""
     if isinstance(command, Add):
         try:
             engine.add(command.sequences)
         except AdmissionError as error:
             ids = [request.sequence_id for request in command.sequences]
-            connection.send(Refused(ids, type(error).__name__, str(error)))
+            mailbox.post(Refused(ids, type(error).__name__, str(error)))
             return False
         return True
     if isinstance(command, Abort):
         deltas = engine.abort(command.sequence_ids)
         if deltas:
-            connection.send(Ended(deltas, engine.load()))
+            mailbox.post(Ended(deltas, engine.load()))
         return False
     if isinstance(command, Drain):
         engine.drain()
         return True
     if isinstance(command, Ping):
-        connection.send(Pong(command.number, engine.load()))
+        mailbox.post(Pong(command.number, engine.load()))
     return False
 
 
 class _LogForwarder(logging.Handler):
     """Sends log records to the front, so that the service's logs have one form."""
 
-    def __init__(self, connection: CoreConnection) -> None:
+    def __init__(self, mailbox: Mailbox) -> None:
         super().__init__()
-        self._connection = connection
+        self._mailbox = mailbox
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._connection.send(Log(record.levelno, record.name, self.format(record)))
+            self._mailbox.post(Log(record.levelno, record.name, self.format(record)))
         except ConnectionClosedError:
             # Nobody is left to tell; the step loop notices by itself.
             print(self.format(record), file=sys.stderr)
@@ -165,13 +194,15 @@ def run(file_descriptor: int, build_engine: EngineBuilder) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raw = socket.socket(fileno=file_descriptor)
-    connection = CoreConnection(raw)
-    logging.basicConfig(
-        level=logging.INFO, handlers=[_LogForwarder(connection)], format="%(message)s"
-    )
+    mailbox = Mailbox(raw)
+    logging.basicConfig(level=logging.INFO, handlers=[_LogForwarder(mailbox)], format="%(message)s")
     logging.captureWarnings(capture=True)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     threading.Thread(target=_end_with_front, args=(raw,), daemon=True).start()
-    return serve(connection, build_engine)
+    try:
+        return serve(mailbox, build_engine)
+    finally:
+        mailbox.close()
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ vectorised operation per kind, whatever the number of rows; rows without edits c
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,15 @@ def has_edits(sampling: Sampling) -> bool:
         or sampling.allowed_token_ids
         or sampling.banned_token_ids
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenNumbers:
+    """(row, token id, number) triples as arrays, in ascending order of rows."""
+
+    rows: npt.NDArray[np.int64]
+    token_ids: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.float32]
 
 
 class LogitEdits:
@@ -92,6 +102,23 @@ class LogitEdits:
             rows, ids, _ = self._banned.tensors(logits.device)
             logits[rows, ids] = -torch.inf
 
+    def by_kind(self) -> dict[str, TokenNumbers]:
+        """The edits as arrays, for a kernel that applies them itself, in the order of `apply`.
+
+        Kinds without edits are left out. Allowed and banned tokens have numbers without meaning.
+        """
+        allowed = _Triples()
+        for row, token_ids in self._allowed:
+            allowed.add(row, token_ids, 0.0)
+        kinds = {
+            "repetition": self._repetition,
+            "subtracted": self._subtracted,
+            "added": self._added,
+            "allowed": allowed,
+            "banned": self._banned,
+        }
+        return {kind: triples.arrays() for kind, triples in kinds.items() if triples}
+
 
 class _Triples:
     """(row, token id, number) triples; a (row, token id) pair comes once per `add`."""
@@ -115,9 +142,19 @@ class _Triples:
         self._rows.append(np.full(ids.size, row, np.int64))
         self._numbers.append(np.broadcast_to(np.asarray(numbers, np.float32), ids.shape))
 
+    def arrays(self) -> TokenNumbers:
+        rows = np.concatenate(self._rows)
+        ids = np.concatenate(self._ids)
+        numbers = np.concatenate(self._numbers)
+        if (rows[1:] < rows[:-1]).any():
+            order = rows.argsort(kind="stable")
+            rows, ids, numbers = rows[order], ids[order], numbers[order]
+        return TokenNumbers(rows, ids, numbers)
+
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        rows, ids, numbers = (
-            torch.from_numpy(np.concatenate(parts)).to(device)
-            for parts in (self._rows, self._ids, self._numbers)
+        arrays = self.arrays()
+        return (
+            torch.from_numpy(arrays.rows).to(device),
+            torch.from_numpy(arrays.token_ids).to(device),
+            torch.from_numpy(arrays.numbers).to(device),
         )
-        return rows, ids, numbers

@@ -41,6 +41,11 @@ class KernelTable(ctypes.Structure):
         ("make_program", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)),
         ("run_program", ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)),
         ("free_program", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
+        ("sampling_scratch_bytes", ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)),
+        (
+            "run_sampling",
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+        ),
     )
 
 

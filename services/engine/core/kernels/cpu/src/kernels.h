@@ -13,6 +13,7 @@ namespace meshserve {
 class Team;
 struct AttentionArgs;
 struct RotaryKvArgs;
+struct SampleArgs;
 struct ProgramSpec;
 struct StepInput;
 
@@ -28,6 +29,9 @@ struct Kernels {
   void* (*make_program)(Team* team, const ProgramSpec* spec);
   int32_t (*run_program)(void* program, const StepInput* input);
   void (*free_program)(void* program);
+  // sampling.h
+  size_t (*sampling_scratch_bytes)(const SampleArgs* args);
+  void (*run_sampling)(Team* team, const SampleArgs* args, void* scratch);
 };
 
 }  // namespace meshserve

@@ -3,6 +3,7 @@
 
 #include "attention_calls.h"
 #include "program.h"
+#include "sampling.h"
 
 namespace meshserve::MESHSERVE_ISA {
 
@@ -18,6 +19,8 @@ const Kernels kernels = {
     .make_program = make_program,
     .run_program = run_program,
     .free_program = free_program,
+    .sampling_scratch_bytes = sampling_scratch_bytes,
+    .run_sampling = run_sampling,
 };
 
 }  // namespace meshserve::MESHSERVE_ISA

@@ -1,0 +1,59 @@
+// Changes to the logits of a row before it is sampled.
+#pragma once
+
+#include <algorithm>
+
+#include "sampling.h"
+#include "sampling_row.h"
+
+namespace meshserve::MESHSERVE_ISA {
+
+inline bool any(const TokenNumbers& of, int row) {
+  return of.offsets != nullptr && of.offsets[row] < of.offsets[row + 1];
+}
+
+inline bool has_edits(const SampleArgs& args, int row) {
+  return any(args.repetition, row) || any(args.subtracted, row) || any(args.added, row) ||
+         any(args.allowed, row) || any(args.banned, row);
+}
+
+// Calls edit(token, index of its number) for each; false, at once, at a token out of range.
+template <typename Edit>
+bool for_each_token(const TokenNumbers& of, int row, int vocab, Edit edit) {
+  if (of.offsets == nullptr) return true;
+  for (int64_t i = of.offsets[row]; i < of.offsets[row + 1]; ++i) {
+    const int64_t token = of.tokens[i];
+    if (token < 0 || token >= vocab) return false;
+    edit(token, i);
+  }
+  return true;
+}
+
+// Edits the logits of a row; `copy` has room for as many. False if a token is out of range.
+inline bool apply_edits(const SampleArgs& args, int row, float* logits, float* copy) {
+  const int vocab = args.vocab;
+  bool known = for_each_token(args.repetition, row, vocab, [&](int64_t token, int64_t i) {
+    // CTRL (Keskar et al., arXiv:1909.05858), so that it lowers whatever the sign.
+    const float penalty = args.repetition.numbers[i];
+    float& logit = logits[token];
+    logit = logit > 0.0f ? logit / penalty : logit * penalty;
+  });
+  known = known && for_each_token(args.subtracted, row, vocab, [&](int64_t token, int64_t i) {
+    logits[token] -= args.subtracted.numbers[i];
+  });
+  known = known && for_each_token(args.added, row, vocab, [&](int64_t token, int64_t i) {
+    logits[token] += args.added.numbers[i];
+  });
+  if (any(args.allowed, row)) {
+    std::copy_n(logits, vocab, copy);
+    std::fill_n(logits, vocab, minus_infinity);
+    known = known && for_each_token(args.allowed, row, vocab, [&](int64_t token, int64_t) {
+      logits[token] = copy[token];
+    });
+  }
+  return known && for_each_token(args.banned, row, vocab, [&](int64_t token, int64_t) {
+    logits[token] = minus_infinity;
+  });
+}
+
+}  // namespace meshserve::MESHSERVE_ISA

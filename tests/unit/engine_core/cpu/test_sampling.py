@@ -194,8 +194,11 @@ def test_edits_and_log_probabilities_are_those_of_the_reference(
                 assert ours is theirs
                 continue
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
-            assert ours.top_token_ids == theirs.top_token_ids
             assert ours.top_logprobs == pytest.approx(theirs.top_logprobs, abs=1e-5)
+            # Rounding makes ties, whose order is nobody's promise.
+            assert len(set(ours.top_token_ids)) == len(theirs.top_token_ids)
+            own = logits[row].log_softmax(dim=-1)[ours.top_token_ids]
+            assert own.tolist() == pytest.approx(ours.top_logprobs, abs=1e-5)
 
 
 def test_the_first_of_the_likeliest_is_taken_wherever_it_stands() -> None:

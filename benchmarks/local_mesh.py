@@ -32,7 +32,7 @@ class LocalMesh:
 
     def __enter__(self) -> LocalMesh:
         root = Path(self._directory.name)
-        ports = _free_ports(len(SERVICES) + 1)
+        ports = free_ports(len(SERVICES) + 1)
         document = {name: dict(section) for name, section in self._settings.items()}
         for name, port in zip(SERVICES, ports, strict=False):
             section = document.setdefault(name, {})
@@ -92,7 +92,8 @@ def _is_ready(state: Path) -> bool:
         return False
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

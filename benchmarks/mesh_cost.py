@@ -25,15 +25,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 import meshserve
 from benchmarks import paced_core
-from benchmarks.local_mesh import LocalMesh, _free_ports
+from benchmarks.local_mesh import free_ports
 from benchmarks.prompts import english_prompts
 
-SERVICES = ("gateway", "tokenizer", "safety", "cache")
+SERVICES = {
+    "tokenizer": "services.tokenizer",
+    "engine": "benchmarks.paced_engine",  # its front; the core is a process below it
+    "safety": "services.safety",
+    "gateway": "services.gateway",
+}
+START_TIMEOUT_S = 120.0
 PROMPT_TOKENS = (64, 256)
 OUTPUT_TOKENS = (64, 128)
 
@@ -97,31 +104,53 @@ async def send_all(target: str, requests: list[Request], concurrency: int) -> Ar
 @contextmanager
 def paced_mesh(model: str, step_ms: float) -> Iterator[tuple[str, dict[str, psutil.Process]]]:
     """A mesh whose engine runs a paced core: its address, and the processes by name."""
-    (port,) = _free_ports(1)
-    models = {"bench": {"source": model, "engine_target": f"127.0.0.1:{port}"}}
+    ports = dict(zip(SERVICES, free_ports(len(SERVICES)), strict=True))
+    settings: dict[str, Any] = {
+        name: {"listen": f"127.0.0.1:{port}", "metrics_listen": None}
+        for name, port in ports.items()
+    }
+    settings |= {"models": {"bench": {"source": model}}, "cache": {"enabled": False}}
+    environment = {
+        **os.environ,
+        paced_core.STEP_MS_VARIABLE: str(step_ms),
+        paced_core.MODEL_VARIABLE: model,
+    }
+    started: dict[str, subprocess.Popen[bytes]] = {}
     with tempfile.TemporaryDirectory(prefix="meshserve-bench-") as directory:
-        config = Path(directory) / "paced.json"
-        section = {"listen": f"127.0.0.1:{port}", "metrics_listen": None}
-        config.write_text(json.dumps({"models": models, "engine": section}))
-        engine = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.paced_engine", "--config", str(config)],
-            stderr=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                paced_core.STEP_MS_VARIABLE: str(step_ms),
-                paced_core.MODEL_VARIABLE: model,
-            },
-        )
+        config = Path(directory) / "meshserve.json"  # JSON is YAML
+        config.write_text(json.dumps(settings))
+        log = Path(directory) / "services.log"
         try:
-            with LocalMesh({"models": models, "engine": {"kv_cache_bytes": 1 << 26}}) as mesh:
-                processes = {"client": psutil.Process(), "engine front": psutil.Process(engine.pid)}
-                for child in mesh.processes():
-                    command = child.cmdline()
-                    processes |= {name: child for name in SERVICES if f"services.{name}" in command}
-                yield mesh.target, processes
+            with log.open("wb") as output:
+                for name, module in SERVICES.items():
+                    started[name] = subprocess.Popen(
+                        [sys.executable, "-m", module, "--config", str(config)],
+                        stderr=output,
+                        env=environment,
+                    )
+            target = f"127.0.0.1:{ports['gateway']}"
+            if not asyncio.run(_becomes_ready(target)):
+                raise RuntimeError(f"the mesh did not start:\n{log.read_text()}")
+            processes = {name: psutil.Process(each.pid) for name, each in started.items()}
+            yield target, {"client": psutil.Process(), **processes}
         finally:
-            engine.send_signal(signal.SIGINT)
-            engine.wait()
+            for process in reversed(started.values()):
+                process.send_signal(signal.SIGINT)
+            for process in started.values():
+                process.wait()
+
+
+async def _becomes_ready(target: str) -> bool:
+    give_up_at = time.monotonic() + START_TIMEOUT_S
+    async with meshserve.AsyncClient(target) as client:
+        while time.monotonic() < give_up_at:
+            try:
+                if all(model.ready for model in await client.models()):
+                    return True
+            except meshserve.MeshServeError:
+                pass
+            await asyncio.sleep(0.1)
+    return False
 
 
 def _cpu_s(process: psutil.Process) -> float:

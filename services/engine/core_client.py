@@ -36,10 +36,10 @@ from services.engine.request_stream import (
     RefusedError,
     RequestStream,
 )
+from services.engine.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-PING_INTERVAL_S = 1.0
 FIRST_RESTART_DELAY_S = 0.2
 LONGEST_RESTART_DELAY_S = 10.0
 # How long the core has to say that aborted sequences have ended.
@@ -57,8 +57,9 @@ class CoreStartError(Exception):
 class CoreClient:
     """Keeps one core running and hands its deltas to the requests they belong to.
 
-    When the core dies, or hangs for longer than `restart_stalled_after_s`, the requests in flight
-    fail with CoreLostError and a new core is started, after a back-off that doubles each time.
+    When the core dies, or is silent for longer than `restart_stalled_after_s`, the requests in
+    flight fail with CoreLostError and a new core is started, after a back-off that doubles each
+    time. One silent for longer than `stall_timeout_s` is given no more requests; see `watchdog`.
     `longest_interval_s` bounds the interval at which running streams are told of their tokens.
     """
 
@@ -66,8 +67,8 @@ class CoreClient:
         self,
         settings: CoreSettings,
         *,
-        stall_timeout_s: float = 5.0,
-        restart_stalled_after_s: float = 60.0,
+        stall_timeout_s: float = 3.0,
+        restart_stalled_after_s: float = 10.0,
         longest_interval_s: float = 0.0,
         command: Sequence[str] = CORE_COMMAND,
         on_step: Callable[[Step], None] | None = None,
@@ -76,8 +77,7 @@ class CoreClient:
         self.load = Load()
         self.facts: ModelFacts | None = None
         self._settings = settings
-        self._stall_timeout_s = stall_timeout_s
-        self._restart_stalled_after_s = restart_stalled_after_s
+        self._watchdog = Watchdog(stall_timeout_s, restart_stalled_after_s)
         self._command = command
         self._pacer = Pacer(longest_interval_s)
         self._on_step = on_step
@@ -85,7 +85,6 @@ class CoreClient:
         self._core: CoreProcess | None = None
         self._ready = False
         self.draining = False
-        self._last_heard_s = 0.0
         self._first_start: asyncio.Future[ModelFacts] | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._sequence_ids = itertools.count()
@@ -97,11 +96,6 @@ class CoreClient:
     def core_pid(self) -> int | None:
         """The process id of the core, if one runs."""
         return self._core.pid if self._core is not None else None
-
-    @property
-    def silent_s(self) -> float:
-        """Seconds since the core was last heard."""
-        return asyncio.get_running_loop().time() - self._last_heard_s
 
     async def start(self) -> ModelFacts:
         """Start the core and wait until it has loaded its model.
@@ -123,10 +117,15 @@ class CoreClient:
         """Raise CoreUnavailableError unless the core takes requests and its step loop turns."""
         if self.draining:
             raise CoreUnavailableError("the engine drains")
-        if not self._ready:
+        self._running_core()
+
+    def _running_core(self) -> CoreProcess:
+        if not self._ready or self._core is None:
             raise CoreUnavailableError("the engine core is starting")
-        if self.silent_s > self._stall_timeout_s:
-            raise CoreUnavailableError(f"the engine core has been silent for {self.silent_s:.0f} s")
+        if self._watchdog.is_stalled:
+            silent_s = self._watchdog.silent_s
+            raise CoreUnavailableError(f"the engine core has been silent for {silent_s:.0f} s")
+        return self._core
 
     def next_sequence_id(self) -> int:
         """A sequence id that was never used before in this process."""
@@ -138,15 +137,14 @@ class CoreClient:
         Raises:
             CoreUnavailableError: there is no core that could take them now.
         """
-        if not self._ready or self._core is None:
-            raise CoreUnavailableError("the engine core is starting")
+        core = self._running_core()
         stream = RequestStream(
             [request.sequence_id for request in requests], self._forget, self._pacer
         )
         for request in requests:
             self._streams[request.sequence_id] = stream
         self._nothing_live.clear()
-        self._core.send(Add(requests))
+        core.send(Add(requests))
         return stream
 
     def abort(self, stream: RequestStream) -> None:
@@ -227,7 +225,7 @@ class CoreClient:
         heartbeat = asyncio.create_task(self._heartbeat(core))
         try:
             async for event in core.events():
-                self._last_heard_s = asyncio.get_running_loop().time()
+                self._watchdog.heard()
                 if isinstance(event, Fatal):
                     reason, hopeless = event.reason, event.starting
                 else:
@@ -244,14 +242,17 @@ class CoreClient:
         return reason, hopeless
 
     async def _heartbeat(self, core: CoreProcess) -> None:
-        interval_s = min(PING_INTERVAL_S, self._stall_timeout_s / 4)
+        watchdog = self._watchdog
         for number in itertools.count():
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(watchdog.tick_interval_s)
             if not self._ready:
                 continue
+            watchdog.tick(asyncio.get_running_loop().time())
             core.send(Ping(number))
-            if self.silent_s > self._restart_stalled_after_s:
-                log.error("the engine core has been silent for %.0f s; killing it", self.silent_s)
+            if watchdog.is_hopeless:
+                log.error(
+                    "the engine core has been silent for %.0f s; killing it", watchdog.silent_s
+                )
                 core.kill()
                 return
 
@@ -280,6 +281,7 @@ class CoreClient:
 
     def _take_ready(self, facts: ModelFacts) -> None:
         self.facts = facts
+        self._watchdog.begin(facts, self._settings.max_batch_tokens)
         self._ready = True
         if self.draining and self._core is not None:
             self._core.send(Drain())

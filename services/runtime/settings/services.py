@@ -72,10 +72,14 @@ class EngineSettings(ServerSettings):
         "the tokens of every step.",
     )
     stall_timeout_s: Seconds = Field(
-        5.0, description="A core silent for longer is not healthy, in seconds."
+        3.0,
+        description="A core silent for longer is not healthy, in seconds. Longer for a model whose "
+        "largest step a modest machine does not compute in that time.",
     )
     restart_stalled_after_s: Seconds = Field(
-        60.0, description="A core silent for longer is restarted, in seconds."
+        10.0,
+        description="A core silent for longer is restarted, in seconds. Longer for a large model, "
+        "as above.",
     )
 
 

@@ -13,6 +13,7 @@ from services.engine.core.noise import stream_key, uniforms
 from services.engine.core.runner import Runner
 from services.engine.core.sampler import SamplingBatch, sample
 from services.engine.core.scheduler import Scheduler
+from services.engine.core.speculation.speculator import Speculator
 from tests.fakes.hash_model import EOS_TOKEN_ID, VOCAB_SIZE, HashCache, hash_model, logits_after
 
 
@@ -24,6 +25,7 @@ def make_scheduler(
     max_running_sequences: int = 4,
     max_waiting_sequences: int = 64,
     prefix_cache: bool = True,
+    speculator: Speculator | None = None,
 ) -> Scheduler:
     """A scheduler whose context is all that its pool holds."""
     return Scheduler(
@@ -34,6 +36,7 @@ def make_scheduler(
         max_running_sequences=max_running_sequences,
         max_waiting_sequences=max_waiting_sequences,
         prefix_cache=prefix_cache,
+        speculator=speculator,
     )
 
 
@@ -45,6 +48,7 @@ def make_engine(
     max_running_sequences: int = 4,
     max_waiting_sequences: int = 64,
     prefix_cache: bool = True,
+    speculator: Speculator | None = None,
 ) -> EngineCore:
     """An engine core over the hash model."""
     scheduler = make_scheduler(
@@ -54,6 +58,7 @@ def make_engine(
         max_running_sequences=max_running_sequences,
         max_waiting_sequences=max_waiting_sequences,
         prefix_cache=prefix_cache,
+        speculator=speculator,
     )
     runner = Runner(
         hash_model,

@@ -88,6 +88,8 @@ class EngineCore:
             draining=scheduler.draining,
             cache_queried_tokens=scheduler.cache_queried_tokens,
             cache_hit_tokens=scheduler.cache_hit_tokens,
+            drafted_tokens=scheduler.drafted_tokens,
+            accepted_draft_tokens=scheduler.accepted_draft_tokens,
         )
 
     def check_integrity(self) -> None:

@@ -130,6 +130,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     draining: bool = False
     cache_queried_tokens: int = 0  # of sequences that entered since start, re-entries included
     cache_hit_tokens: int = 0  # of these, found in the KV cache
+    drafted_tokens: int = 0  # verified since start
+    accepted_draft_tokens: int = 0  # of these, found to be what the model says
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

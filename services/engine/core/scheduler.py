@@ -16,6 +16,7 @@ from services.engine.core.plan import Plan, SequenceOutput, SequenceUpdate, Step
 from services.engine.core.prefill_sharing import PrefillSharing
 from services.engine.core.prefix_cache import Match, PrefixCache
 from services.engine.core.sequence import Sequence, SequenceState
+from services.engine.core.speculation.speculator import Speculator
 from services.engine.core.waiting_queue import WaitingQueue
 
 
@@ -47,6 +48,7 @@ class Scheduler:
         max_running_sequences: int,
         max_waiting_sequences: int,
         prefix_cache: bool = True,
+        speculator: Speculator | None = None,
     ) -> None:
         self.pool = pool
         self.limits = limits
@@ -64,6 +66,7 @@ class Scheduler:
         self._live: dict[int, Sequence] = {}
         self._prefix_cache = PrefixCache(pool, enabled=prefix_cache)
         self._sharing = PrefillSharing(self._prefix_cache, pool.block_size)
+        self._speculator = speculator
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # best rank first
         self._free_rows = list(range(max_running_sequences - 1, -1, -1))
@@ -72,6 +75,16 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences that wait for their turn."""
         return len(self._waiting) + len(self._sharing)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Tokens that were drafted and verified since start."""
+        return 0 if self._speculator is None else self._speculator.drafted_tokens
+
+    @property
+    def accepted_draft_tokens(self) -> int:
+        """How many of them were what the model says."""
+        return 0 if self._speculator is None else self._speculator.accepted_tokens
 
     @property
     def num_running(self) -> int:
@@ -145,6 +158,7 @@ class Scheduler:
             self._admit(planned, copies, budget)
         if not planned and self._live:
             raise IntegrityError("sequences are live, but none can be scheduled")
+        self._plan_drafts(planned)
         self.steps += 1
         return Plan(self.steps, tuple(planned), tuple(planned.values()), tuple(copies))
 
@@ -153,6 +167,8 @@ class Scheduler:
         that got tokens or ended."""
         updates = []
         plan = outputs.plan
+        if self._speculator is not None:
+            self._speculator.observe(outputs)
         self.pool.release([source for source, _ in plan.block_copies])
         for sequence, count, output in zip(
             plan.sequences, plan.token_counts, outputs.outputs, strict=True
@@ -168,6 +184,7 @@ class Scheduler:
             )
             known = min(count, sequence.num_uncomputed_tokens)  # the rest was its draft
             sequence.num_computed_tokens += known + output.num_accepted
+            sequence.draft_token_ids = ()
             if output.token_ids:
                 updates.append(self._extend(sequence, output, outputs.ended_ns))
         return updates
@@ -203,7 +220,7 @@ class Scheduler:
             if sequence.state is not SequenceState.RUNNING or sequence.num_uncomputed_tokens != 1:
                 continue
             if self._grow(sequence, planned):
-                planned[sequence] = 1 + len(sequence.draft_token_ids)
+                planned[sequence] = 1
 
     def _plan_prefills(self, planned: dict[Sequence, int], budget: int) -> int:
         for sequence in self._running:
@@ -232,6 +249,23 @@ class Scheduler:
             self._enter(sequence, match, copies)
             planned[sequence] = min(sequence.num_uncomputed_tokens, budget)
             budget -= planned[sequence]
+
+    def _plan_drafts(self, planned: dict[Sequence, int]) -> None:
+        """Have drafts verified in a step in which every sequence decodes: one that prefills has
+        enough to compute. A draft is not worth a block that some sequence will need soon."""
+        num_tokens = sum(planned.values())
+        if self._speculator is None or num_tokens != len(planned) or not planned:
+            return
+        drafts = self._speculator.propose(list(planned), self._max_batch_tokens - num_tokens)
+        for sequence, draft in zip(tuple(planned), drafts, strict=True):
+            missing = self.pool.blocks_for(sequence.num_tokens + len(draft))
+            missing -= len(sequence.block_table)
+            if not draft or missing > self.pool.num_free - len(self._running):
+                continue
+            if missing > 0:
+                sequence.block_table += self.pool.allocate(missing)
+            sequence.draft_token_ids = draft
+            planned[sequence] += len(draft)
 
     def _match(self, sequence: Sequence) -> Match:
         """What of a waiting sequence is in the KV cache already."""
@@ -272,10 +306,8 @@ class Scheduler:
             self._sharing.lead(sequence)
 
     def _grow(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
-        """Make room for all known tokens of `sequence` and its drafts; False if it was itself
-        preempted."""
-        num_tokens = sequence.num_tokens + len(sequence.draft_token_ids)
-        missing = self.pool.blocks_for(num_tokens) - len(sequence.block_table)
+        """Make room for all known tokens of `sequence`; False if it was itself preempted."""
+        missing = self.pool.blocks_for(sequence.num_tokens) - len(sequence.block_table)
         while missing > self.pool.num_free:
             victim = self._running[-1]
             planned.pop(victim, None)
@@ -348,6 +380,8 @@ class Scheduler:
             self._sharing.remove(sequence)
         else:
             self._waiting.remove(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
         del self._live[sequence.sequence_id]
         sequence.state = SequenceState.FINISHED
         sequence.finish = finish

@@ -8,10 +8,39 @@ from collections.abc import Callable
 # Tokens of a draft beyond which a longer one is not considered.
 MAX_DRAFT_TOKENS = 16
 # What a draft must promise to be worth it: estimates are uncertain, and drafting has its own cost.
-_MARGIN = 1.02
+MARGIN = 1.02
 # After this many steps in a row that passed over drafts, one takes them in all the same, since the
 # costs that spoke against them may be out of date. Each that proves them right doubles the number.
 _FIRST_PROBE, _LAST_PROBE = 32, 1024
+
+
+class Probing:
+    """Now and then tries what does not seem to pay, since the costs that speak against it may be
+    out of date; less often each time that it turns out not to pay still."""
+
+    def __init__(self) -> None:
+        self._passed_over = 0
+        self._after = _FIRST_PROBE
+
+    @property
+    def is_due(self) -> bool:
+        """Whether what does not pay is to be tried next."""
+        return self._passed_over >= self._after
+
+    def pass_over(self) -> bool:
+        """Count a step in which drafting does not seem to pay; True if it is to draft all the
+        same."""
+        if not self.is_due:
+            self._passed_over += 1
+            return False
+        self._passed_over = 0
+        self._after = min(2 * self._after, _LAST_PROBE)
+        return True
+
+    def pays(self) -> None:
+        """Drafting pays: doubts start afresh."""
+        self._passed_over = 0
+        self._after = _FIRST_PROBE
 
 
 class DraftLengths:
@@ -25,20 +54,19 @@ class DraftLengths:
 
     def __init__(self, seconds: Callable[[int], float]) -> None:
         self._seconds = seconds  # of a step, by its number of tokens
-        self._passed_over = 0
-        self._probe_after = _FIRST_PROBE
+        self._probing = Probing()
 
     def could_pay(self, num_sequences: int) -> bool:
         """Whether even drafts that are certain to be accepted would pay in a step of so many
         sequences; cheap to ask before anything is drafted."""
-        if self._passed_over >= self._probe_after:
+        if self._probing.is_due:
             return True
         plain = self._seconds(num_sequences) / num_sequences
         for tokens in (1, MAX_DRAFT_TOKENS):
             width = num_sequences + num_sequences * tokens
-            if self._seconds(width) / width * _MARGIN < plain:
+            if self._seconds(width) / width * MARGIN < plain:
                 return True
-        self._passed_over += 1
+        self._probing.pass_over()
         return False
 
     def choose(
@@ -55,7 +83,7 @@ class DraftLengths:
         order: list[int] = []
         expected = float(num_sequences)
         seconds = self._seconds
-        plain = best = expected / seconds(num_sequences) * _MARGIN
+        best = expected / seconds(num_sequences) * MARGIN
         best_with_any, num_best, num_best_with_any = 0.0, 0, 0
         while heap and len(order) < max_tokens:
             gain, index = heap[0]
@@ -72,15 +100,10 @@ class DraftLengths:
                 heapq.heapreplace(heap, (-survival[taken[index]], index))
             else:
                 heapq.heappop(heap)
-        if order and best <= plain:
-            self._passed_over += 1
-            if self._passed_over > self._probe_after:
-                self._passed_over = 0
-                self._probe_after = min(2 * self._probe_after, _LAST_PROBE)
-                num_best = num_best_with_any
-        elif order:
-            self._passed_over = 0
-            self._probe_after = _FIRST_PROBE
+        if num_best:
+            self._probing.pays()
+        elif order and self._probing.pass_over():
+            num_best = num_best_with_any
         for index in order[num_best:]:
             taken[index] -= 1
         return taken

@@ -36,9 +36,13 @@ class Speculator(ABC):
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept of a sequence that has ended."""
 
-    def observe(self, outputs: StepOutputs, num_drafted: int) -> None:
-        """Learn from a step in which every sequence decoded, with `num_drafted` drafted tokens."""
-        self._cost.observe(outputs.plan.num_tokens, (outputs.ended_ns - outputs.started_ns) / 1e9)
+    def observe(self, outputs: StepOutputs) -> None:
+        """Learn from a step, before its sequences take in what it brought."""
+        plan = outputs.plan
+        num_drafted = sum(len(sequence.draft_token_ids) for sequence in plan.sequences)
+        if plan.num_tokens != len(plan.sequences) + num_drafted:
+            return  # it prefilled, which costs differently
+        self._cost.observe(plan.num_tokens, (outputs.ended_ns - outputs.started_ns) / 1e9)
         if num_drafted:
             self.drafted_tokens += num_drafted
             self.accepted_tokens += sum(output.num_accepted for output in outputs.outputs)

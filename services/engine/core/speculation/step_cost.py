@@ -34,9 +34,10 @@ class StepCost:
         else:
             self._seconds[index] = known + _SLOWER * (min(seconds, _SLOWEST * known) - known)
 
-    def is_known(self, num_tokens: int) -> bool:
-        """Whether a step of this many tokens, or of fewer and of more, was measured."""
-        return bool(self._widths) and self._widths[0] <= num_tokens <= self._widths[-1]
+    @property
+    def is_measured(self) -> bool:
+        """Whether any step was."""
+        return bool(self._widths)
 
     def seconds(self, num_tokens: int) -> float:
         """The estimate for a step of `num_tokens`; 1 as long as nothing was measured."""

@@ -77,14 +77,14 @@ def test_what_a_try_shows_turns_drafting_on_again() -> None:
 
 def test_costs_between_measured_widths_are_interpolated_and_beyond_them_level() -> None:
     cost = StepCost()
+    assert not cost.is_measured
     assert cost.seconds(3) == cost.seconds(30)
     cost.observe(2, 1.0)
     assert cost.seconds(1) == cost.seconds(9) == 1.0
     cost.observe(6, 3.0)
     assert cost.seconds(4) == pytest.approx(2.0)
     assert cost.seconds(60) == 3.0
-    assert cost.is_known(4)
-    assert not cost.is_known(7)
+    assert cost.is_measured
 
 
 def test_a_step_that_was_held_up_hardly_moves_the_cost() -> None:

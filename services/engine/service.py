@@ -96,6 +96,8 @@ def core_settings(settings: Settings) -> CoreSettings:
             model_path=str(model_path),
             device=engine.device,
             dtype=model.dtype,
+            weights=model.weights,
+            kv_cache_format=engine.kv_cache_format,
             threads=engine.threads,
             cpu_kernels=engine.cpu_kernels,
             block_size=engine.block_tokens,
@@ -105,6 +107,9 @@ def core_settings(settings: Settings) -> CoreSettings:
             max_batch_tokens=engine.max_batch_tokens,
             max_running_sequences=engine.max_running_sequences,
             max_waiting_sequences=engine.max_waiting_sequences,
+            max_waiting_tokens=engine.max_waiting_tokens,
+            step_latency_target_ms=engine.step_latency_target_ms,
+            prefix_cache=engine.prefix_cache,
             default_sampling=_sampling_defaults(model),
         )
     except ValueError as error:

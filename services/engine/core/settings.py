@@ -17,6 +17,9 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     device: str = "auto"  # "auto" (CUDA where there is a card), "cpu", "cuda:1"
     dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16"
+    # How matrices are stored; "auto" keeps the precision of a quantised file, else bfloat16.
+    weights: Literal["auto", "bfloat16", "int8", "int4"] = "auto"
+    kv_cache_format: Literal["auto", "int8"] = "auto"  # "auto": as the dtype
     threads: int | None = None  # CPU threads of one step; None: torch's choice
     # Instruction set of the C++ kernels; "auto" is the best the machine has, "off" plain torch.
     cpu_kernels: Literal["auto", "avx512bf16", "avx512", "avx2", "off"] = "auto"
@@ -27,6 +30,11 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int = 512  # tokens computed per step, over all sequences
     max_running_sequences: int = 64
     max_waiting_sequences: int = 1024
+    max_waiting_tokens: int = 1 << 18  # beyond it newcomers are refused; 256 for each of 1,024
+    # Prefills join a step with decodes as long as the step stays within this. Ten tokens a second
+    # are more than anybody reads.
+    step_latency_target_ms: float = 100.0
+    prefix_cache: bool = True  # whether blocks are kept and found by what they contain
     # By field of SamplingParams; laid over the defaults that the model brings itself.
     default_sampling: dict[str, float] = {}
 
@@ -36,6 +44,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
             "max_batch_tokens",
             "max_running_sequences",
             "max_waiting_sequences",
+            "max_waiting_tokens",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -43,6 +52,10 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if not self.step_latency_target_ms > 0:
+            raise ValueError(
+                f"step_latency_target_ms must be positive, not {self.step_latency_target_ms}"
+            )
         fraction = self.kv_cache_memory_fraction
         if not 0 < fraction <= 1:
             raise ValueError(f"kv_cache_memory_fraction must lie in (0, 1], not {fraction}")

@@ -10,17 +10,16 @@ from pathlib import Path
 import torch
 
 from services.engine.core.admission import AdmissionLimits
+from services.engine.core.backends import load_backend
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
 from services.engine.core.kernels import cpu, select
-from services.engine.core.kv_cache import KVCache
 from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
 from services.engine.core.messages import ModelFacts
 from services.engine.core.models.config import ModelConfig
-from services.engine.core.models.dtype import resolve_dtype
-from services.engine.core.models.loader import load_model
+from services.engine.core.models.loader import open_model
 from services.engine.core.runner import Runner
 from services.engine.core.scheduler import Scheduler
 from services.engine.core.settings import CoreSettings
@@ -43,36 +42,19 @@ def build_engine(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = resolve_device(settings.device)
-    try:
-        dtype = resolve_dtype(settings.dtype, device)
-    except ValueError as error:
-        raise StartupError(str(error)) from None
     if device.type == "cpu":
         cpu.activate(settings.cpu_kernels)
     selections = select(device.type)
     for selection in selections:
         logger.info("kernel %s", selection)
-    try:
-        model, config = load_model(
-            Path(settings.model_path),
-            dtype=dtype,
-            device=device,
-            max_context_tokens=settings.max_context_tokens,
-        )
-    except torch.OutOfMemoryError as error:
-        raise StartupError(f"the weights do not fit on {device}: {error}") from None
-    num_blocks, bytes_per_block = _size_kv_cache(settings, config, dtype, device)
+    opened = open_model(settings.model_path, max_context_tokens=settings.max_context_tokens)
+    config = opened.config
+    backend = load_backend(opened, settings, device, selections)
+    bytes_per_block = backend.bytes_per_block(settings.block_size)
+    num_blocks = _count_blocks(settings, config, bytes_per_block, device)
     max_context_tokens = min(config.max_context_tokens, num_blocks * settings.block_size)
     try:
-        kv_cache = KVCache(
-            num_layers=config.num_layers,
-            num_blocks=num_blocks,
-            block_size=settings.block_size,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            dtype=dtype,
-            device=device,
-        )
+        model, kv_cache = backend.allocate(num_blocks, settings)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         raise StartupError(
             f"a KV cache of {num_blocks * bytes_per_block} bytes does not fit on {device}: {error}"
@@ -84,6 +66,9 @@ def build_engine(
         max_batch_tokens=settings.max_batch_tokens,
         max_running_sequences=settings.max_running_sequences,
         max_waiting_sequences=settings.max_waiting_sequences,
+        max_waiting_tokens=settings.max_waiting_tokens,
+        step_latency_target_ms=settings.step_latency_target_ms,
+        prefix_cache=settings.prefix_cache,
     )
     runner = make_runner(
         model,
@@ -97,17 +82,17 @@ def build_engine(
     facts = ModelFacts(
         architecture=config.architecture,
         num_layers=config.num_layers,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=sum(weight.numel() for weight in opened.skeleton.parameters()),
         vocab_size=config.vocab_size,
         max_context_tokens=max_context_tokens,
         eos_token_ids=config.eos_token_ids,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=backend.dtype,
         device=str(device),
         block_size=settings.block_size,
         num_blocks=num_blocks,
         kv_cache_memory_bytes=num_blocks * bytes_per_block,
         load_time_s=time.monotonic() - started_s,
-        kernels={selection.op: selection.implementation for selection in selections},
+        kernels=backend.kernels,
         default_sampling=read_generation_defaults(Path(settings.model_path))
         | settings.default_sampling,
     )
@@ -151,13 +136,9 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _size_kv_cache(
-    settings: CoreSettings, config: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
-    """Number of blocks, and bytes that each takes over all layers."""
-    bytes_per_block = KVCache.bytes_per_block(
-        config.num_layers, settings.block_size, config.kv_heads, config.head_dim, dtype
-    )
+def _count_blocks(
+    settings: CoreSettings, config: ModelConfig, bytes_per_block: int, device: torch.device
+) -> int:
     budget = kv_cache_budget_bytes(
         device,
         requested_bytes=settings.kv_cache_memory_bytes,
@@ -178,4 +159,4 @@ def _size_kv_cache(
             f"a KV cache of {num_blocks * bytes_per_block} bytes does not fit on {device}: "
             f"{free} bytes are free"
         )
-    return num_blocks, bytes_per_block
+    return num_blocks

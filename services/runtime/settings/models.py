@@ -42,6 +42,11 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights as they run."
     )
+    weights: Literal["auto", "bfloat16", "int8", "int4"] = Field(
+        "auto",
+        description="How a CPU stores matrices: as the dtype, or rounded to 8 or 4 bits in groups "
+        "of 32. Default: a quantised file's own precision, else the dtype.",
+    )
     context_tokens: Positive | None = Field(
         None, description="Largest number of prompt and completion tokens. Default: the model's."
     )

@@ -52,6 +52,11 @@ class EngineSettings(ServerSettings):
     block_tokens: Literal[8, 16, 32, 64, 128] = Field(
         16, description="Tokens in a block of the KV cache."
     )
+    kv_cache_format: Literal["auto", "int8"] = Field(
+        "auto",
+        description="How keys and values are stored: as the model's dtype, or in 8 bits, which "
+        "holds nearly twice the tokens. 8 bits need the CPU kernels.",
+    )
     kv_cache_bytes: Positive | None = Field(
         None, description="Size of the KV cache in bytes. Default: from free memory."
     )
@@ -64,6 +69,17 @@ class EngineSettings(ServerSettings):
     )
     max_waiting_sequences: Positive = Field(
         1024, description="Sequences that may wait before requests are refused."
+    )
+    max_waiting_tokens: Positive = Field(
+        2**18, description="Tokens of prompts that may wait before requests are refused."
+    )
+    step_latency_target_ms: Annotated[float, Field(gt=0)] = Field(
+        100.0,
+        description="Longest time between two tokens of an answer that computing prompts in the "
+        "same steps may cause, in milliseconds. Larger favours throughput.",
+    )
+    prefix_cache: bool = Field(
+        True, description="Whether beginnings that prompts have in common are computed once."
     )
     stream_interval_ms: Annotated[int, Field(ge=0, le=1000)] = Field(
         50,

@@ -1,0 +1,161 @@
+"""What computes a model's steps: plain torch, or the native kernels of a CPU."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+import torch
+
+from services.engine.core.errors import StartupError
+from services.engine.core.kernels import Selection, cpu
+from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
+from services.engine.core.kernels.cpu.program import Team
+from services.engine.core.kv_cache import KVCache
+from services.engine.core.models.dtype import resolve_dtype
+from services.engine.core.models.loader import OpenedModel
+from services.engine.core.models.native import NativeModel, UnsupportedModelError
+from services.engine.core.settings import CoreSettings
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """A loaded model on its way to its KV cache."""
+
+    dtype: str
+    kernels: dict[str, str]  # op -> implementation, for those who ask what runs
+
+    def bytes_per_block(self, block_size: int) -> int:
+        """Bytes of one block of the KV cache over all layers."""
+
+    def allocate(self, num_blocks: int, settings: CoreSettings) -> tuple[Any, Any]:
+        """Return the model, as the runner calls it, and its KV cache.
+
+        Raises torch.OutOfMemoryError, RuntimeError or MemoryError where the cache does not fit.
+        """
+
+
+def load_backend(
+    opened: OpenedModel,
+    settings: CoreSettings,
+    device: torch.device,
+    selections: list[Selection],
+) -> Backend:
+    """Load the model for what serves it best on `device`, and log which that is and why.
+
+    Raises:
+        StartupError: the settings ask for what is not to be had here, or memory is short.
+        ModelFileError: a tensor cannot be read.
+    """
+    try:
+        reason = _why_not_native(settings, device)
+        if reason is None:
+            try:
+                return _NativeBackend(opened, settings)
+            except UnsupportedModelError as error:
+                reason = f"the native kernels do not serve this model: {error}"
+        if settings.weights in ("int8", "int4"):
+            raise StartupError(
+                f"weights in {settings.weights} need the native kernels of a CPU: {reason}"
+            )
+        if settings.kv_cache_format == "int8":
+            raise StartupError(f"a KV cache in int8 needs the native kernels of a CPU: {reason}")
+        logger.info("steps run on torch: %s", reason)
+        return _TorchBackend(opened, settings, device, selections)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise StartupError(f"the weights do not fit on {device}: {error}") from None
+
+
+def _why_not_native(settings: CoreSettings, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the device is {device}"
+    if settings.dtype not in ("auto", "bfloat16"):
+        return f"the dtype is {settings.dtype}"
+    if settings.block_size % 16:
+        return f"blocks of {settings.block_size} tokens are no multiple of 16"
+    return cpu.why_not()
+
+
+class _NativeBackend:
+    def __init__(self, opened: OpenedModel, settings: CoreSettings) -> None:
+        library = cpu.active()
+        assert library is not None
+        self._config = opened.config
+        self._format = KvFormat.INT8 if settings.kv_cache_format == "int8" else KvFormat.BF16
+        team = Team(library, settings.threads or torch.get_num_threads())
+        self._model = NativeModel(opened.skeleton, opened.checkpoint, team, settings.weights)
+        self.dtype = "bfloat16"
+        stored = ", ".join(
+            f"{name} {size / 2**20:.0f} MiB" for name, size in self._model.weight_bytes.items()
+        )
+        self.kernels = {"step": f"{library.isa} ({stored})"}
+        logger.info(
+            "steps run natively: %s, weights %s, KV cache %s, %d threads",
+            library.isa,
+            stored,
+            self._format.name.lower(),
+            team.threads,
+        )
+
+    def bytes_per_block(self, block_size: int) -> int:
+        config = self._config
+        return PackedKVCache.bytes_per_block(
+            config.num_layers, block_size, config.kv_heads, config.head_dim, self._format
+        )
+
+    def allocate(self, num_blocks: int, settings: CoreSettings) -> tuple[Any, Any]:
+        config = self._config
+        try:
+            cache = PackedKVCache(
+                config.num_layers,
+                num_blocks,
+                settings.block_size,
+                config.kv_heads,
+                config.head_dim,
+                self._format,
+            )
+        except ValueError as error:
+            raise StartupError(str(error)) from None
+        self._model.bind(cache, max_batch_tokens=settings.max_batch_tokens)
+        # torch has nothing left to do that is worth waking a second pool of threads for.
+        torch.set_num_threads(1)
+        return self._model, cache
+
+
+class _TorchBackend:
+    def __init__(
+        self,
+        opened: OpenedModel,
+        settings: CoreSettings,
+        device: torch.device,
+        selections: list[Selection],
+    ) -> None:
+        try:
+            self._dtype = resolve_dtype(settings.dtype, device)
+        except ValueError as error:
+            raise StartupError(str(error)) from None
+        self._device = device
+        self._config = opened.config
+        self._model = opened.load(self._dtype, device)
+        self.dtype = str(self._dtype).removeprefix("torch.")
+        self.kernels = {selection.op: selection.implementation for selection in selections}
+
+    def bytes_per_block(self, block_size: int) -> int:
+        config = self._config
+        return KVCache.bytes_per_block(
+            config.num_layers, block_size, config.kv_heads, config.head_dim, self._dtype
+        )
+
+    def allocate(self, num_blocks: int, settings: CoreSettings) -> tuple[Any, Any]:
+        config = self._config
+        cache = KVCache(
+            num_layers=config.num_layers,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        return self._model, cache

@@ -16,7 +16,7 @@ _FAILURES = (FinishReason.ABORTED, FinishReason.ERROR)
 
 
 class ResponseBuilder:
-    """Turns what has accrued for one request into messages: one chunk, then a complete per end."""
+    """Turns what has accrued for one request into messages: a chunk, then a complete per end."""
 
     def __init__(self, choices: Mapping[int, int], prompt_tokens: int) -> None:
         """`choices` maps sequence ids to choice indices."""
@@ -24,39 +24,36 @@ class ResponseBuilder:
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = dict.fromkeys(choices, 0)
 
-    def responses(
+    def add_tokens(self, chunk: engine_pb2.TokenChunk, deltas: list[Delta]) -> None:
+        """Adds the tokens of `deltas` to an empty chunk, one entry for each choice."""
+        by_sequence: dict[int, list[Delta]] = {}
+        for delta in deltas:
+            if delta.token_ids:
+                by_sequence.setdefault(delta.sequence_id, []).append(delta)
+        for sequence_id, added in by_sequence.items():
+            token_ids = [token_id for delta in added for token_id in delta.token_ids]
+            self._completion_tokens[sequence_id] += len(token_ids)
+            token_delta = chunk.deltas.add(index=self._choices[sequence_id], token_ids=token_ids)
+            for delta in added:
+                if delta.logprobs:
+                    token_delta.logprobs.positions.extend(
+                        map(_position, delta.token_ids, delta.logprobs)
+                    )
+
+    def completes(
         self, deltas: list[Delta], withdrawn: Collection[int] = ()
-    ) -> Iterator[engine_pb2.EngineServiceGenerateResponse]:
-        """The messages that say what `deltas` say, except for ends that are failures.
+    ) -> Iterator[engine_pb2.TokenComplete]:
+        """The ends in `deltas` that are no failures; call it after `add_tokens`.
 
         That a sequence was aborted is none if its id is among `withdrawn`.
         """
-        chunk = engine_pb2.TokenChunk()
-        by_sequence: dict[int, engine_pb2.TokenDelta] = {}
-        for delta in deltas:
-            if not delta.token_ids:
-                continue
-            token_delta = by_sequence.get(delta.sequence_id)
-            if token_delta is None:
-                token_delta = chunk.deltas.add(index=self._choices[delta.sequence_id])
-                by_sequence[delta.sequence_id] = token_delta
-            token_delta.token_ids.extend(delta.token_ids)
-            if delta.logprobs:
-                token_delta.logprobs.positions.extend(
-                    map(_position, delta.token_ids, delta.logprobs)
-                )
-            self._completion_tokens[delta.sequence_id] += len(delta.token_ids)
-        if chunk.deltas:
-            yield engine_pb2.EngineServiceGenerateResponse(chunk=chunk)
         for delta in deltas:
             if delta.finish is None or delta.timing is None:
                 continue
             reason = delta.finish.reason
             is_wanted = reason is FinishReason.ABORTED and delta.sequence_id in withdrawn
             if reason not in _FAILURES or is_wanted:
-                yield engine_pb2.EngineServiceGenerateResponse(
-                    complete=self._complete(delta.sequence_id, delta.finish, delta.timing)
-                )
+                yield self._complete(delta.sequence_id, delta.finish, delta.timing)
 
     def _complete(
         self, sequence_id: int, finish: Finish, timing: Timing

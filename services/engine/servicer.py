@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Collection
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import grpc
 
 from meshserve.v1 import engine_pb2, engine_pb2_grpc, types_pb2
-from services.engine.core.errors import DrainingError, QueueFullError
-from services.engine.core.messages import Delta, FinishReason, ModelFacts, SequenceRequest
+from services.engine.core.messages import ModelFacts
 from services.engine.core_client import CoreClient
-from services.engine.request_stream import (
-    CoreLostError,
-    CoreUnavailableError,
-    RefusedError,
-    RequestStream,
-)
-from services.engine.responses import ResponseBuilder
-from services.engine.step_spans import SequenceSpans
-from services.engine.validation import default_sampling, missing_capability, sequence_requests
+from services.engine.generation import Generations, draining_error, unavailable_error
+from services.engine.request_stream import CoreUnavailableError
+from services.engine.shared_stream import SharedStream
+from services.engine.validation import default_sampling, missing_capability
+from services.runtime.carried_calls import CarriedCalls
 from services.runtime.errors import Reason, ServiceError, invalid_field
 from services.runtime.telemetry import Metrics
 
-log = logging.getLogger(__name__)
-
-RETRY_AFTER_S = 1.0
+GENERATE_METHOD = "meshserve.v1.EngineService/Generate"
 DEFAULT_LOAD_INTERVAL_MS = 1000
 LOAD_INTERVAL_RANGE_MS = (10, 60_000)
 DEFAULT_DRAIN_TIMEOUT_MS = 30_000
@@ -52,36 +46,34 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._model = model
         self._names = frozenset({"", model, *aliases})
         self._draining = draining
-        self._in_flight: dict[str, RequestStream] = {}
-        self._queue_duration = metrics.histogram("meshserve_engine_queue_duration_seconds")
-        self._prompt_length = metrics.histogram("meshserve_engine_prompt_length_tokens")
+        self._generations = Generations(client, metrics, self._facts, draining)
+        self._calls = CarriedCalls(GENERATE_METHOD, metrics)
+        self._replica_id = uuid.uuid4().hex
 
     async def Generate(  # noqa: N802
         self,
         request: GenerateRequest,
         context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse],
     ) -> AsyncIterator[GenerateResponse]:
-        """Tokens as they come: the first at once, then whatever has accrued at each message."""
-        facts = self._facts(request.model)
-        if self._draining.is_set() or self._client.draining:
-            raise _draining()
-        if request.request_id in self._in_flight:
-            raise ServiceError(Reason.REQUEST_ID_IN_USE, "a request with this id is in flight")
-        sequences = sequence_requests(request, facts, self._client.next_sequence_id)
-        self._prompt_length.observe(len(request.prompt.ids))
-        try:
-            stream = self._client.submit(sequences)
-        except CoreUnavailableError as error:
-            raise _unavailable(str(error)) from None
-        self._in_flight[request.request_id] = stream
-        try:
-            # Leaving the block for whatever reason (the caller gone, the deadline passed) aborts
-            # in the core what has not ended.
-            with stream:
-                async for response in self._responses(stream, sequences):
-                    yield response
-        finally:
-            del self._in_flight[request.request_id]
+        """Tokens as they come: the first at once, then what has accrued at intervals."""
+        async with aclosing(self._generations.begin(request).responses()) as responses:
+            async for response in responses:
+                yield response
+
+    async def GenerateMany(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[engine_pb2.GenerateManyRequest],
+        context: grpc.aio.ServicerContext[
+            engine_pb2.GenerateManyRequest, engine_pb2.GenerateManyResponse
+        ],
+    ) -> AsyncIterator[engine_pb2.GenerateManyResponse]:
+        """The tokens of many requests, on one stream."""
+        stream = SharedStream(
+            self._generations, self._calls, self._check_ready, self._draining, self._replica_id
+        )
+        async with aclosing(stream.serve(request_iterator)) as messages:
+            async for message in messages:
+                yield message
 
     async def Abort(  # noqa: N802
         self,
@@ -92,7 +84,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         then end with FINISH_REASON_ABORTED."""
         if not request.request_id:
             raise invalid_field("request_id", "required")
-        stream = self._in_flight.get(request.request_id)
+        stream = self._generations.in_flight.get(request.request_id)
         if stream is None:
             return engine_pb2.AbortResponse(aborted=False)
         if request.indexes:
@@ -158,7 +150,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             timeout_ms = request.timeout_ms
         if timeout_ms > MAX_DRAIN_TIMEOUT_MS:
             raise invalid_field("timeout_ms", f"at most {MAX_DRAIN_TIMEOUT_MS}")
-        in_flight = list(self._in_flight.values())
+        in_flight = list(self._generations.in_flight.values())
         await self._client.drain(timeout_ms / 1000)
         aborted = sum(stream.was_aborted for stream in in_flight)
         return engine_pb2.DrainResponse(
@@ -218,8 +210,18 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     def _facts(self, model: str) -> ModelFacts:
         self._check_model(model)
         if self._client.facts is None:
-            raise _unavailable("the engine core is starting")
+            raise unavailable_error("the engine core is starting")
         return self._client.facts
+
+    def _check_ready(self) -> None:
+        """A stream outlives what a channel knows of its replica's health; so each of its requests
+        asks. Raises ServiceError."""
+        try:
+            self._client.check_health()
+        except CoreUnavailableError as error:
+            raise (
+                draining_error() if self._client.draining else unavailable_error(str(error))
+            ) from None
 
     def _check_model(self, model: str) -> None:
         if model not in self._names:
@@ -247,74 +249,3 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             last_step_us=min(load.last_step_us, 2**32 - 1),
             draining=load.draining or self._draining.is_set(),
         )
-
-    async def _responses(
-        self, stream: RequestStream, sequences: list[SequenceRequest]
-    ) -> AsyncIterator[GenerateResponse]:
-        prompt_tokens = len(sequences[0].prompt_token_ids)
-        choices = {sequence.sequence_id: sequence.choice_index for sequence in sequences}
-        builder = ResponseBuilder(choices, prompt_tokens)
-        spans = SequenceSpans(prompt_tokens, self._queue_duration)
-        failure: Reason = Reason.CANCELLED
-        try:
-            while deltas := await self._read(stream):
-                for response in builder.responses(deltas, stream.withdrawn):
-                    yield response
-                for delta in deltas:
-                    spans.follow(delta)
-                    self._raise_if_failed(delta, stream.withdrawn)
-        except ServiceError as error:
-            failure = error.reason
-            raise
-        finally:
-            spans.end(failure.value)
-
-    async def _read(self, stream: RequestStream) -> list[Delta]:
-        try:
-            return await stream.read()
-        except CoreLostError as error:
-            raise ServiceError(
-                Reason.ENGINE_RESTARTED, str(error), retry_after_s=RETRY_AFTER_S
-            ) from None
-        except RefusedError as error:
-            raise self._refusal(error) from None
-
-    def _refusal(self, error: RefusedError) -> ServiceError:
-        if error.kind == QueueFullError.__name__:
-            return ServiceError(Reason.QUEUE_FULL, str(error), retry_after_s=RETRY_AFTER_S)
-        if error.kind == DrainingError.__name__:
-            return _draining()
-        # What else the core refuses has been checked before it was asked.
-        log.error("the engine core refused a valid request: %s: %s", error.kind, error)
-        return ServiceError(Reason.INTERNAL, "internal error; the server's log has the rest")
-
-    def _raise_if_failed(self, delta: Delta, withdrawn: Collection[int]) -> None:
-        finish = delta.finish
-        if finish is None:
-            return
-        if finish.reason is FinishReason.ABORTED and delta.sequence_id not in withdrawn:
-            if self._client.draining:
-                raise _draining()
-            raise ServiceError(Reason.ABORTED, "the request was aborted by another call")
-        if finish.reason is FinishReason.ERROR:
-            log.error("a sequence failed alone: %s: %s", finish.error_kind, finish.error)
-            raise ServiceError(
-                Reason.SEQUENCE_FAILED,
-                "the model's computation failed for this request",
-                metadata={"error": finish.error_kind},
-            )
-
-
-def _draining() -> ServiceError:
-    return ServiceError(
-        Reason.DRAINING, "this engine takes nothing new", retry_after_s=RETRY_AFTER_S
-    )
-
-
-def _unavailable(description: str) -> ServiceError:
-    return ServiceError(
-        Reason.SERVICE_UNAVAILABLE,
-        description,
-        retry_after_s=RETRY_AFTER_S,
-        metadata={"service": "engine"},
-    )

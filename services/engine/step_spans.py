@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from opentelemetry import trace
+from opentelemetry.context import Context
 from prometheus_client import Histogram
 
 from services.engine.core.messages import Delta, FinishReason, Timing
@@ -14,7 +15,11 @@ from services.runtime.telemetry import get_tracer
 class SequenceSpans:
     """Follows the sequences of one request and records their spans, however they end."""
 
-    def __init__(self, prompt_tokens: int, queue_duration: Histogram) -> None:
+    def __init__(
+        self, prompt_tokens: int, queue_duration: Histogram, context: Context | None = None
+    ) -> None:
+        """The spans are made in `context`; where it is None, in the current one."""
+        self._context = context
         self._prompt_tokens = prompt_tokens
         self._queue_duration = queue_duration
         self._live: dict[int, Timing] = {}
@@ -49,6 +54,7 @@ class SequenceSpans:
             completion_tokens=self._completion_tokens[sequence_id],
             ended_ns=time.time_ns(),
             error_type=error_type,
+            context=self._context,
         )
 
 
@@ -59,8 +65,10 @@ def record_spans(
     completion_tokens: int,
     ended_ns: int,
     error_type: str | None = None,
+    context: Context | None = None,
 ) -> None:
-    """Record `queue`, `prefill` and `decode` under the current span, as far as they came.
+    """Record `queue`, `prefill` and `decode`, as far as they came, under the current span or that
+    of `context`.
 
     `ended_ns` ends the phase that was under way, where the sequence did not finish by itself; that
     phase carries `error_type`.
@@ -89,7 +97,7 @@ def record_spans(
     for name, start_ns, end_ns, attributes in phases:
         if not start_ns:
             break
-        span = tracer.start_span(name, attributes=attributes, start_time=start_ns)
+        span = tracer.start_span(name, context, attributes=attributes, start_time=start_ns)
         if not end_ns and error_type is not None:
             span.set_attribute("error.type", error_type)
             span.set_status(trace.Status(trace.StatusCode.ERROR, error_type))

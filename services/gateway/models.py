@@ -7,7 +7,8 @@ import difflib
 import logging
 from dataclasses import dataclass
 
-from meshserve.v1 import engine_pb2, engine_pb2_grpc, gateway_pb2, tokenizer_pb2, types_pb2
+from meshserve.v1 import engine_pb2, gateway_pb2, tokenizer_pb2, types_pb2
+from services.gateway.engine_calls import EngineCalls
 from services.gateway.peers import Peers
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import ModelSettings, Settings
@@ -25,7 +26,7 @@ class ServedModel:
     """A model that can be routed to, as its engine and tokenizer describe it."""
 
     name: str
-    engine: engine_pb2_grpc.EngineServiceAsyncStub
+    engine_calls: EngineCalls
     info: engine_pb2.GetModelInfoResponse
     tokenizer: tokenizer_pb2.GetTokenizerInfoResponse
 
@@ -155,18 +156,18 @@ class ModelDirectory:
 
     async def _describe(self, name: str) -> ServedModel:
         """Asks engine and tokenizer side by side, and remembers the answer."""
-        engine = self._peers.engine(self._engine_target(self._settings.models[name]))
+        engines = self._peers.engines(self._engine_target(self._settings.models[name]))
         engine_query = engine_pb2.GetModelInfoRequest(model=name)
         tokenizer_query = tokenizer_pb2.GetTokenizerInfoRequest(model=name)
         try:
             info, tokenizer = await asyncio.gather(
-                engine.GetModelInfo(engine_query, timeout=DESCRIBE_TIMEOUT_S),
+                engines.stub.GetModelInfo(engine_query, timeout=DESCRIBE_TIMEOUT_S),
                 self._peers.tokenizer.GetTokenizerInfo(tokenizer_query, timeout=DESCRIBE_TIMEOUT_S),
             )
         except ServiceError:
             self._ready[name] = False
             raise
-        served = ServedModel(name, engine, info, tokenizer)
+        served = ServedModel(name, engines.calls, info, tokenizer)
         self._served[name] = served
         self._ready[name] = True
         return served

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+from dataclasses import dataclass
 from typing import Any, cast
 
 import grpc
@@ -15,8 +16,9 @@ from meshserve.v1 import (
     tokenizer_pb2,
     tokenizer_pb2_grpc,
 )
+from services.gateway.engine_calls import EngineCalls
 from services.gateway.sessions import SessionPool
-from services.runtime.channels import connect
+from services.runtime.channels import MeshChannel, connect
 from services.runtime.client_calls import ResponseStream
 from services.runtime.server import StartupError
 from services.runtime.settings import Settings, TlsSettings
@@ -26,6 +28,14 @@ DecodePool = SessionPool[tokenizer_pb2.DecodeInput, tokenizer_pb2.DecodeOutput]
 CheckPool = SessionPool[safety_pb2.CompletionInput, safety_pb2.CompletionOutput]
 
 
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """The engines at one target: generations go on shared streams, all else through the stub."""
+
+    stub: engine_pb2_grpc.EngineServiceAsyncStub
+    calls: EngineCalls
+
+
 class Peers:
     """Owns the channels; `close` ends them."""
 
@@ -33,7 +43,7 @@ class Peers:
         self._settings = settings
         self._metrics = metrics
         self._channels: list[grpc.aio.Channel] = []
-        self._engines: dict[str, engine_pb2_grpc.EngineServiceAsyncStub] = {}
+        self._engines: dict[str, Engines] = {}
         self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(
             self._connect("tokenizer", "meshserve.v1.TokenizerService")
         )
@@ -56,17 +66,27 @@ class Peers:
             outputs_of=lambda response: response.outputs,
         )
 
-    def engine(self, target: str) -> engine_pb2_grpc.EngineServiceAsyncStub:
+    def engines(self, target: str) -> Engines:
         """The engines at a target; one channel per target."""
         if target not in self._engines:
             channel = self._connect("engine", "meshserve.v1.EngineService", target)
-            self._engines[target] = engine_pb2_grpc.EngineServiceStub(channel)
+            stub: engine_pb2_grpc.EngineServiceAsyncStub = engine_pb2_grpc.EngineServiceStub(
+                channel
+            )
+            calls = EngineCalls(
+                lambda: _standing(stub.GenerateMany),
+                cast(MeshChannel, channel).instruments,
+                self._settings.engine.max_message_bytes,
+            )
+            self._engines[target] = Engines(stub, calls)
         return self._engines[target]
 
     async def close(self) -> None:
         """Ends the shared streams and closes all channels."""
         self.decode_sessions.close()
         self.check_sessions.close()
+        for engines in self._engines.values():
+            engines.calls.close()
         for channel in self._channels:
             await channel.close()
 

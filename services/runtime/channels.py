@@ -99,7 +99,7 @@ class MeshChannel:
 
     def __init__(self, channel: grpc.aio.Channel, peer: str, target: str, metrics: Metrics) -> None:
         self._channel = channel
-        self._instruments = Instruments(peer, target, metrics)
+        self.instruments = Instruments(peer, target, metrics)
 
     async def __aenter__(self) -> Self:
         return self
@@ -114,19 +114,19 @@ class MeshChannel:
     def unary_unary(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
         rpc = Method(method, self._channel.unary_unary, False, *codec, **options)
-        return single_response(rpc, self._instruments)
+        return single_response(rpc, self.instruments)
 
     def stream_unary(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
         rpc = Method(method, self._channel.stream_unary, True, *codec, **options)
-        return single_response(rpc, self._instruments)
+        return single_response(rpc, self.instruments)
 
     def unary_stream(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
         rpc = Method(method, self._channel.unary_stream, False, *codec, **options)
-        return response_stream(rpc, self._instruments)
+        return response_stream(rpc, self.instruments)
 
     def stream_stream(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
         rpc = Method(method, self._channel.stream_stream, True, *codec, **options)
-        return response_stream(rpc, self._instruments)
+        return response_stream(rpc, self.instruments)

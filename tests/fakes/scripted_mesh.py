@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -25,7 +26,7 @@ from meshserve.v1 import (
     types_pb2,
 )
 from services.gateway.service import GatewayService
-from services.runtime.errors import Reason, ServiceError
+from services.runtime.errors import Reason, ServiceError, to_session_status
 from services.runtime.multiplex import SessionHost
 from services.runtime.server_calls import CallInterceptor
 from services.runtime.settings import Settings
@@ -182,23 +183,64 @@ class Tokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
 
 class Engine(engine_pb2_grpc.EngineServiceServicer):
-    """Plays `script`; `left` counts the calls that were left before their script had ended."""
+    """Plays `script`; `left` counts the generations that were left before it had ended."""
 
     def __init__(self) -> None:
         self.script: Script = says("one", "two")
+        self.replica_id = uuid.uuid4().hex
         self.requests: list[EngineRequest] = []
         self.left = 0
         self.active = 0
         self.calls_ended = asyncio.Event()
 
-    async def Generate(self, request: EngineRequest, context: Any) -> AsyncIterator[EngineResponse]:
+    async def GenerateMany(
+        self, requests: AsyncIterator[engine_pb2.GenerateManyRequest], context: Any
+    ) -> AsyncIterator[engine_pb2.GenerateManyResponse]:
+        yield engine_pb2.GenerateManyResponse(replica_id=self.replica_id)
+        said: asyncio.Queue[engine_pb2.GenerationOutput | None] = asyncio.Queue()
+        playing: dict[int, asyncio.Task[None]] = {}
+
+        async def read() -> None:
+            async for request in requests:
+                for message in request.inputs:
+                    if message.HasField("open"):
+                        play = self._play(message.session_id, message.open.request, said)
+                        playing[message.session_id] = asyncio.create_task(play)
+                    elif message.cancel:
+                        playing[message.session_id].cancel()
+            said.put_nowait(None)
+
+        reading = asyncio.create_task(read())
+        try:
+            while (output := await said.get()) is not None:
+                yield engine_pb2.GenerateManyResponse(outputs=[output])
+        finally:
+            for task in (reading, *playing.values()):
+                task.cancel()
+
+    async def _play(
+        self,
+        session_id: int,
+        request: EngineRequest,
+        said: asyncio.Queue[engine_pb2.GenerationOutput | None],
+    ) -> None:
         self.requests.append(request)
         self.active += 1
         played = False
+        output = engine_pb2.GenerationOutput
         try:
             async for response in self.script(request):
-                yield response
+                said.put_nowait(
+                    output(session_id=session_id, chunk=response.chunk)
+                    if response.HasField("chunk")
+                    else output(session_id=session_id, completes=[response.complete])
+                )
+                await asyncio.sleep(0)
+            said.put_nowait(output(session_id=session_id, finished=True))
             played = True
+        except ServiceError as error:
+            status = to_session_status(error)
+            said.put_nowait(output(session_id=session_id, finished=True, error=status))
         finally:
             self.left += not played
             self.active -= 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
-from typing import cast
 
 from opentelemetry.trace import Span, use_span
 
@@ -16,7 +15,6 @@ from services.gateway.peers import DecodePool
 from services.gateway.pipeline import Stage, first_error
 from services.gateway.sessions import Session
 from services.gateway.stop_strings import StopMatch, StopStringMatcher
-from services.runtime.client_calls import ResponseStream
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.telemetry.tracing import current_trace_context
 
@@ -47,28 +45,31 @@ class Generate(Stage):
         """Raises ServiceError. Ends once every choice has ended."""
         with use_span(span):
             trace = current_trace_context()
-            call = cast(ResponseStream, context.served.engine.Generate(engine_request(context)))
+            call = context.served.engine_calls.generate(engine_request(context))
         choices = [_Choice(context, self._pool, index, trace) for index in range(context.choices)]
         unended = len(choices)
         begun = False
         try:
             async with call:
                 with renamed_fields(ENGINE_FIELDS):
-                    async for message in call:
-                        if message.chunk.HasField("prompt_logprobs"):
-                            context.prompt_logprobs = message.chunk.prompt_logprobs
+                    async for output in call:
+                        if output.chunk.HasField("prompt_logprobs"):
+                            context.prompt_logprobs = output.chunk.prompt_logprobs
                         if not begun:
                             begun = True
                             for event in _beginning(choices, context):
                                 yield event
-                        for event in await _events(message, choices):
-                            unended -= isinstance(event, ChoiceEnd)
-                            if not unended and not all(each.engine_is_done for each in choices):
+                        for event in await _events(output, choices):
+                            if isinstance(event, ChoiceEnd):
+                                unended -= 1
                                 # A stop string that only the text shows: the engine would go on,
                                 # and a slow reader must not keep it from being told.
-                                call.cancel()
-                                yield event
-                                return
+                                if not unended and not all(each.engine_is_done for each in choices):
+                                    call.cancel()
+                                    yield event
+                                    return
+                                if not choices[event.index].engine_is_done:
+                                    call.abort([event.index])
                             yield event
             if unended:
                 raise ServiceError(
@@ -115,23 +116,25 @@ def _beginning(choices: list[_Choice], context: RequestContext) -> Iterator[Even
             yield TextDelta(index, context.request.text)
 
 
-async def _events(
-    message: engine_pb2.EngineServiceGenerateResponse, choices: list[_Choice]
-) -> list[Event]:
-    if message.WhichOneof("event") == "complete":
-        choice = choices[message.complete.index]
-        choice.engine_is_done = True
-        return [] if choice.ended else await choice.finish(message.complete)
-    deltas = [delta for delta in message.chunk.deltas if not choices[delta.index].ended]
+async def _events(output: engine_pb2.GenerationOutput, choices: list[_Choice]) -> list[Event]:
+    events: list[Event] = []
+    deltas = [delta for delta in output.chunk.deltas if not choices[delta.index].ended]
     if len(deltas) == 1:
-        return await choices[deltas[0].index].feed(deltas[0])
-    # Side by side, so that all choices go in one message to the tokenizer.
-    try:
-        async with asyncio.TaskGroup() as group:
-            fed = [group.create_task(choices[delta.index].feed(delta)) for delta in deltas]
-    except BaseExceptionGroup as failures:
-        raise first_error(failures) from None
-    return [event for task in fed for event in task.result()]
+        events = await choices[deltas[0].index].feed(deltas[0])
+    elif deltas:
+        # Side by side, so that all choices go in one message to the tokenizer.
+        try:
+            async with asyncio.TaskGroup() as group:
+                fed = [group.create_task(choices[delta.index].feed(delta)) for delta in deltas]
+        except BaseExceptionGroup as failures:
+            raise first_error(failures) from None
+        events = [event for task in fed for event in task.result()]
+    for complete in output.completes:
+        choice = choices[complete.index]
+        choice.engine_is_done = True
+        if not choice.ended:
+            events += await choice.finish(complete)
+    return events
 
 
 class _Choice:

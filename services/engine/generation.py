@@ -1,0 +1,197 @@
+"""Requests in the core: how they begin, what is said of them, how they end or fail."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+
+from opentelemetry.context import Context
+
+from meshserve.v1 import engine_pb2
+from services.engine.core.errors import DrainingError, QueueFullError
+from services.engine.core.messages import Delta, FinishReason, ModelFacts, SequenceRequest
+from services.engine.core_client import CoreClient
+from services.engine.request_stream import (
+    CoreLostError,
+    CoreUnavailableError,
+    RefusedError,
+    RequestStream,
+)
+from services.engine.responses import ResponseBuilder
+from services.engine.step_spans import SequenceSpans
+from services.engine.validation import sequence_requests
+from services.runtime.errors import Reason, ServiceError
+from services.runtime.telemetry import Metrics
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1.0
+
+
+class Generations:
+    """Begins requests, and knows those in flight by their ids."""
+
+    def __init__(
+        self,
+        client: CoreClient,
+        metrics: Metrics,
+        facts_of: Callable[[str], ModelFacts],
+        draining: asyncio.Event,
+    ) -> None:
+        """`facts_of` gives the facts of a model by its name, or raises ServiceError."""
+        self.in_flight: dict[str, RequestStream] = {}
+        self._client = client
+        self._facts_of = facts_of
+        self._draining = draining
+        self._queue_duration = metrics.histogram("meshserve_engine_queue_duration_seconds")
+        self._prompt_length = metrics.histogram("meshserve_engine_prompt_length_tokens")
+
+    def begin(
+        self,
+        request: engine_pb2.EngineServiceGenerateRequest,
+        context: Context | None = None,
+    ) -> Generation:
+        """Hands a request to the core. Its spans are made in `context`, or the current one.
+
+        Raises:
+            ServiceError: it is not valid, or cannot be taken now.
+        """
+        facts = self._facts_of(request.model)
+        if self._draining.is_set() or self._client.draining:
+            raise draining_error()
+        if request.request_id in self.in_flight:
+            raise ServiceError(Reason.REQUEST_ID_IN_USE, "a request with this id is in flight")
+        sequences = sequence_requests(request, facts, self._client.next_sequence_id)
+        self._prompt_length.observe(len(request.prompt.ids))
+        try:
+            stream = self._client.submit(sequences)
+        except CoreUnavailableError as error:
+            raise unavailable_error(str(error)) from None
+        self.in_flight[request.request_id] = stream
+        spans = SequenceSpans(len(request.prompt.ids), self._queue_duration, context)
+        return Generation(self._client, stream, sequences, spans, self.in_flight.pop)
+
+    def withdraw(self, generation: Generation, choices: list[int]) -> None:
+        """Ends some choices of a request, while the others go on."""
+        self._client.withdraw(generation.stream, choices)
+
+
+class Generation:
+    """One request in the core. `end` must be called, and aborts there what has not ended."""
+
+    def __init__(
+        self,
+        client: CoreClient,
+        stream: RequestStream,
+        sequences: list[SequenceRequest],
+        spans: SequenceSpans,
+        forget: Callable[[str], object],
+    ) -> None:
+        self.stream = stream
+        self._client = client
+        self._request_id = sequences[0].request_id
+        choices = {sequence.sequence_id: sequence.choice_index for sequence in sequences}
+        self._builder = ResponseBuilder(choices, len(sequences[0].prompt_token_ids))
+        self._spans = spans
+        self._forget = forget
+
+    async def responses(self) -> AsyncGenerator[engine_pb2.EngineServiceGenerateResponse]:
+        """The messages of the request as they become due. Raises ServiceError, and ends it."""
+        failure: ServiceError | None = None
+        try:
+            while deltas := await self._read():
+                chunk = engine_pb2.TokenChunk()
+                self._builder.add_tokens(chunk, deltas)
+                if chunk.deltas:
+                    yield engine_pb2.EngineServiceGenerateResponse(chunk=chunk)
+                for complete in self._builder.completes(deltas, self.stream.withdrawn):
+                    yield engine_pb2.EngineServiceGenerateResponse(complete=complete)
+                self._follow(deltas)
+        except ServiceError as error:
+            failure = error
+            raise
+        finally:
+            # However it ends: the caller gone, the deadline passed.
+            self.end(failure or ServiceError(Reason.CANCELLED, "the caller went away"))
+
+    def collect(self, output: engine_pb2.GenerationOutput) -> None:
+        """Adds to `output` what has accrued, and whether it was the last.
+
+        Raises:
+            ServiceError: the request has failed; what came before stands in `output`.
+        """
+        deltas = self.stream.take()
+        if deltas:
+            self._builder.add_tokens(output.chunk, deltas)
+            output.completes.extend(self._builder.completes(deltas, self.stream.withdrawn))
+            self._follow(deltas)
+        try:
+            self.stream.raise_failure()
+        except (CoreLostError, RefusedError) as error:
+            raise _as_service_error(error) from None
+        output.finished = self.stream.is_over
+
+    def end(self, error: ServiceError | None) -> None:
+        """Aborts what has not ended, and records why it did not; does nothing the second time."""
+        self._spans.end((error.reason if error is not None else Reason.CANCELLED).value)
+        self.stream.close()
+        if self._request_id:
+            self._forget(self._request_id)
+            self._request_id = ""
+
+    async def _read(self) -> list[Delta]:
+        try:
+            return await self.stream.read()
+        except (CoreLostError, RefusedError) as error:
+            raise _as_service_error(error) from None
+
+    def _follow(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            self._spans.follow(delta)
+            if delta.finish is not None:
+                self._raise_if_failed(delta)
+
+    def _raise_if_failed(self, delta: Delta) -> None:
+        finish = delta.finish
+        assert finish is not None
+        if finish.reason is FinishReason.ABORTED and delta.sequence_id not in self.stream.withdrawn:
+            if self._client.draining:
+                raise draining_error()
+            raise ServiceError(Reason.ABORTED, "the request was aborted by another call")
+        if finish.reason is FinishReason.ERROR:
+            log.error("a sequence failed alone: %s: %s", finish.error_kind, finish.error)
+            raise ServiceError(
+                Reason.SEQUENCE_FAILED,
+                "the model's computation failed for this request",
+                metadata={"error": finish.error_kind},
+            )
+
+
+def _as_service_error(error: CoreLostError | RefusedError) -> ServiceError:
+    if isinstance(error, CoreLostError):
+        return ServiceError(Reason.ENGINE_RESTARTED, str(error), retry_after_s=RETRY_AFTER_S)
+    if error.kind == QueueFullError.__name__:
+        return ServiceError(Reason.QUEUE_FULL, str(error), retry_after_s=RETRY_AFTER_S)
+    if error.kind == DrainingError.__name__:
+        return draining_error()
+    # What else the core refuses has been checked before it was asked.
+    log.error("the engine core refused a valid request: %s: %s", error.kind, error)
+    return ServiceError(Reason.INTERNAL, "internal error; the server's log has the rest")
+
+
+def draining_error() -> ServiceError:
+    """The engine takes nothing new."""
+    return ServiceError(
+        Reason.DRAINING, "this engine takes nothing new", retry_after_s=RETRY_AFTER_S
+    )
+
+
+def unavailable_error(description: str) -> ServiceError:
+    """The engine can take nothing for now."""
+    return ServiceError(
+        Reason.SERVICE_UNAVAILABLE,
+        description,
+        retry_after_s=RETRY_AFTER_S,
+        metadata={"service": "engine"},
+    )

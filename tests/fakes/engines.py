@@ -24,6 +24,8 @@ def make_scheduler(
     max_batch_tokens: int = 16,
     max_running_sequences: int = 4,
     max_waiting_sequences: int = 64,
+    max_waiting_tokens: int = 1 << 18,
+    step_latency_target_ms: float = 1e9,
     prefix_cache: bool = True,
     speculator: Speculator | None = None,
 ) -> Scheduler:
@@ -35,6 +37,8 @@ def make_scheduler(
         max_batch_tokens=max_batch_tokens,
         max_running_sequences=max_running_sequences,
         max_waiting_sequences=max_waiting_sequences,
+        max_waiting_tokens=max_waiting_tokens,
+        step_latency_target_ms=step_latency_target_ms,
         prefix_cache=prefix_cache,
         speculator=speculator,
     )
@@ -47,6 +51,8 @@ def make_engine(
     max_batch_tokens: int = 16,
     max_running_sequences: int = 4,
     max_waiting_sequences: int = 64,
+    max_waiting_tokens: int = 1 << 18,
+    step_latency_target_ms: float = 1e9,
     prefix_cache: bool = True,
     speculator: Speculator | None = None,
 ) -> EngineCore:
@@ -57,6 +63,8 @@ def make_engine(
         max_batch_tokens=max_batch_tokens,
         max_running_sequences=max_running_sequences,
         max_waiting_sequences=max_waiting_sequences,
+        max_waiting_tokens=max_waiting_tokens,
+        step_latency_target_ms=step_latency_target_ms,
         prefix_cache=prefix_cache,
         speculator=speculator,
     )

@@ -86,8 +86,8 @@ class EngineCore:
             failed_sequences=self._failed_sequences,
             last_step_us=self._last_step_us,
             draining=scheduler.draining,
-            cache_queried_tokens=scheduler.cache_queried_tokens,
-            cache_hit_tokens=scheduler.cache_hit_tokens,
+            cache_queried_tokens=scheduler.block_tables.queried_tokens,
+            cache_hit_tokens=scheduler.block_tables.hit_tokens,
             drafted_tokens=scheduler.drafted_tokens,
             accepted_draft_tokens=scheduler.accepted_draft_tokens,
         )

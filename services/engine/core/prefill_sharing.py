@@ -56,7 +56,7 @@ class PrefillSharing:
         hashes = self._prefix_cache.known_hashes(sequence)
         first = index = len(match.blocks) + (match.copied_block is not None)
         leader = self._leaders.get(hashes[first]) if first < len(hashes) else None
-        if leader is None or leader.request.priority < sequence.request.priority:
+        if leader is None or leader.priority < sequence.priority:
             return None
         while index < len(hashes) and self._leaders.get(hashes[index]) is leader:
             index += 1

@@ -41,6 +41,11 @@ class Match:
         full, rest = divmod(num_tokens, block_size)
         return cls(blocks[:full], blocks[full] if rest else None, num_tokens)
 
+    @property
+    def held_blocks(self) -> list[int]:
+        """The blocks that must not go to anybody else until the copy is made."""
+        return self.blocks if self.copied_block is None else [*self.blocks, self.copied_block]
+
     def without_copy(self, block_size: int) -> Match:
         """The same match, its full blocks only."""
         return Match(self.blocks, None, len(self.blocks) * block_size)

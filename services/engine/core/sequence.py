@@ -47,6 +47,7 @@ class Sequence:
         "num_published_blocks",
         "preemptions",
         "prefill_start_ns",
+        "priority",
         "queued_ns",
         "rank",
         "request",
@@ -54,6 +55,7 @@ class Sequence:
         "state",
         "steps",
         "stops",
+        "tenant",
         "token_ids",
     )
 
@@ -70,6 +72,8 @@ class Sequence:
         self.arrival = arrival
         # What is served first and preempted last: the smallest rank.
         self.rank = (-request.priority, arrival)
+        self.priority = request.priority
+        self.tenant = request.tenant
         self.token_ids = array("q", request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.max_tokens = max_tokens

@@ -1,0 +1,134 @@
+"""Where sequences wait, and how they come to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from services.engine.core.admission import ConcurrencyLimit
+from services.engine.core.block_tables import BlockTables
+from services.engine.core.fairness import TenantCounters
+from services.engine.core.preemption import victims_for
+from services.engine.core.prefill_sharing import PrefillSharing
+from services.engine.core.prefix_cache import Match
+from services.engine.core.running_set import RunningSet
+from services.engine.core.sequence import Sequence
+from services.engine.core.waiting_queue import WaitingQueue
+
+
+class Entrance:
+    """Lets waiting sequences enter the running set, in the order of the queue.
+
+    Nobody overtakes the head of the queue; but who waits for a prefill under way, to share it,
+    waits beside the queue. Where the head lacks room, it takes that of running sequences of lower
+    priority, if there are enough. In a step that preempts, nobody enters who does not rank above
+    those who had to go: they would only take their place.
+    """
+
+    def __init__(
+        self,
+        tables: BlockTables,
+        running: RunningSet,
+        tenants: TenantCounters,
+        concurrency: ConcurrencyLimit,
+    ) -> None:
+        self._pool = tables.pool
+        self._tables = tables
+        self._running = running
+        self._tenants = tenants
+        self._concurrency = concurrency
+        self._queue = WaitingQueue(tenants)
+        self._sharing = PrefillSharing(tables.prefix_cache, tables.pool.block_size)
+
+    def __len__(self) -> int:
+        return len(self._queue) + len(self._sharing)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self._queue
+        yield from self._sharing
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute of those in the queue."""
+        return self._queue.num_tokens
+
+    def push(self, sequence: Sequence) -> None:
+        """Let a sequence wait."""
+        self._queue.push(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take out a sequence that waits."""
+        if sequence.awaits is not None:
+            self._sharing.remove(sequence)
+        else:
+            self._queue.remove(sequence)
+
+    def end_prefill(self, sequence: Sequence) -> None:
+        """Note that a sequence has got its first token, or runs no longer."""
+        if sequence in self._sharing:
+            for follower in self._sharing.finish(sequence):
+                self._queue.push(follower)
+
+    def admit(
+        self, barred_priority: float, preempt: Callable[[Sequence], None]
+    ) -> tuple[list[Sequence], list[tuple[int, int]]]:
+        """Let enter who can; `preempt` puts a running sequence back.
+
+        Returns who entered, and the blocks (source, destination) to copy for them. Sequences of
+        `barred_priority` or less, which the step has preempted already, stay out.
+        """
+        entered: list[Sequence] = []
+        copies: list[tuple[int, int]] = []
+        while (sequence := self._queue.head) is not None and sequence.priority > barred_priority:
+            match = self._tables.match(sequence)
+            leader = self._sharing.leader_for(sequence, match)
+            if leader is not None:
+                self._queue.remove(sequence)
+                self._sharing.wait(sequence, leader)
+                continue
+            missing_rows = len(self._running) + 1 - self._concurrency.limit
+            usable = self._usable(sequence, match) if missing_rows <= 0 else None
+            if usable is None:
+                usable = match.without_copy(self._pool.block_size)
+                victims = self._victims(sequence, usable, missing_rows)
+                if not victims:
+                    break
+                for victim in victims:
+                    preempt(victim)
+                    barred_priority = max(barred_priority, victim.priority)
+            self._queue.remove(sequence)
+            self._tenants.enter(sequence.tenant)
+            copy = self._running.enter(sequence, usable)
+            sequence.fork_of = None
+            entered.append(sequence)
+            if copy is not None:
+                copies.append(copy)
+            if sequence.num_uncomputed_tokens > 1:
+                self._sharing.lead(sequence)
+        return entered, copies
+
+    def check_integrity(self) -> None:
+        """Check the queue and those who wait beside it.
+
+        Raises:
+            IntegrityError: something does not hold.
+        """
+        self._queue.check_integrity()
+        self._sharing.check_integrity()
+
+    def _usable(self, sequence: Sequence, match: Match) -> Match | None:
+        """As much of `match` as there is room to enter with; None if there is none."""
+        # Without a copy, whose source is held beside it for a step, one block fewer is needed.
+        for candidate in (match, match.without_copy(self._pool.block_size)):
+            if self._running.missing_blocks(sequence, candidate) <= 0:
+                return candidate
+        return None
+
+    def _victims(self, sequence: Sequence, match: Match, missing_rows: int) -> list[Sequence]:
+        return victims_for(
+            sequence,
+            self._running.sequences,
+            self._pool,
+            num_blocks=self._running.missing_blocks(sequence, match),
+            num_rows=missing_rows,
+            kept_blocks=frozenset(match.blocks),
+        )

@@ -1,0 +1,68 @@
+"""Who gives its blocks back when the pool is full, and who may ask for that.
+
+A preempted sequence keeps its tokens, its priority and its arrival. Its published blocks stay in
+the prefix cache as long as there is room, so that most of it is found again when it comes back.
+
+Progress: the sequence of the best rank (priority, then arrival) among those running is never
+preempted but for one of a higher priority, so it computes in every step. Only finitely many
+sequences of a priority rank before a given one, so each gets there and, since none is accepted
+that the whole pool could not hold, finishes, as long as higher priorities leave it room.
+"""
+
+from __future__ import annotations
+
+from services.engine.core.block_pool import BlockPool
+from services.engine.core.sequence import Sequence
+
+
+def choose_victim(running: list[Sequence], pool: BlockPool) -> Sequence:
+    """Whom to preempt so that one of `running` (best rank first) can go on.
+
+    It is the cheapest of the lowest priority: the one with the fewest tokens to compute again,
+    counted as if none of its own blocks survived in the prefix cache (at worst, none does). Among
+    equals the latest arrival goes. The best rank is spared as long as it is not alone.
+    """
+    return _cheapest(running[1:] or running, pool)
+
+
+def victims_for(
+    newcomer: Sequence,
+    running: list[Sequence],
+    pool: BlockPool,
+    *,
+    num_blocks: int,
+    num_rows: int,
+    kept_blocks: frozenset[int],
+) -> list[Sequence]:
+    """Whom to preempt so that `newcomer`, who waits, gets `num_blocks` free blocks more and
+    `num_rows` rows more; `kept_blocks` are those it is going to share, so they free nothing.
+
+    Only sequences of a lower priority are in question, the lowest first. The list is empty where
+    they could not make enough room, for then nobody needs to go.
+    """
+    candidates = [each for each in running if each.priority < newcomer.priority]
+    victims: list[Sequence] = []
+    while candidates and (num_blocks > 0 or len(victims) < num_rows):
+        victim = _cheapest(candidates, pool)
+        candidates.remove(victim)
+        victims.append(victim)
+        # One block was kept free for the victim itself (see Scheduler).
+        freed = [block for block in victim.block_table if block not in kept_blocks]
+        num_blocks -= pool.count_sole(freed) + 1
+    enough = num_blocks <= 0 and len(victims) >= num_rows
+    return victims if enough else []
+
+
+def _cheapest(candidates: list[Sequence], pool: BlockPool) -> Sequence:
+    lowest = min(sequence.priority for sequence in candidates)
+    return min(
+        (sequence for sequence in candidates if sequence.priority == lowest),
+        key=lambda sequence: (tokens_to_recompute(sequence, pool), -sequence.arrival),
+    )
+
+
+def tokens_to_recompute(sequence: Sequence, pool: BlockPool) -> int:
+    """What preempting costs at most: computed tokens in blocks that only `sequence` holds."""
+    table = sequence.block_table
+    num_shared_blocks = len(table) - pool.count_sole(table)
+    return max(0, sequence.num_computed_tokens - num_shared_blocks * pool.block_size)

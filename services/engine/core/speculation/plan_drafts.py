@@ -1,0 +1,31 @@
+"""Adds guesses to a step in which everybody decodes."""
+
+from __future__ import annotations
+
+from services.engine.core.block_pool import BlockPool
+from services.engine.core.block_tables import BlockTables
+from services.engine.core.sequence import Sequence
+from services.engine.core.speculation.speculator import Speculator
+
+
+def plan_drafts(
+    speculator: Speculator,
+    planned: dict[Sequence, int],
+    tables: BlockTables,
+    pool: BlockPool,
+    max_tokens: int,
+) -> None:
+    """Draft for the decoding sequences of `planned` and count what is to be verified.
+
+    `max_tokens` bounds the drafts together. They get free blocks only: a guess is not worth a
+    preemption.
+    """
+    sequences = list(planned)
+    for sequence, draft in zip(sequences, speculator.propose(sequences, max_tokens), strict=True):
+        missing = tables.missing_blocks(sequence, len(draft))
+        if missing > pool.num_free:
+            continue
+        if missing > 0:
+            sequence.block_table += pool.allocate(missing)
+        sequence.draft_token_ids = draft
+        planned[sequence] += len(draft)

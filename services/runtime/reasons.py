@@ -164,7 +164,8 @@ REASONS: Mapping[Reason, ReasonEntry] = {
     ),
     Reason.ENGINE_RESTARTED: ReasonEntry(
         _C.UNAVAILABLE,
-        "The engine's core ended while it worked on the request and is being restarted.",
+        "The engine's core ended, or hung and was ended, while it worked on the request; it is "
+        "being restarted.",
         "Send the request again after the time in RetryInfo.",
         ("RetryInfo",),
     ),

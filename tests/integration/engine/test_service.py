@@ -21,7 +21,7 @@ from services.runtime.server_calls import CallInterceptor
 from services.runtime.telemetry import Metrics
 from tests.fakes.core import CONTEXT_TOKENS
 from tests.fakes.engines import reference_output
-from tests.fakes.hash_model import RAISING_TOKEN_ID, SLOW_TOKEN_ID
+from tests.fakes.hash_model import RAISING_TOKEN_ID, SLOW_TOKEN_ID, STALLING_TOKEN_ID
 
 Stub: TypeAlias = Any  # the asyncio form of EngineServiceStub exists in type stubs alone
 
@@ -262,6 +262,19 @@ async def test_a_core_crash_is_unavailable_with_retry_info(stub: Stub, client: C
         while client.core_pid is None or client.load.num_blocks == 0:
             await asyncio.sleep(0.05)
     assert [r async for r in stub.Generate(generate_request([1]))]
+
+
+async def test_a_core_that_hangs_is_unavailable_with_retry_info(
+    stub: Stub, client: CoreClient
+) -> None:
+    stopping = types_pb2.StoppingCriteria(max_tokens=200, ignore_eos=True)
+    call = stub.Generate(generate_request([SLOW_TOKEN_ID], stopping=stopping))
+    await call.read()
+    hung = stub.Generate(generate_request([STALLING_TOKEN_ID], request_id="hung"))
+    for lost in (call, hung):
+        error = await failure(lost)
+        assert error.reason is Reason.ENGINE_RESTARTED
+        assert error.retry_after_s
 
 
 async def test_load_is_watched(stub: Stub) -> None:

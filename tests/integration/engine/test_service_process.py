@@ -18,6 +18,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from meshserve.v1 import engine_pb2, engine_pb2_grpc, types_pb2
+from services.runtime.errors import Reason, ServiceError
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -88,6 +89,11 @@ def generate_request(request_id: str, **fields: Any) -> engine_pb2.EngineService
     )
 
 
+async def read_to_end(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
 def tokens_of(responses: list[engine_pb2.EngineServiceGenerateResponse]) -> list[int]:
     return [t for r in responses for delta in r.chunk.deltas for t in delta.token_ids]
 
@@ -156,23 +162,35 @@ async def test_a_cache_too_small_for_a_block_is_explained(
         assert b"Traceback" not in error
 
 
-async def test_a_hung_core_turns_the_service_not_serving(
+async def test_a_core_that_hangs_in_a_decode_is_said_to_within_five_seconds_and_replaced(
     tmp_path: Path, demo_model_path: Path
 ) -> None:
     port = free_port()
     async with (
-        engine_process(tmp_path, port, stall_timeout_s=1.0, restart_stalled_after_s=3.0) as process,
+        engine_process(tmp_path, port) as process,
         grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
         await wait_until_serving(channel)
+        stub: Any = engine_pb2_grpc.EngineServiceStub(channel)
+        limit = types_pb2.StoppingCriteria(max_tokens=2000, ignore_eos=True)
+        call = stub.Generate(generate_request("a", stopping=limit))
+        await call.read()
         (core_pid,) = _children(process.pid)
         os.kill(core_pid, signal.SIGSTOP)
         health = health_pb2_grpc.HealthStub(channel)
         async with asyncio.timeout(5):
             while (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING:
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.05)
+        with pytest.raises(grpc.aio.AioRpcError) as lost:
+            await read_to_end(call)
+        error = ServiceError.from_rpc_error(lost.value, peer="engine")
+        assert lost.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert error.reason is Reason.ENGINE_RESTARTED
+        assert error.retry_after_s
         await wait_until_serving(channel)
         assert _children(process.pid) != [core_pid]
+        responses = [r async for r in stub.Generate(generate_request("b"))]
+        assert PARIS in tokens_of(responses)
 
 
 def _children(pid: int) -> list[int]:

@@ -10,10 +10,10 @@ KERNELS := services/engine/core/kernels/cpu
 KERNEL_SOURCES := $(wildcard $(KERNELS)/src/*) $(KERNELS)/build.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help up down test test-slow test-gpu lint format bench bench-start docs kernels stubs baseline lock clean
+.PHONY: help up down test test-slow test-sanitized test-gpu lint format bench bench-start docs kernels stubs baseline lock clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 up: $(VENV)/.all $(VENV)/.kernels ## Pull the demo model, start the mesh on this machine and keep serving
 	@$(BIN)/meshserve up $(ARGS)
@@ -27,19 +27,29 @@ test: $(VENV)/.dev $(VENV)/.kernels ## Run the tests (those marked slow excepted
 test-slow: $(VENV)/.dev $(VENV)/.kernels ## Run the tests that take longer: faults, load, long streams
 	$(PYTEST) -m "slow and not gpu and not docker" $(ARGS)
 
+test-sanitized: $(VENV)/.dev ## Run the tests of the CPU kernels with AddressSanitizer and UBSan
+	$(BIN)/python $(KERNELS)/build.py --sanitize --into build/sanitized
+	TESTED_KERNELS="$$(ls -t build/sanitized/*.so | head -1)" \
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so):$$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(PYTEST) tests/unit/engine_core/cpu \
+	  --deselect tests/unit/engine_core/cpu/test_build.py --timeout=1200 $(ARGS)
+
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device
 	$(PYTEST) -m gpu $(ARGS)
 
-lint: $(VENV)/.dev ## Check style, types and contracts
+lint: $(VENV)/.dev ## Check style, types, contracts and what the C++ compiler warns of
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)/src/*
+	$(BIN)/python $(KERNELS)/build.py --strict --into build/strict
 	cd protos && ../$(BIN)/buf lint
 	cd protos && ../$(BIN)/buf breaking --against baseline.binpb
 
 format: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(KERNELS)/src/*
 
 bench: $(VENV)/.all $(VENV)/.kernels ## Print tokens/s of the engine core alone and through the mesh
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -16,8 +16,9 @@ enum class ActivationFormat : int32_t {
 };
 
 // A row of int8 is laid out as: [inputs] int8, [groups] float scales, [groups] float sums
-// (scale * the sum of the group's bytes), [groups] int32 offsets (-128 * that sum of bytes). Weights
-// are unsigned bytes: the sums serve those with a minimum, the offsets those centred on 128.
+// (scale * the sum of the group's bytes), [groups] int32 offsets (-128 * that sum of bytes).
+// Weights are unsigned bytes: the sums serve those with a minimum, the offsets those centred on
+// 128.
 struct Activations {
   ActivationFormat format;
   int32_t inputs;  // a multiple of 32

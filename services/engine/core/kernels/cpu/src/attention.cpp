@@ -61,8 +61,8 @@ Chunk find_chunk(const KvLayout& cache, const int32_t* blocks, int32_t kv_head, 
   const int32_t tiles = (tokens + tile_tokens - 1) / tile_tokens;
   for (int32_t tile = 0; tile < tiles; ++tile) {
     const int32_t token = index * attention_chunk + tile * tile_tokens;
-    const size_t offset = kv_tile_offset(cache, blocks[token / cache.block_size], kv_head,
-                                         token % cache.block_size);
+    const size_t offset =
+        kv_tile_offset(cache, blocks[token / cache.block_size], kv_head, token % cache.block_size);
     const auto* keys = static_cast<const unsigned char*>(cache.keys) + offset;
     const auto* values = static_cast<const unsigned char*>(cache.values) + offset;
     if (cache.format == KvFormat::bf16) {
@@ -210,12 +210,24 @@ class Attention {
         find_chunk(args_.cache, blocks_, task_.kv_head, index, tokens, scratch_.expanded);
     for (int32_t row = 0; row < rows_; row += block_rows) {
       switch (std::min(rows_ - row, block_rows)) {
-        case 1: attend_rows<1>(chunk, index, row, first, row_of); break;
-        case 2: attend_rows<2>(chunk, index, row, first, row_of); break;
-        case 3: attend_rows<3>(chunk, index, row, first, row_of); break;
-        case 4: attend_rows<4>(chunk, index, row, first, row_of); break;
-        case 5: attend_rows<std::min(5, block_rows)>(chunk, index, row, first, row_of); break;
-        case 6: attend_rows<std::min(6, block_rows)>(chunk, index, row, first, row_of); break;
+        case 1:
+          attend_rows<1>(chunk, index, row, first, row_of);
+          break;
+        case 2:
+          attend_rows<2>(chunk, index, row, first, row_of);
+          break;
+        case 3:
+          attend_rows<3>(chunk, index, row, first, row_of);
+          break;
+        case 4:
+          attend_rows<4>(chunk, index, row, first, row_of);
+          break;
+        case 5:
+          attend_rows<std::min(5, block_rows)>(chunk, index, row, first, row_of);
+          break;
+        case 6:
+          attend_rows<std::min(6, block_rows)>(chunk, index, row, first, row_of);
+          break;
       }
     }
   }

@@ -50,7 +50,7 @@ struct AttentionPlan {
 
 struct AttentionArgs {
   const StepView* step;
-  KvLayout cache;  // with the step's own keys and values written
+  KvLayout cache;        // with the step's own keys and values written
   const float* queries;  // [num_tokens, heads * head_dim], rotated
   int64_t query_stride;
   int32_t heads;

@@ -48,7 +48,8 @@ void multiply_keys(const Operand* queries, const Chunk& chunk, int32_t num_tiles
     for (int32_t dim = 0; dim < head_dim; dim += 2) {
       Pairs keys[width];
 #pragma GCC unroll 8
-      for (int i = 0; i < width; ++i) keys[i] = load_pairs(chunk.keys[tile + i] + dim * tile_tokens);
+      for (int i = 0; i < width; ++i)
+        keys[i] = load_pairs(chunk.keys[tile + i] + dim * tile_tokens);
 #pragma GCC unroll 8
       for (int row = 0; row < rows; ++row) {
         const Pairs query = broadcast_pair(queries + row * head_dim + dim);
@@ -136,8 +137,7 @@ void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible
       dim += 2 * lanes;
     }
   }
-  if (dim < head_dim)
-    multiply_values<rows, 1>(weights, chunk, visible, head_dim, dim, folds, sums);
+  if (dim < head_dim) multiply_values<rows, 1>(weights, chunk, visible, head_dim, dim, folds, sums);
 }
 
 }  // namespace meshserve::MESHSERVE_ISA

@@ -40,10 +40,9 @@ Team* make_team(int32_t threads) { return new Team(threads, nullptr); }
 void free_team(Team* team) { delete team; }
 
 void run_rotary_kv(Team* team, const RotaryKvArgs* layers, int32_t num_layers) {
-  run_layers(*team, num_layers, rotary_kv_tasks(layers[0]), rotary_kv_scratch_bytes(layers[0]),
-             [&](int32_t layer, int task, void* scratch) {
-               rotary_kv_run(layers[layer], task, scratch);
-             });
+  run_layers(
+      *team, num_layers, rotary_kv_tasks(layers[0]), rotary_kv_scratch_bytes(layers[0]),
+      [&](int32_t layer, int task, void* scratch) { rotary_kv_run(layers[layer], task, scratch); });
 }
 
 void run_attention(Team* team, const AttentionArgs* layers, int32_t num_layers) {

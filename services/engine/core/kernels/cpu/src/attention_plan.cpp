@@ -157,7 +157,8 @@ AttentionPlan plan_attention(const StepView& step, const AttentionShape& shape, 
   plan.partials = reinterpret_cast<float*>(bytes + sizes.task_bytes() + sizes.split_bytes());
   Planner planner(step, shape, plan);
   // No task longer than a fraction of a thread's share, or the others wait for it at the end.
-  const int64_t most_cost = std::max<int64_t>(1, planner.total_cost() / (threads * tasks_per_thread));
+  const int64_t most_cost =
+      std::max<int64_t>(1, planner.total_cost() / (threads * tasks_per_thread));
   for (int32_t index = 0; index < step.num_sequences; ++index) planner.add(index, most_cost);
   std::sort(plan.tasks, plan.tasks + plan.num_tasks,
             [](const AttentionTask& a, const AttentionTask& b) { return a.cost > b.cost; });

@@ -61,9 +61,9 @@ inline __m256i add_byte_products(__m256i sums, __m256i a, __m256i b) {
   // Sums of two products in 16 bits would saturate, so even and odd bytes are multiplied apart.
   const __m256i ones = _mm256_set1_epi16(1);
   const __m256i even = _mm256_maddubs_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)), b);
-  const __m256i odd =
-      _mm256_maddubs_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0xff), a), b);
-  const __m256i pairs = _mm256_add_epi32(_mm256_madd_epi16(even, ones), _mm256_madd_epi16(odd, ones));
+  const __m256i odd = _mm256_maddubs_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0xff), a), b);
+  const __m256i pairs =
+      _mm256_add_epi32(_mm256_madd_epi16(even, ones), _mm256_madd_epi16(odd, ones));
   return _mm256_add_epi32(sums, pairs);
 }
 }  // namespace detail

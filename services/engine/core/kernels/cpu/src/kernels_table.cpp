@@ -1,7 +1,6 @@
 // Fills the table of one instruction set.
-#include "kernels.h"
-
 #include "attention_calls.h"
+#include "kernels.h"
 #include "program.h"
 #include "sampling.h"
 

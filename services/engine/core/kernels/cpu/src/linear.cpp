@@ -141,8 +141,9 @@ inline void finish(const LinearArgs& args, int tile, int row, Block<R, T>& block
       float* out = args.output + (row + r) * args.output_stride + column;
       const Floats before =
           args.epilogue == Epilogue::add ? load_some(out, count) : broadcast(0.0f);
-      store_some(out, args.epilogue == Epilogue::add ? add(before, block.sums[r][t])
-                                                     : block.sums[r][t], count);
+      store_some(out,
+                 args.epilogue == Epilogue::add ? add(before, block.sums[r][t]) : block.sums[r][t],
+                 count);
     }
   }
 }
@@ -241,8 +242,7 @@ void unpack_output(const LinearWeights& weights, int32_t output, float* values) 
       } else {
         byte = data[group * 512 + place];
       }
-      const float minimum =
-          weights.minima != nullptr ? minima[lane] : -128.0f * scales[lane];
+      const float minimum = weights.minima != nullptr ? minima[lane] : -128.0f * scales[lane];
       values[group * group_inputs + i] = scales[lane] * static_cast<float>(byte) + minimum;
     }
   }

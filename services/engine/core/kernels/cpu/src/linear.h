@@ -4,7 +4,8 @@
 //
 //   bf16  [inputs / 2][16 outputs][2 inputs] bf16
 //   q8    [inputs / 4][16 outputs][4 inputs] unsigned bytes
-//   q4    per group of 32 inputs 256 bytes; as q8, but byte i of the first half of a group's 512 has
+//   q4    per group of 32 inputs 256 bytes; as q8, but byte i of the first half of a group's 512
+//   has
 //         the low nibble of byte i and byte i of the second half the high one
 //
 // Quantised weights have a scale, and perhaps a minimum, for each output and group of 32 inputs,
@@ -12,7 +13,8 @@
 // are centred: weight = scale * (byte - 128). This is how GGUF's Q4_0, Q4_1 and Q8_0 (and Q4_K and
 // Q5_K but for the precision of a scale) store a matrix, so their values are not rounded again.
 //
-// Each output is one sum in one order, whatever the number of rows and the blocks they are taken in.
+// Each output is one sum in one order, whatever the number of rows and the blocks they are taken
+// in.
 #pragma once
 
 #include "activations.h"
@@ -36,8 +38,9 @@ struct LinearWeights {
 // What becomes of the sums.
 enum class Epilogue : int32_t {
   store = 0,
-  add = 1,         // added to the output: a residual stream
-  gated_silu = 2,  // even tiles are gates, odd ones values: silu(gate) * value, half as many outputs
+  add = 1,  // added to the output: a residual stream
+  gated_silu =
+      2,  // even tiles are gates, odd ones values: silu(gate) * value, half as many outputs
 };
 
 struct LinearArgs {

@@ -37,7 +37,8 @@ Program::Program(const ProgramSpec& spec, Team& team)
       scratch_(static_cast<size_t>(team.size())) {
   for (int i = 0; i < num_buffers; ++i) {
     if (i == static_cast<int>(Buffer::logits)) continue;
-    const size_t floats = static_cast<size_t>(spec.widths[i]) * static_cast<size_t>(spec.max_tokens);
+    const size_t floats =
+        static_cast<size_t>(spec.widths[i]) * static_cast<size_t>(spec.max_tokens);
     buffers_[i] = allocate(floats * sizeof(float));
     data_[i] = static_cast<float*>(buffers_[i].get());
   }
@@ -127,7 +128,8 @@ void Program::execute(const Op& op, TaskRange& tasks, const StepInput& input, in
                                spec_.widths[static_cast<int>(op.target)],
                                &plan_};
       // Longest first, so one by one.
-      for (int begin, end; tasks.claim(attention_tasks(args), attention_tasks(args), 1, begin, end);) {
+      for (int begin, end;
+           tasks.claim(attention_tasks(args), attention_tasks(args), 1, begin, end);) {
         attention_run(args, begin, scratch);
       }
       break;
@@ -148,8 +150,12 @@ void Program::execute(const Op& op, TaskRange& tasks, const StepInput& input, in
 void Program::run_linear(const Op& op, TaskRange& tasks, int, int rows) {
   const Activations input{op.format, op.weights->inputs, activations_.get(),
                           activation_stride(op.weights->inputs)};
-  const LinearArgs args{op.weights, input, rows, data_[static_cast<int>(op.target)],
-                        spec_.widths[static_cast<int>(op.target)], op.epilogue};
+  const LinearArgs args{op.weights,
+                        input,
+                        rows,
+                        data_[static_cast<int>(op.target)],
+                        spec_.widths[static_cast<int>(op.target)],
+                        op.epilogue};
   const int count = linear_tasks(args);
   for (int begin, end; tasks.claim(count, team_.size(), smallest_claim, begin, end);) {
     linear_run(args, begin, end);

@@ -16,13 +16,14 @@ enum class Buffer : int32_t { residual = 0, projected = 1, attended = 2, gated =
 constexpr int num_buffers = 5;
 
 enum class OpKind : int32_t {
-  embed = 0,        // residual = rows of `weights`, by token id
-  norm = 1,         // activations = RMSNorm(residual) * norm_weight
-  convert = 2,      // activations = the rows of `source`
-  linear = 3,       // target = activations times `weights`
-  rotary_kv = 4,    // rotates queries and keys in `projected`; writes the cache of `layer`
-  attention = 5,    // attended = attention of `projected`'s queries over the cache of `layer`
-  select_rows = 6,  // residual = its rows that logits are wanted of; later operations see only these
+  embed = 0,      // residual = rows of `weights`, by token id
+  norm = 1,       // activations = RMSNorm(residual) * norm_weight
+  convert = 2,    // activations = the rows of `source`
+  linear = 3,     // target = activations times `weights`
+  rotary_kv = 4,  // rotates queries and keys in `projected`; writes the cache of `layer`
+  attention = 5,  // attended = attention of `projected`'s queries over the cache of `layer`
+  select_rows =
+      6,  // residual = its rows that logits are wanted of; later operations see only these
 };
 
 struct Op {
@@ -31,10 +32,10 @@ struct Op {
   Buffer source;
   Buffer target;
   Epilogue epilogue;
-  ActivationFormat format;      // of the activations that norm and convert write
-  float eps;                    // of norm
-  int32_t width;                // of the rows that norm and convert read
-  const float* norm_weight;     // [width]
+  ActivationFormat format;   // of the activations that norm and convert write
+  float eps;                 // of norm
+  int32_t width;             // of the rows that norm and convert read
+  const float* norm_weight;  // [width]
   const LinearWeights* weights;
 };
 

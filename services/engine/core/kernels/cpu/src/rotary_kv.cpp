@@ -86,7 +86,8 @@ void write_token(const RotaryKvArgs& args, int32_t token) {
     auto* value_tile = static_cast<unsigned char*>(cache.values) + offset;
     if (cache.format == KvFormat::bf16) {
       alignas(64) uint16_t rounded[most_head_dim];
-      for (int32_t dim = 0; dim < head_dim; dim += lanes) store_bf16(rounded + dim, load(key + dim));
+      for (int32_t dim = 0; dim < head_dim; dim += lanes)
+        store_bf16(rounded + dim, load(key + dim));
       write_key(rounded, head_dim, in_tile, reinterpret_cast<uint16_t*>(key_tile));
       for (int32_t dim = 0; dim < head_dim; dim += lanes)
         store_bf16(rounded + dim, load(value + dim));
@@ -117,7 +118,8 @@ void rotary_kv_run(const RotaryKvArgs& args, int task, void*) {
     const int64_t angles = int64_t{args.step->positions[token]} * half;
     float* heads = args.qkv + token * args.qkv_stride;
     for (int32_t head = 0; head < args.heads + args.cache.kv_heads; ++head)
-      rotate(heads + int64_t{head} * args.cache.head_dim, args.cos + angles, args.sin + angles, half);
+      rotate(heads + int64_t{head} * args.cache.head_dim, args.cos + angles, args.sin + angles,
+             half);
     write_token(args, token);
   }
 }

@@ -119,8 +119,7 @@ void report_likeliest(const LogitsRow& row, const SampleArgs& args, int index, d
   if (wanted <= 0) return;
   int64_t* tokens = args.top_tokens + int64_t{index} * args.most_logprobs;
   float* logprobs = args.top_logprobs + int64_t{index} * args.most_logprobs;
-  const float floor =
-      wanted < args.vocab ? floor_for_count(row, wanted, scratch) : minus_infinity;
+  const float floor = wanted < args.vocab ? floor_for_count(row, wanted, scratch) : minus_infinity;
   int64_t found = 0;
   row.for_each(floor, [&](int token, float logit) {
     if (logit > floor) tokens[found++] = token;
@@ -168,9 +167,7 @@ SampleStatus sample_row(const SampleArgs& args, int index, Scratch& scratch) {
 
 int sample_tasks(const SampleArgs& args) { return args.rows; }
 
-size_t sample_scratch_bytes(const SampleArgs& args) {
-  return Scratch().place(nullptr, args.vocab);
-}
+size_t sample_scratch_bytes(const SampleArgs& args) { return Scratch().place(nullptr, args.vocab); }
 
 void sample_run(const SampleArgs& args, int row, void* scratch) {
   Scratch own;

@@ -22,8 +22,8 @@ struct TokenNumbers {
 
 enum class SampleStatus : int32_t {
   chosen = 0,
-  not_finite = 1,      // NaN or +Inf among the logits, or -Inf alone
-  unknown_token = 2,   // an edit names a token that the vocabulary does not have
+  not_finite = 1,     // NaN or +Inf among the logits, or -Inf alone
+  unknown_token = 2,  // an edit names a token that the vocabulary does not have
 };
 
 struct SampleArgs {

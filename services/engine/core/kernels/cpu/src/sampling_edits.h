@@ -39,21 +39,19 @@ inline bool apply_edits(const SampleArgs& args, int row, float* logits, float* c
     logit = logit > 0.0f ? logit / penalty : logit * penalty;
   });
   known = known && for_each_token(args.subtracted, row, vocab, [&](int64_t token, int64_t i) {
-    logits[token] -= args.subtracted.numbers[i];
-  });
+            logits[token] -= args.subtracted.numbers[i];
+          });
   known = known && for_each_token(args.added, row, vocab, [&](int64_t token, int64_t i) {
-    logits[token] += args.added.numbers[i];
-  });
+            logits[token] += args.added.numbers[i];
+          });
   if (any(args.allowed, row)) {
     std::copy_n(logits, vocab, copy);
     std::fill_n(logits, vocab, minus_infinity);
-    known = known && for_each_token(args.allowed, row, vocab, [&](int64_t token, int64_t) {
-      logits[token] = copy[token];
-    });
+    known = known && for_each_token(args.allowed, row, vocab,
+                                    [&](int64_t token, int64_t) { logits[token] = copy[token]; });
   }
-  return known && for_each_token(args.banned, row, vocab, [&](int64_t token, int64_t) {
-    logits[token] = minus_infinity;
-  });
+  return known && for_each_token(args.banned, row, vocab,
+                                 [&](int64_t token, int64_t) { logits[token] = minus_infinity; });
 }
 
 }  // namespace meshserve::MESHSERVE_ISA

@@ -89,10 +89,9 @@ class ExactSum {
     sums_[3] = _mm256_add_pd(sums_[3], _mm256_cvtps_pd(_mm256_extractf128_ps(a.high, 1)));
   }
   double total() const {
-    const __m256d four = _mm256_add_pd(_mm256_add_pd(sums_[0], sums_[1]),
-                                       _mm256_add_pd(sums_[2], sums_[3]));
-    const __m128d two =
-        _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    const __m256d four =
+        _mm256_add_pd(_mm256_add_pd(sums_[0], sums_[1]), _mm256_add_pd(sums_[2], sums_[3]));
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
     return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
   }
 

@@ -64,9 +64,7 @@ struct Mask {
   __m256 low, high;
 };
 
-inline Floats load(const float* from) {
-  return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
-}
+inline Floats load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
 inline void store(float* to, Floats a) {
   _mm256_storeu_ps(to, a.low);
   _mm256_storeu_ps(to + 8, a.high);
@@ -149,8 +147,8 @@ inline Floats scale_by_power(Floats a, Floats n) {
 #endif
 
 // 2**a for a <= 127. Relative error below 2e-7 where the result is a normal number, and 0 or a
-// subnormal one below; NaN stays NaN. 2**a = 2**n * 2**f with n the nearest integer and a polynomial
-// for 2**f, |f| <= 1/2, fitted for the least relative error (9.2e-8).
+// subnormal one below; NaN stays NaN. 2**a = 2**n * 2**f with n the nearest integer and a
+// polynomial for 2**f, |f| <= 1/2, fitted for the least relative error (9.2e-8).
 inline Floats exp2(Floats a) {
   const Floats bounded = larger(broadcast(-150.0f), a);
   const Floats n = detail::nearest(bounded);
@@ -243,7 +241,9 @@ inline Pairs load_pairs(const uint16_t* from) {
            _mm256_castsi256_ps(_mm256_and_si256(high, upper))}};
 }
 #endif
-inline Pairs broadcast_pair(const Operand* from) { return {broadcast(from[0]), broadcast(from[1])}; }
+inline Pairs broadcast_pair(const Operand* from) {
+  return {broadcast(from[0]), broadcast(from[1])};
+}
 inline Pairs first_of_pairs(Pairs a) { return {a.first, broadcast(0.0f)}; }
 inline Floats add_products(Floats sums, Pairs a, Pairs b) {
   return fused(a.second, b.second, fused(a.first, b.first, sums));

@@ -89,6 +89,10 @@ def core_settings(settings: Settings) -> CoreSettings:
     model = settings.models[settings.engine_model]
     try:
         model_path = locate(model.source, settings.model_cache)
+        draft_model = engine.speculation.draft_model
+        draft_model_path = (
+            None if draft_model is None else str(locate(draft_model, settings.model_cache))
+        )
     except ModelStoreError as error:
         raise StartupError(error.problem, error.way_out) from None
     try:
@@ -110,6 +114,8 @@ def core_settings(settings: Settings) -> CoreSettings:
             max_waiting_tokens=engine.max_waiting_tokens,
             step_latency_target_ms=engine.step_latency_target_ms,
             prefix_cache=engine.prefix_cache,
+            speculation=engine.speculation.method,
+            draft_model_path=draft_model_path,
             default_sampling=_sampling_defaults(model),
         )
     except ValueError as error:
@@ -142,8 +148,9 @@ class StepMetrics:
         self._prompt_tokens = metrics.counter("meshserve_engine_prompt_tokens")
         self._generated_tokens = metrics.counter("meshserve_engine_generated_tokens")
         self._preemptions = metrics.counter("meshserve_engine_preemptions")
-        self._seen_prompt_tokens = 0
-        self._seen_preemptions = 0
+        self._cache_queried_tokens = metrics.counter("meshserve_engine_cache_queried_tokens")
+        self._cache_hit_tokens = metrics.counter("meshserve_engine_cache_hit_tokens")
+        self._seen = Load()
 
     def observe(self, step: Step) -> None:
         """Take in one step."""
@@ -153,10 +160,14 @@ class StepMetrics:
         self._batch_tokens.observe(step.num_tokens)
         self._generated_tokens.inc(sum(len(delta.token_ids) for delta in step.deltas))
         # The core counts from its own start, which is later than ours after a restart.
-        self._prompt_tokens.inc(_growth(self._seen_prompt_tokens, load.prompt_tokens))
-        self._preemptions.inc(_growth(self._seen_preemptions, load.preemptions))
-        self._seen_prompt_tokens = load.prompt_tokens
-        self._seen_preemptions = load.preemptions
+        seen = self._seen
+        self._prompt_tokens.inc(_growth(seen.prompt_tokens, load.prompt_tokens))
+        self._preemptions.inc(_growth(seen.preemptions, load.preemptions))
+        self._cache_queried_tokens.inc(
+            _growth(seen.cache_queried_tokens, load.cache_queried_tokens)
+        )
+        self._cache_hit_tokens.inc(_growth(seen.cache_hit_tokens, load.cache_hit_tokens))
+        self._seen = load
 
 
 def _reader(load: Callable[[], Load], field: str) -> Callable[[], float]:

@@ -84,6 +84,8 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("counter", "engine", "meshserve_engine_prompt_tokens", "Prompt tokens computed."),
     _row("counter", "engine", "meshserve_engine_generated_tokens", "Tokens generated."),
     _row("counter", "engine", "meshserve_engine_preemptions", "Sequences put back in the queue because the KV cache was full."),
+    _row("counter", "engine", "meshserve_engine_cache_queried_tokens", "Tokens looked up in the prefix cache as their sequences entered."),
+    _row("counter", "engine", "meshserve_engine_cache_hit_tokens", "Of these, tokens that were there and were not computed again."),
     _row("counter", "engine", "meshserve_engine_core_restarts", "Restarts of the core process."),
     _row("histogram", "engine", "meshserve_engine_queue_duration_seconds", "Time that requests waited before their first step."),
     _row("histogram", "engine", "meshserve_engine_prompt_length_tokens", "Prompt lengths of requests.", buckets=TOKEN_BUCKETS),

@@ -2,10 +2,10 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <limits>
 #include <type_traits>
 
 #include "attention_blocks.h"
+#include "attention_softmax.h"
 #include "simd.h"
 
 namespace meshserve::MESHSERVE_ISA {
@@ -13,23 +13,17 @@ namespace meshserve::MESHSERVE_ISA {
 namespace {
 
 constexpr float log2_e = 1.44269504f;
-constexpr int32_t state_floats = 16;  // a RowState, padded, behind each row of partial sums
-
-// A softmax in the making: weights are relative to `maximum`, and the sums of weighted values that
-// belong to it lie elsewhere.
-struct RowState {
-  float maximum;  // of the scores, before AttentionArgs::scale
-  float total;    // of the weights
-};
 
 // A thread's memory for one task.
 struct Scratch {
   Operand* queries;    // [rows][head_dim]
   float* sums;         // [rows][head_dim]
-  RowState* states;    // [rows]
+  float* maxima;       // [rows], and
+  float* totals;       // [rows]: the RowStates of all rows; padded
   float* scores;       // [block_rows][attention_chunk]
   Operand* weights;    // [block_rows][attention_chunk]
-  uint16_t* expanded;  // int8: the keys and the values of a chunk as bf16
+  uint16_t* expanded;  // int8: the keys of a chunk as bf16, and its values
+  float* scales;       // int8: those of the keys, and of the values
   size_t bytes = 0;
 
   Scratch(void* memory, const KvLayout& cache, int32_t num_rows) {
@@ -42,99 +36,70 @@ struct Scratch {
     };
     take(queries, rows * head_dim);
     take(sums, rows * head_dim);
-    take(states, rows);
+    take(maxima, rows + lanes);
+    take(totals, rows + lanes);
     take(scores, size_t{block_rows} * attention_chunk);
     take(weights, size_t{block_rows} * attention_chunk);
-    take(expanded, cache.format == KvFormat::int8 ? 2 * size_t{attention_chunk} * head_dim : 0);
+    const size_t expanded_tokens = cache.format == KvFormat::int8 ? 2 * attention_chunk : 0;
+    take(expanded, expanded_tokens * head_dim);
+    take(scales, expanded_tokens);
   }
 };
 
-void expand_tile(const int8_t* from, int32_t elements, uint16_t* to) {
-  for (int32_t i = 0; i < elements; i += lanes) store_bf16(to + i, load_int8(from + i));
+// Reads int8 elements as bf16, which holds them exactly.
+void expand(const unsigned char* from, int32_t elements, uint16_t* to) {
+  const auto* integers = reinterpret_cast<const int8_t*>(from);
+  for (int32_t i = 0; i < elements; i += lanes) store_bf16(to + i, load_int8(integers + i));
 }
 
-// The keys and values of a sequence's chunk number `index`, of which the first `tokens` exist.
-Chunk find_chunk(const KvLayout& cache, const int32_t* blocks, int32_t kv_head, int32_t index,
-                 int32_t tokens, uint16_t* expanded) {
+// Copies the scales of a tile's first `tokens` tokens, and 0 for the others.
+void copy_scales(const unsigned char* from, int32_t tokens, float* to) {
+  const Floats scales = load(reinterpret_cast<const float*>(from));
+  store(to, select(first_lanes(std::clamp(tokens, 0, tile_tokens)), scales, broadcast(0.0f)));
+}
+
+// Where the tiles of a chunk are in the cache; those beyond the last repeat it.
+struct Tiles {
+  const unsigned char* keys[chunk_tiles];
+  const unsigned char* values[chunk_tiles];
+};
+
+Chunk as_stored(const Tiles& tiles, const Tiles& next) {
   Chunk chunk = {};
-  const int32_t elements = tile_tokens * cache.head_dim;
-  const int32_t tiles = (tokens + tile_tokens - 1) / tile_tokens;
-  for (int32_t tile = 0; tile < tiles; ++tile) {
-    const int32_t token = index * attention_chunk + tile * tile_tokens;
-    const size_t offset =
-        kv_tile_offset(cache, blocks[token / cache.block_size], kv_head, token % cache.block_size);
-    const auto* keys = static_cast<const unsigned char*>(cache.keys) + offset;
-    const auto* values = static_cast<const unsigned char*>(cache.values) + offset;
-    if (cache.format == KvFormat::bf16) {
-      chunk.keys[tile] = reinterpret_cast<const uint16_t*>(keys);
-      chunk.values[tile] = reinterpret_cast<const uint16_t*>(values);
-      continue;
-    }
-    uint16_t* to = expanded + tile * elements;
-    expand_tile(reinterpret_cast<const int8_t*>(keys), elements, to);
-    chunk.keys[tile] = to;
-    to += chunk_tiles * elements;
-    expand_tile(reinterpret_cast<const int8_t*>(values), elements, to);
-    chunk.values[tile] = to;
-    chunk.key_scales[tile] = reinterpret_cast<const float*>(keys + elements);
-    chunk.value_scales[tile] = reinterpret_cast<const float*>(values + elements);
+  for (int32_t tile = 0; tile < chunk_tiles; ++tile) {
+    chunk.keys[tile] = reinterpret_cast<const uint16_t*>(tiles.keys[tile]);
+    chunk.values[tile] = reinterpret_cast<const uint16_t*>(tiles.values[tile]);
   }
-  for (int32_t tile = tiles; tile < chunk_tiles; ++tile) chunk.keys[tile] = chunk.keys[tiles - 1];
+  std::copy_n(tiles.values, chunk_tiles, chunk.fetch_with_keys);
+  std::copy_n(next.keys, chunk_tiles, chunk.fetch_with_values);
   return chunk;
 }
 
-// Turns a row's scores into weights relative to their maximum; those of keys from `visible` on
-// are 0, whatever their scores hold. `scale` is on the scores, times log2(e).
-template <bool scaled>
-RowState weigh(const float* scores, const Chunk& chunk, int32_t visible, float scale,
-               Operand* weights) {
-  Floats tiles[chunk_tiles];
-  Floats largest = broadcast(-std::numeric_limits<float>::infinity());
-  const Floats hidden = largest;
-#pragma GCC unroll 8
-  for (int32_t tile = 0; tile < chunk_tiles; ++tile) {
-    const int32_t seen = std::clamp(visible - tile * tile_tokens, 0, tile_tokens);
-    tiles[tile] = load(scores + tile * tile_tokens);
-    if constexpr (scaled) {
-      if (seen > 0) tiles[tile] = multiply(tiles[tile], load(chunk.key_scales[tile]));
+Chunk expanded(const Tiles& tiles, const Tiles& next, int32_t tokens, int32_t head_dim,
+               const Scratch& scratch) {
+  Chunk chunk = {};
+  const int32_t elements = tile_tokens * head_dim;
+  const auto expand_tile = [&](const unsigned char* from, int32_t tile, int32_t which,
+                               const uint16_t*& to) {
+    const int32_t first = tile * tile_tokens;
+    if (first < tokens) {
+      uint16_t* place = scratch.expanded + (which * chunk_tiles + tile) * elements;
+      expand(from, elements, place);
+      to = place;
     }
-    tiles[tile] = select(first_lanes(seen), tiles[tile], hidden);
-    largest = larger(largest, tiles[tile]);
-  }
-  RowState state;
-  state.maximum = maximum(largest);
-  const Floats origin = broadcast(state.maximum), factor = broadcast(scale);
-  Floats total = broadcast(0.0f);
-#pragma GCC unroll 8
+    copy_scales(from + elements, tokens - first, scratch.scales + which * attention_chunk + first);
+  };
   for (int32_t tile = 0; tile < chunk_tiles; ++tile) {
-    Floats weight = exp2(multiply(subtract(tiles[tile], origin), factor));
-    total = add(total, weight);
-    if constexpr (scaled) {
-      const int32_t seen = std::clamp(visible - tile * tile_tokens, 0, tile_tokens);
-      if (seen > 0) {
-        weight = multiply(weight, load(chunk.value_scales[tile]));
-        weight = select(first_lanes(seen), weight, broadcast(0.0f));
-      }
-    }
-    store_operands(weights + tile * tile_tokens, weight);
+    if (tile > 0) chunk.keys[tile] = chunk.keys[tile - 1];
+    expand_tile(tiles.keys[tile], tile, 0, chunk.keys[tile]);
+    expand_tile(tiles.values[tile], tile, 1, chunk.values[tile]);
   }
-  state.total = sum(total);
-  return state;
-}
-
-// Returns how to join a chunk's result to `before`, which then covers the chunk too.
-Fold join(RowState& before, const RowState& chunk, bool first, float scale) {
-  if (first) {
-    before = chunk;
-    return {.skip = false, .first = true, .kept = 0.0f, .added = 1.0f};
-  }
-  const float maximum_of_both = std::max(before.maximum, chunk.maximum);
-  alignas(64) float powers[lanes] = {(before.maximum - maximum_of_both) * scale,
-                                     (chunk.maximum - maximum_of_both) * scale};
-  store(powers, exp2(load(powers)));
-  before.maximum = maximum_of_both;
-  before.total = before.total * powers[0] + chunk.total * powers[1];
-  return {.skip = false, .first = false, .kept = powers[0], .added = powers[1]};
+  chunk.key_scales = scratch.scales;
+  chunk.value_scales = scratch.scales + attention_chunk;
+  std::copy_n(next.keys, chunk_tiles, chunk.fetch_with_keys);
+  std::copy_n(next.values, chunk_tiles, chunk.fetch_with_values);
+  chunk.fetch_shift = 1;
+  return chunk;
 }
 
 // One task: its queries, the heads of each, and where they are in the sequence.
@@ -146,6 +111,7 @@ class Attention {
         head_dim_(args.cache.head_dim),
         heads_per_kv_(args.heads / args.cache.kv_heads),
         rows_((task.query_end - task.query_begin) * heads_per_kv_),
+        kv_head_(task.kv_head),
         scale_(args.scale * log2_e),
         scratch_(memory, args.cache, rows_) {
     const StepView& step = *args.step;
@@ -157,27 +123,46 @@ class Attention {
   }
 
   void run() {
-    pack_queries();
-    if (task_.split < 0) {
-      for (int32_t index = 0; index < task_.chunk_end; ++index)
-        attend(index, index == 0, [&](int32_t row) { return Row{sums(row), state(row)}; });
-      for (int32_t row = 0; row < rows_; ++row) write_output(row);
-      return;
-    }
-    AttentionSplit& split = args_.plan->splits[task_.split];
-    for (int32_t index = task_.chunk_begin; index < task_.chunk_end; ++index)
-      attend(index, true, [&](int32_t row) { return partial(split, index, row); });
-    if (split.unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      split.unfinished.store(split.tasks, std::memory_order_relaxed);
-      fold_partials(split);
+    Tiles tiles = locate(kv_head_, task_.chunk_begin);
+    for (const int32_t end = kv_head_ + task_.kv_heads; kv_head_ < end; ++kv_head_) {
+      pack_queries();
+      for (int32_t index = task_.chunk_begin; index < task_.chunk_end; ++index) {
+        const Tiles next = index + 1 < task_.chunk_end ? locate(kv_head_, index + 1)
+                           : kv_head_ + 1 < end        ? locate(kv_head_ + 1, task_.chunk_begin)
+                                                       : tiles;
+        attend(tiles, next, index, index == 0 || task_.split >= 0);
+        if (task_.split >= 0) leave_partials(args_.plan->splits[task_.split], index);
+        tiles = next;
+      }
+      if (task_.split < 0 || fold_split(args_.plan->splits[task_.split])) write_output();
     }
   }
 
  private:
-  struct Row {
-    float* sums;
-    RowState& state;
-  };
+  // Folds the partial results of a split context if this task is the last one to finish.
+  bool fold_split(AttentionSplit& split) const {
+    if (split.unfinished.fetch_sub(1, std::memory_order_acq_rel) > 1) return false;
+    split.unfinished.store(split.tasks, std::memory_order_relaxed);
+    for (int32_t index = 0; index < split.num_chunks; ++index) fold_partials(split, index);
+    return true;
+  }
+
+  // Tokens of a chunk that exist for the last of the rows.
+  int32_t tokens(int32_t index) const { return visible(rows_ - 1, index); }
+
+  Tiles locate(int32_t kv_head, int32_t index) const {
+    const KvLayout& cache = args_.cache;
+    const int32_t last = (tokens(index) - 1) / tile_tokens;
+    Tiles tiles;
+    for (int32_t tile = 0; tile < chunk_tiles; ++tile) {
+      const int32_t token = index * attention_chunk + std::min(tile, last) * tile_tokens;
+      const size_t offset = kv_tile_offset(cache, blocks_[token / cache.block_size], kv_head,
+                                           token % cache.block_size);
+      tiles.keys[tile] = static_cast<const unsigned char*>(cache.keys) + offset;
+      tiles.values[tile] = static_cast<const unsigned char*>(cache.values) + offset;
+    }
+    return tiles;
+  }
 
   int32_t visible(int32_t row, int32_t index) const {
     const int32_t seen = first_position_ + row / heads_per_kv_ + 1 - index * attention_chunk;
@@ -185,13 +170,6 @@ class Attention {
   }
 
   float* sums(int32_t row) const { return scratch_.sums + int64_t{row} * head_dim_; }
-  RowState& state(int32_t row) const { return scratch_.states[row]; }
-
-  Row partial(const AttentionSplit& split, int32_t index, int32_t row) const {
-    const int64_t place = int64_t{index} * rows_ + row;
-    float* sums = args_.plan->partials + split.partials + place * (head_dim_ + state_floats);
-    return {sums, *reinterpret_cast<RowState*>(sums + head_dim_)};
-  }
 
   void pack_queries() const {
     for (int32_t row = 0; row < rows_; ++row) {
@@ -202,93 +180,128 @@ class Attention {
     }
   }
 
-  // Attends to one chunk and joins its results to those of `row_of(row)`.
-  template <typename RowOf>
-  void attend(int32_t index, bool first, RowOf row_of) const {
-    const int32_t tokens = visible(rows_ - 1, index);
-    const Chunk chunk =
-        find_chunk(args_.cache, blocks_, task_.kv_head, index, tokens, scratch_.expanded);
+  // Attends to one chunk, and joins its results to those of the chunks before unless it is `first`.
+  void attend(const Tiles& tiles, const Tiles& next, int32_t index, bool first) const {
+    const Chunk chunk = args_.cache.format == KvFormat::int8
+                            ? expanded(tiles, next, tokens(index), head_dim_, scratch_)
+                            : as_stored(tiles, next);
     for (int32_t row = 0; row < rows_; row += block_rows) {
-      switch (std::min(rows_ - row, block_rows)) {
-        case 1:
-          attend_rows<1>(chunk, index, row, first, row_of);
-          break;
-        case 2:
-          attend_rows<2>(chunk, index, row, first, row_of);
-          break;
-        case 3:
-          attend_rows<3>(chunk, index, row, first, row_of);
-          break;
-        case 4:
-          attend_rows<4>(chunk, index, row, first, row_of);
-          break;
-        case 5:
-          attend_rows<std::min(5, block_rows)>(chunk, index, row, first, row_of);
-          break;
-        case 6:
-          attend_rows<std::min(6, block_rows)>(chunk, index, row, first, row_of);
-          break;
+      const int32_t rows = std::min(rows_ - row, block_rows);
+      if (row == 0) {
+        dispatch<true>(rows, chunk, index, row, first);
+      } else {
+        dispatch<false>(rows, chunk, index, row, first);
       }
     }
   }
 
-  template <int rows, typename RowOf>
-  void attend_rows(const Chunk& chunk, int32_t index, int32_t begin, bool first,
-                   RowOf row_of) const {
-    const int32_t most = visible(begin + rows - 1, index);  // later rows see more
+  template <bool fetching>
+  void dispatch(int32_t rows, const Chunk& chunk, int32_t index, int32_t row, bool first) const {
+    constexpr int five = std::min(5, block_rows), six = std::min(6, block_rows);
+    switch (rows) {
+      case 1:
+        return attend_rows<1, fetching>(chunk, index, row, first);
+      case 2:
+        return attend_rows<2, fetching>(chunk, index, row, first);
+      case 3:
+        return attend_rows<3, fetching>(chunk, index, row, first);
+      case 4:
+        return attend_rows<4, fetching>(chunk, index, row, first);
+      case 5:
+        return attend_rows<five, fetching>(chunk, index, row, first);
+      case 6:
+        return attend_rows<six, fetching>(chunk, index, row, first);
+    }
+  }
+
+  template <int rows, bool fetching>
+  void attend_rows(const Chunk& chunk, int32_t index, int32_t begin, bool first) const {
+    int32_t seen[rows];
+    for (int row = 0; row < rows; ++row) seen[row] = visible(begin + row, index);
+    const int32_t most = seen[rows - 1];  // later rows see more
     if (most == 0) return;
-    const Operand* queries = scratch_.queries + int64_t{begin} * head_dim_;
-    multiply_keys<rows>(queries, chunk, (most + tile_tokens - 1) / tile_tokens, head_dim_,
-                        scratch_.scores);
+    multiply_keys<rows, fetching>(scratch_.queries + int64_t{begin} * head_dim_, chunk,
+                                  (most + tile_tokens - 1) / tile_tokens, head_dim_,
+                                  scratch_.scores);
+    const auto weigh =
+        args_.cache.format == KvFormat::int8 ? weigh_rows<rows, true> : weigh_rows<rows, false>;
+    const RowStates states = weigh(scratch_.scores, chunk, seen, scale_, scratch_.weights);
     Fold folds[rows];
-    float* sums[rows];
-    for (int row = 0; row < rows; ++row) {
-      const int32_t seen = visible(begin + row, index);
-      const Row joined = row_of(begin + row);
-      sums[row] = joined.sums;
-      const RowState chunk_state = weigh_row(row, chunk, seen);
-      folds[row] = seen == 0 ? Fold{.skip = true, .first = false, .kept = 1.0f, .added = 0.0f}
-                             : join(joined.state, chunk_state, first, scale_);
+    find_folds(begin, rows, states, seen, first, folds);
+    multiply_values<rows, fetching>(scratch_.weights, chunk, most, head_dim_, folds);
+  }
+
+  // Joins the states of a chunk to those of the rows from `begin` on, and says how to join the
+  // sums.
+  void find_folds(int32_t begin, int32_t rows, const RowStates& chunk, const int32_t* seen,
+                  bool first, Fold* folds) const {
+    float* maxima = scratch_.maxima + begin;
+    float* totals = scratch_.totals + begin;
+    alignas(64) float kept[lanes] = {}, added[lanes] = {};
+    RowStates states = chunk;
+    if (!first) {
+      states = {load(maxima), load(totals)};
+      const Factors factors = join(states, chunk, scale_);
+      store(kept, factors.kept);
+      store(added, factors.added);
     }
-    multiply_values<rows>(scratch_.weights, chunk, most, head_dim_, folds, sums);
+    store_some(maxima, states.maxima, rows);
+    store_some(totals, states.totals, rows);
+    for (int32_t row = 0; row < rows; ++row)
+      folds[row] = {seen[row] > 0 ? sums(begin + row) : nullptr, first, kept[row], added[row]};
   }
 
-  RowState weigh_row(int32_t row, const Chunk& chunk, int32_t seen) const {
-    const float* scores = scratch_.scores + row * attention_chunk;
-    Operand* weights = scratch_.weights + row * attention_chunk;
-    if (args_.cache.format == KvFormat::int8)
-      return weigh<true>(scores, chunk, seen, scale_, weights);
-    return weigh<false>(scores, chunk, seen, scale_, weights);
+  // The results of a split context's chunk: [rows][head_dim], [rows] maxima and [rows] totals.
+  float* partials(const AttentionSplit& split, int32_t index) const {
+    return args_.plan->partials + split.partials + int64_t{index} * rows_ * (head_dim_ + 2);
   }
 
-  void fold_partials(const AttentionSplit& split) const {
-    for (int32_t row = 0; row < rows_; ++row) {
-      for (int32_t index = 0; index < split.num_chunks && visible(row, index) > 0; ++index) {
-        const Row chunk = partial(split, index, row);
-        const Fold fold = join(state(row), chunk.state, index == 0, scale_);
+  void leave_partials(const AttentionSplit& split, int32_t index) const {
+    float* to = partials(split, index);
+    to = std::copy_n(scratch_.sums, int64_t{rows_} * head_dim_, to);
+    to = std::copy_n(scratch_.maxima, rows_, to);
+    std::copy_n(scratch_.totals, rows_, to);
+  }
+
+  void fold_partials(const AttentionSplit& split, int32_t index) const {
+    const float* from = partials(split, index);
+    const float* maxima = from + int64_t{rows_} * head_dim_;
+    for (int32_t begin = 0; begin < rows_; begin += lanes) {
+      const int32_t rows = std::min(rows_ - begin, lanes);
+      int32_t seen[lanes];
+      for (int32_t row = 0; row < rows; ++row) seen[row] = visible(begin + row, index);
+      const RowStates states = {load_some(maxima + begin, rows),
+                                load_some(maxima + rows_ + begin, rows)};
+      Fold folds[lanes];
+      find_folds(begin, rows, states, seen, index == 0, folds);
+      for (int32_t row = 0; row < rows; ++row) {
+        if (folds[row].sums == nullptr) continue;
+        const float* own = from + int64_t{begin + row} * head_dim_;
         for (int32_t dim = 0; dim < head_dim_; dim += lanes)
-          fold_into(sums(row) + dim, load(chunk.sums + dim), fold);
+          fold_into(folds[row].sums + dim, load(own + dim), folds[row]);
       }
-      write_output(row);
     }
   }
 
-  void write_output(int32_t row) const {
-    float* to = args_.output + offset(row, args_.output_stride);
-    const Floats factor = broadcast(1.0f / state(row).total);
-    for (int32_t dim = 0; dim < head_dim_; dim += lanes)
-      store(to + dim, multiply(load(sums(row) + dim), factor));
+  void write_output() const {
+    for (int32_t row = 0; row < rows_; ++row) {
+      float* to = args_.output + offset(row, args_.output_stride);
+      const Floats factor = broadcast(1.0f / scratch_.totals[row]);
+      for (int32_t dim = 0; dim < head_dim_; dim += lanes)
+        store(to + dim, multiply(load(sums(row) + dim), factor));
+    }
   }
 
   // Where a row's head is in the queries or the output.
   int64_t offset(int32_t row, int64_t stride) const {
-    const int32_t head = task_.kv_head * heads_per_kv_ + row % heads_per_kv_;
+    const int32_t head = kv_head_ * heads_per_kv_ + row % heads_per_kv_;
     return (first_token_ + row / heads_per_kv_) * stride + int64_t{head} * head_dim_;
   }
 
   const AttentionArgs& args_;
   const AttentionTask& task_;
   const int32_t head_dim_, heads_per_kv_, rows_;
+  int32_t kv_head_;  // in work
   const float scale_;
   const Scratch scratch_;
   int32_t first_token_, first_position_;

@@ -19,13 +19,15 @@ struct AttentionShape {
   int32_t heads, kv_heads, head_dim;
 };
 
-// The queries [query_begin, query_end) of a sequence, for all query heads of one KV head, over the
-// chunks [chunk_begin, chunk_end) of its context.
+// The queries [query_begin, query_end) of a sequence, for all query heads of the KV heads from
+// `kv_head` on, over the chunks [chunk_begin, chunk_end) of its context.
 struct AttentionTask {
-  int32_t sequence, kv_head;
+  int32_t sequence;
+  int32_t kv_head, kv_heads;
   int32_t query_begin, query_end;
   int32_t chunk_begin, chunk_end;
-  int32_t split;  // index into AttentionPlan::splits, or -1: this task has the whole context
+  // Index into AttentionPlan::splits (of one KV head), or -1: this task has the whole context.
+  int32_t split;
   int64_t cost;
 };
 
@@ -45,7 +47,7 @@ struct AttentionPlan {
   int32_t num_tasks;
   AttentionSplit* splits;
   int32_t num_splits;
-  float* partials;  // [chunk][row][head_dim + 16] for each split
+  float* partials;
 };
 
 struct AttentionArgs {

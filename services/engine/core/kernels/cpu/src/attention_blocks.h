@@ -24,18 +24,27 @@ constexpr int32_t block_rows = 4;
 constexpr int block_width(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
-// The tiles of one chunk, in the layout of KvFormat::bf16.
+// The tiles of one chunk, in the layout of KvFormat::bf16. Those beyond the last repeat it.
 struct Chunk {
   const uint16_t* keys[chunk_tiles];
   const uint16_t* values[chunk_tiles];
-  // Scales of the tiles' tokens, where the cache is int8.
-  const float* key_scales[chunk_tiles];
-  const float* value_scales[chunk_tiles];
-  int32_t tokens;  // whose keys exist; tiles beyond repeat the last one
+  // [attention_chunk], where the cache is int8: the scales of the tokens, 0 where there is none.
+  const float* key_scales;
+  const float* value_scales;
+  // Tiles that are needed next: the first row block fetches them while it multiplies, for no
+  // processor foresees which block of the cache comes after which. A tile there has
+  // 1 / 2**fetch_shift of the bytes of one here.
+  const unsigned char* fetch_with_keys[chunk_tiles];
+  const unsigned char* fetch_with_values[chunk_tiles];
+  int fetch_shift;
 };
 
+inline void fetch(const unsigned char* tile, int32_t offset, int shift) {
+  _mm_prefetch(reinterpret_cast<const char*>(tile + (offset >> shift)), _MM_HINT_T0);
+}
+
 // scores[row][16 * tile + token], for `num_tiles` tiles rounded up to a multiple of the width.
-template <int rows>
+template <int rows, bool fetching>
 void multiply_keys(const Operand* queries, const Chunk& chunk, int32_t num_tiles, int32_t head_dim,
                    float* scores) {
   constexpr int width = block_width(rows);
@@ -50,6 +59,12 @@ void multiply_keys(const Operand* queries, const Chunk& chunk, int32_t num_tiles
 #pragma GCC unroll 8
       for (int i = 0; i < width; ++i)
         keys[i] = load_pairs(chunk.keys[tile + i] + dim * tile_tokens);
+      if constexpr (fetching) {
+        const int32_t offset = dim * tile_tokens * int32_t{sizeof(uint16_t)};
+#pragma GCC unroll 8
+        for (int i = 0; i < width; ++i)
+          fetch(chunk.fetch_with_keys[tile + i], offset, chunk.fetch_shift);
+      }
 #pragma GCC unroll 8
       for (int row = 0; row < rows; ++row) {
         const Pairs query = broadcast_pair(queries + row * head_dim + dim);
@@ -65,10 +80,11 @@ void multiply_keys(const Operand* queries, const Chunk& chunk, int32_t num_tiles
   }
 }
 
-// How a chunk's sums join those of the chunks before: kept * before + added * sums.
+// Where a row's weighted sums go: `kept` times what is there, plus `added` times the chunk's. The
+// first chunk's are stored as they are.
 struct Fold {
-  bool skip;   // the row sees nothing of this chunk
-  bool first;  // there is nothing before
+  float* sums;
+  bool first;
   float kept, added;
 };
 
@@ -78,10 +94,11 @@ inline void fold_into(float* before, Floats sums, const Fold& fold) {
   store(before, fused(sums, broadcast(fold.added), kept));
 }
 
-// Folds weights x values of the dimensions [dim, dim + 16 * width) into sums[row][dim...].
-template <int rows, int width>
+// Folds weights x values of the dimensions [dim, dim + 16 * width). A row without a place for its
+// sums sees nothing of the chunk.
+template <int rows, int width, bool fetching>
 void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible, int32_t head_dim,
-                     int32_t dim, const Fold* folds, float* const* sums_of_rows) {
+                     int32_t dim, const Fold* folds) {
   constexpr int32_t tile_pairs = tile_tokens / 2;
   Floats sums[rows][width];
 #pragma GCC unroll 8
@@ -96,20 +113,27 @@ void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible
       for (int i = 0; i < width; ++i) sums[row][i] = add_products(sums[row][i], weight, values[i]);
     }
   };
-  const auto pair_values = [&](int32_t pair) {
-    return chunk.values[pair / tile_pairs] + (pair % tile_pairs * head_dim + dim) * 2;
+  const auto offset_in_tile = [&](int32_t pair) {
+    return (pair % tile_pairs * head_dim + dim) * 2;
   };
   const int32_t whole_pairs = visible / 2;
   for (int32_t pair = 0; pair < whole_pairs; ++pair) {
-    const uint16_t* from = pair_values(pair);
+    const int32_t offset = offset_in_tile(pair);
+    const uint16_t* from = chunk.values[pair / tile_pairs] + offset;
     Pairs values[width];
 #pragma GCC unroll 8
     for (int i = 0; i < width; ++i) values[i] = load_pairs(from + 2 * lanes * i);
+    if constexpr (fetching) {
+      const unsigned char* next = chunk.fetch_with_values[pair / tile_pairs];
+#pragma GCC unroll 8
+      for (int i = 0; i < width; ++i)
+        fetch(next, (offset + 2 * lanes * i) * int32_t{sizeof(uint16_t)}, chunk.fetch_shift);
+    }
     add_pair(pair, values);
   }
   if (visible % 2) {
     // The other token of the pair is not there yet: what its place holds must not be multiplied.
-    const uint16_t* from = pair_values(whole_pairs);
+    const uint16_t* from = chunk.values[whole_pairs / tile_pairs] + offset_in_tile(whole_pairs);
     Pairs values[width];
 #pragma GCC unroll 8
     for (int i = 0; i < width; ++i) values[i] = first_of_pairs(load_pairs(from + 2 * lanes * i));
@@ -117,27 +141,28 @@ void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible
   }
 #pragma GCC unroll 8
   for (int row = 0; row < rows; ++row) {
-    if (folds[row].skip) continue;
+    if (folds[row].sums == nullptr) continue;
 #pragma GCC unroll 8
     for (int i = 0; i < width; ++i)
-      fold_into(sums_of_rows[row] + dim + lanes * i, sums[row][i], folds[row]);
+      fold_into(folds[row].sums + dim + lanes * i, sums[row][i], folds[row]);
   }
 }
 
-template <int rows>
+template <int rows, bool fetching>
 void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible, int32_t head_dim,
-                     const Fold* folds, float* const* sums) {
+                     const Fold* folds) {
   constexpr int width = block_width(rows) < 4 ? block_width(rows) : 4;
   int32_t dim = 0;
   for (; dim + width * lanes <= head_dim; dim += width * lanes)
-    multiply_values<rows, width>(weights, chunk, visible, head_dim, dim, folds, sums);
+    multiply_values<rows, width, fetching>(weights, chunk, visible, head_dim, dim, folds);
   if constexpr (width > 2) {
     if (dim + 2 * lanes <= head_dim) {
-      multiply_values<rows, 2>(weights, chunk, visible, head_dim, dim, folds, sums);
+      multiply_values<rows, 2, fetching>(weights, chunk, visible, head_dim, dim, folds);
       dim += 2 * lanes;
     }
   }
-  if (dim < head_dim) multiply_values<rows, 1>(weights, chunk, visible, head_dim, dim, folds, sums);
+  if (dim < head_dim)
+    multiply_values<rows, 1, fetching>(weights, chunk, visible, head_dim, dim, folds);
 }
 
 }  // namespace meshserve::MESHSERVE_ISA

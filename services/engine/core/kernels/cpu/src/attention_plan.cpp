@@ -52,7 +52,7 @@ bool may_split(const Rows& rows, const Sequence& sequence) {
          sequence.queries <= rows.tokens_per_task && sequence.chunks(sequence.queries) > 1;
 }
 
-int64_t floats_per_row(const AttentionShape& shape) { return shape.head_dim + 16; }
+int64_t floats_per_row(const AttentionShape& shape) { return shape.head_dim + 2; }
 
 struct Sizes {
   size_t tasks = 0, splits = 0, floats = 0;
@@ -101,6 +101,12 @@ class Planner {
     const int32_t chunks = sequence.chunks(sequence.queries);
     const int64_t whole = cost(sequence.queries, chunks);
     const bool split = whole > most_cost && may_split(rows_, sequence);
+    if (whole * shape_.kv_heads <= most_cost && sequence.queries <= rows_.tokens_per_task) {
+      // All heads in one task: a block's heads lie together, and each is fetched during the one
+      // before.
+      add_task({index, 0, shape_.kv_heads, 0, sequence.queries, 0, chunks, -1, 0});
+      return;
+    }
     for (int32_t kv_head = 0; kv_head < shape_.kv_heads; ++kv_head) {
       if (split) {
         add_split(index, kv_head, sequence.queries, chunks, ceil_div(whole, most_cost));
@@ -108,7 +114,7 @@ class Planner {
       }
       for (int32_t begin = 0; begin < sequence.queries; begin += rows_.tokens_per_task) {
         const int32_t end = std::min(begin + rows_.tokens_per_task, sequence.queries);
-        add_task({index, kv_head, begin, end, 0, sequence.chunks(end), -1, 0});
+        add_task({index, kv_head, 1, begin, end, 0, sequence.chunks(end), -1, 0});
       }
     }
   }
@@ -123,14 +129,15 @@ class Planner {
     new (&plan_.splits[plan_.num_splits]) AttentionSplit{tasks, tasks, chunks, partials_};
     for (int32_t part = 0; part < tasks; ++part) {
       const int32_t begin = chunks * part / tasks, end = chunks * (part + 1) / tasks;
-      add_task({index, kv_head, 0, queries, begin, end, plan_.num_splits, 0});
+      add_task({index, kv_head, 1, 0, queries, begin, end, plan_.num_splits, 0});
     }
     ++plan_.num_splits;
     partials_ += int64_t{chunks} * queries * rows_.per_token * floats_per_row(shape_);
   }
 
   void add_task(AttentionTask task) {
-    task.cost = cost(task.query_end - task.query_begin, task.chunk_end - task.chunk_begin);
+    task.cost =
+        task.kv_heads * cost(task.query_end - task.query_begin, task.chunk_end - task.chunk_begin);
     plan_.tasks[plan_.num_tasks++] = task;
   }
 

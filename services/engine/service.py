@@ -150,6 +150,8 @@ class StepMetrics:
         self._preemptions = metrics.counter("meshserve_engine_preemptions")
         self._cache_queried_tokens = metrics.counter("meshserve_engine_cache_queried_tokens")
         self._cache_hit_tokens = metrics.counter("meshserve_engine_cache_hit_tokens")
+        self._drafted_tokens = metrics.counter("meshserve_engine_drafted_tokens")
+        self._accepted_draft_tokens = metrics.counter("meshserve_engine_accepted_draft_tokens")
         self._seen = Load()
 
     def observe(self, step: Step) -> None:
@@ -167,6 +169,10 @@ class StepMetrics:
             _growth(seen.cache_queried_tokens, load.cache_queried_tokens)
         )
         self._cache_hit_tokens.inc(_growth(seen.cache_hit_tokens, load.cache_hit_tokens))
+        self._drafted_tokens.inc(_growth(seen.drafted_tokens, load.drafted_tokens))
+        self._accepted_draft_tokens.inc(
+            _growth(seen.accepted_draft_tokens, load.accepted_draft_tokens)
+        )
         self._seen = load
 
 

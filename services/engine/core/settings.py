@@ -35,6 +35,9 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     # are more than anybody reads.
     step_latency_target_ms: float = 100.0
     prefix_cache: bool = True  # whether blocks are kept and found by what they contain
+    # What drafts tokens; "auto" is the draft model where there is one, else prompt look-up.
+    speculation: Literal["auto", "ngram", "draft", "off"] = "auto"
+    draft_model_path: str | None = None
     # By field of SamplingParams; laid over the defaults that the model brings itself.
     default_sampling: dict[str, float] = {}
 
@@ -56,6 +59,8 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(
                 f"step_latency_target_ms must be positive, not {self.step_latency_target_ms}"
             )
+        if self.speculation == "draft" and self.draft_model_path is None:
+            raise ValueError("speculation with a draft model needs one: set draft_model")
         fraction = self.kv_cache_memory_fraction
         if not 0 < fraction <= 1:
             raise ValueError(f"kv_cache_memory_fraction must lie in (0, 1], not {fraction}")

@@ -23,6 +23,7 @@ from services.engine.core.models.loader import open_model
 from services.engine.core.runner import Runner
 from services.engine.core.scheduler import Scheduler
 from services.engine.core.settings import CoreSettings
+from services.engine.core.speculation.loading import load_draft_model, make_speculator
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +51,15 @@ def build_engine(
     opened = open_model(settings.model_path, max_context_tokens=settings.max_context_tokens)
     config = opened.config
     backend = load_backend(opened, settings, device, selections)
+    draft_model = load_draft_model(settings, config, device, selections)
     bytes_per_block = backend.bytes_per_block(settings.block_size)
+    if draft_model is not None:
+        bytes_per_block += draft_model.backend.bytes_per_block(settings.block_size)
     num_blocks = _count_blocks(settings, config, bytes_per_block, device)
     max_context_tokens = min(config.max_context_tokens, num_blocks * settings.block_size)
     try:
         model, kv_cache = backend.allocate(num_blocks, settings)
+        speculator = make_speculator(settings, draft_model, num_blocks)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         raise StartupError(
             f"a KV cache of {num_blocks * bytes_per_block} bytes does not fit on {device}: {error}"
@@ -69,6 +74,7 @@ def build_engine(
         max_waiting_tokens=settings.max_waiting_tokens,
         step_latency_target_ms=settings.step_latency_target_ms,
         prefix_cache=settings.prefix_cache,
+        speculator=speculator,
     )
     runner = make_runner(
         model,

@@ -30,6 +30,22 @@ class TokenizerSettings(ServerSettings):
     )
 
 
+class SpeculationSettings(Section):
+    """Guesses at the next tokens, so that one step computes several; answers stay the same."""
+
+    method: Literal["auto", "ngram", "draft", "off"] = Field(
+        "auto",
+        description="`ngram` finds what followed the last tokens earlier in the prompt or answer, "
+        "`draft` asks a draft model, `auto` is `draft` where a draft model is set, else `ngram`. "
+        "Nothing is guessed while it does not pay.",
+    )
+    draft_model: str | None = Field(
+        None,
+        description="A small model with the vocabulary of the engine's: a name of the catalogue, a "
+        "path or a Hugging Face id.",
+    )
+
+
 class EngineSettings(ServerSettings):
     """The engine service."""
 
@@ -80,6 +96,10 @@ class EngineSettings(ServerSettings):
     )
     prefix_cache: bool = Field(
         True, description="Whether beginnings that prompts have in common are computed once."
+    )
+    speculation: SpeculationSettings = Field(
+        default_factory=lambda: SpeculationSettings(),
+        description="What guesses the next tokens of an answer.",
     )
     stream_interval_ms: Annotated[int, Field(ge=0, le=1000)] = Field(
         50,

@@ -86,6 +86,8 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("counter", "engine", "meshserve_engine_preemptions", "Sequences put back in the queue because the KV cache was full."),
     _row("counter", "engine", "meshserve_engine_cache_queried_tokens", "Tokens looked up in the prefix cache as their sequences entered."),
     _row("counter", "engine", "meshserve_engine_cache_hit_tokens", "Of these, tokens that were there and were not computed again."),
+    _row("counter", "engine", "meshserve_engine_drafted_tokens", "Tokens guessed ahead (speculative decoding) and verified."),
+    _row("counter", "engine", "meshserve_engine_accepted_draft_tokens", "Of these, tokens that were right."),
     _row("counter", "engine", "meshserve_engine_core_restarts", "Restarts of the core process."),
     _row("histogram", "engine", "meshserve_engine_queue_duration_seconds", "Time that requests waited before their first step."),
     _row("histogram", "engine", "meshserve_engine_prompt_length_tokens", "Prompt lengths of requests.", buckets=TOKEN_BUCKETS),

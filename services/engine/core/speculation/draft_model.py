@@ -57,11 +57,13 @@ class DraftModelSpeculator(Speculator):
         *,
         max_batch_tokens: int,
         max_running_sequences: int,
+        max_context_tokens: int,
     ) -> None:
         super().__init__()
         self.pool = pool
         self._runner = runner
         self._max_batch_tokens = max_batch_tokens
+        self._max_context_tokens = max_context_tokens
         self._free_rows = list(range(max_running_sequences - 1, -1, -1))
         self._shadows: dict[int, _Shadow] = {}
         self._shared = Acceptance()
@@ -84,7 +86,13 @@ class DraftModelSpeculator(Speculator):
         if length == 0:
             return nothing
         wanted = [
-            (shadow.sequence, shadow.num_known + min(length, room_for_draft(sequence)))
+            (
+                shadow.sequence,
+                min(
+                    shadow.num_known + min(length, room_for_draft(sequence)),
+                    self._max_context_tokens,
+                ),
+            )
             for shadow, sequence in zip(shadows, sequences, strict=True)
             if shadow is not None
         ]

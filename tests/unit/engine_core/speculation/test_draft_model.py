@@ -48,6 +48,7 @@ def speculator_over(
         BlockPool(num_blocks, BLOCK_SIZE),
         max_batch_tokens=MAX_BATCH_TOKENS,
         max_running_sequences=4,
+        max_context_tokens=num_blocks * BLOCK_SIZE,
     )
 
 

@@ -55,6 +55,7 @@ STRICT_FLAGS = (
     "-Wpedantic",
     "-Wshadow",
     "-Werror",
+    "-Wno-unknown-warning-option",
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 )

@@ -83,7 +83,11 @@ class EngineCalls:
         usable = [stream for stream in self._live() if stream not in avoid]
         if not usable:
             return self._open()
-        return min(usable, key=lambda stream: stream.load)
+        # Of those with as many, the one that has waited longest.
+        chosen = min(usable, key=lambda stream: stream.load)
+        self._streams.remove(chosen)
+        self._streams.append(chosen)
+        return chosen
 
     def close(self) -> None:
         """Ends all streams."""
@@ -113,15 +117,18 @@ class EngineCalls:
         while True:
             await self._is_used.wait()
             self._is_used.clear()
-            stream: EngineStream | None = None
-            # Each stream goes to the replica after the last one's; once round, all are known.
-            while stream is None or not (stream.is_lost or stream.is_retired):
+            # Each new stream goes to the replica after the last one's, as far as the channel has
+            # reached them: as many in a row as are known, and none of them new, is once round.
+            known_in_a_row = 0
+            while known_in_a_row < max(1, len(self._live())):
                 stream = self._open()
                 try:
                     async with asyncio.timeout(HELLO_TIMEOUT_S):
                         await stream.is_known.wait()
                 except TimeoutError:
                     stream.retire()
+                is_new = not (stream.is_lost or stream.is_retired)
+                known_in_a_row = 0 if is_new else known_in_a_row + 1
             await asyncio.sleep(LOOK_OUT_INTERVAL_S)
 
 

@@ -183,6 +183,8 @@ def build(into: Path, recipe: Recipe | None = None, compiler: Compiler | None = 
 def _compile_and_link(library: Path, recipe: Recipe, compiler: Compiler) -> None:
     objects = library.parent / "objects"
     objects.mkdir(exist_ok=True)
+    for interrupted in (*objects.glob("*.partial"), *library.parent.glob("*.partial")):
+        interrupted.unlink(missing_ok=True)
     sources = sorted(recipe.sources.glob("*.cpp"))
     jobs: list[tuple[Path, str, tuple[str, ...]]] = [
         (source, "baseline", ()) for source in sources if source.name in BASELINE_SOURCES
@@ -215,7 +217,11 @@ def _compile_and_link(library: Path, recipe: Recipe, compiler: Compiler) -> None
         # In this order, from the narrowest instruction set to the widest: of an inline function
         # that several objects define the linker keeps the first, which must run on all machines
         # on which any of its callers does.
-        compiled = list(pool.map(compile_one, jobs))
+        try:
+            compiled = list(pool.map(compile_one, jobs))
+        except BuildError:
+            pool.shutdown(cancel_futures=True)
+            raise
     partial = library.with_suffix(f".{os.getpid()}.partial")
     link = [*compiler.command, "-shared", *recipe.extra_flags, *map(str, compiled), "-pthread"]
     _check(_run([*link, "-o", str(partial)]), library.name)

@@ -1,4 +1,8 @@
-"""Random arrivals, cancellations and preemptions: state stays sound, outputs stay right."""
+"""Random arrivals, forks, cancellations, failures, preemptions: state stays sound, outputs right.
+
+The model's output is a hash of all tokens that it reads through the block table, so that a block
+shared wrongly, copied too late, published too early or evicted while in use changes an answer.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,10 @@ from services.engine.core.messages import (
     Stopping,
 )
 from tests.fakes.engines import make_engine, reference_output
+from tests.fakes.hash_model import NAN_TOKEN_ID, RAISING_TOKEN_ID
 
 BLOCK_SIZE = 4
+POISON = {NAN_TOKEN_ID, RAISING_TOKEN_ID}
 
 tokens = st.integers(0, 50)
 # Beginnings that many prompts have in common, of less, exactly, and more than a block.
@@ -50,9 +56,13 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         num_blocks=st.integers(4, 16),
         max_batch_tokens=st.integers(4, 24),
         max_running_sequences=st.integers(1, 4),
+        max_waiting_tokens=st.sampled_from([40, 1000]),
+        step_latency_target_ms=st.sampled_from([1e-6, 1e6]),
+        prefix_cache=st.sampled_from([True, True, False]),
     )
     def start(self, **limits: Any) -> None:
         self.engine = make_engine(block_size=BLOCK_SIZE, max_waiting_sequences=8, **limits)
+        self.max_waiting_tokens = limits["max_waiting_tokens"]
         self.context_tokens = limits["num_blocks"] * BLOCK_SIZE
         self.max_batch_tokens = limits["max_batch_tokens"]
         self.live: dict[int, SequenceRequest] = {}
@@ -62,6 +72,7 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
     @rule(
         prefix=prefixes,
         own=st.lists(tokens, min_size=1, max_size=6) | st.lists(tokens, min_size=1, max_size=40),
+        poison=st.sampled_from([None] * 12 + [NAN_TOKEN_ID, RAISING_TOKEN_ID]),
         sampling=samplings,
         stopping=stoppings,
         choices=st.sampled_from([1, 1, 2, 4]),
@@ -73,12 +84,13 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         self,
         prefix: list[int],
         own: list[int],
+        poison: int | None,
         sampling: Sampling,
         stopping: Stopping,
         choices: int,
         **fields: Any,
     ) -> None:
-        prompt = prefix + own
+        prompt = prefix + own if poison is None else [*prefix, poison, *own]
         requests = [
             SequenceRequest(
                 self.next_id + index, prompt, sampling, stopping, choice_index=index, **fields
@@ -93,7 +105,8 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
             assert needed > self.context_tokens
         except QueueFullError:
             # More than the bound when preempted sequences have come back to wait.
-            assert self.engine.load().waiting_sequences + choices > 8
+            waiting = self.engine.load().waiting_sequences
+            assert waiting + choices > 8 or (waiting and self.max_waiting_tokens == 40)
         else:
             assert needed <= self.context_tokens
             for request in requests:
@@ -109,6 +122,9 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         assert delta.finish.reason is FinishReason.ABORTED
         request = self.live.pop(sequence_id)
         so_far = self.outputs[sequence_id]
+        if POISON.intersection(request.prompt_token_ids):
+            assert so_far == []
+            return
         assert reference_output(request, self.context_tokens)[: len(so_far)] == so_far
         assert self.engine.abort([sequence_id]) == []
 
@@ -130,6 +146,10 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         if delta.finish is None:
             return
         request = self.live.pop(delta.sequence_id)
+        if POISON.intersection(request.prompt_token_ids):
+            assert delta.finish.reason is FinishReason.ERROR
+            assert output == []
+            return
         assert delta.finish.reason in (FinishReason.STOP, FinishReason.LENGTH)
         assert output == reference_output(request, self.context_tokens)
         timing = delta.timing

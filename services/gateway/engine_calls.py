@@ -121,15 +121,27 @@ class EngineCalls:
             # reached them: as many in a row as are known, and none of them new, is once round.
             known_in_a_row = 0
             while known_in_a_row < max(1, len(self._live())):
-                stream = self._open()
-                try:
-                    async with asyncio.timeout(HELLO_TIMEOUT_S):
-                        await stream.is_known.wait()
-                except TimeoutError:
-                    stream.retire()
-                is_new = not (stream.is_lost or stream.is_retired)
-                known_in_a_row = 0 if is_new else known_in_a_row + 1
+                known_in_a_row = 0 if await self._finds_one() else known_in_a_row + 1
             await asyncio.sleep(LOOK_OUT_INTERVAL_S)
+
+    async def _finds_one(self) -> bool:
+        """Opens a stream, and keeps it if it is the first to its replica."""
+        # Carries nothing until it is known where it goes.
+        stream = EngineStream(self._open_stream(), lambda _: None)
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                await stream.is_known.wait()
+        except TimeoutError:
+            pass
+        except asyncio.CancelledError:
+            stream.close()
+            raise
+        known = {other.replica_id for other in self._live()}
+        if stream.is_lost or not stream.replica_id or stream.replica_id in known:
+            stream.close()
+            return False
+        self._streams.append(stream)
+        return True
 
 
 class EngineCall:

@@ -76,16 +76,20 @@ class _Stream(Generic[Input, Output]):
         self._accrued.append(message)
         self._has_accrued.set()
 
-    async def exchange(self, session_id: int, message: Input) -> Output:
-        """Sends one input and returns its output. Raises StreamLostError."""
+    async def exchange(self, session_id: int, message: Input, timeout_s: float) -> Output:
+        """Sends one input and returns its output. Raises StreamLostError, or TimeoutError."""
         if self.lost:
             raise StreamLostError
-        future: asyncio.Future[Output] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Output] = loop.create_future()
         self._waiting[session_id] = future
         self.send(message)
+        # asyncio.timeout costs more than all the rest of an exchange.
+        expiry = loop.call_later(timeout_s, _expire, future)
         try:
             return await future
         finally:
+            expiry.cancel()
             self._waiting.pop(session_id, None)
 
     def close(self) -> None:
@@ -138,6 +142,11 @@ class _Stream(Generic[Input, Output]):
             log.exception("session stream failed")
         finally:
             self.close()
+
+
+def _expire(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())
 
 
 class SessionPool(Generic[Input, Output]):
@@ -227,8 +236,9 @@ class Session(Generic[Input, Output]):
         """The answer to one input. Raises ServiceError, DEADLINE_EXCEEDED included."""
         remaining = deadline.remaining_s()
         try:
-            async with asyncio.timeout(NO_DEADLINE_TIMEOUT_S if remaining is None else remaining):
-                output = await self._exchange(payload)
+            output = await self._exchange(
+                payload, NO_DEADLINE_TIMEOUT_S if remaining is None else remaining
+            )
         except TimeoutError:
             self.cancel()
             raise ServiceError(
@@ -245,7 +255,9 @@ class Session(Generic[Input, Output]):
             self._stream.send(self._make_cancel(self._id))
         self._over = True
 
-    async def _exchange(self, payload: Any) -> Output:
+    async def _exchange(self, payload: Any, timeout_s: float) -> Output:
+        """Raises TimeoutError, and ServiceError."""
+        give_up_at = time.monotonic() + timeout_s
         delay_s = REOPEN_DELAY_S
         for attempt in range(MAX_REOPENINGS + 1):
             opening = self._stream is None
@@ -253,7 +265,7 @@ class Session(Generic[Input, Output]):
             self._stream = stream
             try:
                 output = await stream.exchange(
-                    self._id, self._make_input(self._id, payload, opening)
+                    self._id, self._make_input(self._id, payload, opening), timeout_s
                 )
             except StreamLostError:
                 self._stream = None
@@ -268,8 +280,11 @@ class Session(Generic[Input, Output]):
                 self._pool.discard(stream)
                 self._stream = None
             if 0 < attempt < MAX_REOPENINGS:
-                await asyncio.sleep(delay_s)
+                await asyncio.sleep(min(delay_s, max(0.0, give_up_at - time.monotonic())))
                 delay_s = min(2 * delay_s, REOPEN_MAX_DELAY_S)
+            timeout_s = give_up_at - time.monotonic()
+            if timeout_s <= 0:
+                raise TimeoutError
         raise ServiceError(
             Reason.SERVICE_UNAVAILABLE,
             f"the {self._pool.peer} service cannot be reached",

@@ -40,6 +40,8 @@ class StopStringMatcher:
     def feed(self, text: str, *, may_stop: bool = True) -> str | StopMatch:
         """The text that can be sent now, or the match. With `may_stop` false matches that end in
         `text` are passed over."""
+        if len(self._edges) == 1:
+            return text
         buffer = self._held + text
         offset = len(self._held)
         state = self._state

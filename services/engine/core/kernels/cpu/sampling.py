@@ -17,6 +17,7 @@ from services.engine.core.messages import TokenLogprobs
 from services.engine.core.sampler import LogitsError, SampledTokens, SamplingBatch, sample
 
 _ALIGNMENT_BYTES = 64
+_EDITS = ("repetition", "subtracted", "added", "allowed", "banned")
 
 
 class SampleStatus(IntEnum):
@@ -65,20 +66,44 @@ class SampleArgs(ctypes.Structure):
     )
 
 
-class _Scratch(threading.local):
-    """What the kernel works with, kept from one step to the next."""
+class _Workspace(threading.local):
+    """What a thread's calls need beside their input, kept from one step to the next."""
 
     def __init__(self) -> None:
-        self._memory = np.empty(0, np.uint8)
+        self._kernels: Library | None = None
+        self._vocab = 0
+        self._scratch = np.empty(0, np.uint8)
+        self.args = SampleArgs()
+        self.tokens = np.empty(0, np.int64)
+        self.statuses = np.empty(0, np.int32)
 
-    def address(self, size_bytes: int) -> int:
-        if self._memory.size < size_bytes + _ALIGNMENT_BYTES:
-            self._memory = np.empty(size_bytes + _ALIGNMENT_BYTES, np.uint8)
-        address = _address(self._memory)
-        return address + -address % _ALIGNMENT_BYTES
+    def call(self, kernels: Library, logits: Tensor, batch: SamplingBatch) -> None:
+        """Run the kernel; `tokens` and `statuses` begin with those of the rows."""
+        num_rows, vocab = logits.shape
+        args = self.args
+        args.logits, args.stride = logits.data_ptr(), logits.stride(0)
+        args.rows, args.vocab = num_rows, vocab
+        if num_rows > self.tokens.size:
+            self.tokens = np.empty(num_rows, np.int64)
+            self.statuses = np.empty(num_rows, np.int32)
+            args.tokens, args.statuses = _address(self.tokens), _address(self.statuses)
+        if batch.temperature.any():
+            args.temperature = _address(batch.temperature)
+            args.top_k, args.top_p = _address(batch.top_k), _address(batch.top_p)
+            args.min_p, args.uniforms = _address(batch.min_p), _address(batch.uniforms)
+        else:
+            args.temperature = None
+        if kernels is not self._kernels or vocab != self._vocab:
+            size_bytes = kernels.table.sampling_scratch_bytes(ctypes.byref(args))
+            self._scratch = np.empty(size_bytes + _ALIGNMENT_BYTES, np.uint8)
+            address = _address(self._scratch)
+            self._aligned = address + -address % _ALIGNMENT_BYTES
+            self._run = kernels.table.run_sampling
+            self._kernels, self._vocab = kernels, vocab
+        self._run(None, ctypes.byref(args), self._aligned)
 
 
-_scratch = _Scratch()
+_workspace = _Workspace()
 
 
 @sample.implementation("cpu", name="native", unavailable=why_not)
@@ -92,64 +117,67 @@ def sample_natively(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
 
 def sample_with(kernels: Library, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
     """Sample `logits` ([rows, vocab] float32, each row contiguous) with the kernels given."""
-    num_rows, vocab = logits.shape
-    tokens = np.empty(num_rows, np.int64)
-    statuses = np.empty(num_rows, np.int32)
-    most = max(int(batch.logprobs.max(initial=-1)), -1)
-    chosen_logprobs = np.empty(num_rows if most >= 0 else 0, np.float32)
-    top_tokens = np.empty((num_rows, max(most, 0)), np.int64)
-    top_logprobs = np.empty((num_rows, max(most, 0)), np.float32)
-    args = SampleArgs(
-        logits=logits.data_ptr(),
-        stride=logits.stride(0),
-        rows=num_rows,
-        vocab=vocab,
-        temperature=_address(batch.temperature),
-        top_k=_address(batch.top_k),
-        top_p=_address(batch.top_p),
-        min_p=_address(batch.min_p),
-        uniforms=_address(batch.uniforms),
-        logprobs=_address(batch.logprobs) if most >= 0 else None,
-        tokens=_address(tokens),
-        statuses=_address(statuses),
-        chosen_logprobs=_address(chosen_logprobs),
-        most_logprobs=most,
-        top_tokens=_address(top_tokens),
-        top_logprobs=_address(top_logprobs),
-    )
+    num_rows = len(logits)
+    args = _workspace.args
     kept = _add_edits(args, batch.edits, num_rows)
-    reference = ctypes.byref(args)
-    scratch = _scratch.address(kernels.table.sampling_scratch_bytes(reference))
-    kernels.table.run_sampling(None, reference, scratch)
+    reports = _Reports(args, batch.logprobs)
+    _workspace.call(kernels, logits, batch)
     del kept  # the edits' arrays, which had to outlive the call
-    errors = [_error(status) for status in statuses.tolist()]
-    logprobs: list[TokenLogprobs | None] = [None] * num_rows
-    for row in np.flatnonzero(batch.logprobs >= 0).tolist() if most >= 0 else ():
-        if errors[row] is None:
-            count = min(int(batch.logprobs[row]), vocab)
-            logprobs[row] = TokenLogprobs(
-                float(chosen_logprobs[row]),
-                top_tokens[row, :count].tolist(),
-                top_logprobs[row, :count].tolist(),
-            )
-    return SampledTokens(tokens.tolist(), logprobs, errors)
+    tokens = _workspace.tokens[:num_rows].tolist()
+    statuses = _workspace.statuses[:num_rows]
+    errors: list[LogitsError | None] = [None] * num_rows
+    for row in np.flatnonzero(statuses).tolist() if statuses.any() else ():
+        errors[row] = _error(statuses[row])
+    return SampledTokens(tokens, reports.read(errors, logits.shape[1]), errors)
+
+
+class _Reports:
+    """The log-probabilities that a step reports, and the arrays that the kernel writes them to."""
+
+    def __init__(self, args: SampleArgs, counts: npt.NDArray[np.int64]) -> None:
+        self._counts = counts
+        self._rows = np.flatnonzero(counts >= 0).tolist() if counts.max(initial=-1) >= 0 else []
+        if not self._rows:
+            args.logprobs = None
+            return
+        most = int(counts.max())
+        self._chosen = np.empty(len(counts), np.float32)
+        self._top_tokens = np.empty((len(counts), most), np.int64)
+        self._top_logprobs = np.empty((len(counts), most), np.float32)
+        args.logprobs, args.most_logprobs = _address(counts), most
+        args.chosen_logprobs = _address(self._chosen)
+        args.top_tokens = _address(self._top_tokens)
+        args.top_logprobs = _address(self._top_logprobs)
+
+    def read(self, errors: list[LogitsError | None], vocab: int) -> list[TokenLogprobs | None]:
+        """What each row has to report, None for rows that failed or report nothing."""
+        logprobs: list[TokenLogprobs | None] = [None] * len(self._counts)
+        for row in self._rows:
+            if errors[row] is None:
+                count = min(int(self._counts[row]), vocab)
+                logprobs[row] = TokenLogprobs(
+                    float(self._chosen[row]),
+                    self._top_tokens[row, :count].tolist(),
+                    self._top_logprobs[row, :count].tolist(),
+                )
+        return logprobs
 
 
 def _add_edits(args: SampleArgs, edits: LogitEdits | None, num_rows: int) -> list[object]:
     """Point `args` at the edits of each kind; returns the arrays that must outlive the call."""
     kept: list[object] = []
-    if edits is None:
-        return kept
-    for kind, numbers in edits.by_kind().items():
+    by_kind = {} if edits is None else edits.by_kind()
+    for kind in _EDITS:
+        numbers = by_kind.get(kind)
+        if numbers is None:
+            getattr(args, kind).offsets = None
+            continue
         offsets = np.searchsorted(numbers.rows, np.arange(num_rows + 1))
         kept += [offsets, numbers]
-        setattr(
-            args,
-            kind,
-            _TokenNumbers(
-                _address(offsets), _address(numbers.token_ids), _address(numbers.numbers)
-            ),
+        edit = _TokenNumbers(
+            _address(offsets), _address(numbers.token_ids), _address(numbers.numbers)
         )
+        setattr(args, kind, edit)
     return kept
 
 

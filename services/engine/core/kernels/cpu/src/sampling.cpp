@@ -95,7 +95,7 @@ float floor_for_mass(LogitsRow& row, double top_p, float floor, float scale, Scr
 }
 
 int choose(LogitsRow& row, const SampleArgs& args, int index, Scratch& scratch) {
-  const float temperature = args.temperature[index];
+  const float temperature = args.temperature == nullptr ? 0.0f : args.temperature[index];
   if (!(temperature > 0.0f)) return row.argmax();
   // In bounds, so that neither 0 nor -Inf times it is NaN.
   const auto scale =

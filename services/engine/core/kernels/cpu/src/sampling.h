@@ -32,7 +32,8 @@ struct SampleArgs {
   int32_t rows;
   int32_t vocab;
 
-  // [rows] each, and off at: temperature 0 (greedy), top_k 0, top_p 1, min_p 0.
+  // [rows] each, and off at: temperature 0 (greedy), top_k 0, top_p 1, min_p 0. The temperature is
+  // null where all rows are greedy, and then the next four are not read.
   const float* temperature;
   const int64_t* top_k;
   const float* top_p;

@@ -162,26 +162,26 @@ inline Floats exp2(Floats a) {
   return detail::scale_by_power(power, n);
 }
 
-// Reads `count` floats, 0 in the lanes beyond them; and writes as many.
+// Reads `count` floats, or all lanes if that is fewer, with 0 in the rest; and writes as many.
 #if defined(__AVX512F__)
 inline Floats load_some(const float* from, int count) {
-  if (count == lanes) return load(from);
+  if (count >= lanes) return load(from);
   return _mm512_maskz_loadu_ps(first_lanes(count), from);
 }
 inline void store_some(float* to, Floats a, int count) {
   // What a masked store has written is slow to be read again.
-  if (count == lanes) return store(to, a);
+  if (count >= lanes) return store(to, a);
   _mm512_mask_storeu_ps(to, first_lanes(count), a);
 }
 #else
 inline Floats load_some(const float* from, int count) {
-  if (count == lanes) return load(from);
+  if (count >= lanes) return load(from);
   alignas(64) float padded[lanes] = {};
   std::memcpy(padded, from, static_cast<size_t>(count) * sizeof(float));
   return load(padded);
 }
 inline void store_some(float* to, Floats a, int count) {
-  if (count == lanes) return store(to, a);
+  if (count >= lanes) return store(to, a);
   alignas(64) float padded[lanes];
   store(padded, a);
   std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(float));

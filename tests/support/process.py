@@ -47,6 +47,10 @@ class ServiceProcess:
                 self._process.wait()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def log(self) -> str:
         return self._log_path.read_text(errors="replace")
 

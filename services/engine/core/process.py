@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -37,6 +38,9 @@ from services.engine.core.settings import CoreSettings
 from services.runtime.modelfiles import ModelFileError
 
 logger = logging.getLogger(__name__)
+
+# Where the C library has it (glibc), returns unused pages to the system.
+_trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 EngineBuilder: TypeAlias = Callable[[CoreSettings], tuple[EngineCore, ModelFacts]]
 
@@ -106,8 +110,9 @@ def _serve_commands(mailbox: Mailbox, engine: EngineCore) -> int:
 
 
 class _Upkeep:
-    """What is done once after each busy time, when nobody waits for it: the core checks itself and
-    clears away garbage that only the collector finds. Everything else is freed as it is dropped.
+    """What is done once after each busy time, when nobody waits for it: the core checks itself,
+    clears away garbage that only the collector finds (everything else is freed as it is dropped),
+    and gives memory that the busy time needed back to the machine.
     """
 
     def __init__(self, engine: EngineCore) -> None:
@@ -133,6 +138,8 @@ class _Upkeep:
         """
         self._engine.check_integrity()
         gc.collect()
+        if _trim_heap is not None:
+            _trim_heap(0)
         self._steps = 0
 
 

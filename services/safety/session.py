@@ -8,7 +8,9 @@ cut. State, all positions absolute:
 
 Invariants (`check_integrity`): nothing before a source's `live` will yield another match; text is
 released up to the earliest place where a match that redacts or blocks is pending or may still come;
-matches take effect in the order in which they start, whatever source found them.
+matches take effect in the order in which they start, whatever source found them. Where a source has
+looked no further than its `live`, matches of it may still come; only those that redact or block
+have to be known before text is released.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from services.safety.verdict import Action, Finding, Verdict
 
 # Long texts are taken in pieces: it bounds memory, and lets other threads run in between.
 PIECE_CHARS = 64 * 1024
+# A source whose matches keep nothing from the reader looks at text once this much has come, for
+# each look has its price; at once, where another source has found something.
+UNHURRIED_CHARS = 192
 
 
 @dataclass(slots=True)
@@ -122,17 +127,20 @@ class CheckSession:
         view = View(self._view, is_final)
         end = offset + len(self._view)
         held = end
-        for index, source in enumerate(self._matcher.sources):
-            first = self._live[index] - offset
-            live = len(self._view) if is_final else source.live(view, first)
-            if live > first:
-                for match in source.find(view, first, live):
-                    self._pending.append(
-                        Match(match.start + offset, match.end + offset, match.rule, match.score)
-                    )
-                self._live[index] = live + offset
+        sources = self._matcher.sources
+        waiting: list[int] = []
+        for index, source in enumerate(sources):
+            can_wait = not (source.holds_back or is_final or self._pending)
+            if can_wait and end - self._live[index] <= UNHURRIED_CHARS:
+                waiting.append(index)
+                continue
+            self._look(index, view)
             if source.holds_back:
-                held = min(held, live + offset)
+                held = min(held, self._live[index])
+        if self._pending:
+            # What they find may change what becomes of what was found.
+            for index in waiting:
+                self._look(index, view)
         decided = min(self._live, default=end)
         if self._pending:
             self._decide(decided)
@@ -147,6 +155,19 @@ class CheckSession:
             self._view = self._view[keep - offset :]
             self._view_start = keep
             self._normalizer.forget(keep)
+
+    def _look(self, index: int, view: View) -> None:
+        """Has a source look at what it has not decided yet."""
+        offset = self._view_start
+        source = self._matcher.sources[index]
+        first = self._live[index] - offset
+        live = len(self._view) if view.is_final else source.live(view, first)
+        if live > first:
+            for match in source.find(view, first, live):
+                self._pending.append(
+                    Match(match.start + offset, match.end + offset, match.rule, match.score)
+                )
+            self._live[index] = live + offset
 
     def _decide(self, decided: int) -> None:
         """Lets the matches that start before `decided` take effect."""

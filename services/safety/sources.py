@@ -161,6 +161,7 @@ class TermSource(Source):
             self._any_open_left |= open_left or not is_word_character(text[0])
             entry = _Entry(len(text), open_left, open_right, term.rule, term.score)
             entries.setdefault(text, []).append(entry)
+        self._begins = frozenset(text[0] for text in entries)
         self._automaton: Any = ahocorasick.Automaton()
         for text, found in entries.items():
             self._automaton.add_word(text, tuple(found))
@@ -175,12 +176,17 @@ class TermSource(Source):
     def live(self, view: View, first: int) -> int:
         text = view.leet if self._leet else view.terms
         end = len(text)
+        tail_start = max(first, end - self._longest)
+        tail = text[tail_start:]
+        begins = self._begins
         longest_prefix = self._automaton.longest_prefix
-        for start in range(max(first, end - self._longest), end):
-            if not self._any_open_left and _inside_word(text, start):
+        for offset, character in enumerate(tail):
+            if character not in begins:
                 continue
-            if longest_prefix(text[start:]) == end - start:
-                return start
+            if not self._any_open_left and _inside_word(text, tail_start + offset):
+                continue
+            if longest_prefix(tail[offset:]) == len(tail) - offset:
+                return tail_start + offset
         return end
 
     def find(self, view: View, first: int, live: int) -> Iterator[Match]:

@@ -128,7 +128,7 @@ class GGUFCheckpoint:
             return None
         weight = read_grouped(self._file.tensor_bytes(info.name), info.type, info.shape)
         order = self._row_order(name, info)
-        return weight if order is None else weight.rows(order)
+        return weight if order is None else weight.map(lambda rows: rows[order])
 
     def _row_order(self, name: str, info: TensorInfo) -> Tensor | None:
         parts = name.split(".")

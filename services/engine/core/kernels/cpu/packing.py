@@ -7,8 +7,10 @@ src/linear.h describes the layouts. A matrix of a checkpoint that is quantised i
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,10 @@ from torch import Tensor
 
 GROUP_INPUTS = 32
 TILE_OUTPUTS = 16
+STRIP_OUTPUTS = 32  # two tiles
 _ALIGNMENT = 64
+
+Optional = TypeVar("Optional", Tensor, Tensor | None)
 
 
 class WeightFormat(IntEnum):
@@ -33,11 +38,10 @@ class LinearWeights(ctypes.Structure):
 
     _fields_ = (
         ("format", ctypes.c_int32),
+        ("has_minima", ctypes.c_int32),
         ("inputs", ctypes.c_int32),
         ("outputs", ctypes.c_int32),
         ("data", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("minima", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     )
 
@@ -70,15 +74,18 @@ class GroupedWeight:
             values = groups * scales + self.minima.float().unsqueeze(-1)
         return values.view(self.shape)
 
-    def rows(self, order: Tensor) -> GroupedWeight:
-        """Return the outputs in another order."""
-        minima = None if self.minima is None else self.minima[order]
-        return GroupedWeight(self.levels[order], self.scales[order], minima, self.bits)
+    def map(self, change: Callable[[Tensor], Tensor]) -> GroupedWeight:
+        """Return what comes of the same change to the outputs of all parts."""
+        minima = None if self.minima is None else change(self.minima)
+        return GroupedWeight(change(self.levels), change(self.scales), minima, self.bits)
 
 
 def quantize_8(weight: Tensor) -> GroupedWeight:
-    """Round to 8 bits, symmetric around 0, as GGUF's Q8_0 does. weight: [outputs, inputs]."""
-    groups = weight.float().view(weight.shape[0], -1, GROUP_INPUTS)
+    """Round to 8 bits, symmetric around 0, as GGUF's Q8_0 does. weight: [outputs, inputs].
+
+    Raises ValueError for inputs that are no whole groups.
+    """
+    groups = _in_groups(weight)
     scales = (groups.abs().amax(-1) / 127).half()
     levels = torch.round(groups / _divisor(scales)).clamp_(-127, 127) + 128
     return GroupedWeight(levels.to(torch.uint8).view(weight.shape), scales, None, bits=8)
@@ -88,9 +95,9 @@ def quantize_4(weight: Tensor) -> GroupedWeight:
     """Round to 4 bits between each group's extremes, as GGUF's Q4_1 does.
 
     Each group's scale and minimum are then fitted to the levels by least squares, which takes off
-    some of the error. weight: [outputs, inputs].
+    some of the error. weight: [outputs, inputs]. Raises ValueError as `quantize_8`.
     """
-    groups = weight.float().view(weight.shape[0], -1, GROUP_INPUTS)
+    groups = _in_groups(weight)
     minima, peaks = groups.amin(-1), groups.amax(-1)
     scales = (peaks - minima) / 15
     levels = torch.zeros_like(groups)
@@ -125,21 +132,28 @@ class PackedLinear:
         self,
         weight_format: WeightFormat,
         shape: tuple[int, int],
-        data: npt.NDArray[np.uint8],
-        scales: npt.NDArray[np.uint16] | None = None,
-        minima: npt.NDArray[np.uint16] | None = None,
+        data: Tensor,
+        *,
+        has_minima: bool = False,
         bias: Tensor | None = None,
     ) -> None:
         self.weight_format = weight_format
         self.outputs, self.inputs = shape
-        self._memory = [data, scales, minima, _padded_bias(bias, shape[0])]
-        addresses = [None if part is None else part.ctypes.data for part in self._memory]
-        self.struct = LinearWeights(int(weight_format), shape[1], shape[0], *addresses)
+        self._data = _aligned(data)
+        self._bias = None if bias is None else _rows_of_strips(bias.float().unsqueeze(1)).numpy()
+        self.struct = LinearWeights(
+            int(weight_format),
+            int(has_minima),
+            self.inputs,
+            self.outputs,
+            self._data.ctypes.data,
+            None if self._bias is None else self._bias.ctypes.data,
+        )
 
     @property
     def num_bytes(self) -> int:
         """Bytes that one pass over the matrix reads."""
-        return sum(part.nbytes for part in self._memory if part is not None)
+        return self._data.nbytes
 
 
 def pack_bf16(weight: Tensor, bias: Tensor | None = None, *, gated: bool = False) -> PackedLinear:
@@ -148,11 +162,13 @@ def pack_bf16(weight: Tensor, bias: Tensor | None = None, *, gated: bool = False
     gated: the first half of the outputs are gates and the second half the values they gate; their
     tiles alternate. Raises ValueError for sizes that the kernels do not serve.
     """
-    tiles = _tiles(weight.to(torch.bfloat16).view(torch.int16), gated)  # [tiles, 16, inputs]
-    packed = tiles.view(len(tiles), TILE_OUTPUTS, -1, 2).transpose(1, 2)
-    data = _aligned(packed.contiguous().view(torch.uint8))
-    shape = (weight.shape[0], weight.shape[1])
-    return PackedLinear(WeightFormat.BF16, shape, data, bias=_gated_bias(bias, gated))
+    shape = _check_sizes(weight.shape, gated)
+    if gated:
+        weight, bias = _alternate_tiles(weight), _alternate_tiles(bias)
+    # [strips, 2 tiles, 16 outputs, pairs of inputs, 2]
+    rows = _rows_of_strips(weight.to(torch.bfloat16).view(torch.int16))
+    tiles = rows.view(-1, 2, TILE_OUTPUTS, shape[1] // 2, 2)
+    return PackedLinear(WeightFormat.BF16, shape, tiles.permute(0, 3, 1, 2, 4), bias=bias)
 
 
 def pack_grouped(
@@ -161,63 +177,70 @@ def pack_grouped(
     """Pack a quantised matrix as it is; `gated` as for `pack_bf16`."""
     if weight.bits == 4 and weight.minima is None:
         raise ValueError("levels of 4 bits come with minima")
-    levels = _tiles(weight.levels, gated)
-    # [tiles, groups, 8 steps, 16 outputs, 4 inputs]
-    stepped = levels.view(len(levels), TILE_OUTPUTS, -1, 8, 4).permute(0, 2, 3, 1, 4)
+    shape = _check_sizes(weight.shape, gated)
+    if gated:
+        weight, bias = weight.map(_alternate_tiles), _alternate_tiles(bias)
+    weight = weight.map(_rows_of_strips)
+    num_groups = shape[1] // GROUP_INPUTS
+    # [strips, groups, 2 tiles, 8 steps, 16 outputs, 4 inputs]
+    levels = weight.levels.view(-1, 2, TILE_OUTPUTS, num_groups, 8, 4).permute(0, 3, 1, 4, 2, 5)
     if weight.bits == 4:
-        stepped = stepped[:, :, :4] | (stepped[:, :, 4:] << 4)
+        levels = levels[:, :, :, :4] | (levels[:, :, :, 4:] << 4)
+    parts = [levels.reshape(*levels.shape[:3], -1)]
+    for halves in (weight.scales, weight.minima):
+        if halves is not None:
+            tiled = halves.view(-1, 2, TILE_OUTPUTS, num_groups).permute(0, 3, 1, 2)
+            parts.append(tiled.contiguous().view(torch.uint8))
     return PackedLinear(
         WeightFormat.Q4 if weight.bits == 4 else WeightFormat.Q8,
-        weight.shape,
-        _aligned(stepped.contiguous()),
-        _tiled_halves(weight.scales, gated),
-        None if weight.minima is None else _tiled_halves(weight.minima, gated),
-        _gated_bias(bias, gated),
+        shape,
+        torch.cat(parts, dim=-1),
+        has_minima=weight.minima is not None,
+        bias=bias,
     )
 
 
-def _tiles(rows: Tensor, gated: bool) -> Tensor:
-    """[outputs, n] -> [tiles, 16, n], padded with zeros; gates and values in alternating tiles."""
-    outputs, inputs = rows.shape
-    if inputs % GROUP_INPUTS and rows.dtype != torch.float16:
+def _in_groups(weight: Tensor) -> Tensor:
+    """The values as float32 [outputs, groups, 32]."""
+    outputs, _ = _check_sizes(weight.shape, gated=False)
+    return weight.float().view(outputs, -1, GROUP_INPUTS)
+
+
+def _check_sizes(shape: Sequence[int], gated: bool) -> tuple[int, int]:
+    outputs, inputs = shape
+    if inputs % GROUP_INPUTS:
         raise ValueError(f"the kernels take inputs in groups of {GROUP_INPUTS}, not {inputs}")
-    if gated:
-        if outputs % (2 * TILE_OUTPUTS):
-            raise ValueError(f"gates come in tiles of {TILE_OUTPUTS}, not {outputs // 2} of them")
-        halves = rows.view(2, -1, TILE_OUTPUTS, inputs)
-        return halves.transpose(0, 1).reshape(-1, TILE_OUTPUTS, inputs)
-    padding = -outputs % TILE_OUTPUTS
-    if padding:
-        rows = torch.cat((rows, rows.new_zeros(padding, inputs)))
-    return rows.reshape(-1, TILE_OUTPUTS, inputs)
+    if gated and outputs % STRIP_OUTPUTS:
+        raise ValueError(f"gates come in tiles of {TILE_OUTPUTS}, not {outputs // 2} of them")
+    return outputs, inputs
 
 
-def _tiled_halves(values: Tensor, gated: bool) -> npt.NDArray[np.uint16]:
-    tiled = _tiles(values.half(), gated).transpose(1, 2).contiguous()
-    return _aligned(tiled.view(torch.uint8)).view(np.uint16)
-
-
-def _gated_bias(bias: Tensor | None, gated: bool) -> Tensor | None:
-    if bias is None or not gated:
-        return bias
-    return bias.view(2, -1, TILE_OUTPUTS).transpose(0, 1).reshape(-1)
-
-
-def _padded_bias(bias: Tensor | None, outputs: int) -> npt.NDArray[np.float32] | None:
-    if bias is None:
+def _alternate_tiles(rows: Optional) -> Optional:
+    """Put the tiles of the second half of the rows between those of the first."""
+    if rows is None:
         return None
-    padded = np.zeros(-(-outputs // TILE_OUTPUTS) * TILE_OUTPUTS, np.float32)
-    padded[:outputs] = bias.float().numpy()
-    return padded
+    halves = rows.view(2, -1, TILE_OUTPUTS, *rows.shape[1:])
+    return halves.transpose(0, 1).reshape(rows.shape)
+
+
+def _rows_of_strips(rows: Tensor) -> Tensor:
+    """Pad rows with zeros to whole strips."""
+    padding = -len(rows) % STRIP_OUTPUTS
+    if not padding:
+        return rows.contiguous()
+    return torch.cat((rows, rows.new_zeros(padding, *rows.shape[1:])))
 
 
 def _aligned(packed: Tensor) -> npt.NDArray[np.uint8]:
-    """A copy of the bytes that begins on a cache line."""
-    flat = packed.view(-1).numpy()
-    memory = np.empty(flat.nbytes + _ALIGNMENT, np.uint8)
+    """A contiguous copy that begins on a cache line, in large pages where there are any.
+
+    A step reads all weights: with small pages it would spend time on finding them.
+    """
+    num_bytes = packed.numel() * packed.element_size()
+    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
-    aligned = memory[start : start + flat.nbytes]
-    aligned[:] = flat
+    aligned = memory[start : start + num_bytes]
+    torch.from_numpy(aligned).view(packed.dtype).view(packed.shape).copy_(packed)
     return aligned
 
 

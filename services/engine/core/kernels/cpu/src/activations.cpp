@@ -1,7 +1,9 @@
 #include "activations.h"
 
 #include <cmath>
+#include <cstring>
 
+#include "integers.h"
 #include "simd.h"
 
 namespace meshserve::MESHSERVE_ISA {
@@ -11,18 +13,21 @@ namespace {
 void store_int8_group(const float* values, int8_t* bytes, float& scale, float& sum,
                       int32_t& offset) {
   const Floats first = load(values), second = load(values + lanes);
-  // A NaN must come out as one: `larger` would drop it, the sum of magnitudes does not.
-  const Floats magnitudes = larger(magnitude(first), magnitude(second));
-  const float largest = maximum(magnitudes);
-  const float total = MESHSERVE_ISA::sum(add(magnitude(first), magnitude(second)));
-  scale = std::isfinite(total) ? largest / 127.0f : NAN;
-  const Floats inverse = broadcast(largest > 0.0f && scale == scale ? 127.0f / largest : 0.0f);
-  store_int8(bytes, multiply(first, inverse));
-  store_int8(bytes + lanes, multiply(second, inverse));
-  int32_t bytes_sum = 0;
-  for (int i = 0; i < group_inputs; ++i) bytes_sum += bytes[i];
-  sum = scale * static_cast<float>(bytes_sum);
-  offset = -128 * bytes_sum;
+  const float largest = largest_magnitude(first, second);
+  const float inverse = 127.0f / largest;
+  if (!std::isfinite(largest) || !std::isfinite(inverse)) {
+    // NaN and infinity make the whole group NaN: an input that is broken must not look like a
+    // number. Values whose inverse is none are 0, or as good as 0.
+    std::memset(bytes, 0, group_inputs);
+    scale = sum = std::isfinite(largest) ? 0.0f : NAN;
+    offset = 0;
+    return;
+  }
+  scale = largest / 127.0f;
+  const Floats factor = broadcast(inverse);
+  const int32_t levels = store_levels(bytes, multiply(first, factor), multiply(second, factor));
+  sum = scale * static_cast<float>(levels);
+  offset = -128 * levels;
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "attention_blocks.h"
+#include "attention_expand.h"
 #include "attention_softmax.h"
 #include "simd.h"
 
@@ -46,12 +47,6 @@ struct Scratch {
   }
 };
 
-// Reads int8 elements as bf16, which holds them exactly.
-void expand(const unsigned char* from, int32_t elements, uint16_t* to) {
-  const auto* integers = reinterpret_cast<const int8_t*>(from);
-  for (int32_t i = 0; i < elements; i += lanes) store_bf16(to + i, load_int8(integers + i));
-}
-
 // Copies the scales of a tile's first `tokens` tokens, and 0 for the others.
 void copy_scales(const unsigned char* from, int32_t tokens, float* to) {
   const Floats scales = load(reinterpret_cast<const float*>(from));
@@ -84,7 +79,7 @@ Chunk expanded(const Tiles& tiles, const Tiles& next, int32_t tokens, int32_t he
     const int32_t first = tile * tile_tokens;
     if (first < tokens) {
       uint16_t* place = scratch.expanded + (which * chunk_tiles + tile) * elements;
-      expand(from, elements, place);
+      expand_int8(reinterpret_cast<const int8_t*>(from), elements, place);
       to = place;
     }
     copy_scales(from + elements, tokens - first, scratch.scales + which * attention_chunk + first);
@@ -165,8 +160,9 @@ class Attention {
   }
 
   int32_t visible(int32_t row, int32_t index) const {
-    const int32_t seen = first_position_ + row / heads_per_kv_ + 1 - index * attention_chunk;
-    return std::clamp(seen, 0, attention_chunk);
+    const int32_t seen_by_first = first_position_ + 1 - index * attention_chunk;
+    if (seen_by_first >= attention_chunk) return attention_chunk;
+    return std::clamp(seen_by_first + row / heads_per_kv_, 0, attention_chunk);
   }
 
   float* sums(int32_t row) const { return scratch_.sums + int64_t{row} * head_dim_; }

@@ -1,17 +1,17 @@
 // Linear layers over packed weights: a step's rows times a matrix in bf16, 8 or 4 bits.
 //
-// Weights are packed in tiles of 16 outputs, each holding all inputs:
+// Weights are packed in strips of two tiles of 16 outputs, so that one strip is one stream of
+// memory:
 //
-//   bf16  [inputs / 2][16 outputs][2 inputs] bf16
-//   q8    [inputs / 4][16 outputs][4 inputs] unsigned bytes
-//   q4    per group of 32 inputs 256 bytes; as q8, but byte i of the first half of a group's 512
-//   has
-//         the low nibble of byte i and byte i of the second half the high one
+//   bf16  [inputs / 2][2 tiles][16 outputs][2 inputs] bf16
+//   q8    [inputs / 32][2 tiles] groups of 8 x [16 outputs][4 inputs] unsigned bytes, 16 scales
+//         and, where weights have minima, 16 of those
+//   q4    the same, but byte i of a group's first 256 has the low nibble of what q8 stores as
+//         byte i and the high one of byte i + 256
 //
-// Quantised weights have a scale, and perhaps a minimum, for each output and group of 32 inputs,
-// [inputs / 32][16 outputs] halves a tile: weight = scale * byte + minimum; without minima bytes
-// are centred: weight = scale * (byte - 128). This is how GGUF's Q4_0, Q4_1 and Q8_0 (and Q4_K and
-// Q5_K but for the precision of a scale) store a matrix, so their values are not rounded again.
+// A scale and a minimum, halves, belong to one output and 32 inputs: weight = scale * byte +
+// minimum; without minima bytes are centred: weight = scale * (byte - 128). This is how GGUF's
+// Q4_0, Q4_1 and Q8_0 store a matrix, so their values are not rounded again.
 //
 // Each output is one sum in one order, whatever the number of rows and the blocks they are taken
 // in.
@@ -22,17 +22,18 @@
 namespace meshserve {
 
 constexpr int32_t tile_outputs = 16;
+constexpr int32_t strip_tiles = 2;
+constexpr int32_t strip_outputs = strip_tiles * tile_outputs;
 
 enum class WeightFormat : int32_t { bf16 = 0, q8 = 1, q4 = 2 };
 
 struct LinearWeights {
   WeightFormat format;
-  int32_t inputs;          // a multiple of 32
-  int32_t outputs;         // as many as are stored; tiles are padded with zeros
-  const void* data;        // 64-byte aligned
-  const uint16_t* scales;  // null for bf16
-  const uint16_t* minima;  // null where there are none
-  const float* bias;       // [tiles * 16], or null
+  int32_t has_minima;  // q4 always has
+  int32_t inputs;      // a multiple of 32
+  int32_t outputs;     // the last strip is padded with zeros
+  const void* data;    // 64-byte aligned
+  const float* bias;   // [strips * 32], or null
 };
 
 // What becomes of the sums.
@@ -60,9 +61,12 @@ inline ActivationFormat activations_for(WeightFormat format) {
 
 namespace meshserve::MESHSERVE_ISA {
 
-// Tasks are pairs of tiles; a range of them is computed together.
+// Tasks are strips; a range of them is computed together.
 int linear_tasks(const LinearArgs& args);
-void linear_run(const LinearArgs& args, int first_task, int last_task);
+void linear_run(const LinearArgs& args, int first_strip, int last_strip);
+
+// Asks for the first of a strip's weights before they are needed.
+void prefetch_strip(const LinearWeights& weights, int strip);
 
 // Writes the weights of one output, as floats: the row of an embedding that shares a head's matrix.
 void unpack_output(const LinearWeights& weights, int32_t output, float* values);

@@ -12,10 +12,13 @@ namespace meshserve::MESHSERVE_ISA {
 namespace {
 
 constexpr size_t alignment = 64;
-// Tasks of a linear layer are pairs of tiles: fewer in one claim would cost more than they take.
-constexpr int smallest_claim = 2;
-// Rows that one thread converts by itself, sooner than the others would be told to help.
+// Rows that a thread converts by itself, sooner than another would be told to help.
 constexpr int rows_per_claim = 4;
+// Up to so many rows every thread converts all of them for itself, which costs less than waiting
+// for each other.
+constexpr int private_rows = 2;
+
+bool converts(OpKind kind) { return kind == OpKind::norm || kind == OpKind::convert; }
 
 }  // namespace
 
@@ -32,7 +35,7 @@ Program::Program(const ProgramSpec& spec, Team& team)
     : spec_(spec),
       ops_(spec.ops, spec.ops + spec.num_ops),
       layers_(spec.layers, spec.layers + spec.num_layers),
-      tasks_(static_cast<size_t>(spec.num_ops)),
+      counters_(static_cast<size_t>(spec.num_ops)),
       team_(team),
       scratch_(static_cast<size_t>(team.size())) {
   for (int i = 0; i < num_buffers; ++i) {
@@ -44,20 +47,28 @@ Program::Program(const ProgramSpec& spec, Team& team)
   }
   activations_ = allocate(static_cast<size_t>(activation_stride(spec.max_activation_inputs)) *
                           static_cast<size_t>(spec.max_tokens));
+  private_activations_ =
+      allocate(static_cast<size_t>(activation_stride(spec.max_activation_inputs)) * private_rows *
+               scratch_.size());
 }
 
 void Program::run(const StepInput& input) {
   reserve_step(input);
-  for (TaskRange& tasks : tasks_) tasks.reset();
+  for (TaskCounter& counter : counters_) counter.reset();
   data_[static_cast<int>(Buffer::logits)] = input.logits;
-  team_.run([this, &input](int rank) {
-    int rows = input.view.num_tokens;
-    for (size_t i = 0; i < ops_.size() && rows > 0; ++i) {
-      execute(ops_[i], tasks_[i], input, rank, rows);
-      if (ops_[i].kind == OpKind::select_rows) rows = input.num_rows;
-      team_.barrier();
-    }
-  });
+  team_.run([this, &input](int rank) { run_ops(input, rank); });
+}
+
+void Program::run_ops(const StepInput& input, int rank) {
+  int rows = input.view.num_tokens;
+  for (size_t index = 0; index < ops_.size() && rows > 0; ++index) {
+    execute(index, input, rank, rows);
+    const OpKind kind = ops_[index].kind;
+    if (kind == OpKind::select_rows) rows = input.num_rows;
+    if (converts(kind) && rows <= private_rows) continue;
+    prefetch_next_weights(index + 1, rank);
+    team_.barrier();
+  }
 }
 
 // Plans the attention and sees to its memory, which grows only when a step is larger than any
@@ -83,28 +94,43 @@ void Program::reserve_step(const StepInput& input) {
   }
 }
 
-template <typename Run>
-void Program::share(TaskRange& tasks, int count, const Run& run) {
-  for (int begin, end; tasks.claim(count, team_.size(), 1, begin, end);) {
-    for (int task = begin; task < end; ++task) run(task);
-  }
-}
-
-void Program::execute(const Op& op, TaskRange& tasks, const StepInput& input, int rank, int rows) {
+void Program::execute(size_t index, const StepInput& input, int rank, int rows) {
+  const Op& op = ops_[index];
   void* scratch = scratch_[static_cast<size_t>(rank)].get();
+  const auto share = [&](int count, int smallest, const auto& run) {
+    TaskClaims claims(counters_[index], count, team_.size(), rank, smallest);
+    for (int begin, end; claims.next(begin, end);) run(begin, end);
+  };
+  const auto share_each = [&](int count, int smallest, const auto& run) {
+    share(count, smallest, [&](int begin, int end) {
+      for (int task = begin; task < end; ++task) run(task);
+    });
+  };
   switch (op.kind) {
     case OpKind::embed:
-      share(tasks, rows, [&](int row) { embed(op, input, row); });
+      share_each(rows, rows_per_claim, [&](int row) {
+        unpack_output(*op.weights, static_cast<int32_t>(input.token_ids[row]),
+                      row_of(Buffer::residual, row));
+      });
       break;
     case OpKind::norm:
     case OpKind::convert:
-      for (int begin, end; tasks.claim(rows, team_.size(), rows_per_claim, begin, end);) {
-        for (int row = begin; row < end; ++row) convert_row(op, row, rank);
+      if (rows <= private_rows) {
+        for (int row = 0; row < rows; ++row) convert_row(op, row, rank, rows);
+      } else {
+        share_each(rows, rows_per_claim, [&](int row) { convert_row(op, row, rank, rows); });
       }
       break;
-    case OpKind::linear:
-      run_linear(op, tasks, rank, rows);
+    case OpKind::linear: {
+      const LinearArgs args{op.weights,
+                            activations(op.format, op.weights->inputs, rank, rows),
+                            rows,
+                            data_[static_cast<int>(op.target)],
+                            spec_.widths[static_cast<int>(op.target)],
+                            op.epilogue};
+      share(linear_tasks(args), 1, [&](int begin, int end) { linear_run(args, begin, end); });
       break;
+    }
     case OpKind::rotary_kv: {
       const RotaryKvArgs args{&input.view,
                               layers_[static_cast<size_t>(op.layer)],
@@ -114,7 +140,7 @@ void Program::execute(const Op& op, TaskRange& tasks, const StepInput& input, in
                               spec_.cos,
                               spec_.sin,
                               spec_.rotary_dim};
-      share(tasks, rotary_kv_tasks(args), [&](int task) { rotary_kv_run(args, task, scratch); });
+      share_each(rotary_kv_tasks(args), 1, [&](int task) { rotary_kv_run(args, task, scratch); });
       break;
     }
     case OpKind::attention: {
@@ -127,10 +153,9 @@ void Program::execute(const Op& op, TaskRange& tasks, const StepInput& input, in
                                data_[static_cast<int>(op.target)],
                                spec_.widths[static_cast<int>(op.target)],
                                &plan_};
-      // Longest first, so one by one.
-      for (int begin, end;
-           tasks.claim(attention_tasks(args), attention_tasks(args), 1, begin, end);) {
-        attention_run(args, begin, scratch);
+      // One by one, since they come longest first.
+      for (int task; counters_[index].take_one(attention_tasks(args), task);) {
+        attention_run(args, task, scratch);
       }
       break;
     }
@@ -147,35 +172,35 @@ void Program::execute(const Op& op, TaskRange& tasks, const StepInput& input, in
   }
 }
 
-void Program::run_linear(const Op& op, TaskRange& tasks, int, int rows) {
-  const Activations input{op.format, op.weights->inputs, activations_.get(),
-                          activation_stride(op.weights->inputs)};
-  const LinearArgs args{op.weights,
-                        input,
-                        rows,
-                        data_[static_cast<int>(op.target)],
-                        spec_.widths[static_cast<int>(op.target)],
-                        op.epilogue};
-  const int count = linear_tasks(args);
-  for (int begin, end; tasks.claim(count, team_.size(), smallest_claim, begin, end);) {
-    linear_run(args, begin, end);
-  }
+// While a thread waits for the others, the weights that it will read first are on their way.
+void Program::prefetch_next_weights(size_t index, int rank) const {
+  while (index < ops_.size() && converts(ops_[index].kind)) ++index;
+  if (index == ops_.size() || ops_[index].kind != OpKind::linear) return;
+  const LinearWeights& weights = *ops_[index].weights;
+  LinearArgs args{};
+  args.weights = &weights;
+  prefetch_strip(weights, rank * TaskClaims::first_share(linear_tasks(args), team_.size()));
 }
 
-void Program::embed(const Op& op, const StepInput& input, int64_t row) {
-  unpack_output(*op.weights, static_cast<int32_t>(input.token_ids[row]),
-                row_of(Buffer::residual, row));
-}
-
-void Program::convert_row(const Op& op, int64_t row, int rank) {
-  const Activations to{op.format, op.width, activations_.get(), activation_stride(op.width)};
+void Program::convert_row(const Op& op, int64_t row, int rank, int rows) {
   const float* from = row_of(op.source, row);
   if (op.kind == OpKind::norm) {
     auto* normed = static_cast<float*>(scratch_[static_cast<size_t>(rank)].get());
     rms_norm(from, op.norm_weight, op.eps, op.width, normed);
     from = normed;
   }
-  store_activations(to, row, from);
+  store_activations(activations(op.format, op.width, rank, rows), row, from);
+}
+
+Activations Program::activations(ActivationFormat format, int32_t inputs, int rank,
+                                 int rows) const {
+  const int64_t stride = activation_stride(inputs);
+  void* memory = activations_.get();
+  if (rows <= private_rows) {
+    memory = static_cast<char*>(private_activations_.get()) +
+             rank * private_rows * activation_stride(spec_.max_activation_inputs);
+  }
+  return {format, inputs, memory, stride};
 }
 
 float* Program::row_of(Buffer buffer, int64_t row) const {

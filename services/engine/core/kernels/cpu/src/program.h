@@ -81,22 +81,22 @@ class Program {
 
   static Memory allocate(size_t bytes);
   void reserve_step(const StepInput& input);
-  void execute(const Op& op, TaskRange& tasks, const StepInput& input, int rank, int rows);
-  void run_linear(const Op& op, TaskRange& tasks, int rank, int rows);
-  void embed(const Op& op, const StepInput& input, int64_t row);
-  void convert_row(const Op& op, int64_t row, int rank);
+  void run_ops(const StepInput& input, int rank);
+  void execute(size_t index, const StepInput& input, int rank, int rows);
+  void prefetch_next_weights(size_t index, int rank) const;
+  void convert_row(const Op& op, int64_t row, int rank, int rows);
+  Activations activations(ActivationFormat format, int32_t inputs, int rank, int rows) const;
   float* row_of(Buffer buffer, int64_t row) const;
-  template <typename Run>
-  void share(TaskRange& tasks, int count, const Run& run);
 
   ProgramSpec spec_;
   std::vector<Op> ops_;
   std::vector<KvLayout> layers_;
-  std::vector<TaskRange> tasks_;  // one for each operation
+  std::vector<TaskCounter> counters_;  // one for each operation
   Team& team_;
   Memory buffers_[num_buffers];
   float* data_[num_buffers] = {};
   Memory activations_;
+  Memory private_activations_;  // of each thread
   Memory plan_workspace_;
   size_t plan_bytes_ = 0;
   std::vector<Memory> scratch_;  // one for each thread

@@ -184,11 +184,10 @@ void run_sampling(Team* team, const SampleArgs* args, void* scratch) {
     return;
   }
   const size_t stride = sample_scratch_bytes(*args);
-  TaskRange rows;
+  TaskCounter rows;
   team->run([&](int rank) {
     void* own = static_cast<unsigned char*>(scratch) + stride * static_cast<size_t>(rank);
-    for (int begin, end; rows.claim(args->rows, team->size(), 1, begin, end);)
-      for (int row = begin; row < end; ++row) sample_run(*args, row, own);
+    for (int row; rows.take_one(args->rows, row);) sample_run(*args, row, own);
   });
 }
 

@@ -27,8 +27,9 @@ inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 // a * b + c, rounded once.
 inline Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-// The larger one; b where either is NaN.
+// The larger one, and the smaller; b where either is NaN.
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 // The first `count` lanes, of 0 to 16.
 inline Mask first_lanes(int count) { return static_cast<Mask>((1u << count) - 1); }
 inline Floats select(Mask mask, Floats yes, Floats no) {
@@ -87,6 +88,9 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 }
 inline Floats larger(Floats a, Floats b) {
   return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
+inline Floats smaller(Floats a, Floats b) {
+  return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
 }
 inline Mask first_lanes(int count) {
   const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -17,28 +18,61 @@
 
 namespace meshserve {
 
-// The tasks [0, count) of one operation, handed out in shrinking ranges: long ones first, so that
-// claiming costs little, and short ones last, so that all threads end together even where one of
-// them is held up by another process.
-class TaskRange {
+// How far the tasks of one operation have been handed out.
+class TaskCounter {
  public:
   void reset() { next_.store(0, std::memory_order_relaxed); }
 
-  // Takes a range of at least `smallest` tasks (fewer at the end); false when none is left.
-  bool claim(int count, int threads, int smallest, int& begin, int& end) {
-    int first = next_.load(std::memory_order_relaxed);
+  // Hands out the next of `count` tasks; false when none is left.
+  bool take_one(int count, int& task) {
+    task = next_.fetch_add(1, std::memory_order_relaxed);
+    return task < count;
+  }
+
+ private:
+  friend class TaskClaims;
+  alignas(64) std::atomic<int> next_{0};
+};
+
+// The tasks [0, count) of one operation as one thread gets them, in shrinking ranges: long ones
+// first, so that claiming costs little, and short ones last, so that all threads end together even
+// where another process holds one of them up. The first range depends on the thread's rank alone.
+class TaskClaims {
+ public:
+  TaskClaims(TaskCounter& counter, int count, int threads, int rank, int smallest)
+      : counter_(counter), threads_(threads), smallest_(smallest) {
+    const int share = first_share(count, threads);
+    own_ = rank * share;
+    own_end_ = own_ + share;
+    shared_ = threads * share;
+    shared_count_ = count - shared_;
+  }
+
+  static int first_share(int count, int threads) { return count / (2 * threads); }
+
+  // The next range of this thread; false when none is left.
+  bool next(int& begin, int& end) {
+    if (own_ < own_end_) {
+      begin = own_;
+      end = own_ = own_end_;
+      return true;
+    }
+    int first = counter_.next_.load(std::memory_order_relaxed), last;
     do {
-      if (first >= count) return false;
-      const int share = (count - first) / (2 * threads);
-      end = first + (share > smallest ? share : smallest);
-      if (end > count) end = count;
-    } while (!next_.compare_exchange_weak(first, end, std::memory_order_relaxed));
-    begin = first;
+      if (first >= shared_count_) return false;
+      last = first + std::max((shared_count_ - first) / (2 * threads_), smallest_);
+      last = std::min(last, shared_count_);
+    } while (!counter_.next_.compare_exchange_weak(first, last, std::memory_order_relaxed));
+    begin = shared_ + first;
+    end = shared_ + last;
     return true;
   }
 
  private:
-  alignas(64) std::atomic<int> next_{0};
+  TaskCounter& counter_;
+  int threads_, smallest_;
+  int own_, own_end_;          // the range that nobody else may claim
+  int shared_, shared_count_;  // those that all may
 };
 
 class Team {

@@ -20,8 +20,7 @@ class Entrance:
 
     Nobody overtakes the head of the queue; but who waits for a prefill under way, to share it,
     waits beside the queue. Where the head lacks room, it takes that of running sequences of lower
-    priority, if there are enough. In a step that preempts, nobody enters who does not rank above
-    those who had to go: they would only take their place.
+    priority, if that is enough.
     """
 
     def __init__(
@@ -69,16 +68,15 @@ class Entrance:
                 self._queue.push(follower)
 
     def admit(
-        self, barred_priority: float, preempt: Callable[[Sequence], None]
+        self, preempt: Callable[[Sequence], None]
     ) -> tuple[list[Sequence], list[tuple[int, int]]]:
-        """Let enter who can; `preempt` puts a running sequence back.
+        """Let enter who can; `preempt` puts a running sequence back into the queue.
 
-        Returns who entered, and the blocks (source, destination) to copy for them. Sequences of
-        `barred_priority` or less, which the step has preempted already, stay out.
+        Returns who entered, and the blocks (source, destination) to copy for them.
         """
         entered: list[Sequence] = []
         copies: list[tuple[int, int]] = []
-        while (sequence := self._queue.head) is not None and sequence.priority > barred_priority:
+        while (sequence := self._queue.head) is not None:
             match = self._tables.match(sequence)
             leader = self._sharing.leader_for(sequence, match)
             if leader is not None:
@@ -94,7 +92,6 @@ class Entrance:
                     break
                 for victim in victims:
                     preempt(victim)
-                    barred_priority = max(barred_priority, victim.priority)
             self._queue.remove(sequence)
             self._tenants.enter(sequence.tenant)
             copy = self._running.enter(sequence, usable)

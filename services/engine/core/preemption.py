@@ -40,17 +40,24 @@ def victims_for(
     Only sequences of a lower priority are in question, the lowest first. The list is empty where
     they could not make enough room, for then nobody needs to go.
     """
-    candidates = [each for each in running if each.priority < newcomer.priority]
+    # One block was kept free for the victim itself (see RunningSet), besides its own.
+    freed = {
+        each: 1 + pool.count_sole(block for block in each.block_table if block not in kept_blocks)
+        for each in running
+        if each.priority < newcomer.priority
+    }
     victims: list[Sequence] = []
-    while candidates and (num_blocks > 0 or len(victims) < num_rows):
-        victim = _cheapest(candidates, pool)
-        candidates.remove(victim)
-        victims.append(victim)
-        # One block was kept free for the victim itself (see Scheduler).
-        freed = [block for block in victim.block_table if block not in kept_blocks]
-        num_blocks -= pool.count_sole(freed) + 1
-    enough = num_blocks <= 0 and len(victims) >= num_rows
-    return victims if enough else []
+    while len(victims) < len(freed) and (num_blocks > 0 or len(victims) < num_rows):
+        victims.append(_cheapest([each for each in freed if each not in victims], pool))
+        num_blocks -= freed[victims[-1]]
+    if num_blocks > 0 or len(victims) < num_rows:
+        return []
+    for victim in tuple(victims):
+        # Cheap ones chosen first may not be needed beside a large one chosen last.
+        if num_blocks + freed[victim] <= 0 and len(victims) > num_rows:
+            victims.remove(victim)
+            num_blocks += freed[victim]
+    return victims
 
 
 def _cheapest(candidates: list[Sequence], pool: BlockPool) -> Sequence:

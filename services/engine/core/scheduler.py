@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from services.engine.core.admission import AdmissionLimits, ConcurrencyLimit, QueueLimits
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.block_tables import BlockTables
@@ -148,12 +146,12 @@ class Scheduler:
         the step.
         """
         planned: dict[Sequence, int] = {}
-        barred_priority = self._plan_decodes(planned)
+        self._plan_decodes(planned)
 
         def preempt(victim: Sequence) -> None:
             self._preempt(victim, planned)
 
-        entered, copies = self._entrance.admit(barred_priority, preempt)
+        entered, copies = self._entrance.admit(preempt)
         # Where all but the last token was found, what is left is a decode.
         planned.update((each, 1) for each in entered if each.num_uncomputed_tokens == 1)
         self._plan_prefills(planned)
@@ -222,9 +220,7 @@ class Scheduler:
         for sequence in self._running:
             self._prefix_cache.check_integrity(sequence)
 
-    def _plan_decodes(self, planned: dict[Sequence, int]) -> float:
-        """Plan the next token of all who decode; returns the highest priority preempted for it."""
-        barred_priority = -math.inf
+    def _plan_decodes(self, planned: dict[Sequence, int]) -> None:
         for sequence in tuple(self._running):
             # A sequence further up may have preempted this one.
             if sequence.state is not SequenceState.RUNNING or sequence.num_uncomputed_tokens != 1:
@@ -234,12 +230,10 @@ class Scheduler:
                 victim = choose_victim(self._running.sequences, self.pool)
                 self._preempt(victim, planned)
                 self._concurrency.preempted(len(self._running))
-                barred_priority = max(barred_priority, victim.priority)
             if sequence.state is SequenceState.RUNNING:
                 if missing > 0:
                     sequence.block_table += self.pool.allocate(missing)
                 planned[sequence] = 1
-        return barred_priority
 
     def _plan_prefills(self, planned: dict[Sequence, int]) -> None:
         if len(planned) == len(self._running):

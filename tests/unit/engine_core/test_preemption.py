@@ -132,6 +132,12 @@ def test_nobody_goes_where_it_would_not_be_enough() -> None:
     assert victims(sequences, pool, 1, blocks=30) == []
 
 
+def test_nobody_goes_who_is_not_needed_beside_the_others() -> None:
+    pool = BlockPool(64, BLOCK_SIZE)
+    sequences = running(pool, 4, 4, 30, priorities=(0, 0, 0))
+    assert victims(sequences, pool, 1, blocks=8) == [2]
+
+
 def test_an_urgent_request_takes_the_place_of_a_running_one_that_is_not() -> None:
     scheduler = make_scheduler(max_running_sequences=2)
     scheduler.add([request(0, 4), request(1, 8)])
@@ -197,8 +203,8 @@ def test_a_pool_too_small_for_all_is_not_fought_over() -> None:
     scheduler.add([request(number, 8, 24) for number in range(32)])
     while scheduler.has_work:
         step(scheduler)
-    # Without a limit, each of the 32 is preempted more than once on average.
-    assert scheduler.preemptions < 16
+    # Three times as often without a limit.
+    assert scheduler.preemptions <= 12
 
 
 def test_the_queue_is_bounded_in_sequences_and_in_tokens() -> None:

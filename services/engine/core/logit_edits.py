@@ -16,14 +16,13 @@ from torch import Tensor
 
 from services.engine.core.messages import Sampling
 from services.engine.core.sequence import Sequence
+from services.engine.core.token_counts import TokenCounts
 
 
 def has_edits(sampling: Sampling) -> bool:
     """Whether these parameters ever change logits."""
     return bool(
-        sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty
-        or sampling.frequency_penalty
+        counts_tokens(sampling)
         or sampling.logit_bias
         or sampling.allowed_token_ids
         or sampling.banned_token_ids
@@ -39,6 +38,15 @@ class TokenNumbers:
     numbers: npt.NDArray[np.float32]
 
 
+def counts_tokens(sampling: Sampling) -> bool:
+    """Whether these parameters change logits by the tokens that came before."""
+    return bool(
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+    )
+
+
 class LogitEdits:
     """The edits of one step. Order: penalties, biases, allowed tokens, banned tokens."""
 
@@ -49,11 +57,18 @@ class LogitEdits:
         self._banned = _Triples()
         self._allowed: list[tuple[int, tuple[int, ...]]] = []
 
-    def add(self, row: int, sequence: Sequence, draft: tuple[int, ...] = ()) -> None:
+    def add(
+        self,
+        row: int,
+        sequence: Sequence,
+        counts: TokenCounts | None = None,
+        draft: tuple[int, ...] = (),
+    ) -> None:
         """Gather the edits that a token of `sequence` asks for; its logits are `row`.
 
         It is the token after the known ones and those of `draft`: where the draft is not accepted
-        so far, nobody looks at the row.
+        so far, nobody looks at the row. `counts` has taken in all known tokens; without it they are
+        counted here.
         """
         sampling = sequence.sampling
         barred = sequence.stops.barred_token_ids(sequence.num_output_tokens + len(draft))
@@ -61,17 +76,17 @@ class LogitEdits:
             self._banned.add(row, barred, 0.0)
         if not has_edits(sampling):
             return
-        # Copies: a view would keep the array from growing.
-        token_ids = np.array(sequence.token_ids, np.int64)
-        if draft:
-            token_ids = np.concatenate((token_ids, draft))
-        if sampling.repetition_penalty != 1.0:
-            self._repetition.add(row, np.unique(token_ids), sampling.repetition_penalty)
-        output = token_ids[sequence.num_prompt_tokens :]
-        if output.size and (sampling.presence_penalty or sampling.frequency_penalty):
-            seen, counts = np.unique(output, return_counts=True)
-            penalties = sampling.presence_penalty + sampling.frequency_penalty * counts
-            self._subtracted.add(row, seen, penalties)
+        if counts_tokens(sampling):
+            if counts is None:
+                counts = TokenCounts()
+                counts.advance(sequence.token_ids, sequence.num_prompt_tokens)
+            seen, in_output = counts.after(draft)
+            if sampling.repetition_penalty != 1.0:
+                self._repetition.add(row, seen, sampling.repetition_penalty)
+            said = in_output.nonzero()[0]
+            if said.size and (sampling.presence_penalty or sampling.frequency_penalty):
+                penalties = sampling.presence_penalty + sampling.frequency_penalty * in_output[said]
+                self._subtracted.add(row, seen[said], penalties)
         if sampling.logit_bias:
             biases = np.fromiter(sampling.logit_bias.values(), np.float32)
             self._added.add(row, sampling.logit_bias.keys(), biases)
@@ -137,7 +152,11 @@ class _Triples:
         token_ids: Collection[int] | npt.NDArray[np.int64],
         numbers: float | npt.NDArray[np.floating],
     ) -> None:
-        ids = np.fromiter(token_ids, np.int64, len(token_ids))
+        ids = (
+            token_ids
+            if isinstance(token_ids, np.ndarray)
+            else np.fromiter(token_ids, np.int64, len(token_ids))
+        )
         self._ids.append(ids)
         self._rows.append(np.full(ids.size, row, np.int64))
         self._numbers.append(np.broadcast_to(np.asarray(numbers, np.float32), ids.shape))

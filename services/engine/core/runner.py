@@ -148,8 +148,9 @@ class Runner:
             for index, sequence in zip(indices, chosen, strict=True):
                 draft = () if drafts is None else drafts[index]
                 if state.has_edits[sequence.row]:
+                    counts = state.token_counts(sequence)
                     for length in range(len(draft) + 1):
-                        edits.add(row + length, sequence, draft[:length])
+                        edits.add(row + length, sequence, counts, draft[:length])
                 row += len(draft) + 1
         return sample(
             logits,

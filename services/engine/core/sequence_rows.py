@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from services.engine.core.logit_edits import has_edits
+from services.engine.core.logit_edits import counts_tokens, has_edits
 from services.engine.core.noise import stream_key
 from services.engine.core.sequence import Sequence
+from services.engine.core.token_counts import TokenCounts
 
 
 class SequenceRows:
@@ -26,6 +27,7 @@ class SequenceRows:
         self.noise_key = np.zeros(num_rows, np.uint64)
         self.logprobs = np.full(num_rows, -1, np.int64)
         self.has_edits = [False] * num_rows
+        self._token_counts: list[TokenCounts | None] = [None] * num_rows
         self._tenant: list[tuple[int, int] | None] = [None] * num_rows
         self._num_blocks = [0] * num_rows
 
@@ -47,6 +49,13 @@ class SequenceRows:
             self._num_blocks[row] = len(blocks)
         return len(blocks)
 
+    def token_counts(self, sequence: Sequence) -> TokenCounts | None:
+        """The counts of all known tokens of `sequence`, where its sampling needs them."""
+        counts = self._token_counts[sequence.row]
+        if counts is not None:
+            counts.advance(sequence.token_ids, sequence.num_prompt_tokens)
+        return counts
+
     def _move_in(self, row: int, sequence: Sequence) -> None:
         sampling = sequence.sampling
         self._num_blocks[row] = 0
@@ -57,4 +66,5 @@ class SequenceRows:
         self.min_p[row] = sampling.min_p
         self.noise_key[row] = stream_key(sampling.seed, sequence.request.choice_index)
         self.logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
+        self._token_counts[row] = TokenCounts() if counts_tokens(sampling) else None
         self.has_edits[row] = has_edits(sampling) or sequence.request.stopping.min_tokens > 0

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
+from collections import Counter
+
+import hypothesis.strategies as st
 import torch
+from hypothesis import given
 from torch import Tensor
 
 from services.engine.core.logit_edits import LogitEdits
 from services.engine.core.messages import Sampling, SequenceRequest, Stopping
 from services.engine.core.sequence import Sequence
+from services.engine.core.token_counts import TokenCounts
 
 PROMPT, OUTPUT = [1, 1, 4], [2, 2, 4]
 
@@ -66,3 +72,38 @@ def test_rows_are_edited_together_and_others_are_left_alone() -> None:
     for row, sampling in ((0, first), (3, second)):
         alone = edited(logits[row : row + 1], (0, sampling))
         assert torch.equal(together[row], alone[0])
+
+
+@given(
+    prompt=st.lists(st.integers(0, 9), min_size=1, max_size=100),
+    output=st.lists(st.integers(0, 120), max_size=200),
+    draft=st.lists(st.integers(0, 120), max_size=6),
+    steps=st.integers(1, 5),
+)
+def test_tokens_counted_from_step_to_step_are_counted_right_and_a_draft_leaves_no_trace(
+    prompt: list[int], output: list[int], draft: list[int], steps: int
+) -> None:
+    counts = TokenCounts()
+    for step in range(1, steps + 1):
+        said = output[: len(output) * step // steps]
+        counts.advance(array("q", prompt + said), len(prompt))
+        for extra in (draft, []):
+            ids, in_output = counts.after(tuple(extra))
+            expected = dict.fromkeys(prompt, 0) | Counter(said + extra)
+            assert dict(zip(ids.tolist(), in_output.tolist(), strict=True)) == expected
+            assert len(ids) == len(expected)
+
+
+def test_a_draft_is_penalised_as_if_it_had_been_said() -> None:
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0)
+    said = LogitEdits()
+    drafted = LogitEdits()
+    for edits, output, draft in ((said, [2, 2, 5], ()), (drafted, [2], (2, 5))):
+        request = SequenceRequest(0, PROMPT, sampling)
+        sequence = Sequence(request, arrival=0, eos_token_ids=(3,), max_tokens=10, queued_ns=0)
+        sequence.token_ids.extend(output)
+        edits.add(0, sequence, draft=draft)
+    first, second = LOGITS.clone(), LOGITS.clone()
+    said.apply(first)
+    drafted.apply(second)
+    assert torch.equal(first, second)

@@ -18,6 +18,8 @@ from typing import TypeAlias
 
 MAX_WIDTH_CHARS = 2400
 _MAX_REPEAT = 512
+# Longer repetitions are not counted where prefixes are looked for.
+_MAX_COUNTED = 20
 
 
 class PatternError(ValueError):
@@ -209,18 +211,39 @@ def _width(node: _Node) -> tuple[int, int]:
             return width[0] * least, width[1] * most
 
 
-def _words(node: _Node, *, assertions: bool = True) -> str:
+def _words(node: _Node) -> str:
     match node:
         case _Chars(source):
             return source
         case _Assertion(source):
-            return source if assertions else ""
+            return source
         case _Sequence(parts):
-            return "".join(_words(part, assertions=assertions) for part in parts)
+            return "".join(map(_words, parts))
         case _Alternatives(options):
-            return f"(?:{'|'.join(_words(o, assertions=assertions) for o in options)})"
+            return f"(?:{'|'.join(map(_words, options))})"
         case _Repeat(inner, least, most):
-            return f"(?:{_words(inner, assertions=assertions)}){{{least},{most}}}"
+            return f"(?:{_words(inner)}){{{least},{most}}}"
+
+
+def _loose_words(node: _Node) -> str:
+    """At least the words of a node, without assertions: where they are long runs, of any length.
+
+    RE2's automaton counts every repetition that it is in, which makes a state of its own for nearly
+    every text. How long a run may be is left to the search, which looks no further back than the
+    longest match, and to the words themselves.
+    """
+    match node:
+        case _Chars(source):
+            return source
+        case _Assertion():
+            return ""
+        case _Sequence(parts):
+            return "".join(map(_loose_words, parts))
+        case _Alternatives(options):
+            return f"(?:{'|'.join(map(_loose_words, options))})"
+        case _Repeat(inner, least, most):
+            bounds = f"{least},{most}" if most <= _MAX_COUNTED else f"{min(least, _MAX_COUNTED)},"
+            return f"(?:{_loose_words(inner)}){{{bounds}}}"
 
 
 def _top_prefixes(node: _Node) -> str:
@@ -237,7 +260,7 @@ def _top_prefixes(node: _Node) -> str:
 
 
 def _prefixes(node: _Node) -> str:
-    """Every prefix of every word, the empty one and the whole word among them."""
+    """Every prefix of every word, the empty one and the whole word among them; and some more."""
     match node:
         case _Chars(source):
             return f"(?:{source})?"
@@ -248,7 +271,7 @@ def _prefixes(node: _Node) -> str:
             for part in reversed(parts):
                 if isinstance(part, _Assertion):
                     continue
-                whole = _words(part, assertions=False)
+                whole = _loose_words(part)
                 if isinstance(part, _Chars):
                     prefixes = f"(?:{whole}{prefixes})?"
                 else:
@@ -257,5 +280,6 @@ def _prefixes(node: _Node) -> str:
         case _Alternatives(options):
             return f"(?:{'|'.join(_prefixes(option) for option in options)})"
         case _Repeat(inner, _, most):
-            before = f"(?:{_words(inner, assertions=False)}){{0,{most - 1}}}" if most > 1 else ""
+            bounds = f"{{0,{most - 1}}}" if most <= _MAX_COUNTED else "*"
+            before = f"(?:{_loose_words(inner)}){bounds}" if most > 1 else ""
             return before + _prefixes(inner)

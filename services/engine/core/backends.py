@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -84,7 +86,8 @@ class _NativeBackend:
         self._config = opened.config
         self._format = KvFormat.INT8 if settings.kv_cache_format == "int8" else KvFormat.BF16
         team = Team(library, settings.threads or torch.get_num_threads())
-        self._model = NativeModel(opened.skeleton, opened.checkpoint, team, settings.weights)
+        with _one_torch_thread():
+            self._model = NativeModel(opened.skeleton, opened.checkpoint, team, settings.weights)
         self.dtype = "bfloat16"
         stored = ", ".join(
             f"{name} {size / 2**20:.0f} MiB" for name, size in self._model.weight_bytes.items()
@@ -121,6 +124,18 @@ class _NativeBackend:
         # torch has nothing left to do that is worth waking a second pool of threads for.
         torch.set_num_threads(1)
         return self._model, cache
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Packing weights is many short operations of torch: waking a pool of threads for each costs
+    more than it saves, above all while other services start on the same processors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _TorchBackend:

@@ -162,9 +162,7 @@ class _Packer:
             return own
         if self._weights == "int4" and not is_head:
             return own if own is not None and own.bits == 4 else quantize_4(self._floats(names))
-        # Four bits fit into eight. A head stays at eight, for logits show every error in it.
-        if own is None:
-            return quantize_8(self._floats(names))
-        if own.minima is None:
+        # A head stays at eight bits: logits show every error in it.
+        if own is not None and own.minima is None:
             return own
-        return GroupedWeight(own.levels, own.scales, own.minima, bits=8)
+        return quantize_8(self._floats(names))

@@ -31,7 +31,7 @@ def test_a_pool_of_gigabytes_takes_no_memory_before_it_is_used() -> None:
 
 
 def test_a_pool_that_does_not_fit_is_an_error_of_memory() -> None:
-    with pytest.raises(MemoryError, match="KV cache"):
+    with pytest.raises(MemoryError, match="not to be had"):
         PackedKVCache(LAYERS, 2**40, 16, KV_HEADS, HEAD_DIM)
 
 

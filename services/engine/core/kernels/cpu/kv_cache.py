@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
 from collections.abc import Iterable
 from enum import IntEnum
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from services.engine.core.kernels.cpu.pages import zero_pages
 
 TILE_TOKENS = 16
 # What the kernels' buffers for one vector hold.
@@ -77,9 +76,8 @@ class PackedKVCache:
         self.kv_format = kv_format
         self._part_bytes = _part_bytes(block_size, kv_heads, head_dim, kv_format)
         self._block_bytes = 2 * num_layers * self._part_bytes
-        pages = _zero_pages(num_blocks * self._block_bytes)
         # [num_blocks, num_layers, keys or values, bytes]
-        self._storage = np.frombuffer(pages, np.uint8, num_blocks * self._block_bytes).reshape(
+        self._storage = zero_pages(num_blocks * self._block_bytes).reshape(
             num_blocks, num_layers, 2, self._part_bytes
         )
 
@@ -152,16 +150,3 @@ def _part_bytes(block_size: int, kv_heads: int, head_dim: int, kv_format: KvForm
     elements = TILE_TOKENS * head_dim
     tile = elements * 2 if kv_format == KvFormat.BF16 else elements + 4 * TILE_TOKENS
     return block_size // TILE_TOKENS * kv_heads * tile
-
-
-def _zero_pages(num_bytes: int) -> mmap.mmap:
-    try:
-        pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"{num_bytes} bytes of KV cache do not fit: {error}") from None
-    # A step reads blocks from all over the pool; with small pages the processor would spend its
-    # time on finding them.
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages

@@ -17,10 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from services.engine.core.kernels.cpu.pages import zero_pages
+
 GROUP_INPUTS = 32
 TILE_OUTPUTS = 16
 STRIP_OUTPUTS = 32  # two tiles
 _ALIGNMENT = 64
+_ARENA_BYTES = 32 << 20
 
 Optional = TypeVar("Optional", Tensor, Tensor | None)
 
@@ -139,7 +142,7 @@ class PackedLinear:
     ) -> None:
         self.weight_format = weight_format
         self.outputs, self.inputs = shape
-        self._data = _aligned(data)
+        self._data = _arena.copy(data)
         self._bias = None if bias is None else _rows_of_strips(bias.float().unsqueeze(1)).numpy()
         self.struct = LinearWeights(
             int(weight_format),
@@ -231,17 +234,27 @@ def _rows_of_strips(rows: Tensor) -> Tensor:
     return torch.cat((rows, rows.new_zeros(padding, *rows.shape[1:])))
 
 
-def _aligned(packed: Tensor) -> npt.NDArray[np.uint8]:
-    """A contiguous copy that begins on a cache line, in large pages where there are any.
+class _Arena:
+    """Memory for matrices, one after the other in large pages where the system has any.
 
     A step reads all weights: with small pages it would spend time on finding them.
     """
-    num_bytes = packed.numel() * packed.element_size()
-    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    aligned = memory[start : start + num_bytes]
-    torch.from_numpy(aligned).view(packed.dtype).view(packed.shape).copy_(packed)
-    return aligned
+
+    def __init__(self) -> None:
+        self._chunk = np.empty(0, np.uint8)
+
+    def copy(self, packed: Tensor) -> npt.NDArray[np.uint8]:
+        """Return a contiguous copy that begins on a cache line."""
+        num_bytes = packed.numel() * packed.element_size()
+        if num_bytes > len(self._chunk):
+            self._chunk = zero_pages(max(num_bytes, _ARENA_BYTES))
+        memory, rest = np.split(self._chunk, [num_bytes])
+        self._chunk = rest[-num_bytes % _ALIGNMENT :]
+        torch.from_numpy(memory).view(packed.dtype).view(packed.shape).copy_(packed)
+        return memory
+
+
+_arena = _Arena()
 
 
 def _divisor(scales: Tensor) -> Tensor:

@@ -204,9 +204,11 @@ void compute(const LinearArgs& args, int strip, int row) {
 
 template <int R>
 void compute_strips(const LinearArgs& args, int strip, int last_strip, int row) {
-  // Few rows: two strips at once, for sums that do not wait for each other.
   if constexpr (R <= wide_rows) {
-    for (; strip + 2 <= last_strip; strip += 2) compute<R, 2>(args, strip, row);
+    // Two strips at once, for sums that do not wait for each other; those of bytes start anew with
+    // every group.
+    const int both = args.weights->format == WeightFormat::bf16 ? last_strip - 1 : strip;
+    for (; strip < both; strip += 2) compute<R, 2>(args, strip, row);
   }
   for (; strip < last_strip; ++strip) compute<R, 1>(args, strip, row);
 }

@@ -59,6 +59,42 @@ def test_poisoned_sequences_fail_alone_with_typed_errors() -> None:
     assert engine.load().used_blocks == 0
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"logit_bias": {1 << 20: 1.0}},
+        {"banned_token_ids": (1 << 20,)},
+        {"allowed_token_ids": (-99,)},
+    ],
+)
+def test_an_edit_that_breaks_fails_its_sequence_alone(sampling: dict[str, object]) -> None:
+    engine = make_engine()
+    healthy = request(1, [4, 5, 6], seed=1)
+    engine.add([request(0, [1], **sampling), healthy])
+    deltas = run(engine)
+    (failed,) = deltas[0]
+    assert failed.finish is not None
+    assert failed.finish.reason is FinishReason.ERROR
+    tokens = [token for delta in deltas[1] for token in delta.token_ids]
+    assert tokens == reference_output(healthy, CONTEXT_TOKENS)
+
+
+@pytest.mark.parametrize("poison", [NAN_TOKEN_ID, RAISING_TOKEN_ID])
+def test_a_poisoned_sequence_leaves_nothing_that_others_could_find(poison: int) -> None:
+    engine = make_engine(num_blocks=32)
+    shared = list(range(3, 15))
+    engine.add([request(0, [*shared, poison, *shared])])
+    run(engine)
+    hits = engine.load().cache_hit_tokens
+    engine.add([request(1, [*shared, poison, *shared])])
+    run(engine)
+    assert engine.load().cache_hit_tokens == hits
+    healthy = request(2, [*shared, 20, 21], seed=3)
+    engine.add([healthy])
+    tokens = [token for delta in run(engine)[2] for token in delta.token_ids]
+    assert tokens == reference_output(healthy, 2 * CONTEXT_TOKENS)
+
+
 def test_an_engine_in_which_nothing_works_any_more_gives_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Callable
 
 # With one sequence, and how much more with each further one.
-BASE_INTERVAL_S = 0.004
+BASE_INTERVAL_S = 0.010
 INTERVAL_PER_SEQUENCE_S = 0.0015
 
 

@@ -8,12 +8,17 @@ namespace meshserve::MESHSERVE_ISA {
 
 namespace {
 
-// Rows of a block, chosen for its sums to stay in registers; with two strips, twice the sums.
+// Most rows of a block, for its sums to stay in registers. Quantised weights have two sums for an
+// output; few rows more than that are still faster in one pass over the weights than in two.
 #if defined(__AVX512F__)
-constexpr int most_rows = 6;
-constexpr int wide_rows = 2;
+constexpr int bf16_rows = 8;
+constexpr int quantised_rows = 6;
+constexpr int single_pass_rows = 8;
+constexpr int wide_rows = 2;  // so few that two strips fit
 #else
-constexpr int most_rows = 2;
+constexpr int bf16_rows = 2;
+constexpr int quantised_rows = 2;
+constexpr int single_pass_rows = 2;
 constexpr int wide_rows = 0;
 #endif
 // How far ahead of the only pass over weights they are asked for.
@@ -176,11 +181,12 @@ inline void finish(const LinearArgs& args, int strip, int row, Block<R, S>& bloc
   }
 }
 
-template <int R, int S>
-void compute(const LinearArgs& args, int strip, int row) {
+// The block of a weight format.
+template <int R, int S, bool quantised>
+void compute(const LinearArgs& args, int strip, int row, bool first_pass) {
   const LinearWeights& weights = *args.weights;
   Block<R, S> block;
-  block.first_pass = args.rows <= most_rows;
+  block.first_pass = first_pass;
   if (args.epilogue == Epilogue::add) {
     // Another thread may have written it last.
     for (int r = 0; r < R; ++r) {
@@ -190,7 +196,7 @@ void compute(const LinearArgs& args, int strip, int row) {
       }
     }
   }
-  if (weights.format == WeightFormat::bf16) {
+  if constexpr (!quantised) {
     accumulate_bf16<R, S>(weights, strip, args.input, row, block);
   } else if (weights.format == WeightFormat::q4) {
     accumulate_quantised<R, S, WeightFormat::q4, true>(weights, strip, args.input, row, block);
@@ -202,33 +208,30 @@ void compute(const LinearArgs& args, int strip, int row) {
   finish<R, S>(args, strip, row, block);
 }
 
-template <int R>
-void compute_strips(const LinearArgs& args, int strip, int last_strip, int row) {
-  if constexpr (R <= wide_rows) {
+template <int R, bool quantised>
+void compute_strips(const LinearArgs& args, int strip, int last_strip, int row, bool first_pass) {
+  if constexpr (R <= wide_rows && !quantised) {
     // Two strips at once, for sums that do not wait for each other; those of bytes start anew with
     // every group.
-    const int both = args.weights->format == WeightFormat::bf16 ? last_strip - 1 : strip;
-    for (; strip < both; strip += 2) compute<R, 2>(args, strip, row);
+    for (; strip + 1 < last_strip; strip += 2) {
+      compute<R, 2, quantised>(args, strip, row, first_pass);
+    }
   }
-  for (; strip < last_strip; ++strip) compute<R, 1>(args, strip, row);
+  for (; strip < last_strip; ++strip) compute<R, 1, quantised>(args, strip, row, first_pass);
 }
 
-template <int R = most_rows>
-void compute_rows(const LinearArgs& args, int count, int strip, int last_strip, int row) {
+template <int R, bool quantised>
+void compute_rows(const LinearArgs& args, int count, int strip, int last_strip, int row,
+                  bool first_pass) {
   if (count == R) {
-    compute_strips<R>(args, strip, last_strip, row);
+    compute_strips<R, quantised>(args, strip, last_strip, row, first_pass);
   } else if constexpr (R > 1) {
-    compute_rows<R - 1>(args, count, strip, last_strip, row);
+    compute_rows<R - 1, quantised>(args, count, strip, last_strip, row, first_pass);
   }
 }
 
-}  // namespace
-
-int linear_tasks(const LinearArgs& args) {
-  return (args.weights->outputs + strip_outputs - 1) / strip_outputs;
-}
-
-void linear_run(const LinearArgs& args, int first_strip, int last_strip) {
+template <bool quantised>
+void compute_range(const LinearArgs& args, int first_strip, int last_strip, int most_rows) {
   // Blocks of nearly equal size: 8 rows are 4 + 4, not 6 + 2.
   const int blocks = (args.rows + most_rows - 1) / most_rows;
   // Few rows pass over all strips, which are read from memory once. Many pass over one strip after
@@ -244,9 +247,26 @@ void linear_run(const LinearArgs& args, int first_strip, int last_strip) {
         for (int64_t byte = block * portion; byte < end; byte += 64) prefetch(next + byte);
       }
       const int count = (args.rows - row + blocks - block - 1) / (blocks - block);
-      compute_rows(args, count, strip, strip + step, row);
+      constexpr int widest = quantised ? single_pass_rows : bf16_rows;
+      compute_rows<widest, quantised>(args, count, strip, strip + step, row, blocks == 1);
       row += count;
     }
+  }
+}
+
+}  // namespace
+
+int linear_tasks(const LinearArgs& args) {
+  return (args.weights->outputs + strip_outputs - 1) / strip_outputs;
+}
+
+void linear_run(const LinearArgs& args, int first_strip, int last_strip) {
+  if (args.weights->format == WeightFormat::bf16) {
+    compute_range<false>(args, first_strip, last_strip, bf16_rows);
+  } else {
+    const bool single_pass = args.rows <= single_pass_rows;
+    compute_range<true>(args, first_strip, last_strip,
+                        single_pass ? single_pass_rows : quantised_rows);
   }
 }
 

@@ -10,7 +10,7 @@ KERNELS := services/engine/core/kernels/cpu
 KERNEL_SOURCES := $(wildcard $(KERNELS)/src/*) $(KERNELS)/build.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help up down test test-slow test-sanitized test-gpu lint format bench bench-start docs kernels stubs baseline lock clean
+.PHONY: help up down test test-slow test-sanitized test-gpu lint format bench bench-peers bench-start docs kernels stubs baseline lock clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,8 +51,15 @@ format: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(KERNELS)/src/*
 
-bench: $(VENV)/.all $(VENV)/.kernels ## Print tokens/s of the engine core alone and through the mesh
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/.bench $(VENV)/.kernels ## Measure the engine core alone and through the mesh
+	$(BIN)/python -m benchmarks --systems ours $(ARGS)
+	$(BIN)/python -m benchmarks.mesh_overhead
+
+bench-peers: $(VENV)/.bench $(VENV)/.kernels ## Measure MeshServe beside vLLM, llama.cpp and OpenVINO GenAI
+	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks --systems all --json docs/benchmarks.json $(ARGS)
+	$(BIN)/python -m benchmarks.mesh_overhead --json docs/benchmarks.json
+	$(BIN)/python -m benchmarks.document
 
 bench-start: ## Print the time from git clone to the first token, and of a second start
 	$(PYTHON) benchmarks/first_token.py
@@ -82,6 +89,10 @@ $(VENV)/.torch: requirements.lock
 
 $(VENV)/.all: $(VENV)/.torch pyproject.toml build_hook.py build_stubs.py $(PROTOS)
 	$(PIP) install -c requirements.lock -e '.[all]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.all
+	$(PIP) install -c requirements.lock -e '.[bench]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.all

@@ -73,6 +73,11 @@ class LocalMesh:
         """Everything that runs for the mesh."""
         return psutil.Process(self._process.pid).children(recursive=True)
 
+    @property
+    def pid(self) -> int:
+        """The process that started all services."""
+        return self._process.pid
+
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)

@@ -1,24 +1,75 @@
-"""Prompts of real English text, the same on every machine and all different."""
+"""Prompts of real English text, the same on every machine with the same Python, all different."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import hashlib
+import random
+from functools import lru_cache
+from pydoc_data import topics
 
 from services.runtime.modelfiles import locate
 from services.tokenizer.model_tokenizer import load_model_tokenizer
 
-ROOT = Path(__file__).parent.parent
-SOURCES = ("LICENSE", "docs/configuration.md", "docs/safety.md", "docs/cli.md", "docs/client.md")
+# What must differ between two prompts lies at their start: servers share a prefix block by block,
+# and no block is shorter than this in any of those measured.
+DISTINCT_START_TOKENS = 16
 
 
-def english_prompts(model: str, count: int, tokens: int) -> list[list[int]]:
-    """`count` prompts of exactly `tokens` tokens of the project's own prose, as token ids.
+@lru_cache
+def english_text() -> str:
+    """The Python language reference, which every Python brings along under the PSF licence.
 
-    Raises ValueError when the prose is too short for that many different prompts.
+    About 110,000 tokens of prose with examples, its entries ordered by name.
     """
-    text = "\n".join((ROOT / source).read_text(encoding="utf-8") for source in SOURCES)
-    ids = list(load_model_tokenizer(locate(model)).encode(text).token_ids)
-    stride = (len(ids) - tokens) // max(1, count)
-    if stride < 1:
-        raise ValueError(f"{len(ids)} tokens of prose do not give {count} prompts of {tokens}")
-    return [ids[start : start + tokens] for start in range(0, stride * count, stride)]
+    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+def text_digest() -> str:
+    """Tells whether two reports used the same text."""
+    return hashlib.sha256(english_text().encode()).hexdigest()[:16]
+
+
+@lru_cache
+def english_token_ids(model: str) -> tuple[int, ...]:
+    """The whole text in the model's own tokens."""
+    return tuple(load_model_tokenizer(locate(model)).encode(english_text()).token_ids)
+
+
+class PromptSource:
+    """Cuts prompts out of one long text, from random places, no two of which begin alike.
+
+    Args:
+        token_ids: the text in tokens.
+        seed: the same seed gives the same prompts in the same order.
+    """
+
+    def __init__(self, token_ids: tuple[int, ...], seed: int) -> None:
+        self._token_ids = token_ids
+        self._random = random.Random(seed)
+        self._starts: set[tuple[int, ...]] = set()
+
+    def take(self, tokens: int) -> tuple[int, ...]:
+        """The next prompt, of exactly `tokens` tokens.
+
+        Raises:
+            ValueError: the text is too short to give another one.
+        """
+        places = len(self._token_ids) - tokens + 1
+        for _ in range(100):
+            if places < 1:
+                break
+            place = self._random.randrange(places)
+            prompt = self._token_ids[place : place + tokens]
+            start = prompt[:DISTINCT_START_TOKENS]
+            if start not in self._starts:
+                self._starts.add(start)
+                return prompt
+        raise ValueError(
+            f"{len(self._token_ids)} tokens of text do not give another prompt of {tokens}"
+        )
+
+
+def english_prompts(model: str, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
+    """`count` different prompts of exactly `tokens` tokens, as token ids."""
+    source = PromptSource(english_token_ids(model), seed)
+    return [list(source.take(tokens)) for _ in range(count)]

@@ -1,0 +1,1 @@
+"""Other people's engines: environments to run them in and the same model in their formats."""

@@ -23,7 +23,7 @@ constexpr int wide_rows = 0;
 #endif
 // How far ahead of the only pass over weights they are asked for.
 constexpr int64_t prefetch_bytes = 2048;
-// How much of a strip is asked for before its pass begins.
+// How much of a thread's first strips is asked for before their pass begins.
 constexpr int64_t prefetched_bytes = 12 * 1024;
 
 // a / (1 + exp(-a))
@@ -270,12 +270,11 @@ void linear_run(const LinearArgs& args, int first_strip, int last_strip) {
   }
 }
 
-void prefetch_strip(const LinearWeights& weights, int strip) {
+void prefetch_strips(const LinearWeights& weights, int first_strip, int last_strip) {
   const int64_t whole = strip_bytes(weights);
-  const auto* data = static_cast<const char*>(weights.data) + strip * whole;
-  for (int64_t byte = 0; byte < std::min<int64_t>(whole, prefetched_bytes); byte += 64) {
-    prefetch(data + byte);
-  }
+  const auto* data = static_cast<const char*>(weights.data) + first_strip * whole;
+  const int64_t bytes = std::min((last_strip - first_strip) * whole, prefetched_bytes);
+  for (int64_t byte = 0; byte < bytes; byte += 64) prefetch(data + byte);
 }
 
 void unpack_output(const LinearWeights& weights, int32_t output, float* values) {

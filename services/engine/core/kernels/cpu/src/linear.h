@@ -65,8 +65,8 @@ namespace meshserve::MESHSERVE_ISA {
 int linear_tasks(const LinearArgs& args);
 void linear_run(const LinearArgs& args, int first_strip, int last_strip);
 
-// Asks for the first of a strip's weights before they are needed.
-void prefetch_strip(const LinearWeights& weights, int strip);
+// Asks for the first of a range of strips before they are needed.
+void prefetch_strips(const LinearWeights& weights, int first_strip, int last_strip);
 
 // Writes the weights of one output, as floats: the row of an embedding that shares a head's matrix.
 void unpack_output(const LinearWeights& weights, int32_t output, float* values);

@@ -179,7 +179,8 @@ void Program::prefetch_next_weights(size_t index, int rank) const {
   const LinearWeights& weights = *ops_[index].weights;
   LinearArgs args{};
   args.weights = &weights;
-  prefetch_strip(weights, rank * TaskClaims::first_share(linear_tasks(args), team_.size()));
+  const int share = TaskClaims::first_share(linear_tasks(args), team_.size());
+  prefetch_strips(weights, rank * share, (rank + 1) * share);
 }
 
 void Program::convert_row(const Op& op, int64_t row, int rank, int rows) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import accumulate
 
 # An estimate follows faster steps quickly and slower ones slowly and not far: a step is slow for
 # reasons that have nothing to do with its tokens far more often than it is fast for such reasons.
@@ -13,6 +14,7 @@ _SLOWEST = 2.0
 class StepCost:
     """Estimated seconds of a step by its number of tokens, from measured ones.
 
+    No step costs more than one of more tokens: where measurements say so, some were held up.
     Between two measured numbers it is interpolated. Beyond the largest it is believed to be the
     same: the first step of a new width may be a bad bargain, and is then known to be one.
     """
@@ -20,6 +22,7 @@ class StepCost:
     def __init__(self) -> None:
         self._widths: list[int] = []  # ascending
         self._seconds: list[float] = []
+        self._levels: list[float] = []  # the least of each and all wider ones
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Take in a measured step."""
@@ -27,12 +30,13 @@ class StepCost:
         if index == len(self._widths) or self._widths[index] != num_tokens:
             self._widths.insert(index, num_tokens)
             self._seconds.insert(index, seconds)
-            return
-        known = self._seconds[index]
-        if seconds < known:
-            self._seconds[index] = known + _FASTER * (seconds - known)
         else:
-            self._seconds[index] = known + _SLOWER * (min(seconds, _SLOWEST * known) - known)
+            known = self._seconds[index]
+            if seconds < known:
+                self._seconds[index] = known + _FASTER * (seconds - known)
+            else:
+                self._seconds[index] = known + _SLOWER * (min(seconds, _SLOWEST * known) - known)
+        self._levels = list(accumulate(reversed(self._seconds), min))[::-1]
 
     @property
     def is_measured(self) -> bool:
@@ -41,7 +45,7 @@ class StepCost:
 
     def seconds(self, num_tokens: int) -> float:
         """The estimate for a step of `num_tokens`; 1 as long as nothing was measured."""
-        widths, seconds = self._widths, self._seconds
+        widths, seconds = self._widths, self._levels
         if not widths:
             return 1.0
         index = bisect_left(widths, num_tokens)

@@ -87,6 +87,14 @@ def test_costs_between_measured_widths_are_interpolated_and_beyond_them_level() 
     assert cost.is_measured
 
 
+def test_no_step_is_taken_to_cost_more_than_a_wider_one() -> None:
+    cost = StepCost()
+    for num_tokens, seconds in ((1, 1.0), (3, 9.0), (5, 2.0)):
+        cost.observe(num_tokens, seconds)
+    assert cost.seconds(3) == 2.0
+    assert cost.seconds(2) == pytest.approx(1.5)
+
+
 def test_a_step_that_was_held_up_hardly_moves_the_cost() -> None:
     cost = StepCost()
     for _ in range(20):

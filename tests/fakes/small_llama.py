@@ -10,11 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCAB_SIZE = 97
 
 
-def save_small_llama(path: Path) -> None:
+def save_small_llama(path: Path, vocab_size: int = VOCAB_SIZE) -> None:
     """A small random Llama whose likeliest tokens stand out, so that rounding decides nothing."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from services.engine.core.batch import ForwardBatch
-from services.engine.core.kernels.cpu.kv_cache import KvLayout, PackedKVCache
+from services.engine.core.kernels.cpu.kv_cache import (
+    KvLayout,
+    PackedKVCache,
+    check_head_dim,
+)
 from services.engine.core.kernels.cpu.packing import (
     GroupedWeight,
     PackedLinear,
@@ -56,6 +60,7 @@ class NativeModel:
         packer = _Packer(model, checkpoint, weights)
         self._builder = ProgramBuilder(packer.pack, packer.vector)
         try:
+            check_head_dim(model.config.head_dim)
             with torch.inference_mode():
                 model.lower(self._builder)
         except (NotImplementedError, ValueError) as error:

@@ -41,6 +41,12 @@ class KvLayout(ctypes.Structure):
     )
 
 
+def check_head_dim(head_dim: int) -> None:
+    """Raise ValueError for heads of a size that the kernels do not serve."""
+    if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim is a multiple of 16 of at most {MAX_HEAD_DIM}, not {head_dim}")
+
+
 class PackedKVCache:
     """Keys and values of all sequences and layers, in blocks of `block_size` tokens.
 
@@ -64,10 +70,7 @@ class PackedKVCache:
     ) -> None:
         if block_size % TILE_TOKENS or block_size <= 0:
             raise ValueError(f"a block holds a multiple of {TILE_TOKENS} tokens, not {block_size}")
-        if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"head_dim is a multiple of 16 of at most {MAX_HEAD_DIM}, not {head_dim}"
-            )
+        check_head_dim(head_dim)
         self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.block_size = block_size

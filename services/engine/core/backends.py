@@ -54,7 +54,7 @@ def load_backend(
         reason = _why_not_native(settings, device)
         if reason is None:
             try:
-                return _NativeBackend(opened, settings)
+                return _NativeBackend(opened, settings, selections)
             except UnsupportedModelError as error:
                 reason = f"the native kernels do not serve this model: {error}"
         if settings.weights in ("int8", "int4"):
@@ -80,7 +80,9 @@ def _why_not_native(settings: CoreSettings, device: torch.device) -> str | None:
 
 
 class _NativeBackend:
-    def __init__(self, opened: OpenedModel, settings: CoreSettings) -> None:
+    def __init__(
+        self, opened: OpenedModel, settings: CoreSettings, selections: list[Selection]
+    ) -> None:
         library = cpu.active()
         assert library is not None
         self._config = opened.config
@@ -92,7 +94,9 @@ class _NativeBackend:
         stored = ", ".join(
             f"{name} {size / 2**20:.0f} MiB" for name, size in self._model.weight_bytes.items()
         )
-        self.kernels = {"step": f"{library.isa} ({stored})"}
+        # All other ops are operations of the step.
+        sampling = {each.op: each.implementation for each in selections if each.op == "sample"}
+        self.kernels = {"step": f"{library.isa} ({stored})", **sampling}
         logger.info(
             "steps run natively: %s, weights %s, KV cache %s, %d threads",
             library.isa,

@@ -196,17 +196,24 @@ def _compile_and_link(library: Path, recipe: Recipe, compiler: Compiler) -> None
             for source in sources
             if source.name not in BASELINE_SOURCES
         ]
-    headers = [path.read_bytes() for path in sorted(recipe.sources.glob("*.h"))]
+
+    def key_of(source: Path, command: Sequence[str]) -> str:
+        headers = [path.read_bytes() for path in sorted(recipe.sources.glob("*.h"))]
+        return _digest(
+            [repr(command).encode(), compiler.version.encode(), source.read_bytes(), *headers]
+        )
 
     def compile_one(job: tuple[Path, str, tuple[str, ...]]) -> Path:
         source, variant, own_flags = job
         command = [*compiler.command, *recipe.flags, *own_flags]
-        text = source.read_bytes()
-        key = _digest([repr(command).encode(), compiler.version.encode(), text, *headers])
+        key = key_of(source, command)
         target = objects / f"{source.stem}-{variant}-{key}.o"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}.partial")
             _check(_run([*command, "-c", str(source), "-o", str(partial)]), source.name)
+            if key_of(source, command) != key:
+                partial.unlink(missing_ok=True)
+                raise BuildError(f"{source.name} was edited while it was compiled", "build again")
             partial.rename(target)
         for older in objects.glob(f"{source.stem}-{variant}-*.o"):
             if older != target:

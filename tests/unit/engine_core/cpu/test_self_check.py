@@ -1,0 +1,42 @@
+"""The checks that an instruction set passes before it is used."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.engine.core.kernels import paged_attention
+from services.engine.core.kernels.cpu import self_check
+from services.engine.core.kernels.cpu.library import Library
+from tests.fakes.paged_step import libraries
+
+KERNELS = libraries()
+
+pytestmark = [
+    pytest.mark.skipif(not KERNELS, reason="no native kernels on this machine"),
+    pytest.mark.parametrize("kernels", KERNELS, ids=lambda each: each.isa),
+]
+
+
+def test_the_kernels_pass_their_own_checks(kernels: Library) -> None:
+    assert self_check.multiplies_correctly(kernels)
+    assert self_check.attends_correctly(kernels)
+
+
+def test_weights_that_are_not_the_packed_ones_are_noticed(
+    kernels: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = self_check._rounded
+    monkeypatch.setattr(self_check, "_rounded", lambda weight, bits: right(weight, bits).flip(0))
+    assert not self_check.multiplies_correctly(kernels)
+
+
+def test_attention_that_sees_the_future_is_noticed(
+    kernels: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = paged_attention.reference
+
+    def last_query_for_all(queries, *others):
+        return right(queries, *others)[-1:].expand_as(queries)
+
+    monkeypatch.setattr(paged_attention, "reference", last_query_for_all)
+    assert not self_check.attends_correctly(kernels)

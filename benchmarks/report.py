@@ -94,9 +94,9 @@ def check_comparable(old: Report, new: Report) -> None:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Writes a report whole or not at all, small enough to be kept beside the documentation."""
+    """Writes a report whole or not at all, without spaces, for most of it is lists of numbers."""
     draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(report, separators=(",", ":")) + "\n", encoding="utf-8")
     draft.replace(path)
 
 
@@ -104,17 +104,13 @@ def _raw(run: Run) -> dict[str, Any]:
     zero_s = min(trace.sent_s for trace in run.traces)
     return {
         "duration_s": round(run.duration_s, 6),
-        "requests": [
-            {
-                "sent_s": round(trace.sent_s - zero_s, 4),
-                "first_token_s": round(trace.first_token_s, 4),
-                "end_to_end_s": round(trace.end_to_end_s, 4),
-                "output_tokens": trace.output_tokens,
-                "messages": len(trace.message_s),
-                "longest_gap_s": round(max(trace.gaps_s, default=0.0), 4),
-            }
-            for trace in run.traces
-        ],
+        # By column, which takes a third of the room.
+        "sent_s": [round(trace.sent_s - zero_s, 4) for trace in run.traces],
+        "first_token_s": [round(trace.first_token_s, 4) for trace in run.traces],
+        "end_to_end_s": [round(trace.end_to_end_s, 4) for trace in run.traces],
+        "longest_gap_s": [round(max(trace.gaps_s, default=0.0), 4) for trace in run.traces],
+        "output_tokens": [trace.output_tokens for trace in run.traces],
+        "messages": [len(trace.message_s) for trace in run.traces],
     }
 
 

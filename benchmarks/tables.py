@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -84,3 +85,73 @@ def overview(report: Report) -> str:
             resources(report),
         )
     )
+
+
+def workloads(report: Report) -> str:
+    """What each workload is."""
+    rows = [
+        [name, f"{shape['title']}; {shape['num_requests']} requests"]
+        for name, shape in sorted(report["workloads"].items())
+    ]
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def losses(report: Report) -> str:
+    """Plainly: on which workloads the mesh is behind the best peer, and by how much it leads."""
+    mesh = report["systems"].get("mesh")
+    peers = {
+        name: entry
+        for name, entry in report["systems"].items()
+        if not name.startswith(("mesh", "core"))
+    }
+    if mesh is None or not peers:
+        return "MeshServe and a peer have not been measured together."
+    lines = []
+    for workload in sorted(mesh["summaries"]):
+        rivals = [
+            (entry["summaries"][workload]["output_tokens_per_s"], entry["title"])
+            for entry in peers.values()
+            if workload in entry["summaries"]
+        ]
+        if rivals:
+            best, title = max(rivals)
+            ratio = mesh["summaries"][workload]["output_tokens_per_s"] / best
+            verdict = "ahead of" if ratio >= 1 else "**behind**"
+            lines.append(f"- {workload}: {ratio:.2f}× the best peer, {verdict} {title}")
+    return "MeshServe through its gateway beside the best peer on each workload:\n\n" + "\n".join(
+        lines
+    )
+
+
+def overhead(report: Report) -> str:
+    """The paired measurement, if it was done."""
+    found = report.get("mesh_overhead")
+    if found is None:
+        return "Not measured in this report: `python -m benchmarks.mesh_overhead`."
+    low, high = found["overhead_percent_range"]
+    return (
+        f"{found['workload']}, both alive and taking turns: core "
+        f"{found['core_tokens_per_s']:,.1f} tokens/s, through the mesh "
+        f"{found['mesh_tokens_per_s']:,.1f} tokens/s, overhead "
+        f"{found['overhead_percent']:.1f} % (from {low:.1f} % to {high:.1f} % over "
+        f"{found['turns']} turns). Commit `{found['revision']}`."
+    )
+
+
+def configurations(report: Report) -> str:
+    """How each system was started."""
+    parts = []
+    for name, entry in report["systems"].items():
+        versions = ", ".join(f"{key} {value}" for key, value in entry["versions"].items())
+        lines = [f"**{entry['title']}** (`{name}`): {versions}; measured {entry['measured']}"]
+        if entry.get("revision") and "settings" in entry:
+            lines[0] += f", commit `{entry['revision']}`"
+        lines[0] += f", load average before {entry['load_average_before']}."
+        if "command" in entry:
+            variables = "".join(f"{key}={value} " for key, value in entry["environment"].items())
+            lines.append(f"\n```console\n$ {variables}{' '.join(entry['command'])}\n```")
+        else:
+            lines.append(f"\n```json\n{json.dumps(entry['settings'], sort_keys=True)}\n```")
+        lines += [f"\nFailed: {failure.splitlines()[0]}" for failure in entry["failures"]]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.peers import environments
-from services.runtime.modelfiles import GGUFFile, locate, pull
+from services.runtime.modelfiles import ModelStoreError, locate, pull
 
 MODEL = "smollm2-135m"
 DIRECTORY = environments.PEERS / "models"
@@ -33,6 +33,10 @@ def openvino_directory(precision: str) -> Path:
 
 def are_ready() -> bool:
     """Whether every format is there."""
+    try:
+        locate(MODEL)
+    except ModelStoreError:
+        return False
     return all(
         path.exists()
         for path in (
@@ -61,16 +65,6 @@ def make_all() -> None:
                 environments.OPENVINO.run(
                     EXPORT_SCRIPT, str(BF16_DIRECTORY), str(directory), precision
                 )
-
-
-def kv_cache_tokens(size_bytes: int) -> int:
-    """How many tokens of 16-bit keys and values fit."""
-    with GGUFFile(locate(MODEL)) as file:
-        read = file.metadata.integer
-        layers = read("llama.block_count")
-        kv_heads = read("llama.attention.head_count_kv")
-        head_dim = read("llama.embedding_length") // read("llama.attention.head_count")
-    return size_bytes // (2 * 2 * layers * kv_heads * head_dim)
 
 
 def without_home(text: str) -> str:

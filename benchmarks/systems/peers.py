@@ -18,6 +18,8 @@ KV_CACHE_GIB = 1
 MAX_SEQUENCES = 64
 MAX_CONTEXT_TOKENS = 8192
 SERVED_NAME = "bench"
+LLAMACPP_SLOTS = 32
+LLAMACPP_SLOT_TOKENS = 4352
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +107,15 @@ class LlamaCpp(Peer):
         super().__init__(
             f"llamacpp-{precision}", f"llama.cpp ({precision.upper()})", environments.LLAMACPP
         )
-        self._model = models.llamacpp_model(precision)
+        self._precision = precision
 
     def launch(self, port: int) -> Launch:
-        """See Peer. One cache for all slots, so that a long prompt may use what others leave.
+        """See Peer.
+
+        A cache for each slot: in one cache for all, every sequence would attend over the cells of
+        all others, masked. Each must hold the longest prompt, so there are fewer slots than others
+        have sequences, and more memory. Saving the prompts of idle slots is off, for no workload
+        comes back to one.
 
         Options and values are words of their own: joined by a sign of equality, the server would
         take an underline in a file's name for a hyphen.
@@ -117,16 +124,18 @@ class LlamaCpp(Peer):
             [
                 str(environments.llamacpp_binary("llama-server")),
                 "--model",
-                str(self._model),
+                str(models.llamacpp_model(self._precision)),
                 "--threads",
                 str(THREADS),
                 "--threads-batch",
                 str(THREADS),
                 "--parallel",
-                str(MAX_SEQUENCES),
+                str(LLAMACPP_SLOTS),
                 "--ctx-size",
-                str(models.kv_cache_tokens(KV_CACHE_GIB << 30)),
-                "--kv-unified",
+                str(LLAMACPP_SLOTS * LLAMACPP_SLOT_TOKENS),
+                "--no-kv-unified",
+                "--cache-ram",
+                "0",
                 "--cont-batching",
                 "--flash-attn",
                 "on",

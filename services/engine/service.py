@@ -17,6 +17,9 @@ from services.runtime.server import Service, StartupError
 from services.runtime.settings import ModelSettings, Settings
 from services.runtime.telemetry import Metrics
 
+# Where steps take a millisecond or two, the front is woken for several of them at once.
+_EVENT_HOLD_MS = 5.0
+
 
 class EngineService(Service):
     """Runs one model. NOT_SERVING while its core starts, hangs or drains."""
@@ -116,6 +119,7 @@ def core_settings(settings: Settings) -> CoreSettings:
             prefix_cache=engine.prefix_cache,
             speculation=engine.speculation.method,
             draft_model_path=draft_model_path,
+            event_hold_ms=min(_EVENT_HOLD_MS, engine.stream_interval_ms / 2),
             default_sampling=_sampling_defaults(model),
         )
     except ValueError as error:

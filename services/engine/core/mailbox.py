@@ -14,7 +14,7 @@ import threading
 import time
 
 from services.engine.core.framing import CommandFrames, EventFrames
-from services.engine.core.messages import Command, Event
+from services.engine.core.messages import Command, Event, Step
 
 _RECEIVE_BYTES = 1 << 18
 # Room for the events of many steps, so that a front that is briefly busy does not hold up the core.
@@ -34,7 +34,12 @@ class Mailbox:
     `take` is for one thread, the step loop's; `post` is for any. Events go out in the order in
     which they were posted. Once a thread of the mailbox has failed, `take` raises what it failed
     of; where the front is gone, `post` does so as well.
+
+    `hold_s`: how long steps that brought nothing but further tokens may be held back, to be sent
+    together: waking the front for each would cost more than some of the steps.
     """
+
+    hold_s = 0.0
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -42,6 +47,7 @@ class Mailbox:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._commands: queue.SimpleQueue[list[Command] | Exception] = queue.SimpleQueue()
+        self._urgent = threading.Event()
         self._lost: ConnectionClosedError | None = None
         self._sender = threading.Thread(target=self._send_events, name="events", daemon=True)
         self._sender.start()
@@ -78,16 +84,23 @@ class Mailbox:
         if self._lost is not None:
             raise self._lost
         self._events.put(event)
+        if not (isinstance(event, Step) and event.brought_only_tokens):
+            self._urgent.set()
 
     def close(self) -> None:
         """Send what has been posted. Afterwards nothing more is sent."""
         self._events.put(None)
+        self._urgent.set()
         self._sender.join(_CLOSE_TIMEOUT_S)
 
     def _send_events(self) -> None:
         frames = EventFrames()
         while True:
             events = [self._events.get()]
+            if self.hold_s:
+                self._urgent.wait(self.hold_s)
+            # Before the queue is emptied: what comes now is either taken or urgent again.
+            self._urgent.clear()
             while not self._events.empty():
                 events.append(self._events.get())
             posted = [event for event in events if event is not None]

@@ -191,6 +191,11 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     deltas: list[Delta]
     load: Load
 
+    @property
+    def brought_only_tokens(self) -> bool:
+        """Whether no sequence began or ended with this step: each merely got further tokens."""
+        return all(delta.timing is None for delta in self.deltas)
+
 
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
     """Sequences ended between steps (an abort); their blocks are free already."""

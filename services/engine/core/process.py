@@ -73,6 +73,7 @@ def serve(mailbox: Mailbox, build_engine: EngineBuilder) -> int:
         gc.freeze()
         gc.disable()
         mailbox.post(Ready(facts))
+        mailbox.hold_s = start.settings.event_hold_ms / 1000
         return _serve_commands(mailbox, engine)
     except ConnectionClosedError:
         return 0

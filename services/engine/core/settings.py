@@ -38,6 +38,8 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     # What drafts tokens; "auto" is the draft model where there is one, else prompt look-up.
     speculation: Literal["auto", "ngram", "draft", "off"] = "auto"
     draft_model_path: str | None = None
+    # How long tokens may wait in the core for those of further steps, so as to be sent together.
+    event_hold_ms: float = 0.0
     # By field of SamplingParams; laid over the defaults that the model brings itself.
     default_sampling: dict[str, float] = {}
 

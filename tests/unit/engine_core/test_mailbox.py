@@ -16,12 +16,15 @@ from services.engine.core.messages import (
     Abort,
     Add,
     Command,
+    Delta,
     Event,
     Load,
     Log,
     Ping,
     Pong,
     SequenceRequest,
+    Step,
+    Timing,
 )
 
 
@@ -187,3 +190,31 @@ def test_a_large_event_leaves_the_small_ones_after_it_whole() -> None:
     large = bytes(frames.encode([log(0, "x" * 3_000_000), log(1)]))
     assert large.endswith(frame(log(1), msgspec.msgpack.Encoder()))
     assert bytes(frames.encode([log(2)])) == frame(log(2), msgspec.msgpack.Encoder())
+
+
+def step(number: int, *, timing: Timing | None = None) -> Step:
+    delta = Delta(sequence_id=1, token_ids=[number], timing=timing)
+    return Step(number, batch_size=1, num_tokens=1, ended_ns=0, deltas=[delta], load=Load())
+
+
+def test_further_tokens_are_held_back_and_sent_together(ends: tuple[Mailbox, Front]) -> None:
+    mailbox, front = ends
+    mailbox.hold_s = 0.2
+    started = time.monotonic()
+    mailbox.post(step(1))
+    mailbox.post(step(2))
+    assert front.receive() == step(1)
+    assert time.monotonic() - started > 0.15
+    assert front.receive() == step(2)
+
+
+def test_what_is_urgent_takes_along_what_was_held_back(ends: tuple[Mailbox, Front]) -> None:
+    mailbox, front = ends
+    mailbox.hold_s = 60.0
+    mailbox.post(step(1))
+    first_token = step(2, timing=Timing(0, 0, 0, 0, 0, 0, 0))
+    mailbox.post(first_token)
+    assert [front.receive(), front.receive()] == [step(1), first_token]
+    mailbox.post(step(3))
+    mailbox.post(Pong(1, Load()))
+    assert [front.receive(), front.receive()] == [step(3), Pong(1, Load())]

@@ -1,0 +1,193 @@
+"""Models on the native kernels agree with transformers, and with themselves bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from services.engine.core.batch import ForwardBatch
+from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
+from services.engine.core.kernels.cpu.library import Library
+from services.engine.core.kernels.cpu.packing import quantize_4, quantize_8
+from services.engine.core.kernels.cpu.program import Team
+from services.engine.core.kv_cache import KVCache
+from services.engine.core.models.loader import open_model
+from services.engine.core.models.native import NativeModel, WeightChoice
+from services.tokenizer.model_tokenizer import load_model_tokenizer
+from tests.fakes.paged_step import NAN_BYTE, libraries
+
+KERNELS = libraries()
+pytestmark = pytest.mark.skipif(not KERNELS, reason="no native kernels on this machine")
+
+each_isa = pytest.mark.parametrize("kernels", KERNELS, ids=lambda each: each.isa)
+
+SERVED = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    # Small enough for differences to stay small from layer to layer.
+    "initializer_range": 0.1,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "grouped query": {},
+    "one head each": {"num_key_value_heads": 4},
+    "tied, biased": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "wide heads, llama3 rope": {
+        "head_dim": 48,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+}
+
+
+class Sequences:
+    """Steps of several sequences over a cache of stale NaN, their blocks in random order."""
+
+    def __init__(
+        self,
+        kernels: Library,
+        path: Path,
+        weights: WeightChoice = "auto",
+        kv_format: KvFormat = KvFormat.BF16,
+        threads: int = 1,
+        seed: int = 0,
+    ) -> None:
+        opened = open_model(path)
+        self.model = NativeModel(
+            opened.skeleton, opened.checkpoint, Team(kernels, threads), weights
+        )
+        config = opened.config
+        self.cache = PackedKVCache(
+            config.num_layers, 256, 16, config.kv_heads, config.head_dim, kv_format
+        )
+        self.cache.fill(NAN_BYTE)
+        self.model.bind(self.cache, max_batch_tokens=2_048)
+        generator = torch.Generator().manual_seed(seed)
+        self._free = torch.randperm(256, generator=generator).tolist()
+        self._tables: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+
+    def step(self, tokens: dict[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Append each sequence's tokens; returns the logits at all of them, [tokens, vocab]."""
+        positions = []
+        for name, new in tokens.items():
+            begin = self._lengths.get(name, 0)
+            self._lengths[name] = begin + len(new)
+            table = self._tables.setdefault(name, [])
+            while 16 * len(table) < begin + len(new):
+                table.append(self._free.pop())
+            positions += range(begin, begin + len(new))
+        owners = [name for name, new in tokens.items() for _ in new]
+        slots = [
+            16 * self._tables[name][position // 16] + position % 16
+            for name, position in zip(owners, positions, strict=True)
+        ]
+        widest = max(len(self._tables[name]) for name in tokens)
+        tables = [self._tables[name] + [0] * (widest - len(self._tables[name])) for name in tokens]
+        lengths = tuple(len(new) for new in tokens.values())
+        batch = ForwardBatch(
+            torch.tensor([token for new in tokens.values() for token in new]),
+            torch.tensor(positions),
+            torch.tensor(slots),
+            torch.tensor(tables, dtype=torch.int32),
+            lengths,
+            tuple(self._lengths[name] for name in tokens),
+            torch.arange(len(positions)),
+        )
+        logits = self.model(batch, self.cache).clone()
+        return dict(zip(tokens, logits.split(lengths), strict=True))
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 97, (length,), generator=generator).tolist()
+
+
+def round_weights(reference: torch.nn.Module, weights: WeightChoice) -> None:
+    """Round a model's matrices as the kernels' weights are rounded; heads stay at eight bits."""
+    if weights not in ("int8", "int4"):
+        return
+    for name, weight in reference.named_parameters():
+        if weight.dim() == 2:
+            is_head = "embed" in name or "lm_head" in name
+            quantize = quantize_8 if is_head or weights == "int8" else quantize_4
+            weight.copy_(quantize(weight).dequantize())
+
+
+@each_isa
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("weights", ["auto", "bfloat16", "int8", "int4"])
+def test_small_checkpoints_come_close_to_transformers(
+    kernels: Library, changes: dict[str, Any], weights: WeightChoice, make_checkpoint: Any
+) -> None:
+    path, reference = make_checkpoint(**SERVED | changes)
+    tokens = text(60)
+    with torch.no_grad():
+        round_weights(reference, weights)
+        expected = reference(torch.tensor([tokens])).logits[0]
+    scale = expected.std()
+    for kv_format in KvFormat:
+        found = Sequences(kernels, path, weights, kv_format).step({0: tokens})[0]
+        error = (found - expected).square().mean().sqrt() / scale
+        # Activations, keys and values are rounded by about 1/256 at every layer.
+        assert error < 0.04
+
+
+@each_isa
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kv_format", list(KvFormat), ids=lambda each: each.name)
+def test_chunks_and_company_change_no_bit(
+    kernels: Library, weights: WeightChoice, kv_format: KvFormat, make_checkpoint: Any
+) -> None:
+    path, _ = make_checkpoint(**SERVED, tie_word_embeddings=True)
+    tokens = text(60)
+    expected = Sequences(kernels, path, weights, kv_format).step({0: tokens})[0]
+    decoded = Sequences(kernels, path, weights, kv_format, threads=2, seed=1)
+    parts = [decoded.step({0: [token]})[0] for token in tokens]
+    assert torch.equal(torch.cat(parts), expected)
+    together = Sequences(kernels, path, weights, kv_format, seed=2)
+    parts = []
+    for begin, end in ((0, 5), (5, 21), (21, 22), (22, 60)):
+        step = {name: text(7 * name % 11 + 1, begin + name) for name in range(1, 32)}
+        step = dict(list(step.items())[:9]) | {0: tokens[begin:end]} | step
+        parts.append(together.step(step)[0])
+    assert torch.equal(torch.cat(parts), expected)
+
+
+def test_the_demo_model_loses_less_than_a_percent_of_perplexity(demo_model_path: Path) -> None:
+    licence = Path("LICENSE").read_text(encoding="utf-8")
+    ids = list(load_model_tokenizer(demo_model_path).encode(licence).token_ids[:384])
+    opened = open_model(demo_model_path)
+    reference = opened.load(torch.float32, "cpu")
+    cache = KVCache(
+        opened.config.num_layers, 24, 16, opened.config.kv_heads, 64, torch.float32, "cpu"
+    )
+    count = torch.arange(len(ids))
+    batch = ForwardBatch(
+        torch.tensor(ids),
+        count,
+        count,
+        torch.arange(24, dtype=torch.int32).view(1, -1),
+        (len(ids),),
+        (len(ids),),
+        count,
+    )
+    exact = cross_entropy(reference(batch, cache)[:-1], torch.tensor(ids[1:]))
+    choices: tuple[WeightChoice, ...] = ("auto", "bfloat16", "int8")
+    for weights in choices:
+        logits = Sequences(KERNELS[0], demo_model_path, weights, threads=2).step({0: ids})[0]
+        loss = cross_entropy(logits[:-1], torch.tensor(ids[1:]))
+        assert (loss - exact).exp() < 1.01

@@ -8,7 +8,7 @@ from benchmarks.systems.base import System
 from benchmarks.systems.meshserve_systems import Core, Mesh
 from benchmarks.systems.peers import VLLM, LlamaCpp, OpenVINO
 
-OURS = ("core", "mesh")
+OURS = ("core", "mesh", "mesh-unspeculative")
 PEERS = ("vllm", "llamacpp-q8_0", "llamacpp-q4_1", "openvino-bf16", "openvino-int8")
 GROUPS = {"ours": OURS, "peers": PEERS, "all": OURS + PEERS}
 
@@ -24,6 +24,14 @@ def make_systems(names: Sequence[str], model: str) -> list[System]:
         for system in (
             Core("core", "MeshServe, core alone", model),
             Mesh("mesh", "MeshServe", model),
+            # Greedy text of a small model repeats itself, which guessing from what was said before
+            # gains much from. No peer guesses by default, so what is left without it is told too.
+            Mesh(
+                "mesh-unspeculative",
+                "MeshServe, speculation off",
+                model,
+                engine_settings={"speculation": {"method": "off"}},
+            ),
             VLLM(),
             LlamaCpp("q8_0"),
             LlamaCpp("q4_1"),

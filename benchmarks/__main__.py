@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import report as reports
 from benchmarks.machine import load_average
 from benchmarks.plan import make_plan
-from benchmarks.runner import measure
+from benchmarks.runner import SystemRuns, measure
 from benchmarks.systems.registry import GROUPS, make_systems
 from benchmarks.tables import overview
 from benchmarks.workloads import SHAPES
@@ -66,11 +66,15 @@ def main() -> int:
     load = load_average()
     print(f"load average before: {load:.2f}", flush=True)
     plan = make_plan(arguments.model, shapes, arguments.rounds, arguments.seed)
-    results = measure(systems, plan, lambda line: print(line, flush=True))
-    reports.add_systems(report, systems, results, load)
+
+    def keep(results: dict[str, SystemRuns]) -> None:
+        done = [each for each in systems if results[each.name] != SystemRuns()]
+        reports.add_systems(report, done, results, load)
+        if arguments.json is not None:
+            reports.write_report(report, arguments.json)
+
+    results = measure(systems, plan, lambda line: print(line, flush=True), keep)
     print(overview(report))
-    if arguments.json is not None:
-        reports.write_report(report, arguments.json)
     return 1 if any(result.failures for result in results.values()) else 0
 
 

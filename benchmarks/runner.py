@@ -24,9 +24,15 @@ class SystemRuns:
 
 
 def measure(
-    systems: Sequence[System], plan: Plan, say: Callable[[str], None]
+    systems: Sequence[System],
+    plan: Plan,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, SystemRuns]], None] = lambda _: None,
 ) -> dict[str, SystemRuns]:
-    """Runs everything. A system that fails keeps what it has done and is left out afterwards."""
+    """Runs everything. A system that fails keeps what it has done and is left out afterwards.
+
+    `keep` is given all results after each system's turn, so that an interrupted run loses only one.
+    """
     results = {system.name: SystemRuns() for system in systems}
     for number, (workloads, warm_up) in enumerate(zip(plan.rounds, plan.warm_ups, strict=True)):
         for system in systems:
@@ -39,6 +45,7 @@ def measure(
             except BenchmarkError as error:
                 result.failures.append(str(error))
                 say(f"  failed: {error}")
+            keep(results)
     return results
 
 

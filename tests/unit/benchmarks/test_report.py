@@ -80,6 +80,19 @@ def test_systems_take_turns_and_each_starts_anew_every_round() -> None:
     assert [len(results["a"].runs["W1"]), len(results["a"].start_to_first_token_s)] == [2, 2]
 
 
+def test_results_are_kept_after_every_turn() -> None:
+    kept: list[int] = []
+
+    measure(
+        [FakeSystem("a", 1.0), FakeSystem("b", 2.0)],
+        plan(2),
+        lambda _: None,
+        lambda results: kept.append(sum(len(each.runs.get("W1", ())) for each in results.values())),
+    )
+
+    assert kept == [1, 2, 3, 4]
+
+
 def test_a_system_that_fails_keeps_what_it_did_and_the_others_go_on() -> None:
     systems = [FakeSystem("a", 1.0, fails_in_round=2), FakeSystem("b", 2.0)]
 

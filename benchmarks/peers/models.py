@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.machine import ROOT
 from benchmarks.peers import environments
 from services.runtime.modelfiles import ModelStoreError, locate, pull
 
@@ -69,7 +70,8 @@ def make_all() -> None:
 
 def without_home(text: str) -> str:
     """A command's word as it may stand in a report."""
-    return text.replace(str(environments.PEERS), "PEERS").replace(str(Path.home()), "~")
+    text = text.replace(str(environments.PEERS), "PEERS").replace(f"{ROOT}/", "")
+    return text.replace(str(Path.home()), "~")
 
 
 def _write_huggingface(source: Path, directory: Path) -> None:

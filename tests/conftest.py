@@ -7,12 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from services.runtime.modelfiles import pull
 
 BUILD_KERNELS = (
     Path(__file__).parents[1] / "services" / "engine" / "core" / "kernels" / "cpu" / "build.py"
 )
+
+# How long an example takes says more of the machine, and who else uses it, than of the code.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def pytest_sessionstart() -> None:

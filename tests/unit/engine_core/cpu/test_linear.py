@@ -62,7 +62,8 @@ def activations(kernels: Library, weight_format: str, rows: Tensor) -> Tensor:
     if weight_format != "bf16":
         groups = rows.view(len(rows), -1, GROUP_INPUTS)
         largest = groups.abs().amax(-1, keepdim=True)
-        inverse = torch.where(largest > 0, 127 / largest, torch.zeros(()))
+        # A true division: `127 / largest` multiplies by a reciprocal, which rounds twice.
+        inverse = torch.where(largest > 0, torch.tensor(127.0) / largest, torch.zeros(()))
         levels = (groups * inverse).round()  # half to even
         return (levels.double() * (largest / 127).double()).view(rows.shape)
     return (rows.bfloat16() if kernels.isa == "avx512bf16" else rows).double()

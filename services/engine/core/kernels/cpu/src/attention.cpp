@@ -215,7 +215,10 @@ class Attention {
     int32_t seen[rows];
     for (int row = 0; row < rows; ++row) seen[row] = visible(begin + row, index);
     const int32_t most = seen[rows - 1];  // later rows see more
-    if (most == 0) return;
+    if (most == 0) {
+      if (first) store_states(begin, rows, {broadcast(no_score), broadcast(0.0f)});
+      return;
+    }
     multiply_keys<rows, fetching>(scratch_.queries + int64_t{begin} * head_dim_, chunk,
                                   (most + tile_tokens - 1) / tile_tokens, head_dim_,
                                   scratch_.scores);
@@ -227,22 +230,24 @@ class Attention {
     multiply_values<rows, fetching>(scratch_.weights, chunk, most, head_dim_, folds);
   }
 
+  void store_states(int32_t begin, int32_t rows, const RowStates& states) const {
+    store_some(scratch_.maxima + begin, states.maxima, rows);
+    store_some(scratch_.totals + begin, states.totals, rows);
+  }
+
   // Joins the states of a chunk to those of the rows from `begin` on, and says how to join the
   // sums.
   void find_folds(int32_t begin, int32_t rows, const RowStates& chunk, const int32_t* seen,
                   bool first, Fold* folds) const {
-    float* maxima = scratch_.maxima + begin;
-    float* totals = scratch_.totals + begin;
     alignas(64) float kept[lanes] = {}, added[lanes] = {};
     RowStates states = chunk;
     if (!first) {
-      states = {load(maxima), load(totals)};
+      states = {load(scratch_.maxima + begin), load(scratch_.totals + begin)};
       const Factors factors = join(states, chunk, scale_);
       store(kept, factors.kept);
       store(added, factors.added);
     }
-    store_some(maxima, states.maxima, rows);
-    store_some(totals, states.totals, rows);
+    store_states(begin, rows, states);
     for (int32_t row = 0; row < rows; ++row)
       folds[row] = {seen[row] > 0 ? sums(begin + row) : nullptr, first, kept[row], added[row]};
   }

@@ -116,6 +116,8 @@ def measure(
     if produced != concurrency * output_tokens:
         raise RuntimeError(f"{produced} tokens came out, {concurrency * output_tokens} should have")
     host_s = [step - model for step, model in zip(step_s, model_s, strict=True)]
+    if not step_s:
+        raise RuntimeError("no step in which every sequence decoded one token: try another length")
     return Measurement(
         concurrency=concurrency,
         output_tokens=produced,
@@ -140,6 +142,12 @@ def main() -> int:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument(
+        "--speculation",
+        default="off",
+        choices=["auto", "ngram", "off"],
+        help="off by default: a step with guesses in it decodes more than one token a sequence",
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
@@ -152,6 +160,7 @@ def main() -> int:
             threads=arguments.threads,
             max_running_sequences=most,
             max_batch_tokens=max(512, most),
+            speculation=arguments.speculation,
             kv_cache_memory_bytes=None if arguments.device.startswith("cuda") else 1 << 30,
         )
     )

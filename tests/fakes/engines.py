@@ -10,6 +10,7 @@ from services.engine.core.block_pool import BlockPool
 from services.engine.core.engine import EngineCore
 from services.engine.core.messages import SequenceRequest
 from services.engine.core.noise import stream_key, uniforms
+from services.engine.core.pool_growth import PoolGrowth
 from services.engine.core.runner import Runner
 from services.engine.core.sampler import SamplingBatch, sample
 from services.engine.core.scheduler import Scheduler
@@ -27,11 +28,12 @@ def make_scheduler(
     max_waiting_tokens: int = 1 << 18,
     step_latency_target_ms: float = 1e9,
     prefix_cache: bool = True,
+    grows: bool = False,
     speculator: Speculator | None = None,
 ) -> Scheduler:
     """A scheduler whose context is all that its pool holds."""
     return Scheduler(
-        BlockPool(num_blocks, block_size),
+        BlockPool(num_blocks, block_size, PoolGrowth(num_blocks) if grows else None),
         AdmissionLimits(max_context_tokens=num_blocks * block_size, vocab_size=VOCAB_SIZE),
         eos_token_ids=(EOS_TOKEN_ID,),
         max_batch_tokens=max_batch_tokens,
@@ -54,6 +56,7 @@ def make_engine(
     max_waiting_tokens: int = 1 << 18,
     step_latency_target_ms: float = 1e9,
     prefix_cache: bool = True,
+    grows: bool = False,
     speculator: Speculator | None = None,
 ) -> EngineCore:
     """An engine core over the hash model."""
@@ -66,6 +69,7 @@ def make_engine(
         max_waiting_tokens=max_waiting_tokens,
         step_latency_target_ms=step_latency_target_ms,
         prefix_cache=prefix_cache,
+        grows=grows,
         speculator=speculator,
     )
     runner = Runner(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from services.engine.core.errors import IntegrityError, OutOfBlocksError
+from services.engine.core.pool_growth import PoolGrowth
 
 
 class BlockPool:
@@ -18,6 +19,7 @@ class BlockPool:
       - held: `allocate` or `share` gave it to one or more holders, each of whom releases it once;
       - kept: nobody holds it, but a hash says what it contains, so that it may be shared again;
         it counts as free, and when no other block is, the one longest unused is given away;
+        a `growth` may have it given away before blocks that were never used;
       - free: nobody holds it and nobody knows what it contains.
 
     A block that has a hash is full, and nobody writes to it until it is handed out anew. The pool
@@ -25,13 +27,17 @@ class BlockPool:
     wrote, and readers must not look past a sequence's context length.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, growth: PoolGrowth | None = None) -> None:
+        """growth: for a cache whose memory is taken as its blocks are first used."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool of {num_blocks} blocks of {block_size} tokens holds nothing")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        # A stack: the block freed last is the one most likely still in a hardware cache.
+        self._growth = growth
+        # A stack: the block freed last is the one most likely still in a hardware cache. Those
+        # that were never used are at its bottom.
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._num_untouched = num_blocks
         self._kept: OrderedDict[int, None] = OrderedDict()  # longest unused first
         self._holders = array("q", bytes(8 * num_blocks))
         self._hashes: list[bytes | None] = [None] * num_blocks
@@ -46,6 +52,11 @@ class BlockPool:
     def num_used(self) -> int:
         """Blocks that somebody holds."""
         return self.num_blocks - self.num_free
+
+    @property
+    def num_touched(self) -> int:
+        """Blocks that were ever handed out."""
+        return self.num_blocks - self._num_untouched
 
     @property
     def num_kept(self) -> int:
@@ -66,12 +77,13 @@ class BlockPool:
             raise OutOfBlocksError(f"{count} blocks wanted, {self.num_free} free")
         if count == 0:
             return []
-        for _ in range(count - len(self._free)):
+        for _ in range(self._num_to_give_away(count)):
             block, _ = self._kept.popitem(last=False)
             self._forget(block)
             self._free.append(block)
         taken = self._free[-count:][::-1]
         del self._free[-count:]
+        self._num_untouched = min(self._num_untouched, len(self._free))
         for block in taken:
             self._holders[block] = 1
         return taken
@@ -103,10 +115,13 @@ class BlockPool:
                 raise IntegrityError(f"block {block} was released twice")
             self._holders[block] -= 1
             if self._holders[block] == 0:
-                if self._hashes[block] is None:
+                block_hash = self._hashes[block]
+                if block_hash is None:
                     self._free.append(block)
                 else:
                     self._kept[block] = None
+                    if self._growth is not None:
+                        self._growth.kept(block_hash)
 
     def publish(self, block: int, block_hash: bytes) -> None:
         """Let a held, full block be found by its hash.
@@ -123,6 +138,8 @@ class BlockPool:
 
     def find(self, block_hash: bytes) -> int | None:
         """The block with these contents, held or kept; None if there is none (any more)."""
+        if self._growth is not None:
+            self._growth.wanted(block_hash, self.num_touched)
         return self._by_hash.get(block_hash)
 
     def hash_of(self, block: int) -> bytes | None:
@@ -159,6 +176,9 @@ class BlockPool:
         free = np.zeros(self.num_blocks, np.bool_)
         free[np.array(self._free, np.int64)] = True
         self._raise_if_any(free & hashed, "are free, but have a hash")
+        untouched = range(self.num_blocks - 1, self.num_touched - 1, -1)
+        if self._free[: self._num_untouched] != list(untouched):
+            raise IntegrityError("the blocks that were never used are not the last to be used")
         kept = np.zeros(self.num_blocks, np.bool_)
         kept[np.fromiter(self._kept, np.int64, len(self._kept))] = True
         self._raise_if_any(kept & ~hashed, "are kept without a hash")
@@ -166,6 +186,15 @@ class BlockPool:
             self._hashes[block] != block_hash for block_hash, block in self._by_hash.items()
         ):
             raise IntegrityError("the hash index and the hashes of the blocks differ")
+
+    def _num_to_give_away(self, count: int) -> int:
+        """How many kept blocks it takes to allocate `count`."""
+        lacking = max(0, count - len(self._free))
+        if self._growth is None:
+            return lacking
+        untouched = count - (len(self._free) - self._num_untouched)
+        spared = min(untouched, untouched + self.num_touched - self._growth.max_touched)
+        return max(lacking, min(spared, len(self._kept)))
 
     def _forget(self, block: int) -> None:
         block_hash = self._hashes[block]

@@ -20,6 +20,7 @@ from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
 from services.engine.core.messages import ModelFacts
 from services.engine.core.models.config import ModelConfig
 from services.engine.core.models.loader import open_model
+from services.engine.core.pool_growth import PoolGrowth
 from services.engine.core.runner import Runner
 from services.engine.core.scheduler import Scheduler
 from services.engine.core.settings import CoreSettings
@@ -65,7 +66,11 @@ def build_engine(
             f"a KV cache of {num_blocks * bytes_per_block} bytes does not fit on {device}: {error}"
         ) from None
     scheduler = Scheduler(
-        BlockPool(num_blocks, settings.block_size),
+        BlockPool(
+            num_blocks,
+            settings.block_size,
+            PoolGrowth(num_blocks) if device.type == "cpu" else None,
+        ),
         AdmissionLimits(max_context_tokens=max_context_tokens, vocab_size=config.vocab_size),
         eos_token_ids=config.eos_token_ids,
         max_batch_tokens=settings.max_batch_tokens,

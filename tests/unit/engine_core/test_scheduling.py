@@ -59,6 +59,7 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         max_waiting_tokens=st.sampled_from([40, 1000]),
         step_latency_target_ms=st.sampled_from([1e-6, 1e6]),
         prefix_cache=st.sampled_from([True, True, False]),
+        grows=st.booleans(),
     )
     def start(self, **limits: Any) -> None:
         self.engine = make_engine(block_size=BLOCK_SIZE, max_waiting_sequences=8, **limits)

@@ -13,10 +13,12 @@ from services.engine.core.errors import StartupError
 from services.engine.core.kernels import Selection, cpu
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.program import Team
+from services.engine.core.kernels.cpu.sampling import NativeSampler
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.dtype import resolve_dtype
 from services.engine.core.models.loader import OpenedModel
 from services.engine.core.models.native import NativeModel, UnsupportedModelError
+from services.engine.core.sampler import Sampler, sample
 from services.engine.core.settings import CoreSettings
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ class Backend(Protocol):
 
     dtype: str
     kernels: dict[str, str]  # op -> implementation, for those who ask what runs
+    sampler: Sampler
 
     def bytes_per_block(self, block_size: int) -> int:
         """Bytes of one block of the KV cache over all layers."""
@@ -46,27 +49,39 @@ def load_backend(
 ) -> Backend:
     """Load the model for what serves it best on `device`, and log which that is and why.
 
+    Its checkpoint is closed: the weights are in memory once, and not in a file's pages as well.
+
     Raises:
         StartupError: the settings ask for what is not to be had here, or memory is short.
         ModelFileError: a tensor cannot be read.
     """
     try:
-        reason = _why_not_native(settings, device)
-        if reason is None:
-            try:
-                return _NativeBackend(opened, settings, selections)
-            except UnsupportedModelError as error:
-                reason = f"the native kernels do not serve this model: {error}"
-        if settings.weights in ("int8", "int4"):
-            raise StartupError(
-                f"weights in {settings.weights} need the native kernels of a CPU: {reason}"
-            )
-        if settings.kv_cache_format == "int8":
-            raise StartupError(f"a KV cache in int8 needs the native kernels of a CPU: {reason}")
-        logger.info("steps run on torch: %s", reason)
-        return _TorchBackend(opened, settings, device, selections)
+        with contextlib.closing(opened.checkpoint):
+            return _load_backend(opened, settings, device, selections)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise StartupError(f"the weights do not fit on {device}: {error}") from None
+
+
+def _load_backend(
+    opened: OpenedModel,
+    settings: CoreSettings,
+    device: torch.device,
+    selections: list[Selection],
+) -> Backend:
+    reason = _why_not_native(settings, device)
+    if reason is None:
+        try:
+            return _NativeBackend(opened, settings, selections)
+        except UnsupportedModelError as error:
+            reason = f"the native kernels do not serve this model: {error}"
+    if settings.weights in ("int8", "int4"):
+        raise StartupError(
+            f"weights in {settings.weights} need the native kernels of a CPU: {reason}"
+        )
+    if settings.kv_cache_format == "int8":
+        raise StartupError(f"a KV cache in int8 needs the native kernels of a CPU: {reason}")
+    logger.info("steps run on torch: %s", reason)
+    return _TorchBackend(opened, settings, device, selections)
 
 
 def _why_not_native(settings: CoreSettings, device: torch.device) -> str | None:
@@ -88,6 +103,7 @@ class _NativeBackend:
         self._config = opened.config
         self._format = KvFormat.INT8 if settings.kv_cache_format == "int8" else KvFormat.BF16
         team = Team(library, settings.threads or torch.get_num_threads())
+        self.sampler: Sampler = NativeSampler(library, team)
         with _one_torch_thread():
             self._model = NativeModel(opened.skeleton, opened.checkpoint, team, settings.weights)
         self.dtype = "bfloat16"
@@ -155,6 +171,7 @@ class _TorchBackend:
         except ValueError as error:
             raise StartupError(str(error)) from None
         self._device = device
+        self.sampler: Sampler = sample
         self._config = opened.config
         self._model = opened.load(self._dtype, device)
         self.dtype = str(self._dtype).removeprefix("torch.")

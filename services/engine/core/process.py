@@ -69,7 +69,7 @@ def serve(mailbox: Mailbox, build_engine: EngineBuilder) -> int:
             return 1
         # What loading left behind lives as long as the process: keep the collector away from it,
         # and from the steps altogether (see _Upkeep).
-        gc.collect()
+        _give_back_memory()
         gc.freeze()
         gc.disable()
         mailbox.post(Ready(facts))
@@ -138,10 +138,15 @@ class _Upkeep:
             IntegrityError: the core's state is broken.
         """
         self._engine.check_integrity()
-        gc.collect()
-        if _trim_heap is not None:
-            _trim_heap(0)
+        _give_back_memory()
         self._steps = 0
+
+
+def _give_back_memory() -> None:
+    """Clear garbage away, and leave to the system what the heap does not need."""
+    gc.collect()
+    if _trim_heap is not None:
+        _trim_heap(0)
 
 
 def _handle(command: Command, mailbox: Mailbox, engine: EngineCore) -> bool:

@@ -22,7 +22,10 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Checkpoint(Protocol):
-    """Tensors by the model's names; `unknown` lists those that the name table does not have."""
+    """Tensors by the model's names; `unknown` lists those that the name table does not have.
+
+    Once closed, which may be done twice, nothing is read any more.
+    """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -36,6 +39,9 @@ class Checkpoint(Protocol):
 
     def source_name(self, name: str) -> str:
         """Return what the checkpoint itself calls the model's tensor `name`."""
+
+    def close(self) -> None:
+        """Give back the memory through which a file was read."""
 
 
 class SafetensorsCheckpoint:
@@ -92,6 +98,9 @@ class SafetensorsCheckpoint:
     def read_grouped(self, name: str) -> GroupedWeight | None:
         return None
 
+    def close(self) -> None:
+        """Nothing stays open between two tensors."""
+
 
 class GGUFCheckpoint:
     """A GGUF file, its tensors dequantised as they are read."""
@@ -129,6 +138,9 @@ class GGUFCheckpoint:
         weight = read_grouped(self._file.tensor_bytes(info.name), info.type, info.shape)
         order = self._row_order(name, info)
         return weight if order is None else weight.map(lambda rows: rows[order])
+
+    def close(self) -> None:
+        self._file.close()
 
     def _row_order(self, name: str, info: TensorInfo) -> Tensor | None:
         parts = name.split(".")

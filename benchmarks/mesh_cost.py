@@ -1,11 +1,12 @@
-"""Processor time that each service of the mesh takes for a token, around a core of a given speed.
+"""Processor time that each service of the mesh takes, around a core of a given speed.
 
     python -m benchmarks.mesh_cost --step-ms 9 --concurrency 1 8 32
+    python -m benchmarks.mesh_cost --per request --prompt-tokens 32 32 --output-tokens 16 16
 
 The core is a paced one (paced_core.py), which leaves the processors to what is measured; time is
-counted per process, so other work on the machine moves the figures little. Prompts have 64 to 256
-tokens and answers 64 to 128, each stream starts its next request when its last one has ended. The
-client is counted as well: on one machine it takes from the core as the services do.
+counted per process, so other work on the machine moves the figures little. Each stream starts its
+next request when its last one has ended. The client is counted as well: on one machine it takes
+from the core as the services do.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,6 @@ SERVICES = {
     "gateway": "services.gateway",
 }
 START_TIMEOUT_S = 120.0
-PROMPT_TOKENS = (64, 256)
-OUTPUT_TOKENS = (64, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +60,22 @@ class Arrivals:
     gaps_s: list[float]
 
 
-def make_requests(model: str, count: int, seed: int) -> list[Request]:
-    """Requests whose lengths are drawn evenly from the ranges above."""
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """From which ranges the lengths of requests are drawn evenly, both ends included."""
+
+    prompt_tokens: tuple[int, int]
+    output_tokens: tuple[int, int]
+
+
+def make_requests(model: str, count: int, lengths: Lengths, seed: int) -> list[Request]:
+    """Requests that a seed stands for."""
     draw = random.Random(seed)
-    prompts = english_prompts(model, count, PROMPT_TOKENS[1])
+    prompts = english_prompts(model, count, lengths.prompt_tokens[1])
     return [
-        Request(prompt[: draw.randint(*PROMPT_TOKENS)], draw.randint(*OUTPUT_TOKENS))
+        Request(
+            prompt[: draw.randint(*lengths.prompt_tokens)], draw.randint(*lengths.output_tokens)
+        )
         for prompt in prompts
     ]
 
@@ -155,7 +164,16 @@ async def _becomes_ready(target: str) -> bool:
 
 def _cpu_s(process: psutil.Process) -> float:
     times = process.cpu_times()
-    return times.user + times.system
+    return float(times.user + times.system)
+
+
+def _print_row(cells: Iterable[object], decimals: int) -> None:
+    print(
+        "".join(
+            f"{cell:10.{decimals}f}" if isinstance(cell, float) else f"{cell:>10}" for cell in cells
+        ),
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -165,34 +183,43 @@ def main() -> int:
     parser.add_argument("--step-ms", type=float, default=9.0, help="how long a step takes")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, help="default: four for each stream")
+    parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(64, 256))
+    parser.add_argument("--output-tokens", type=int, nargs=2, default=(64, 128))
+    parser.add_argument("--per", choices=["token", "request"], default="token")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    lengths = Lengths(tuple(arguments.prompt_tokens), tuple(arguments.output_tokens))
     with paced_mesh(arguments.model, arguments.step_ms) as (target, processes):
         names = sorted(processes)
-        print(f"microseconds of processor time per token; steps of {arguments.step_ms:g} ms")
-        print(f"{'streams':>8}" + "".join(f"{name:>14}" for name in (*names, "sum")), end="")
-        print(f"{'tokens/s':>10}{'TTFT p50':>10}{'gap p50':>10}{'gap p99':>10}")
-        warm_up = make_requests(arguments.model, 8, 0)
-        asyncio.run(send_all(target, warm_up, 8))
+        print(
+            f"microseconds of processor time per {arguments.per}, milliseconds between tokens; "
+            f"steps of {arguments.step_ms:g} ms"
+        )
+        columns = ("tokens/s", "TTFT p50", "TTFT p99", "gap p50", "gap p99")
+        _print_row(("streams", *names, "sum", *columns), 1)
+        asyncio.run(send_all(target, make_requests(arguments.model, 8, lengths, 0), 8))
         for concurrency in arguments.concurrency:
             count = arguments.requests or 4 * concurrency
-            requests = make_requests(arguments.model, count, arguments.seed)
+            requests = make_requests(arguments.model, count, lengths, arguments.seed)
             tokens = sum(request.output_tokens for request in requests)
             before = {name: _cpu_s(processes[name]) for name in names}
             started = time.perf_counter()
             arrivals = asyncio.run(send_all(target, requests, concurrency))
             elapsed_s = time.perf_counter() - started
-            cost = [1e6 * (_cpu_s(processes[name]) - before[name]) / tokens for name in names]
-            print(
-                f"{concurrency:8d}" + "".join(f"{each:14.1f}" for each in (*cost, sum(cost))),
-                end="",
+            units = count if arguments.per == "request" else tokens
+            cost = [1e6 * (_cpu_s(processes[name]) - before[name]) / units for name in names]
+            times = (
+                1000 * percentile
+                for values in (arrivals.first_s, arrivals.gaps_s)
+                for percentile in _median_and_tail(values)
             )
-            gaps = statistics.quantiles(arrivals.gaps_s, n=100)
-            print(
-                f"{tokens / elapsed_s:10.0f}{1000 * statistics.median(arrivals.first_s):10.1f}"
-                f"{1000 * gaps[49]:10.1f}{1000 * gaps[98]:10.1f}"
-            )
+            _print_row((concurrency, *cost, sum(cost), tokens / elapsed_s, *times), 1)
     return 0
+
+
+def _median_and_tail(values: list[float]) -> tuple[float, float]:
+    percentiles = statistics.quantiles(values, n=100)
+    return percentiles[49], percentiles[98]
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def configure_tracing(service: str, endpoint: str | None, sample_ratio: float) -
     return Tracing(provider)
 
 
+@cache
 def get_tracer() -> trace.Tracer:
     """The tracer of MeshServe; spans it makes are named in services/runtime/telemetry/spans.py."""
     return trace.get_tracer("meshserve", _version())

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from services.engine.core.models import load_model
+from services.engine.core.settings import CoreSettings
+from services.engine.core.startup import build_engine
 from services.engine.core.weights.dequantize import DEQUANTIZERS, dequantize
 from services.engine.core.weights.names import FROM_GGUF, FROM_HF
 from services.runtime.modelfiles import ModelFileError
@@ -114,6 +116,21 @@ def test_gguf_and_safetensors_of_one_model_agree(
     expected = stepper(load(directory)).step({"a": TOKENS})["a"]
     found = stepper(load(tmp_path / "model.gguf")).step({"a": TOKENS})["a"]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_a_loaded_model_takes_no_memory_for_its_file(
+    kernels: Any, make_checkpoint: Any, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    path = tmp_path / "model.gguf"
+    write_gguf(make_checkpoint(**sizes)[1], path, "Q8_0")
+    core = build_engine(
+        CoreSettings(model_path=str(path), kv_cache_memory_bytes=1 << 20, cpu_kernels=kernels)
+    )
+    mapped = Path("/proc/self/maps").read_text()
+    del core
+    assert str(path) not in mapped
 
 
 def test_quantised_gguf_computes_with_the_dequantised_weights(

@@ -167,6 +167,33 @@ def test_chunks_and_company_change_no_bit(
     assert torch.equal(torch.cat(parts), expected)
 
 
+# Steps of (name, tokens) that threads divide between them in many ways: one sequence that all
+# compute, cut once or twice; decode; chunks behind what is cached; parts that nobody is left for.
+MIXED_STEPS = [
+    [(0, 60)],
+    [(1, 1), (0, 40), (2, 23), (3, 1)],
+    [(name, 1) for name in range(30)],
+    [(name, 1) for name in range(24)] + [(30, 110)],
+    [(31, 3), (1, 90), (32, 2)],
+    [(name, 7) for name in range(33, 45)],
+]
+
+
+@each_isa
+@pytest.mark.parametrize("weights", ["bfloat16", "int4"])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_that_compute_their_own_rows_change_no_bit(
+    kernels: Library, weights: WeightChoice, threads: int, make_checkpoint: Any
+) -> None:
+    path, _ = make_checkpoint(**SERVED, max_position_embeddings=128)
+    shared = Sequences(kernels, path, weights, threads=1)
+    divided = Sequences(kernels, path, weights, threads=threads, seed=1)
+    for index, lengths in enumerate(MIXED_STEPS):
+        step = {name: text(length, 100 * index + name) for name, length in lengths}
+        expected, found = shared.step(step), divided.step(step)
+        assert all(torch.equal(found[name], expected[name]) for name in step)
+
+
 def test_the_demo_model_loses_less_than_a_percent_of_perplexity(demo_model_path: Path) -> None:
     licence = Path("LICENSE").read_text(encoding="utf-8")
     ids = list(load_model_tokenizer(demo_model_path).encode(licence).token_ids[:384])

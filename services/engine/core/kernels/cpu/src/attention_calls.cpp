@@ -1,21 +1,15 @@
 // Runs single operations on a team of threads.
 #include "attention_calls.h"
 
-#include <cstdlib>
 #include <memory>
+
+#include "memory.h"
 
 namespace meshserve::MESHSERVE_ISA {
 
 namespace {
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<void, Free>;
-
-size_t whole_lines(size_t bytes) { return (bytes + 64) / 64 * 64; }
-
-Memory allocate(size_t bytes) { return Memory(std::aligned_alloc(64, whole_lines(bytes))); }
+size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Runs every task of every layer, `run(layer, task, scratch)`, on all threads of the team.
 template <typename Run>

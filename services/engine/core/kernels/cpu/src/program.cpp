@@ -1,9 +1,8 @@
 #include "program.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <chrono>
 #include <cstring>
-#include <new>
 
 #include "simd.h"
 
@@ -11,32 +10,32 @@ namespace meshserve::MESHSERVE_ISA {
 
 namespace {
 
-constexpr size_t alignment = 64;
 // Rows that a thread converts by itself, sooner than another would be told to help.
 constexpr int rows_per_claim = 4;
 // Up to so many rows every thread converts all of them for itself, which costs less than waiting
 // for each other.
 constexpr int private_rows = 2;
-
 bool converts(OpKind kind) { return kind == OpKind::norm || kind == OpKind::convert; }
 
-}  // namespace
-
-void Program::Freer::operator()(void* memory) const { std::free(memory); }
-
-Program::Memory Program::allocate(size_t bytes) {
-  const size_t whole = (std::max<size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
-  void* memory = std::aligned_alloc(alignment, whole);
-  if (memory == nullptr) throw std::bad_alloc();
-  return Memory(memory);
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
+
+}  // namespace
 
 Program::Program(const ProgramSpec& spec, Team& team)
     : spec_(spec),
       ops_(spec.ops, spec.ops + spec.num_ops),
+      num_row_ops_(static_cast<size_t>(
+          std::find_if(ops_.begin(), ops_.end(),
+                       [](const Op& op) { return op.kind == OpKind::select_rows; }) -
+          ops_.begin())),
       layers_(spec.layers, spec.layers + spec.num_layers),
-      counters_(static_cast<size_t>(spec.num_ops)),
+      counters_(ops_.size()),
       team_(team),
+      costs_(step_costs(spec, ops_, num_row_ops_, team.size())),
+      parts_(team.size()),
+      seconds_(static_cast<size_t>(team.size())),
       scratch_(static_cast<size_t>(team.size())) {
   for (int i = 0; i < num_buffers; ++i) {
     if (i == static_cast<int>(Buffer::logits)) continue;
@@ -53,52 +52,92 @@ Program::Program(const ProgramSpec& spec, Team& team)
 }
 
 void Program::run(const StepInput& input) {
-  reserve_step(input);
+  reserve(input);
   for (TaskCounter& counter : counters_) counter.reset();
   data_[static_cast<int>(Buffer::logits)] = input.logits;
-  team_.run([this, &input](int rank) { run_ops(input, rank); });
+  team_.run([this, &input](int rank) {
+    if (parts_.divided()) {
+      run_divided(input, rank);
+      team_.barrier();
+    }
+    run_together(input, rank, parts_.divided() ? num_row_ops_ : 0);
+  });
+  if (parts_.divided()) parts_.learn(seconds_);
 }
 
-void Program::run_ops(const StepInput& input, int rank) {
-  int rows = input.view.num_tokens;
-  for (size_t index = 0; index < ops_.size() && rows > 0; ++index) {
-    execute(index, input, rank, rows);
-    const OpKind kind = ops_[index].kind;
-    if (kind == OpKind::select_rows) rows = input.num_rows;
-    if (converts(kind) && rows <= private_rows) continue;
-    prefetch_next_weights(index + 1, rank);
-    team_.barrier();
-  }
-}
-
-// Plans the attention and sees to its memory, which grows only when a step is larger than any
-// before it.
-void Program::reserve_step(const StepInput& input) {
+// Divides the step and sees to its memory, which grows only when a step is larger than any before.
+void Program::reserve(const StepInput& input) {
   const AttentionShape shape{spec_.heads, spec_.kv_heads, spec_.head_dim};
-  const size_t bytes = attention_plan_bytes(input.view, shape);
-  if (bytes > plan_bytes_) {
-    plan_workspace_ = allocate(bytes);
-    plan_bytes_ = bytes;
+  const StepView& view = input.view;
+  if (view.num_tokens >= costs_.least_divided) {
+    parts_.divide(view, shape, costs_);
+  } else {
+    parts_.join(view, shape);
   }
-  plan_ = plan_attention(input.view, shape, team_.size(), plan_workspace_.get());
-  AttentionArgs attention{};
-  attention.step = &input.view;
-  attention.cache = layers_.front();
-  attention.heads = spec_.heads;
-  attention.plan = &plan_;
-  const size_t row_bytes = static_cast<size_t>(spec_.max_activation_inputs) * sizeof(float);
-  const size_t needed = std::max(attention_scratch_bytes(attention), row_bytes);
+  size_t needed = static_cast<size_t>(spec_.max_activation_inputs) * sizeof(float);
+  for (int rank = 0; rank < team_.size(); ++rank) {
+    AttentionArgs attention{};
+    attention.cache = layers_.front();
+    attention.heads = spec_.heads;
+    attention.plan = &parts_.of(rank).plan;
+    needed = std::max(needed, attention_scratch_bytes(attention));
+  }
   if (needed > scratch_bytes_) {
     for (Memory& scratch : scratch_) scratch = allocate(needed);
     scratch_bytes_ = needed;
   }
 }
 
-void Program::execute(size_t index, const StepInput& input, int rank, int rows) {
+// A thread's own rows through all operations that take each row by itself.
+void Program::run_divided(const StepInput& input, int rank) {
+  StepPart& part = parts_.of(rank);
+  double& taken = seconds_[static_cast<size_t>(rank)];
+  taken = 0;
+  const Worker worker{part, rank, true, part.view.num_tokens};
+  double since = seconds();
+  for (size_t index = 0; index < num_row_ops_ && worker.rows > 0; ++index) {
+    const Op& op = ops_[index];
+    if (op.kind == OpKind::attention && part.first_awaited < rank) {
+      taken += seconds() - since;
+      await_earlier_tokens(worker, op.layer);
+      since = seconds();
+    }
+    execute(index, input, worker);
+    if (op.kind == OpKind::rotary_kv)
+      part.stored_layers.store(op.layer + 1, std::memory_order_release);
+  }
+  taken += seconds() - since;
+}
+
+void Program::await_earlier_tokens(const Worker& worker, int layer) {
+  for (int rank = worker.part.first_awaited; rank < worker.rank; ++rank) {
+    const StepPart& earlier = parts_.of(rank);
+    if (earlier.first_row == earlier.end_row) continue;
+    team_.await([&] { return earlier.stored_layers.load(std::memory_order_acquire) > layer; });
+  }
+}
+
+// All threads share each operation, from `first_op` on.
+void Program::run_together(const StepInput& input, int rank, size_t first_op) {
+  Worker worker{parts_.of(parts_.divided() ? 0 : rank), rank, false, input.view.num_tokens};
+  for (size_t index = first_op; index < ops_.size() && worker.rows > 0; ++index) {
+    execute(index, input, worker);
+    const OpKind kind = ops_[index].kind;
+    if (kind == OpKind::select_rows) worker.rows = input.num_rows;
+    if (converts(kind) && worker.rows <= private_rows) continue;
+    prefetch_next_weights(index + 1, rank);
+    team_.barrier();
+  }
+}
+
+void Program::execute(size_t index, const StepInput& input, const Worker& worker) {
   const Op& op = ops_[index];
-  void* scratch = scratch_[static_cast<size_t>(rank)].get();
+  const StepPart& part = worker.part;
+  const int64_t first_row = part.first_row;
+  void* scratch = scratch_[static_cast<size_t>(worker.rank)].get();
   const auto share = [&](int count, int smallest, const auto& run) {
-    TaskClaims claims(counters_[index], count, team_.size(), rank, smallest);
+    if (worker.alone) return run(0, count);
+    TaskClaims claims(counters_[index], count, team_.size(), worker.rank, smallest);
     for (int begin, end; claims.next(begin, end);) run(begin, end);
   };
   const auto share_each = [&](int count, int smallest, const auto& run) {
@@ -108,33 +147,33 @@ void Program::execute(size_t index, const StepInput& input, int rank, int rows) 
   };
   switch (op.kind) {
     case OpKind::embed:
-      share_each(rows, rows_per_claim, [&](int row) {
-        unpack_output(*op.weights, static_cast<int32_t>(input.token_ids[row]),
-                      row_of(Buffer::residual, row));
+      share_each(worker.rows, rows_per_claim, [&](int row) {
+        unpack_output(*op.weights, static_cast<int32_t>(input.token_ids[first_row + row]),
+                      row_of(Buffer::residual, first_row + row));
       });
       break;
     case OpKind::norm:
     case OpKind::convert:
-      if (rows <= private_rows) {
-        for (int row = 0; row < rows; ++row) convert_row(op, row, rank, rows);
+      if (worker.rows <= private_rows) {
+        for (int row = 0; row < worker.rows; ++row) convert_row(op, row, worker);
       } else {
-        share_each(rows, rows_per_claim, [&](int row) { convert_row(op, row, rank, rows); });
+        share_each(worker.rows, rows_per_claim, [&](int row) { convert_row(op, row, worker); });
       }
       break;
     case OpKind::linear: {
       const LinearArgs args{op.weights,
-                            activations(op.format, op.weights->inputs, rank, rows),
-                            rows,
-                            data_[static_cast<int>(op.target)],
+                            activations(op.format, op.weights->inputs, worker),
+                            worker.rows,
+                            row_of(op.target, first_row),
                             spec_.widths[static_cast<int>(op.target)],
                             op.epilogue};
       share(linear_tasks(args), 1, [&](int begin, int end) { linear_run(args, begin, end); });
       break;
     }
     case OpKind::rotary_kv: {
-      const RotaryKvArgs args{&input.view,
+      const RotaryKvArgs args{&part.view,
                               layers_[static_cast<size_t>(op.layer)],
-                              data_[static_cast<int>(op.source)],
+                              row_of(op.source, first_row),
                               spec_.widths[static_cast<int>(op.source)],
                               spec_.heads,
                               spec_.cos,
@@ -144,15 +183,19 @@ void Program::execute(size_t index, const StepInput& input, int rank, int rows) 
       break;
     }
     case OpKind::attention: {
-      const AttentionArgs args{&input.view,
+      const AttentionArgs args{&part.view,
                                layers_[static_cast<size_t>(op.layer)],
-                               data_[static_cast<int>(op.source)],
+                               row_of(op.source, first_row),
                                spec_.widths[static_cast<int>(op.source)],
                                spec_.heads,
                                spec_.attention_scale,
-                               data_[static_cast<int>(op.target)],
+                               row_of(op.target, first_row),
                                spec_.widths[static_cast<int>(op.target)],
-                               &plan_};
+                               &part.plan};
+      if (worker.alone) {
+        for (int task = 0; task < attention_tasks(args); ++task) attention_run(args, task, scratch);
+        break;
+      }
       // One by one, since they come longest first.
       for (int task; counters_[index].take_one(attention_tasks(args), task);) {
         attention_run(args, task, scratch);
@@ -161,7 +204,7 @@ void Program::execute(size_t index, const StepInput& input, int rank, int rows) 
     }
     case OpKind::select_rows:
       // Ascending, each to a place before or at its own: no row is overwritten before it is read.
-      if (rank == 0) {
+      if (worker.rank == 0) {
         for (int row = 0; row < input.num_rows; ++row) {
           const float* from = row_of(Buffer::residual, input.logits_rows[row]);
           std::memmove(row_of(Buffer::residual, row), from,
@@ -183,25 +226,25 @@ void Program::prefetch_next_weights(size_t index, int rank) const {
   prefetch_strips(weights, rank * share, (rank + 1) * share);
 }
 
-void Program::convert_row(const Op& op, int64_t row, int rank, int rows) {
-  const float* from = row_of(op.source, row);
+void Program::convert_row(const Op& op, int64_t row, const Worker& worker) {
+  const float* from = row_of(op.source, worker.part.first_row + row);
   if (op.kind == OpKind::norm) {
-    auto* normed = static_cast<float*>(scratch_[static_cast<size_t>(rank)].get());
+    auto* normed = static_cast<float*>(scratch_[static_cast<size_t>(worker.rank)].get());
     rms_norm(from, op.norm_weight, op.eps, op.width, normed);
     from = normed;
   }
-  store_activations(activations(op.format, op.width, rank, rows), row, from);
+  store_activations(activations(op.format, op.width, worker), row, from);
 }
 
-Activations Program::activations(ActivationFormat format, int32_t inputs, int rank,
-                                 int rows) const {
-  const int64_t stride = activation_stride(inputs);
-  void* memory = activations_.get();
-  if (rows <= private_rows) {
-    memory = static_cast<char*>(private_activations_.get()) +
-             rank * private_rows * activation_stride(spec_.max_activation_inputs);
+Activations Program::activations(ActivationFormat format, int32_t inputs,
+                                 const Worker& worker) const {
+  // Where a thread's rows begin must not depend on the operation: others may be elsewhere.
+  const int64_t most = activation_stride(spec_.max_activation_inputs);
+  char* memory = static_cast<char*>(activations_.get()) + worker.part.first_row * most;
+  if (worker.rows <= private_rows) {
+    memory = static_cast<char*>(private_activations_.get()) + worker.rank * private_rows * most;
   }
-  return {format, inputs, memory, stride};
+  return {format, inputs, memory, activation_stride(inputs)};
 }
 
 float* Program::row_of(Buffer buffer, int64_t row) const {

@@ -1,12 +1,14 @@
 // A model's step as a list of operations, run by a team of threads in one call.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "attention.h"
 #include "linear.h"
+#include "memory.h"
 #include "rotary_kv.h"
+#include "step_costs.h"
+#include "step_parts.h"
 #include "team.h"
 
 namespace meshserve {
@@ -74,34 +76,39 @@ class Program {
   void run(const StepInput& input);
 
  private:
-  struct Freer {
-    void operator()(void* memory) const;
+  // One thread at work: on a part that it shares with all others, or on its own.
+  struct Worker {
+    StepPart& part;
+    int rank;
+    bool alone;
+    int rows;  // of the part, that the operation in hand is about
   };
-  using Memory = std::unique_ptr<void, Freer>;
 
-  static Memory allocate(size_t bytes);
-  void reserve_step(const StepInput& input);
-  void run_ops(const StepInput& input, int rank);
-  void execute(size_t index, const StepInput& input, int rank, int rows);
+  void reserve(const StepInput& input);
+  void run_divided(const StepInput& input, int rank);
+  void run_together(const StepInput& input, int rank, size_t first_op);
+  void execute(size_t index, const StepInput& input, const Worker& worker);
+  void await_earlier_tokens(const Worker& worker, int layer);
   void prefetch_next_weights(size_t index, int rank) const;
-  void convert_row(const Op& op, int64_t row, int rank, int rows);
-  Activations activations(ActivationFormat format, int32_t inputs, int rank, int rows) const;
+  void convert_row(const Op& op, int64_t row, const Worker& worker);
+  Activations activations(ActivationFormat format, int32_t inputs, const Worker& worker) const;
   float* row_of(Buffer buffer, int64_t row) const;
 
   ProgramSpec spec_;
   std::vector<Op> ops_;
+  size_t num_row_ops_;  // at the beginning, about all rows of a step and each row by itself
   std::vector<KvLayout> layers_;
   std::vector<TaskCounter> counters_;  // one for each operation
   Team& team_;
+  StepCosts costs_;
+  StepParts parts_;
+  std::vector<double> seconds_;  // that each thread worked on its part
   Memory buffers_[num_buffers];
   float* data_[num_buffers] = {};
   Memory activations_;
-  Memory private_activations_;  // of each thread
-  Memory plan_workspace_;
-  size_t plan_bytes_ = 0;
+  Memory private_activations_;   // of each thread
   std::vector<Memory> scratch_;  // one for each thread
   size_t scratch_bytes_ = 0;
-  AttentionPlan plan_;
 };
 
 // For callers through the table of kernels. `make_program` returns null, and `run_program` not 0,

@@ -119,15 +119,21 @@ class Team {
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
-    for (int turns = 0; phase_.load(std::memory_order_acquire) == phase; ++turns) {
+    await([&] { return phase_.load(std::memory_order_acquire) != phase; });
+  }
+
+  // Waits, within a step, for what another thread is about to do.
+  template <typename Condition>
+  void await(Condition holds) const {
+    for (int turns = 0; !holds(); ++turns) {
       _mm_pause();
       // Whoever is awaited has lost its processor to another process: perhaps to ours.
-      if (turns > barrier_spins) sched_yield();
+      if (turns > patient_spins) sched_yield();
     }
   }
 
  private:
-  static constexpr int barrier_spins = 20'000;
+  static constexpr int patient_spins = 20'000;
   static constexpr int idle_spins = 4'000;  // about 50 us: the host's work between two steps
 
   void start() {

@@ -1,0 +1,45 @@
+#include "step_costs.h"
+
+#include <cmath>
+#include <limits>
+
+#include "program.h"
+
+namespace meshserve::MESHSERVE_ISA {
+
+namespace {
+
+// A multiplication of attention takes as long as so many of a linear layer's.
+constexpr double attention_cost = 4;
+// Multiplications in the time that it takes to read a byte. A step is divided where its threads
+// have enough to multiply while each of them reads all weights, from memory that they share.
+constexpr double cost_of_byte = 4;
+
+double bytes_per_weight(const LinearWeights& weights) {
+  if (weights.format == WeightFormat::bf16) return 2;
+  const double scales = (weights.has_minima ? 4.0 : 2.0) / group_inputs;
+  return (weights.format == WeightFormat::q4 ? 0.5 : 1.0) + scales;
+}
+
+}  // namespace
+
+StepCosts step_costs(const ProgramSpec& spec, const std::vector<Op>& ops, size_t num_ops,
+                     int threads) {
+  StepCosts costs = {0, 0, std::numeric_limits<int32_t>::max()};
+  double bytes = 0;
+  for (size_t i = 0; i < num_ops; ++i) {
+    const Op& op = ops[i];
+    if (op.kind == OpKind::attention) costs.key += attention_cost * 2 * spec.heads * spec.head_dim;
+    if (op.kind != OpKind::linear) continue;
+    const double size = double(op.weights->inputs) * op.weights->outputs;
+    costs.token += size;
+    bytes += size * bytes_per_weight(*op.weights);
+  }
+  if (threads > 1 && costs.key > 0) {
+    const double rows_of_thread = cost_of_byte * bytes * threads / costs.token;
+    costs.least_divided = static_cast<int32_t>(std::ceil(rows_of_thread)) * threads;
+  }
+  return costs;
+}
+
+}  // namespace meshserve::MESHSERVE_ISA

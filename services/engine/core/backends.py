@@ -13,12 +13,10 @@ from services.engine.core.errors import StartupError
 from services.engine.core.kernels import Selection, cpu
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.program import Team
-from services.engine.core.kernels.cpu.sampling import NativeSampler
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.dtype import resolve_dtype
 from services.engine.core.models.loader import OpenedModel
 from services.engine.core.models.native import NativeModel, UnsupportedModelError
-from services.engine.core.sampler import Sampler, sample
 from services.engine.core.settings import CoreSettings
 
 logger = logging.getLogger(__name__)
@@ -29,7 +27,6 @@ class Backend(Protocol):
 
     dtype: str
     kernels: dict[str, str]  # op -> implementation, for those who ask what runs
-    sampler: Sampler
 
     def bytes_per_block(self, block_size: int) -> int:
         """Bytes of one block of the KV cache over all layers."""
@@ -103,7 +100,6 @@ class _NativeBackend:
         self._config = opened.config
         self._format = KvFormat.INT8 if settings.kv_cache_format == "int8" else KvFormat.BF16
         team = Team(library, settings.threads or torch.get_num_threads())
-        self.sampler: Sampler = NativeSampler(library, team)
         with _one_torch_thread():
             self._model = NativeModel(opened.skeleton, opened.checkpoint, team, settings.weights)
         self.dtype = "bfloat16"
@@ -171,7 +167,6 @@ class _TorchBackend:
         except ValueError as error:
             raise StartupError(str(error)) from None
         self._device = device
-        self.sampler: Sampler = sample
         self._config = opened.config
         self._model = opened.load(self._dtype, device)
         self.dtype = str(self._dtype).removeprefix("torch.")

@@ -82,7 +82,8 @@ def list_models(
 def show(source: str, as_json: bool) -> None:
     """Describe a model on this machine: a name, a .gguf file, a directory or a hub id."""
     services = _store()
-    from services.runtime.modelfiles import describe, locate
+    from services.runtime.modelfiles import locate
+    from services.runtime.modelfiles.description import describe
 
     with services.store_errors():
         description = describe(locate(source, services.model_cache()))

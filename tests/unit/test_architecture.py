@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +113,17 @@ def test_what_the_engine_core_uses_of_the_runtime_is_as_bare() -> None:
         or (is_within(module, "services") and not is_within(module, "services.runtime.modelfiles"))
     ]
     assert wrong == []
+
+
+def test_what_neither_computes_nor_reads_models_loads_no_numpy() -> None:
+    """It takes six megabytes and 50 ms of a start in each process."""
+    modules = [f"services.{each}.service" for each in SERVICES if each != "tokenizer"]
+    script = f"import {', '.join(modules)}, meshserve.cli.services, sys; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.split()
+    assert "services.runtime.modelfiles" in loaded
+    assert not {"numpy", "torch"}.intersection(loaded)
 
 
 def test_the_client_library_needs_no_service() -> None:

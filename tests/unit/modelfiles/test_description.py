@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from services.runtime.modelfiles import ModelFileError, describe
+from services.runtime.modelfiles import ModelFileError
+from services.runtime.modelfiles.description import describe
 
 
 @pytest.fixture

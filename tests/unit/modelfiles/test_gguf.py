@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.runtime.modelfiles import GGUFFile, ModelFileError
+from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.ggml_types import GGML_TYPES
+from services.runtime.modelfiles.gguf import GGUFFile
 
 
 def header(num_tensors: int, num_entries: int, body: bytes = b"", version: int = 3) -> bytes:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from services.engine.core.layers.rotary import RopeConfig, RopeScaling
-from services.runtime.modelfiles import GGUFFile, ModelFileError
+from services.runtime.modelfiles import ModelFileError
+from services.runtime.modelfiles.gguf import GGUFFile
 
 # No transformer comes near these; a file that claims more is damaged or hostile, and is refused
 # before anything is sized by it. Their products stay within what a tensor's size can express.

@@ -12,7 +12,8 @@ from services.engine.core.models.config import ModelConfig, config_from_gguf, co
 from services.engine.core.models.registry import ARCHITECTURES
 from services.engine.core.weights.checkpoint import Checkpoint, open_checkpoint
 from services.engine.core.weights.loading import check_weights, load_weights
-from services.runtime.modelfiles import GGUFFile, ModelFileError
+from services.runtime.modelfiles import ModelFileError
+from services.runtime.modelfiles.gguf import GGUFFile
 
 
 def read_config(path: Path | str) -> ModelConfig:

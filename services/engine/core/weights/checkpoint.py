@@ -14,7 +14,8 @@ from services.engine.core.kernels.cpu.packing import GroupedWeight
 from services.engine.core.weights.dequantize import DEQUANTIZERS, dequantize
 from services.engine.core.weights.grouped import GROUPED, read_grouped
 from services.engine.core.weights.names import FROM_GGUF, FROM_HF, is_derived, model_name
-from services.runtime.modelfiles import GGUFFile, ModelFileError, TensorInfo
+from services.runtime.modelfiles import ModelFileError
+from services.runtime.modelfiles.gguf import GGUFFile, TensorInfo
 
 INDEX_NAME = "model.safetensors.index.json"
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")

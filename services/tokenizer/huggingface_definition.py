@@ -44,6 +44,7 @@ def definition_from_directory(path: Path) -> TokenizerDefinition:
         )
     if not isinstance(model.get("vocab"), (dict, list)):
         raise TokenizerLoadError(path / "tokenizer.json", "the model has no vocabulary")
+    _check_merges(path / "tokenizer.json", model)
     config = _read_object(path / "tokenizer_config.json")
     special = {
         name: content
@@ -61,6 +62,22 @@ def definition_from_directory(path: Path) -> TokenizerDefinition:
         chat_templates=_chat_templates(path, config),
         special_tokens=special,
     )
+
+
+def _check_merges(path: Path, model: Mapping[str, Any]) -> None:
+    """Refuses merges that the tokenizers library would end the whole process over.
+
+    It cuts the prefix of continuing pieces off the second part of every merge, there or not.
+    """
+    prefix = model.get("continuing_subword_prefix")
+    if model["type"] != "BPE" or not prefix or not isinstance(prefix, str):
+        return
+    for merge in model.get("merges") or ():
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not str(parts[-1]).startswith(prefix):
+            raise TokenizerLoadError(
+                path, f"the merge {merge!r} does not continue with the prefix {prefix!r}"
+            )
 
 
 def _token_ids(document: Mapping[str, Any]) -> dict[str, int]:

@@ -193,6 +193,11 @@ def test_a_directory_tells_all_there_is(tmp_path: Path, byte_level_json: dict[st
         ('{"model": {"type": "BPE"}}', "no vocabulary"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["x", "y"]]}}', "not a valid"),
         (
+            '{"model": {"type": "BPE", "vocab": {"a": 0, "#b": 1, "ab": 2, "aa": 3},'
+            ' "merges": ["a #b", "a a"], "continuing_subword_prefix": "#"}}',
+            "'a a' does not continue",
+        ),
+        (
             '{"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": {"type": "CTC",'
             ' "pad_token": "_", "word_delimiter_token": "|", "cleanup": true}}',
             "'CTC'",

@@ -60,7 +60,8 @@ def process_name(command: Sequence[str]) -> str:
         if module == "services.engine.core.process":
             return "engine core"
         return "supervisor" if module == "meshserve" else module.removeprefix("services.")
-    script = next((word for word in command[1:] if word.endswith(".py")), command[0])
+    # Valkey writes its address behind its name, into the same word.
+    script = next((word for word in command[1:] if word.endswith(".py")), command[0].split()[0])
     return Path(script).stem
 
 

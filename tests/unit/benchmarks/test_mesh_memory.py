@@ -19,7 +19,7 @@ MIB = 1 << 20
         (["python", "-m", "services.gateway", "--config", "x.yaml"], "gateway"),
         (["python", "-m", "services.engine.core.process", "20"], "engine core"),
         (["python", "-I", "-S", "/meshserve/supervisor/reaper.py", "5.0"], "reaper"),
-        (["/bin/valkey-server", "127.0.0.1:6379"], "valkey-server"),
+        (["/bin/valkey-server 127.0.0.1:6379", "", ""], "valkey-server"),
     ],
 )
 def test_processes_have_the_names_of_what_they_do(command: list[str], name: str) -> None:

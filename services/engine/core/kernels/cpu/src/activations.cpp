@@ -10,24 +10,23 @@ namespace meshserve::MESHSERVE_ISA {
 
 namespace {
 
-void store_int8_group(const float* values, int8_t* bytes, float& scale, float& sum,
-                      int32_t& offset) {
+void store_int8_group(const float* values, Int8Group& to) {
   const Floats first = load(values), second = load(values + lanes);
   const float largest = largest_magnitude(first, second);
   const float inverse = 127.0f / largest;
   if (!std::isfinite(largest) || !std::isfinite(inverse)) {
     // NaN and infinity make the whole group NaN: an input that is broken must not look like a
     // number. Values whose inverse is none are 0, or as good as 0.
-    std::memset(bytes, 0, group_inputs);
-    scale = sum = std::isfinite(largest) ? 0.0f : NAN;
-    offset = 0;
+    std::memset(to.values, 0, sizeof to.values);
+    to.scale = to.sum = std::isfinite(largest) ? 0.0f : NAN;
+    to.offset = 0;
     return;
   }
-  scale = largest / 127.0f;
+  to.scale = largest / 127.0f;
   const Floats factor = broadcast(inverse);
-  const int32_t levels = store_levels(bytes, multiply(first, factor), multiply(second, factor));
-  sum = scale * static_cast<float>(levels);
-  offset = -128 * levels;
+  const int32_t levels = store_levels(to.values, multiply(first, factor), multiply(second, factor));
+  to.sum = to.scale * static_cast<float>(levels);
+  to.offset = -128 * levels;
 }
 
 }  // namespace
@@ -38,10 +37,9 @@ void store_activations(const Activations& to, int64_t row, const float* values) 
     for (int32_t i = 0; i < to.inputs; i += lanes) store_operands(out + i, load(values + i));
     return;
   }
-  const Int8Row out = int8_row(to, row);
+  Int8Group* out = int8_row(to, row);
   for (int32_t group = 0; group < to.inputs / group_inputs; ++group) {
-    store_int8_group(values + group * group_inputs, out.values + group * group_inputs,
-                     out.scales[group], out.sums[group], out.offsets[group]);
+    store_int8_group(values + group * group_inputs, out[group]);
   }
 }
 

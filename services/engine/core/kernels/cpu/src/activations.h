@@ -15,10 +15,15 @@ enum class ActivationFormat : int32_t {
   int8 = 1,      // groups of 32 signed bytes with a scale each
 };
 
-// A row of int8 is laid out as: [inputs] int8, [groups] float scales, [groups] float sums
-// (scale * the sum of the group's bytes), [groups] int32 offsets (-128 * that sum of bytes).
-// Weights are unsigned bytes: the sums serve those with a minimum, the offsets those centred on
-// 128.
+// A group of int8 activations. Weights are unsigned bytes: the sum serves those with a minimum, the
+// offset those centred on 128.
+struct Int8Group {
+  int8_t values[group_inputs];
+  float scale;
+  float sum;       // scale * the sum of the values
+  int32_t offset;  // -128 * the sum of the values
+};
+
 struct Activations {
   ActivationFormat format;
   int32_t inputs;  // a multiple of 32
@@ -33,18 +38,8 @@ inline int64_t activation_stride(int32_t inputs) { return (int64_t{inputs} * 4 +
 
 namespace meshserve::MESHSERVE_ISA {
 
-struct Int8Row {
-  int8_t* values;
-  float* scales;
-  float* sums;
-  int32_t* offsets;
-};
-
-inline Int8Row int8_row(const Activations& of, int64_t row) {
-  auto* start = static_cast<int8_t*>(of.rows) + row * of.stride;
-  auto* scales = reinterpret_cast<float*>(start + of.inputs);
-  const int32_t groups = of.inputs / group_inputs;
-  return {start, scales, scales + groups, reinterpret_cast<int32_t*>(scales + 2 * groups)};
+inline Int8Group* int8_row(const Activations& of, int64_t row) {
+  return reinterpret_cast<Int8Group*>(static_cast<char*>(of.rows) + row * of.stride);
 }
 
 // Writes row `row` from `inputs` floats.

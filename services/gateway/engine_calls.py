@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-from opentelemetry.trace import Span, use_span
+from opentelemetry.trace import Span
 
 from meshserve.v1 import engine_pb2
 from services.gateway.engine_stream import EngineStream
 from services.runtime import deadline
 from services.runtime.client_calls import Instruments, ResponseStream
 from services.runtime.errors import Reason, ServiceError, from_session_status
-from services.runtime.telemetry.tracing import current_trace_context
+from services.runtime.telemetry.tracing import trace_context_of
 
 GENERATE_METHOD = "meshserve.v1.EngineService/Generate"
 PEER = "engine"
@@ -164,8 +164,7 @@ class EngineCall:
         span = calls.instruments.start(GENERATE_METHOD)
         self._span: Span | None = span
         self._open = engine_pb2.GenerationOpen(request=request)
-        with use_span(span, record_exception=False, set_status_on_exception=False):
-            self._open.trace.CopyFrom(current_trace_context())
+        self._open.trace.CopyFrom(trace_context_of(span))
         try:
             self._begin()
         except ServiceError as error:

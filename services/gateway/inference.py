@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, Literal
 
-from opentelemetry.trace import Status, StatusCode, use_span
+from opentelemetry.trace import Status, StatusCode
 
 from meshserve.v1 import gateway_pb2, types_pb2
 from services.gateway.context import RequestContext
@@ -19,6 +19,7 @@ from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import GatewaySettings
 from services.runtime.telemetry import Metrics, get_tracer
+from services.runtime.telemetry.tracing import in_span
 
 UNROUTED = "unknown"
 MAX_ATTRIBUTE_CHARS = 128
@@ -63,7 +64,7 @@ class Inference:
             span=span,
         )
         reason = ""
-        with use_span(span, record_exception=False, set_status_on_exception=False):
+        with in_span(span):
             try:
                 yield context
             except ServiceError as error:

@@ -17,9 +17,9 @@ from meshserve.v1 import (
     tokenizer_pb2_grpc,
 )
 from services.gateway.engine_calls import EngineCalls
-from services.gateway.sessions import SessionPool
 from services.runtime.channels import MeshChannel, connect
 from services.runtime.client_calls import ResponseStream
+from services.runtime.exchanges import SessionPool
 from services.runtime.server import StartupError
 from services.runtime.settings import Settings, TlsSettings
 from services.runtime.telemetry import Metrics
@@ -45,13 +45,13 @@ class Peers:
         self._channels: list[grpc.aio.Channel] = []
         self._engines: dict[str, Engines] = {}
         self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(
-            self._connect("tokenizer", "meshserve.v1.TokenizerService")
+            self._connect("tokenizer", "meshserve.v1.TokenizerService", carries_calls=True)
         )
         self.cache = cache_pb2_grpc.CacheServiceStub(
             self._connect("cache", "meshserve.v1.CacheService")
         )
         self.safety = safety_pb2_grpc.SafetyServiceStub(
-            self._connect("safety", "meshserve.v1.SafetyService")
+            self._connect("safety", "meshserve.v1.SafetyService", carries_calls=True)
         )
         self.decode_sessions: DecodePool = SessionPool(
             "tokenizer",
@@ -90,7 +90,14 @@ class Peers:
         for channel in self._channels:
             await channel.close()
 
-    def _connect(self, peer: str, grpc_service: str, target: str | None = None) -> grpc.aio.Channel:
+    def _connect(
+        self,
+        peer: str,
+        grpc_service: str,
+        target: str | None = None,
+        *,
+        carries_calls: bool = False,
+    ) -> grpc.aio.Channel:
         section = self._settings.server(peer)
         channel = connect(
             target or section.effective_target,
@@ -99,6 +106,7 @@ class Peers:
             metrics=self._metrics,
             max_message_bytes=section.max_message_bytes,
             credentials=self._credentials(section.tls),
+            carries_calls=carries_calls,
         )
         self._channels.append(channel)
         return channel

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from opentelemetry.trace import Span, Status, StatusCode, Tracer, use_span
+from opentelemetry.trace import Span, Status, StatusCode, Tracer
 from prometheus_client import Histogram
 
 from services.gateway.context import RequestContext
@@ -25,6 +25,7 @@ from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.server_calls import DEADLINE_TOLERANCE_S
 from services.runtime.telemetry import Metrics, get_tracer
+from services.runtime.telemetry.tracing import in_span
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,11 @@ class Stage:
         `events` must exhaust or close them."""
         return events
 
-    async def after(self, context: RequestContext, error: ServiceError | None) -> None:
+    def after(self, context: RequestContext, error: ServiceError | None) -> Awaitable[None] | None:
         """Runs once at the end, whatever happened; `error` is None after success. A cancelled
-        request ends with reason CANCELLED or DEADLINE_EXCEEDED."""
+        request ends with reason CANCELLED or DEADLINE_EXCEEDED. May be a coroutine function; what
+        there is to wait for is waited for even if the caller has left."""
+        return None
 
     @classmethod
     def transforms_stream(cls) -> bool:
@@ -81,7 +84,13 @@ class Pipeline:
     def __init__(self, steps: Sequence[Stage | SideBySide], metrics: Metrics) -> None:
         self._steps = steps
         self._tracer = get_tracer()
-        self._durations = metrics.histogram("meshserve_gateway_stage_duration_seconds")
+        durations = metrics.histogram("meshserve_gateway_stage_duration_seconds")
+        stages = [
+            stage
+            for step in steps
+            for stage in (step.stages if isinstance(step, SideBySide) else (step,))
+        ]
+        self._durations = {stage.name: durations.labels(stage.name) for stage in stages}
         # Ways out that outlive a cancelled call; held so that they are not collected.
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -108,11 +117,14 @@ class Pipeline:
             error = ServiceError(Reason.INTERNAL, str(failure))
             raise
         finally:
-            closing = asyncio.create_task(passage.leave(error))
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-            # Cancelled or not, the ways out run to their end.
-            await asyncio.shield(closing)
+            passage.end_spans(error)
+            rest = passage.leave(error)
+            if rest is not None:
+                closing = asyncio.create_task(rest)
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+                # Cancelled or not, the ways out run to their end.
+                await asyncio.shield(closing)
 
     async def drain(self) -> None:
         """Waits for the ways out of requests that are gone."""
@@ -135,7 +147,9 @@ def _has_text(event: Event) -> bool:
 class _Passage:
     """One request on its way through the stages."""
 
-    def __init__(self, context: RequestContext, tracer: Tracer, durations: Histogram) -> None:
+    def __init__(
+        self, context: RequestContext, tracer: Tracer, durations: Mapping[str, Histogram]
+    ) -> None:
         self._context = context
         self._tracer = tracer
         self._durations = durations
@@ -150,10 +164,12 @@ class _Passage:
             return
         if self._context.cached_answer is not None:
             return
+        first, *others = step.stages
         try:
             async with asyncio.TaskGroup() as group:
-                for stage in step.stages:
+                for stage in others:
                     group.create_task(self._enter(stage))
+                await self._enter(first)
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
         for stage in step.stages:
@@ -169,15 +185,34 @@ class _Passage:
             events = stage.stream(self._context, events, span)
         return events
 
-    async def leave(self, error: ServiceError | None) -> None:
-        """Ends the spans and runs the ways out."""
+    def end_spans(self, error: ServiceError | None) -> None:
+        """Ends the spans of the stages that worked on the stream."""
         for stage, span, started in self._open_spans:
             self._end(stage, span, started, error)
-        for stage in reversed(self._entered):
+
+    def leave(self, error: ServiceError | None) -> Coroutine[Any, Any, None] | None:
+        """Runs the ways out; returns the rest of them where there is something to wait for."""
+        while self._entered:
+            stage = self._entered.pop()
             try:
-                await stage.after(self._context, error)
+                rest = stage.after(self._context, error)
             except Exception:
                 log.exception("the way out of a stage failed", extra={"stage": stage.name})
+            else:
+                if rest is not None:
+                    return self._leave_slowly(stage, rest, error)
+        return None
+
+    async def _leave_slowly(
+        self, stage: Stage, rest: Awaitable[None], error: ServiceError | None
+    ) -> None:
+        try:
+            await rest
+        except Exception:
+            log.exception("the way out of a stage failed", extra={"stage": stage.name})
+        others = self.leave(error)
+        if others is not None:
+            await others
 
     async def _enter(self, stage: Stage) -> None:
         # Entered even if it fails: what it has taken by then is given back on its way out.
@@ -191,11 +226,14 @@ class _Passage:
     async def _work(self, stage: Stage) -> tuple[Stage, Span, float]:
         """The way in of a stage under a span, which is left open unless it fails."""
         started = time.perf_counter()
-        span = self._tracer.start_span(
-            f"stage {stage.name}", attributes={"meshserve.stage": stage.name}
-        )
+        span = self._context.span
+        # What belongs to a span that is not recorded is not recorded either.
+        if span.is_recording():
+            span = self._tracer.start_span(
+                f"stage {stage.name}", attributes={"meshserve.stage": stage.name}
+            )
         try:
-            with use_span(span, record_exception=False, set_status_on_exception=False):
+            with in_span(span):
                 await stage.before(self._context)
         except BaseException as failure:
             self._end(stage, span, started, _as_service_error(failure))
@@ -203,7 +241,7 @@ class _Passage:
         return stage, span, started
 
     def _end(self, stage: Stage, span: Span, started: float, error: ServiceError | None) -> None:
-        self._durations.labels(stage.name).observe(time.perf_counter() - started)
+        self._durations[stage.name].observe(time.perf_counter() - started)
         # A stage that others' failure ended, or a caller who left, is no failure of its own.
         if error is not None and error.reason is not Reason.CANCELLED:
             span.set_attribute("error.type", error.reason.value)

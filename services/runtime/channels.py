@@ -12,6 +12,8 @@ from typing import Any, Self, cast
 
 import grpc
 
+from meshserve.v1 import calls_pb2
+from services.runtime.carrier import CARRY_METHOD, Carrier
 from services.runtime.client_calls import (
     Instruments,
     Method,
@@ -79,11 +81,14 @@ def connect(
     metrics: Metrics,
     max_message_bytes: int = 64 * 2**20,
     credentials: grpc.ChannelCredentials | None = None,
+    carries_calls: bool = False,
 ) -> grpc.aio.Channel:
     """A channel to the service named `peer` at a gRPC target such as `dns:///tokenizer:50052`.
 
     `grpc_services` are the full names of what is called; the health of the first one decides
-    whether a replica is used.
+    whether a replica is used. With `carries_calls` short unary calls travel together on one stream;
+    they must do no harm if they are answered twice, since a call that was under way when its stream
+    was lost is made again.
     """
     options = channel_options(grpc_services, max_message_bytes)
     channel = (
@@ -91,15 +96,30 @@ def connect(
         if credentials is None
         else grpc.aio.secure_channel(target, credentials, options=options)
     )
-    return cast(grpc.aio.Channel, MeshChannel(channel, peer, target, metrics))
+    return cast(grpc.aio.Channel, MeshChannel(channel, peer, target, metrics, carries_calls))
 
 
 class MeshChannel:
     """Stands in for grpc.aio.Channel in generated stubs. Close it with `async with` or `close`."""
 
-    def __init__(self, channel: grpc.aio.Channel, peer: str, target: str, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        peer: str,
+        target: str,
+        metrics: Metrics,
+        carries_calls: bool = False,
+    ) -> None:
         self._channel = channel
         self.instruments = Instruments(peer, target, metrics)
+        self._carrier: Carrier | None = None
+        if carries_calls:
+            open_stream = self.stream_stream(
+                CARRY_METHOD,
+                request_serializer=calls_pb2.CarryCallsRequest.SerializeToString,
+                response_deserializer=calls_pb2.CarryCallsResponse.FromString,
+            )
+            self._carrier = Carrier(peer, open_stream)
 
     async def __aenter__(self) -> Self:
         return self
@@ -109,12 +129,14 @@ class MeshChannel:
 
     async def close(self) -> None:
         """Cancels what is in flight and closes the connections."""
+        if self._carrier is not None:
+            self._carrier.close()
         await self._channel.close(None)
 
     def unary_unary(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""
         rpc = Method(method, self._channel.unary_unary, False, *codec, **options)
-        return single_response(rpc, self.instruments)
+        return single_response(rpc, self.instruments, self._carrier)
 
     def stream_unary(self, method: str, *codec: Any, **options: Any) -> Any:
         """Called by generated stubs."""

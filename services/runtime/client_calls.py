@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -22,13 +22,12 @@ from opentelemetry.trace import (
     SpanKind,
     Status,
     StatusCode,
-    use_span,
 )
 
 from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.telemetry import Metrics, get_tracer
-from services.runtime.telemetry.tracing import inject_context
+from services.runtime.telemetry.tracing import metadata_of
 
 
 class Method:
@@ -59,8 +58,8 @@ class Method:
         return self._call(self._send(requests), **options)
 
     def to_bytes(self, request: Any) -> bytes:
-        """One request; raises what the serializer raises."""
-        return self._serialize(request)
+        """One request, unless it is in bytes already; raises what the serializer raises."""
+        return request if isinstance(request, bytes) else self._serialize(request)
 
     def from_bytes(self, data: bytes, peer: str) -> Any:
         """One response. Raises ServiceError."""
@@ -126,14 +125,24 @@ def _outcome(error: BaseException | None) -> tuple[str, str]:
     return grpc.StatusCode.INTERNAL.name, type(error).__name__
 
 
-def _outgoing(span: Span) -> tuple[tuple[str, str], ...]:
-    carrier: dict[str, str] = {}
-    with use_span(span):
-        inject_context(carrier)
-    return tuple(carrier.items())
+class CallCarrier(Protocol):
+    """Another way for short calls than a stream of their own."""
+
+    async def call(
+        self,
+        method: str,
+        request: bytes,
+        metadata: tuple[tuple[str, str], ...],
+        timeout_s: float | None,
+    ) -> bytes | None:
+        """The serialized response; None for a call that must go its own way. May raise
+        ServiceError."""
+        ...
 
 
-def single_response(rpc: Method, instruments: Instruments) -> Callable[..., Awaitable[Any]]:
+def single_response(
+    rpc: Method, instruments: Instruments, carrier: CallCarrier | None = None
+) -> Callable[..., Awaitable[Any]]:
     """What a stub calls for an RPC that answers with one message."""
 
     async def invoke(request: Any, *, timeout: float | None = None) -> Any:
@@ -143,7 +152,15 @@ def single_response(rpc: Method, instruments: Instruments) -> Callable[..., Awai
         failure: BaseException | None = None
         try:
             limit = deadline.bounded(timeout)
-            data = await rpc.start(request, timeout=limit, metadata=_outgoing(span))
+            metadata = metadata_of(span)
+            data = None
+            if carrier is not None:
+                request = rpc.to_bytes(request)
+                data = await carrier.call(rpc.name, request, metadata, limit)
+                if data is None:
+                    limit = deadline.bounded(timeout)
+            if data is None:
+                data = await rpc.start(request, timeout=limit, metadata=metadata)
             return rpc.from_bytes(data, instruments.peer)
         except grpc.RpcError as error:
             failure = ServiceError.from_rpc_error(error, peer=instruments.peer)
@@ -169,7 +186,7 @@ def response_stream(rpc: Method, instruments: Instruments) -> Callable[..., Resp
         started = time.perf_counter()
         try:
             limit = timeout if standing else deadline.bounded(timeout)
-            responses = rpc.start(requests, timeout=limit, metadata=_outgoing(span))
+            responses = rpc.start(requests, timeout=limit, metadata=metadata_of(span))
         except BaseException as error:
             instruments.end(rpc.name, span, started, error)
             raise

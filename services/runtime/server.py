@@ -24,6 +24,8 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from meshserve.v1 import calls_pb2, calls_pb2_grpc
+from services.runtime.call_host import CallHost
 from services.runtime.channels import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
 from services.runtime.health import HealthMonitor
 from services.runtime.server_calls import CallInterceptor
@@ -57,6 +59,9 @@ class Service(ABC):
 
     name: ClassVar[str]
     grpc_services: ClassVar[tuple[str, ...]]
+    # Whether its unary methods can be called on a shared stream as well. They need no gRPC context,
+    # and it is safe to call them twice.
+    carries_calls: ClassVar[bool] = False
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
@@ -133,11 +138,11 @@ async def _serve(
     calls = CallInterceptor(metrics)
     server = grpc.aio.server(interceptors=[calls], options=_server_options(section))
     _bind(server, section, name)
-    service.register(server)
+    carried = _register(service, server)
     health = HealthMonitor(service.grpc_services, service.probe, metrics)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-    names = (*service.grpc_services, health_name, reflection.SERVICE_NAME)
+    names = (*service.grpc_services, *carried, health_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     try:
         if await _start(service, stop_requested):
@@ -159,6 +164,17 @@ async def _serve(
         except Exception:
             # Must not take the place of what the start failed with, nor keep spans from leaving.
             log.exception("the service did not stop cleanly")
+
+
+def _register(service: Service, server: grpc.aio.Server) -> tuple[str, ...]:
+    """Adds the servicers; returns the names of gRPC services beside the service's own."""
+    if not service.carries_calls:
+        service.register(server)
+        return ()
+    host = CallHost(service.metrics, service.draining)
+    service.register(host.beside(server))
+    calls_pb2_grpc.add_CallServiceServicer_to_server(host, server)
+    return (calls_pb2.DESCRIPTOR.services_by_name["CallService"].full_name,)
 
 
 def _spare_the_collector() -> None:

@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, Self
 
 import grpc
 from google.protobuf.message import DecodeError
 from opentelemetry import context as otel_context
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
+from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
 from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError, status_metadata
@@ -69,10 +68,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server. Streaming servicers are async generators."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self._calls = metrics.counter("meshserve_rpc_server_calls")
-        self._duration = metrics.histogram("meshserve_rpc_server_duration_seconds")
-        self._active = metrics.gauge("meshserve_rpc_server_active_calls")
-        self._tracer = get_tracer()
+        self.tracer = get_tracer()
+        self._metrics = metrics
+        self._wrapped: dict[str, Any] = {}
         self._in_flight = 0
         self._none_in_flight = asyncio.Event()
         self._none_in_flight.set()
@@ -91,8 +89,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: Any,
     ) -> Any:
         """The handler that gRPC found, wrapped; None where it found none."""
-        handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
+        wrapped = self._wrapped.get(method)
+        if wrapped is not None:
+            return wrapped
+        handler = await continuation(handler_call_details)
         if handler is None or method.startswith(UNTRACED_PREFIXES):
             return handler
         wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
@@ -100,20 +101,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             "stream" if handler.response_streaming else "unary"
         )
         make_handler = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make_handler(
+        # The same for every call of a method that exists.
+        wrapped = self._wrapped[method] = make_handler(
             wrap(method.removeprefix("/"), getattr(handler, kind), handler),
             request_deserializer=_tolerant(handler.request_deserializer),
             # Responses leave our wrapper as bytes: a failure to serialize one must become our
             # INTERNAL, where gRPC would tell the caller the exception's text.
             response_serializer=None,
         )
+        return wrapped
 
     def _wrap_unary(self, method: str, behaviour: Any, handler: Any) -> Any:
         check = _checked_stream if handler.request_streaming else _checked
         serialize = handler.response_serializer or bytes
+        records = _Records(method, self._metrics)
 
         async def answer(request: Any, context: Any) -> Any:
-            with self._call(method, context) as call:
+            with _Call(self, records, context) as call:
                 try:
                     response = await behaviour(check(request), context)
                     # A servicer that set a status itself returns what gRPC will discard.
@@ -126,9 +130,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _wrap_stream(self, method: str, behaviour: Any, handler: Any) -> Any:
         check = _checked_stream if handler.request_streaming else _checked
         serialize = handler.response_serializer or bytes
+        records = _Records(method, self._metrics)
 
         async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
-            with self._call(method, context) as call:
+            with _Call(self, records, context) as call:
                 try:
                     responses = behaviour(check(request), context)
                     try:
@@ -147,43 +152,61 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return answer
 
-    @contextmanager
-    def _call(self, method: str, context: Any) -> Iterator[_Call]:
-        started = time.perf_counter()
-        # gRPC runs each call in a task of its own, so what is set here ends with the call.
-        deadline.set_remaining(context.time_remaining())
-        span = self._tracer.start_span(
-            method,
-            extract_context(context.invocation_metadata() or ()),
-            SpanKind.SERVER,
-            {"rpc.system.name": "grpc", "rpc.method": method},
-        )
-        otel_context.attach(set_span_in_context(span))
-        call = _Call(method, span, context)
-        self._active.labels(method).inc()
+    def begin(self) -> None:
+        """A servicer goes to work."""
         self._in_flight += 1
         self._none_in_flight.clear()
-        try:
-            yield call
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._none_in_flight.set()
-            self._active.labels(method).dec()
-            self._calls.labels(method, call.code.name).inc()
-            self._duration.labels(method).observe(time.perf_counter() - started)
-            span.set_attribute("rpc.response.status_code", call.code.name)
-            span.end()
+
+    def end(self) -> None:
+        """A servicer is done."""
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._none_in_flight.set()
+
+
+class _Records:
+    """What is counted of the calls of one method."""
+
+    def __init__(self, method: str, metrics: Metrics) -> None:
+        self.method = method
+        self.calls = metrics.counter("meshserve_rpc_server_calls")
+        self.duration = metrics.histogram("meshserve_rpc_server_duration_seconds").labels(method)
+        self.active = metrics.gauge("meshserve_rpc_server_active_calls").labels(method)
 
 
 class _Call:
-    """The outcome of one call."""
+    """One call while it is answered, and its outcome."""
 
-    def __init__(self, method: str, span: Span, context: Any) -> None:
+    def __init__(self, interceptor: CallInterceptor, records: _Records, context: Any) -> None:
         self.code = grpc.StatusCode.OK
-        self._method = method
-        self._span = span
+        self._interceptor = interceptor
+        self._records = records
         self._context = context
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        # gRPC runs each call in a task of its own, so what is set here ends with the call.
+        deadline.set_remaining(self._context.time_remaining())
+        method = self._records.method
+        self._span = self._interceptor.tracer.start_span(
+            method,
+            extract_context(self._context.invocation_metadata() or ()),
+            SpanKind.SERVER,
+            {"rpc.system.name": "grpc", "rpc.method": method},
+        )
+        otel_context.attach(set_span_in_context(self._span))
+        self._records.active.inc()
+        self._interceptor.begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._interceptor.end()
+        records, code = self._records, self.code.name
+        records.active.dec()
+        records.calls.labels(records.method, code).inc()
+        records.duration.observe(time.perf_counter() - self._started)
+        self._span.set_attribute("rpc.response.status_code", code)
+        self._span.end()
 
     def adopt_own_status(self) -> bool:
         """Whether the servicer gave the call a status of its own, which is then recorded."""
@@ -216,7 +239,7 @@ class _Call:
             self._mark(type(error).__name__)
             raise error
         if not isinstance(error, ServiceError):
-            log.error("unexpected error", exc_info=error, extra={"method": self._method})
+            log.error("unexpected error", exc_info=error, extra={"method": self._records.method})
             error = ServiceError(Reason.INTERNAL, "internal error; the server's log has the rest")
         self.code = error.code
         self._mark(error.reason.value)

@@ -24,6 +24,7 @@ class SafetyService(Service):
 
     name = "safety"
     grpc_services = (safety_pb2.DESCRIPTOR.services_by_name["SafetyService"].full_name,)
+    carries_calls = True
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         super().__init__(settings, metrics)

@@ -24,6 +24,7 @@ class TokenizerService(Service):
 
     name = "tokenizer"
     grpc_services = (tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name,)
+    carries_calls = True
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         super().__init__(settings, metrics)

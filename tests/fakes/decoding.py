@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 
 from meshserve.v1 import tokenizer_pb2, tokenizer_pb2_grpc
-from services.gateway.sessions import Session, SessionPool
+from services.gateway.sessions import Session
 from services.runtime.errors import Reason, ServiceError, invalid_field
+from services.runtime.exchanges import SessionPool
 from services.runtime.multiplex import SessionHost
 
 POISON, CRASH, SILENCE = 666, 667, 668

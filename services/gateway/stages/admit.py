@@ -38,7 +38,7 @@ class Admit(Stage):
         self._take_place(context)
         await self._limit_rate(context.tenant)
 
-    async def after(self, context: RequestContext, error: ServiceError | None) -> None:
+    def after(self, context: RequestContext, error: ServiceError | None) -> None:
         """Gives the place back."""
         if context.admitted:
             context.admitted = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 
-from opentelemetry.trace import Span, use_span
+from opentelemetry.trace import Span
 
 from meshserve.v1 import engine_pb2, tokenizer_pb2, types_pb2
 from services.gateway.context import RequestContext
@@ -16,7 +16,7 @@ from services.gateway.pipeline import Stage, first_error
 from services.gateway.sessions import Session
 from services.gateway.stop_strings import StopMatch, StopStringMatcher
 from services.runtime.errors import Reason, ServiceError
-from services.runtime.telemetry.tracing import current_trace_context
+from services.runtime.telemetry.tracing import in_span, trace_context_of
 
 # Fields of the engine's request that go by another name in ours.
 ENGINE_FIELDS = {
@@ -43,8 +43,8 @@ class Generate(Stage):
         self, context: RequestContext, events: AsyncGenerator[Event], span: Span
     ) -> AsyncGenerator[Event]:
         """Raises ServiceError. Ends once every choice has ended."""
-        with use_span(span):
-            trace = current_trace_context()
+        trace = trace_context_of(span)
+        with in_span(span):
             call = context.served.engine_calls.generate(engine_request(context))
         choices = [_Choice(context, self._pool, index, trace) for index in range(context.choices)]
         unended = len(choices)

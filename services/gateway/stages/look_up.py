@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -87,10 +88,13 @@ class LookUp(Stage):
         elif found.HasField("lease"):
             context.lease_token = found.lease.token
 
-    async def after(self, context: RequestContext, error: ServiceError | None) -> None:
+    def after(self, context: RequestContext, error: ServiceError | None) -> Awaitable[None] | None:
         """Keeps a complete answer, else gives the lease up."""
         if context.cache_key is None or context.cached_answer is not None:
-            return
+            return None
+        return self._keep_or_release(context, error)
+
+    async def _keep_or_release(self, context: RequestContext, error: ServiceError | None) -> None:
         # The caller's deadline may have passed; what is computed is worth keeping all the same.
         deadline.set_remaining(None)
         try:

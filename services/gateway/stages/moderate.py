@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from opentelemetry.trace import Span, use_span
+from opentelemetry.trace import Span
 
 from meshserve.v1 import safety_pb2, types_pb2
 from services.gateway.context import RequestContext
@@ -17,7 +17,7 @@ from services.gateway.pipeline import Stage
 from services.gateway.sessions import Session
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import SafetySettings
-from services.runtime.telemetry.tracing import current_trace_context
+from services.runtime.telemetry.tracing import trace_context_of
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,7 @@ class Moderate(Stage):
     async def _checked(
         self, context: RequestContext, events: AsyncGenerator[Event], span: Span
     ) -> AsyncGenerator[Event]:
-        with use_span(span):
-            trace = current_trace_context()
+        trace = trace_context_of(span)
         may_pass_by = self._settings.when_unavailable == "allow"
         checks = [
             _ChoiceCheck(self._pool, context, index, trace, may_pass_by)

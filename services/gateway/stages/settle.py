@@ -26,7 +26,7 @@ class Settle(Stage):
         self._first_token = metrics.histogram("meshserve_gateway_time_to_first_token_seconds")
         self._per_token = metrics.histogram("meshserve_gateway_time_per_output_token_seconds")
 
-    async def after(self, context: RequestContext, error: ServiceError | None) -> None:
+    def after(self, context: RequestContext, error: ServiceError | None) -> None:
         """Counts what was used, also of a request that failed on the way."""
         model, span = context.served.name, context.span
         cached = context.cached_answer is not None

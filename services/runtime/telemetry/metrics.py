@@ -8,7 +8,7 @@ categories; never anything that a caller makes up.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prometheus_client import (
     CollectorRegistry,
@@ -100,6 +100,31 @@ METRICS: tuple[MetricDeclaration, ...] = (
 )  # fmt: skip
 
 
+class _Kept:
+    """Finds the collector of some labels by one look-up; the library's own way makes new texts of
+    the labels and takes a lock each time, at dozens of places in a request."""
+
+    def labels(self, *values: str) -> Any:
+        """The collector of these labels, in the order of their names."""
+        kept: dict[tuple[str, ...], Any] = self.__dict__.setdefault("_kept", {})
+        child = kept.get(values)
+        if child is None:
+            child = kept[values] = super().labels(*values)  # type: ignore[misc]
+        return child
+
+
+class _KeptCounter(_Kept, Counter):  # type: ignore[misc]
+    pass
+
+
+class _KeptGauge(_Kept, Gauge):  # type: ignore[misc]
+    pass
+
+
+class _KeptHistogram(_Kept, Histogram):  # type: ignore[misc]
+    pass
+
+
 class Metrics:
     """The collectors of one service, and the HTTP port that shows them."""
 
@@ -135,9 +160,9 @@ class Metrics:
 
     def _make(self, row: MetricDeclaration) -> Counter | Gauge | Histogram:
         if row.kind == "counter":
-            return Counter(row.name, row.meaning, row.labels, registry=self.registry)
+            return _KeptCounter(row.name, row.meaning, row.labels, registry=self.registry)
         if row.kind == "gauge":
-            return Gauge(row.name, row.meaning, row.labels, registry=self.registry)
-        return Histogram(
+            return _KeptGauge(row.name, row.meaning, row.labels, registry=self.registry)
+        return _KeptHistogram(
             row.name, row.meaning, row.labels, registry=self.registry, buckets=row.buckets
         )

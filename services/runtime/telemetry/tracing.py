@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterable, Mapping
+from contextvars import Token
 from functools import cache
 from importlib.metadata import version
 
@@ -92,30 +93,49 @@ def extract_context(metadata: Iterable[tuple[str, str | bytes]]) -> Context:
         for key, value in metadata
         if key in ("traceparent", "tracestate") and isinstance(value, str)
     }
-    return propagate.extract(carrier, Context())
+    return propagate.extract(carrier, Context()) if carrier else Context()
 
 
-def inject_context(carrier: dict[str, str]) -> None:
-    """Adds the current trace context to metadata under way."""
-    propagate.inject(carrier)
-
-
-def current_trace_context() -> types_pb2.TraceContext:
-    """The current trace context as a message, for a session on a shared stream."""
+def metadata_of(span: trace.Span) -> tuple[tuple[str, str], ...]:
+    """The trace context of a span, as metadata of a call."""
+    if not span.get_span_context().is_valid:
+        return ()
     carrier: dict[str, str] = {}
-    propagate.inject(carrier)
-    return types_pb2.TraceContext(
-        traceparent=carrier.get("traceparent", ""), tracestate=carrier.get("tracestate", "")
-    )
+    propagate.inject(carrier, trace.set_span_in_context(span))
+    return tuple(carrier.items())
+
+
+def trace_context_of(span: trace.Span) -> types_pb2.TraceContext:
+    """The trace context of a span as a message, for a session on a shared stream."""
+    return types_pb2.TraceContext(**dict(metadata_of(span)))
 
 
 def context_of(message: types_pb2.TraceContext) -> Context:
     """The trace context that a session on a shared stream was opened with."""
+    if not message.traceparent:
+        return Context()
     carrier: Mapping[str, str] = {
         "traceparent": message.traceparent,
         "tracestate": message.tracestate,
     }
     return propagate.extract({k: v for k, v in carrier.items() if v}, Context())
+
+
+class in_span:  # noqa: N801 - reads as what it does: `with in_span(span):`
+    """Makes a span the current one for a while. One that is not recorded needs no place: what is
+    done for it belongs to the trace that it was begun in, and is recorded as little."""
+
+    def __init__(self, span: trace.Span) -> None:
+        self._span = span
+        self._token: Token[Context] | None = None
+
+    def __enter__(self) -> None:
+        if self._span.is_recording():
+            self._token = otel_context.attach(trace.set_span_in_context(self._span))
+
+    def __exit__(self, *_: object) -> None:
+        if self._token is not None:
+            otel_context.detach(self._token)
 
 
 def current_context() -> Context:

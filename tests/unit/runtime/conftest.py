@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 
-from services.runtime import client_calls, server_calls
+from meshserve.v1 import calls_pb2_grpc
+from services.runtime import carried_calls, client_calls, server_calls
+from services.runtime.call_host import CallHost
 from services.runtime.channels import MeshChannel, connect
 from services.runtime.health import SERVING, HealthMonitor
 from services.runtime.server_calls import CallInterceptor
@@ -52,7 +55,7 @@ def provider() -> TracerProvider:
 def spans(provider: TracerProvider, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spans]:
     exporter = InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    for module in (client_calls, server_calls):
+    for module in (client_calls, server_calls, carried_calls):
         monkeypatch.setattr(module, "get_tracer", lambda: provider.get_tracer("test"))
     yield Spans(exporter)
     provider.shutdown()
@@ -81,12 +84,20 @@ class Loopback:
     stack: AsyncExitStack
     metrics: Metrics = field(default_factory=lambda: Metrics("gateway"))
 
-    async def serve(self, shapes: Any = None, port: int = 0) -> Replica:
+    async def serve(
+        self, shapes: Any = None, port: int = 0, draining: asyncio.Event | None = None
+    ) -> Replica:
+        """With `draining` the calls of the service can be carried on a stream."""
         shapes = shapes or Shapes()
         metrics = Metrics("engine")
         calls = CallInterceptor(metrics)
         server = grpc.aio.server(interceptors=[calls], options=[("grpc.so_reuseport", 0)])
-        shapes.add_to(server)
+        if draining is None:
+            shapes.add_to(server)
+        else:
+            host = CallHost(metrics, draining)
+            shapes.add_to(host.beside(server))
+            calls_pb2_grpc.add_CallServiceServicer_to_server(host, server)
 
         async def healthy() -> None:
             return None
@@ -99,13 +110,17 @@ class Loopback:
         self.stack.push_async_callback(server.stop, 0)
         return Replica(shapes, server, health, metrics, calls, port)
 
-    def connect(self, *replicas: Replica) -> ShapesStub:
-        return ShapesStub(self.channel(*replicas))
+    def connect(self, *replicas: Replica, carries_calls: bool = False) -> ShapesStub:
+        return ShapesStub(self.channel(*replicas, carries_calls=carries_calls))
 
-    def channel(self, *replicas: Replica) -> MeshChannel:
+    def channel(self, *replicas: Replica, carries_calls: bool = False) -> MeshChannel:
         addresses = ",".join(f"127.0.0.1:{replica.port}" for replica in replicas)
         channel = connect(
-            f"ipv4:{addresses}", peer="shapes", grpc_services=[SERVICE], metrics=self.metrics
+            f"ipv4:{addresses}",
+            peer="shapes",
+            grpc_services=[SERVICE],
+            metrics=self.metrics,
+            carries_calls=carries_calls,
         )
         assert isinstance(channel, MeshChannel)
         self.stack.push_async_callback(channel.close)

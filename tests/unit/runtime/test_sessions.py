@@ -9,7 +9,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
 from services.gateway import sessions
-from services.runtime import deadline
+from services.runtime import deadline, exchanges
 from services.runtime.errors import Reason, ServiceError
 from tests.fakes.decoding import POISON, SILENCE, Decoding, EchoHost, pool_over
 
@@ -159,7 +159,7 @@ async def test_new_sessions_move_to_a_new_stream_when_the_old_one_has_its_age(
     _, pool = await start(loopback, host)
     old = Decoding(pool)
     await old.feed(1)
-    monkeypatch.setattr(sessions, "MAX_STREAM_AGE_S", 0.05)
+    monkeypatch.setattr(exchanges, "MAX_STREAM_AGE_S", 0.05)
     await asyncio.sleep(0.06)
     new = Decoding(pool)
     await new.feed(1)
@@ -196,7 +196,7 @@ async def test_a_stream_has_no_span_and_no_deadline_of_the_request_that_opened_i
 async def test_a_large_batch_goes_in_several_messages(
     loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "MAX_BATCH_BYTES", 1000)
+    monkeypatch.setattr(exchanges, "MAX_BATCH_BYTES", 1000)
     host = EchoHost()
     _, pool = await start(loopback, host)
     decodings = [Decoding(pool) for _ in range(10)]

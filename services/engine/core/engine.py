@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from services.engine.core.clock import now_ns
 from services.engine.core.fault_isolation import IsolatingRunner
-from services.engine.core.messages import Delta, FinishReason, Load, SequenceRequest, Step
-from services.engine.core.plan import SequenceUpdate
+from services.engine.core.messages import Delta, Load, SequenceRequest, Step
 from services.engine.core.runner import Runner
 from services.engine.core.scheduler import Scheduler
 
@@ -16,8 +15,6 @@ class EngineCore:
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
         self._scheduler = scheduler
         self._runner = IsolatingRunner(runner)
-        self._sampled_tokens = 0
-        self._failed_sequences = 0
         self._last_step_us = 0
 
     @property
@@ -35,8 +32,8 @@ class EngineCore:
 
     def abort(self, sequence_ids: list[int]) -> list[Delta]:
         """End sequences and free their blocks now; ids that are not live are ignored."""
-        updates = [self._scheduler.abort(sequence_id) for sequence_id in sequence_ids]
-        return [_delta(update) for update in updates if update is not None]
+        deltas = map(self._scheduler.abort, sequence_ids)
+        return [delta for delta in deltas if delta is not None]
 
     def drain(self) -> None:
         """Refuse new sequences from here on."""
@@ -51,15 +48,7 @@ class EngineCore:
         """
         started_ns = now_ns()
         plan = self._scheduler.schedule()
-        outputs = self._runner.run(plan)
-        updates = self._scheduler.apply(outputs)
-        deltas = [_delta(update) for update in updates]
-        num_sampled = sum(len(delta.token_ids) for delta in deltas)
-        self._sampled_tokens += num_sampled
-        self._failed_sequences += sum(
-            delta.finish is not None and delta.finish.reason is FinishReason.ERROR
-            for delta in deltas
-        )
+        deltas = self._scheduler.apply(self._runner.run(plan))
         ended_ns = now_ns()
         self._last_step_us = (ended_ns - started_ns) // 1000
         return Step(
@@ -82,8 +71,8 @@ class EngineCore:
             steps=scheduler.steps,
             preemptions=scheduler.preemptions,
             prompt_tokens=scheduler.prompt_tokens,
-            sampled_tokens=self._sampled_tokens,
-            failed_sequences=self._failed_sequences,
+            sampled_tokens=scheduler.sampled_tokens,
+            failed_sequences=scheduler.failed_sequences,
             last_step_us=self._last_step_us,
             draining=scheduler.draining,
             cache_queried_tokens=scheduler.block_tables.queried_tokens,
@@ -99,15 +88,3 @@ class EngineCore:
             IntegrityError: one does not hold.
         """
         self._scheduler.check_integrity()
-
-
-def _delta(update: SequenceUpdate) -> Delta:
-    sequence = update.sequence
-    is_first = bool(update.token_ids) and sequence.num_output_tokens == len(update.token_ids)
-    return Delta(
-        sequence_id=sequence.sequence_id,
-        token_ids=list(update.token_ids),
-        logprobs=list(update.logprobs) or None,
-        timing=sequence.timing() if is_first or update.finish is not None else None,
-        finish=update.finish,
-    )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.engine.core.messages import Finish, TokenLogprobs
+import msgspec
+
+from services.engine.core.messages import TokenLogprobs
 from services.engine.core.sequence import Sequence
 
 
@@ -54,8 +56,7 @@ class Plan:
         return Plan(self.step, (sequence,), (count,), copies)
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceOutput:
+class SequenceOutput(msgspec.Struct, frozen=True):
     """What a step brought one sequence: tokens sampled (none after a chunk of a prefill).
 
     With a draft there may be several, of which `num_accepted` are the draft's own: their K and V
@@ -76,13 +77,3 @@ class StepOutputs:
     outputs: tuple[SequenceOutput, ...]
     started_ns: int
     ended_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
-    """What a step changed for one sequence, for whoever listens to it."""
-
-    sequence: Sequence
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    finish: Finish | None = None

@@ -95,9 +95,9 @@ class PrefixCache:
         To be called only once a sampled token has shown that what was computed is sound: a
         sequence that fails must leave nothing behind for others to trip over.
         """
-        computed = min(sequence.num_computed_tokens, sequence.num_tokens)
+        computed = min(sequence.num_computed_tokens, len(sequence.token_ids))
         full = computed // self._pool.block_size
-        if not self.enabled or full <= sequence.num_published_blocks:
+        if full <= sequence.num_published_blocks or not self.enabled:
             return
         self._hash_blocks(sequence, full)
         for index in range(sequence.num_published_blocks, full):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,7 +15,6 @@ from torch import Tensor
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.clock import now_ns
 from services.engine.core.logit_edits import LogitEdits
-from services.engine.core.noise import uniforms
 from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
 from services.engine.core.sampler import SampledTokens, SamplingBatch, sample
 from services.engine.core.sequence_rows import SequenceRows
@@ -25,14 +25,15 @@ from services.engine.core.staging import Staging
 Model: TypeAlias = Callable[[ForwardBatch, Any], Tensor]
 
 _NO_OUTPUT = SequenceOutput()
+_NO_TOKENS = SampledTokens([], [], [])
 
 
 @dataclass(frozen=True, slots=True)
 class _Sampled:
     """Which planned sequences a step samples from: `num_rows[i]` times from `indices[i]`."""
 
-    indices: npt.NDArray[np.int64]
-    num_rows: npt.NDArray[np.int64] | None  # None: once from each
+    indices: list[int]
+    num_rows: list[int] | None  # None: once from each
 
 
 class Runner:
@@ -70,100 +71,101 @@ class Runner:
                 self._kv_cache.copy_blocks(plan.block_copies)
             drafts = plan.drafts()
             batch, sampled = self._batch(plan, drafts)
+            sampling = self._sampling(plan, drafts, sampled)
             logits = self._model(batch, self._kv_cache)
-            tokens = self._sample(plan, drafts, sampled, logits)
+            tokens = _NO_TOKENS if sampling is None else sample(logits, sampling)
         outputs = _outputs(len(plan.sequences), drafts, sampled, tokens)
         return StepOutputs(plan, outputs, started_ns, now_ns())
 
     def _batch(
         self, plan: Plan, drafts: tuple[tuple[int, ...], ...] | None
     ) -> tuple[ForwardBatch, _Sampled]:
-        sequences = plan.sequences
+        sequences, counts = plan.sequences, plan.token_counts
         num_sequences = len(sequences)
         widest = max(map(self._rows.refresh, sequences))
-        counts = np.array(plan.token_counts, np.int64)
-        rows = np.fromiter((s.row for s in sequences), np.int64, num_sequences)
-        computed = np.fromiter((s.num_computed_tokens for s in sequences), np.int64, num_sequences)
-        known = np.fromiter((len(s.token_ids) for s in sequences), np.int64, num_sequences)
-        after = computed + counts
-        ends = counts.cumsum()
-        total = int(ends[-1])
-        indices = np.flatnonzero(after >= known)
-        sampled = _Sampled(indices, None if drafts is None else (after - known)[indices] + 1)
+        rows = [sequence.row for sequence in sequences]
+        computed = [sequence.num_computed_tokens for sequence in sequences]
+        contexts = [before + count for before, count in zip(computed, counts, strict=True)]
+        beyond = [
+            context - len(sequence.token_ids)
+            for context, sequence in zip(contexts, sequences, strict=True)
+        ]
+        ends = list(accumulate(counts))
+        total = ends[-1]
+        indices = [index for index, ahead in enumerate(beyond) if ahead >= 0]
+        if drafts is None:
+            sampled = _Sampled(indices, None)
+            wanted = [ends[index] - 1 for index in indices]
+        else:
+            sampled = _Sampled(indices, [beyond[index] + 1 for index in indices])
+            wanted = [
+                row
+                for index in indices
+                for row in range(ends[index] - beyond[index] - 1, ends[index])
+            ]
 
-        integers = self._integers.host
-        token_ids, positions, slots = integers[: 3 * total].reshape(3, total)
+        token_ids, positions, slots, logits_rows = self._integers.cut(
+            (total,), (total,), (total,), (len(wanted),)
+        )
+        logits_rows[:] = wanted
+        _fill_token_ids(token_ids, plan, drafts)
         if total == num_sequences:
-            owner = rows
+            owners = np.array(rows)
             positions[:] = computed
         else:
-            owner = np.repeat(rows, counts)
-            # Position = tokens computed before + offset within the sequence's share of the batch.
-            positions[:] = np.arange(total) + np.repeat(after - ends, counts)
+            owners = np.repeat(rows, counts)
+            # What a token's position and its place in the batch differ by is its sequence's own.
+            positions[:] = np.arange(total) + np.repeat(np.subtract(contexts, ends), counts)
         tables = self._rows.block_tables
-        np.multiply(tables[owner, positions // self._block_size], self._block_size, out=slots)
+        np.multiply(tables[owners, positions // self._block_size], self._block_size, out=slots)
         slots += positions % self._block_size
-        _fill_token_ids(token_ids, plan, drafts)
-        logits_rows = ends[indices] - 1
-        if sampled.num_rows is not None:
-            logits_rows = _runs_up_to(logits_rows, sampled.num_rows)
-        num_integers = 3 * total + len(logits_rows)
-        integers[3 * total : num_integers] = logits_rows
-        packed = self._integers.to_device(num_integers)
+        (block_tables,) = self._tables.cut((num_sequences, widest))
+        block_tables[:] = tables[rows, :widest]
 
-        num_entries = num_sequences * widest
-        self._tables.host[:num_entries].reshape(num_sequences, widest)[:] = tables[rows, :widest]
+        token_ids_there, positions_there, slots_there, rows_there = self._integers.to_device()
+        (tables_there,) = self._tables.to_device()
         batch = ForwardBatch(
-            token_ids=packed[:total],
-            positions=packed[total : 2 * total],
-            slots=packed[2 * total : 3 * total],
-            block_tables=self._tables.to_device(num_entries).view(num_sequences, widest),
-            query_lengths=plan.token_counts,
-            context_lengths=tuple(after.tolist()),
-            logits_rows=packed[3 * total :],
+            token_ids=token_ids_there,
+            positions=positions_there,
+            slots=slots_there,
+            block_tables=tables_there,
+            query_lengths=counts,
+            context_lengths=tuple(contexts),
+            logits_rows=rows_there,
         )
         return batch, sampled
 
-    def _sample(
-        self,
-        plan: Plan,
-        drafts: tuple[tuple[int, ...], ...] | None,
-        sampled: _Sampled,
-        logits: Tensor,
-    ) -> SampledTokens:
-        indices = sampled.indices.tolist()
-        if not indices:
-            return SampledTokens([], [], [])
-        chosen = [plan.sequences[index] for index in indices]
-        rows = np.fromiter((s.row for s in chosen), np.int64, len(chosen))
-        positions = np.fromiter((s.num_output_tokens for s in chosen), np.int64, len(chosen))
-        if sampled.num_rows is not None:
-            rows = np.repeat(rows, sampled.num_rows)
-            positions = _runs_up_to(positions + sampled.num_rows - 1, sampled.num_rows)
+    def _sampling(
+        self, plan: Plan, drafts: tuple[tuple[int, ...], ...] | None, sampled: _Sampled
+    ) -> SamplingBatch | None:
+        if not sampled.indices:
+            return None
         state = self._rows
+        chosen = [plan.sequences[index] for index in sampled.indices]
+        rows = [sequence.row for sequence in chosen]
+        if all(state.is_greedy[row] for row in rows):
+            num_rows = len(rows) if sampled.num_rows is None else sum(sampled.num_rows)
+            return SamplingBatch.greedy(num_rows)
         edits = None
-        if any(state.has_edits[s.row] for s in chosen):
+        if any(state.has_edits[row] for row in rows):
             edits = LogitEdits()
-            row = 0
-            for index, sequence in zip(indices, chosen, strict=True):
+            first = 0
+            for index, sequence in zip(sampled.indices, chosen, strict=True):
                 draft = () if drafts is None else drafts[index]
                 if state.has_edits[sequence.row]:
                     counts = state.token_counts(sequence)
                     for length in range(len(draft) + 1):
-                        edits.add(row + length, sequence, counts, draft[:length])
-                row += len(draft) + 1
-        return sample(
-            logits,
-            SamplingBatch(
-                temperature=state.temperature[rows],
-                top_k=state.top_k[rows],
-                top_p=state.top_p[rows],
-                min_p=state.min_p[rows],
-                uniforms=uniforms(state.noise_key[rows], positions),
-                logprobs=state.logprobs[rows],
-                edits=edits,
-            ),
-        )
+                        edits.add(first + length, sequence, counts, draft[:length])
+                first += len(draft) + 1
+        positions = np.array([sequence.num_output_tokens for sequence in chosen])
+        repeated = np.array(rows)
+        if sampled.num_rows is not None:
+            lengths = np.array(sampled.num_rows)
+            repeated = repeated.repeat(lengths)
+            # From the next token of each sequence on, one after the other.
+            firsts = positions - lengths.cumsum() + lengths
+            positions = np.arange(len(repeated)) + firsts.repeat(lengths)
+        return state.sampling(repeated, positions, edits)
 
 
 def _outputs(
@@ -174,7 +176,7 @@ def _outputs(
 ) -> tuple[SequenceOutput, ...]:
     outputs = [_NO_OUTPUT] * num_sequences
     row = 0
-    for index in sampled.indices.tolist():
+    for index in sampled.indices:
         if drafts is not None and drafts[index]:
             outputs[index] = verify(drafts[index], tokens, row)
             row += len(drafts[index]) + 1
@@ -187,20 +189,6 @@ def _outputs(
         )
         row += 1
     return tuple(outputs)
-
-
-def _runs_up_to(
-    lasts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """For each i the `lengths[i]` consecutive numbers that end with `lasts[i]`, one after another.
-
-    >>> _runs_up_to(np.array([4, 9]), np.array([3, 1])).tolist()
-    [2, 3, 4, 9]
-    """
-    ends = lengths.cumsum()
-    runs: npt.NDArray[np.int64] = np.repeat(lasts + 1 - ends, lengths)
-    runs += np.arange(len(runs))
-    return runs
 
 
 def _fill_token_ids(

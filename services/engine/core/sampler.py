@@ -7,6 +7,7 @@ depends on its logits, its parameters and its (seed, position) alone, never on t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,21 @@ class SamplingBatch:
     uniforms: npt.NDArray[np.float64]
     logprobs: npt.NDArray[np.int64]
     edits: LogitEdits | None = None
+    is_greedy: bool = False  # all rows are, and nothing else is on
+
+    @staticmethod
+    @lru_cache
+    def greedy(num_rows: int) -> SamplingBatch:
+        """The likeliest token of every row, and nothing else."""
+        return SamplingBatch(
+            temperature=np.zeros(num_rows, np.float32),
+            top_k=np.zeros(num_rows, np.int64),
+            top_p=np.ones(num_rows, np.float32),
+            min_p=np.zeros(num_rows, np.float32),
+            uniforms=np.zeros(num_rows),
+            logprobs=np.full(num_rows, -1, np.int64),
+            is_greedy=True,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from services.engine.core.clock import now_ns
 from services.engine.core.entrance import Entrance
 from services.engine.core.errors import DrainingError, DuplicateSequenceError, IntegrityError
 from services.engine.core.fairness import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, TenantCounters
-from services.engine.core.messages import Finish, FinishReason, SequenceRequest
-from services.engine.core.plan import Plan, SequenceOutput, SequenceUpdate, StepOutputs
+from services.engine.core.messages import Delta, Finish, FinishReason, SequenceRequest
+from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
 from services.engine.core.preemption import choose_victim
 from services.engine.core.prefix_cache import PrefixCache
 from services.engine.core.running_set import RunningSet
@@ -54,6 +54,8 @@ class Scheduler:
         self.steps = 0
         self.preemptions = 0
         self.prompt_tokens = 0  # computed so far, recomputation included
+        self.sampled_tokens = 0
+        self.failed_sequences = 0
         self._eos_token_ids = eos_token_ids
         self._max_batch_tokens = max_batch_tokens
         self._queue_limits = QueueLimits(max_waiting_sequences, max_waiting_tokens)
@@ -132,12 +134,13 @@ class Scheduler:
             self._live[sequence.sequence_id] = sequence
             self._entrance.push(sequence)
 
-    def abort(self, sequence_id: int) -> SequenceUpdate | None:
+    def abort(self, sequence_id: int) -> Delta | None:
         """End a sequence wherever it is and free its blocks; None if it is not known (any more)."""
         sequence = self._live.get(sequence_id)
         if sequence is None:
             return None
-        return self._end(sequence, Finish(FinishReason.ABORTED), now_ns())
+        self._end(sequence, Finish(FinishReason.ABORTED), now_ns())
+        return sequence.delta()
 
     def schedule(self) -> Plan:
         """The next step. It is empty only if there is no live sequence.
@@ -164,15 +167,17 @@ class Scheduler:
         self._concurrency.stepped()
         return Plan(self.steps, tuple(planned), tuple(planned.values()), tuple(copies))
 
-    def apply(self, outputs: StepOutputs) -> list[SequenceUpdate]:
-        """Take in what a step brought; returns what changed, one update per planned sequence
-        that got tokens or ended."""
-        updates = []
+    def apply(self, outputs: StepOutputs) -> list[Delta]:
+        """Take in what a step brought; returns what changed, one delta per planned sequence that
+        got tokens or ended."""
+        deltas: list[Delta] = []
         plan = outputs.plan
-        self.pool.release([source for source, _ in plan.block_copies])
+        if plan.block_copies:
+            self.pool.release([source for source, _ in plan.block_copies])
         if self._speculator is not None:
             self._speculator.observe(outputs)
         num_prefill_tokens = 0
+        contended = self._tenants.contended
         for sequence, count, output in zip(
             plan.sequences, plan.token_counts, outputs.outputs, strict=True
         ):
@@ -183,26 +188,26 @@ class Scheduler:
             if uncomputed > 1:
                 num_prefill_tokens += count
             if output.error is not None:
-                updates.append(self._fail(sequence, output.error, outputs.ended_ns))
+                deltas.append(self._fail(sequence, output.error, outputs.ended_ns))
                 continue
             known = min(count, uncomputed)  # the rest was its draft
-            self.prompt_tokens += max(
-                0, min(known, sequence.num_prompt_tokens - sequence.num_computed_tokens)
-            )
+            num_prompt_left = sequence.num_prompt_tokens - sequence.num_computed_tokens
+            if num_prompt_left > 0:
+                self.prompt_tokens += min(known, num_prompt_left)
             sequence.num_computed_tokens += known + output.num_accepted
             sequence.draft_token_ids = ()
-            if self._tenants.contended:
+            if contended:
                 cost = (known if uncomputed > 1 else 0) * PROMPT_TOKEN_COST
                 cost += len(output.token_ids) * OUTPUT_TOKEN_COST
                 self._tenants.charge(sequence.tenant, cost)
             if output.token_ids:
-                updates.append(self._extend(sequence, output, outputs.ended_ns))
+                deltas.append(self._extend(sequence, output, outputs.ended_ns))
         self._budget.observe(
             plan.num_tokens - num_prefill_tokens,
             num_prefill_tokens,
             outputs.ended_ns - outputs.started_ns,
         )
-        return updates
+        return deltas
 
     def check_integrity(self) -> None:
         """Check the invariants of scheduler, queue, sequences, pool and prefix cache together.
@@ -226,14 +231,19 @@ class Scheduler:
             if sequence.state is not SequenceState.RUNNING or sequence.num_uncomputed_tokens != 1:
                 continue
             missing = self.block_tables.missing_blocks(sequence, 0)
-            while missing > self.pool.num_free and sequence.state is SequenceState.RUNNING:
-                victim = choose_victim(self._running.sequences, self.pool)
-                self._preempt(victim, planned)
-                self._concurrency.preempted(len(self._running))
-            if sequence.state is SequenceState.RUNNING:
-                if missing > 0:
-                    sequence.block_table += self.pool.allocate(missing)
+            if missing <= 0 or self._allocate(missing, sequence, planned):
                 planned[sequence] = 1
+
+    def _allocate(self, count: int, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
+        """Give blocks to a running sequence, for which others may have to go; False: it had to."""
+        while count > self.pool.num_free:
+            victim = choose_victim(self._running.sequences, self.pool)
+            self._preempt(victim, planned)
+            self._concurrency.preempted(len(self._running))
+            if victim is sequence:
+                return False
+        sequence.block_table += self.pool.allocate(count)
+        return True
 
     def _plan_prefills(self, planned: dict[Sequence, int]) -> None:
         if len(planned) == len(self._running):
@@ -253,7 +263,7 @@ class Scheduler:
         self._running.leave(sequence)
         self._entrance.end_prefill(sequence)
 
-    def _extend(self, sequence: Sequence, output: SequenceOutput, ended_ns: int) -> SequenceUpdate:
+    def _extend(self, sequence: Sequence, output: SequenceOutput, ended_ns: int) -> Delta:
         if sequence.first_token_ns == 0:
             sequence.first_token_ns = ended_ns
         finish = None
@@ -264,19 +274,20 @@ class Scheduler:
             finish = sequence.stops.check(sequence.token_ids, sequence.num_prompt_tokens)
             if finish is not None:
                 break
+        self.sampled_tokens += accepted
         self._prefix_cache.publish(sequence)
         self._entrance.end_prefill(sequence)
         if finish is not None:
             self._end(sequence, finish, ended_ns)
-        return SequenceUpdate(
-            sequence, output.token_ids[:accepted], output.logprobs[:accepted], finish
-        )
+        return sequence.delta(output.token_ids[:accepted], output.logprobs[:accepted])
 
-    def _fail(self, sequence: Sequence, error: Exception, ended_ns: int) -> SequenceUpdate:
+    def _fail(self, sequence: Sequence, error: Exception, ended_ns: int) -> Delta:
+        self.failed_sequences += 1
         finish = Finish(FinishReason.ERROR, error=str(error), error_kind=type(error).__name__)
-        return self._end(sequence, finish, ended_ns)
+        self._end(sequence, finish, ended_ns)
+        return sequence.delta()
 
-    def _end(self, sequence: Sequence, finish: Finish, ended_ns: int) -> SequenceUpdate:
+    def _end(self, sequence: Sequence, finish: Finish, ended_ns: int) -> None:
         if sequence.state is SequenceState.RUNNING:
             self._stop_running(sequence)
         else:
@@ -289,4 +300,3 @@ class Scheduler:
         sequence.state = SequenceState.FINISHED
         sequence.finish = finish
         sequence.finished_ns = ended_ns
-        return SequenceUpdate(sequence, finish=finish)

@@ -6,7 +6,14 @@ import enum
 from array import array
 
 from services.engine.core.errors import IntegrityError
-from services.engine.core.messages import Finish, Sampling, SequenceRequest, Timing
+from services.engine.core.messages import (
+    Delta,
+    Finish,
+    Sampling,
+    SequenceRequest,
+    Timing,
+    TokenLogprobs,
+)
 from services.engine.core.stopping import StopChecker
 
 
@@ -152,6 +159,19 @@ class Sequence:
             preemptions=self.preemptions,
             steps=self.steps,
             cached_prompt_tokens=self.cached_prompt_tokens,
+        )
+
+    def delta(
+        self, token_ids: tuple[int, ...] = (), logprobs: tuple[TokenLogprobs, ...] = ()
+    ) -> Delta:
+        """What has just changed: the last of its tokens are new, or it has ended."""
+        is_first = self.num_output_tokens == len(token_ids) > 0
+        return Delta(
+            self.sequence_id,
+            list(token_ids),
+            list(logprobs) or None,
+            self.timing() if is_first or self.finish is not None else None,
+            self.finish,
         )
 
     def check_integrity(self, block_size: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from services.engine.core.logit_edits import counts_tokens, has_edits
-from services.engine.core.noise import stream_key
+from services.engine.core.logit_edits import LogitEdits, counts_tokens, has_edits
+from services.engine.core.noise import stream_key, uniforms
+from services.engine.core.sampler import SamplingBatch
 from services.engine.core.sequence import Sequence
 from services.engine.core.token_counts import TokenCounts
 
@@ -20,13 +22,14 @@ class SequenceRows:
 
     def __init__(self, num_rows: int, max_blocks: int) -> None:
         self.block_tables = np.zeros((num_rows, max_blocks), np.int32)
-        self.temperature = np.zeros(num_rows, np.float32)
-        self.top_k = np.zeros(num_rows, np.int64)
-        self.top_p = np.ones(num_rows, np.float32)
-        self.min_p = np.zeros(num_rows, np.float32)
-        self.noise_key = np.zeros(num_rows, np.uint64)
-        self.logprobs = np.full(num_rows, -1, np.int64)
         self.has_edits = [False] * num_rows
+        self.is_greedy = [True] * num_rows  # the likeliest token and nothing else is wanted
+        self._temperature = np.zeros(num_rows, np.float32)
+        self._top_k = np.zeros(num_rows, np.int64)
+        self._top_p = np.ones(num_rows, np.float32)
+        self._min_p = np.zeros(num_rows, np.float32)
+        self._noise_key = np.zeros(num_rows, np.uint64)
+        self._logprobs = np.full(num_rows, -1, np.int64)
         self._token_counts: list[TokenCounts | None] = [None] * num_rows
         self._tenant: list[tuple[int, int] | None] = [None] * num_rows
         self._num_blocks = [0] * num_rows
@@ -49,6 +52,23 @@ class SequenceRows:
             self._num_blocks[row] = len(blocks)
         return len(blocks)
 
+    def sampling(
+        self,
+        rows: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        edits: LogitEdits | None,
+    ) -> SamplingBatch:
+        """How output tokens number `positions` of the sequences in `rows` are sampled."""
+        return SamplingBatch(
+            temperature=self._temperature[rows],
+            top_k=self._top_k[rows],
+            top_p=self._top_p[rows],
+            min_p=self._min_p[rows],
+            uniforms=uniforms(self._noise_key[rows], positions),
+            logprobs=self._logprobs[rows],
+            edits=edits,
+        )
+
     def token_counts(self, sequence: Sequence) -> TokenCounts | None:
         """The counts of all known tokens of `sequence`, where its sampling needs them."""
         counts = self._token_counts[sequence.row]
@@ -60,11 +80,14 @@ class SequenceRows:
         sampling = sequence.sampling
         self._num_blocks[row] = 0
         self.block_tables[row] = 0
-        self.temperature[row] = sampling.temperature
-        self.top_k[row] = sampling.top_k
-        self.top_p[row] = sampling.top_p
-        self.min_p[row] = sampling.min_p
-        self.noise_key[row] = stream_key(sampling.seed, sequence.request.choice_index)
-        self.logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
+        self._temperature[row] = sampling.temperature
+        self._top_k[row] = sampling.top_k
+        self._top_p[row] = sampling.top_p
+        self._min_p[row] = sampling.min_p
+        self._noise_key[row] = stream_key(sampling.seed, sequence.request.choice_index)
+        self._logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
         self._token_counts[row] = TokenCounts() if counts_tokens(sampling) else None
         self.has_edits[row] = has_edits(sampling) or sequence.request.stopping.min_tokens > 0
+        self.is_greedy[row] = (
+            sampling.temperature == 0 and sampling.logprobs is None and not self.has_edits[row]
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -100,33 +101,53 @@ class NativeModel:
         # Untouched pages: a row takes memory once a step wants that many rows.
         self._logits = torch.empty(max_batch_tokens, self._builder.widths[Buffer.LOGITS])
         self._positions = np.empty(max_batch_tokens, np.int32)
+        self._query_starts = np.zeros(max_batch_tokens + 1, np.int32)
+        self._context_lengths = np.empty(max_batch_tokens, np.int32)
+        self._step = StepInput(
+            positions=self._positions.ctypes.data,
+            query_starts=self._query_starts.ctypes.data,
+            context_lengths=self._context_lengths.ctypes.data,
+            logits=self._logits.data_ptr(),
+        )
+        self._tensors: tuple[Tensor | None, ...] = (None,) * 5
 
     def __call__(self, batch: ForwardBatch, kv_cache: Any) -> Tensor:
         """Compute a step, as `Model.__call__`. The logits are overwritten by the next step."""
         assert self._program is not None
-        num_tokens, num_rows = len(batch.token_ids), len(batch.logits_rows)
-        self._positions[:num_tokens] = batch.positions.numpy()
-        starts = np.zeros(len(batch.query_lengths) + 1, np.int32)
-        np.cumsum(batch.query_lengths, out=starts[1:])
-        contexts = np.array(batch.context_lengths, np.int32)
-        logits = self._logits[:num_rows]
-        self._program.run(
-            StepInput(
-                num_tokens=num_tokens,
-                num_sequences=len(batch.query_lengths),
-                positions=self._positions.ctypes.data,
-                slots=batch.slots.data_ptr(),
-                query_starts=starts.ctypes.data,
-                context_lengths=contexts.ctypes.data,
-                block_tables=batch.block_tables.data_ptr(),
-                table_stride=batch.block_tables.stride(0),
-                token_ids=batch.token_ids.data_ptr(),
-                logits_rows=batch.logits_rows.data_ptr(),
-                num_rows=num_rows,
-                logits=logits.data_ptr(),
-            )
+        tensors = (
+            batch.token_ids,
+            batch.positions,
+            batch.slots,
+            batch.logits_rows,
+            batch.block_tables,
         )
-        return logits
+        # Steps of the same shapes nearly always come in the same memory.
+        if not all(map(operator.is_, tensors, self._tensors)):
+            self._point_to(*tensors)
+            self._tensors = tensors
+        step = self._step
+        step.num_sequences = num_sequences = len(batch.query_lengths)
+        self._positions[: step.num_tokens] = self._wide_positions
+        np.cumsum(batch.query_lengths, out=self._query_starts[1 : num_sequences + 1])
+        self._context_lengths[:num_sequences] = batch.context_lengths
+        self._program.run(step)
+        return self._wanted_logits
+
+    def _point_to(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        logits_rows: Tensor,
+        block_tables: Tensor,
+    ) -> None:
+        step = self._step
+        step.num_tokens, step.num_rows = len(token_ids), len(logits_rows)
+        step.token_ids, step.slots = token_ids.data_ptr(), slots.data_ptr()
+        step.logits_rows = logits_rows.data_ptr()
+        step.block_tables, step.table_stride = block_tables.data_ptr(), block_tables.stride(0)
+        self._wide_positions = positions.numpy()
+        self._wanted_logits = self._logits[: step.num_rows]
 
 
 class _Packer:

@@ -73,26 +73,24 @@ class _Workspace(threading.local):
         self._kernels: Library | None = None
         self._vocab = 0
         self._scratch = np.empty(0, np.uint8)
+        self._tokens = np.empty(0, np.int64)
+        self._statuses = np.empty(0, np.int32)
         self.args = SampleArgs()
-        self.tokens = np.empty(0, np.int64)
-        self.statuses = np.empty(0, np.int32)
+        self.greedy_args = SampleArgs()  # nothing in them is ever on
 
-    def call(self, kernels: Library, logits: Tensor, batch: SamplingBatch) -> None:
-        """Run the kernel; `tokens` and `statuses` begin with those of the rows."""
+    def call(
+        self, kernels: Library, logits: Tensor, args: SampleArgs
+    ) -> tuple[list[int], list[LogitsError | None]]:
+        """Run the kernel over `logits` with what else is in `args`; the token or error of each
+        row."""
         num_rows, vocab = logits.shape
-        args = self.args
         args.logits, args.stride = logits.data_ptr(), logits.stride(0)
         args.rows, args.vocab = num_rows, vocab
-        if num_rows > self.tokens.size:
-            self.tokens = np.empty(num_rows, np.int64)
-            self.statuses = np.empty(num_rows, np.int32)
-            args.tokens, args.statuses = _address(self.tokens), _address(self.statuses)
-        if batch.temperature.any():
-            args.temperature = _address(batch.temperature)
-            args.top_k, args.top_p = _address(batch.top_k), _address(batch.top_p)
-            args.min_p, args.uniforms = _address(batch.min_p), _address(batch.uniforms)
-        else:
-            args.temperature = None
+        if num_rows > self._tokens.size:
+            self._tokens = np.empty(num_rows, np.int64)
+            self._statuses = np.empty(num_rows, np.int32)
+            for each in (self.args, self.greedy_args):
+                each.tokens, each.statuses = _address(self._tokens), _address(self._statuses)
         if kernels is not self._kernels or vocab != self._vocab:
             size_bytes = kernels.table.sampling_scratch_bytes(ctypes.byref(args))
             self._scratch = np.empty(size_bytes + _ALIGNMENT_BYTES, np.uint8)
@@ -101,6 +99,8 @@ class _Workspace(threading.local):
             self._run = kernels.table.run_sampling
             self._kernels, self._vocab = kernels, vocab
         self._run(None, ctypes.byref(args), self._aligned)
+        errors = list(map(_error, self._statuses[:num_rows].tolist()))
+        return self._tokens[:num_rows].tolist(), errors
 
 
 _workspace = _Workspace()
@@ -118,17 +118,25 @@ def sample_natively(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
 def sample_with(kernels: Library, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
     """Sample `logits` ([rows, vocab] float32, each row contiguous) with the kernels given."""
     num_rows = len(logits)
+    if batch.is_greedy:
+        tokens, errors = _workspace.call(kernels, logits, _workspace.greedy_args)
+        return SampledTokens(tokens, [None] * num_rows, errors)
     args = _workspace.args
     kept = _add_edits(args, batch.edits, num_rows)
     reports = _Reports(args, batch.logprobs)
-    _workspace.call(kernels, logits, batch)
+    _add_numbers(args, batch)
+    tokens, errors = _workspace.call(kernels, logits, args)
     del kept  # the edits' arrays, which had to outlive the call
-    tokens = _workspace.tokens[:num_rows].tolist()
-    statuses = _workspace.statuses[:num_rows]
-    errors: list[LogitsError | None] = [None] * num_rows
-    for row in np.flatnonzero(statuses).tolist() if statuses.any() else ():
-        errors[row] = _error(statuses[row])
     return SampledTokens(tokens, reports.read(errors, logits.shape[1]), errors)
+
+
+def _add_numbers(args: SampleArgs, batch: SamplingBatch) -> None:
+    if not batch.temperature.any():
+        args.temperature = None
+        return
+    args.temperature = _address(batch.temperature)
+    args.top_k, args.top_p = _address(batch.top_k), _address(batch.top_p)
+    args.min_p, args.uniforms = _address(batch.min_p), _address(batch.uniforms)
 
 
 class _Reports:

@@ -15,6 +15,8 @@ class TextDelta:
     text: str
     token_ids: list[int] = field(default_factory=list)
     logprobs: types_pb2.Logprobs | None = None
+    # Whether the end of the choice is the next that comes of it.
+    is_last: bool = False
 
 
 @dataclass(slots=True)

@@ -44,9 +44,7 @@ class CompletionSession:
             return None
         check = self._check
         self._characters += len(message.text)
-        released = check.feed(message.text)
-        if message.finish:
-            released += check.finish()
+        released = check.finish(message.text) if message.finish else check.feed(message.text)
         self.finished = message.finish or check.is_blocked
         output = safety_pb2.CompletionOutput(
             session_id=self._session_id,

@@ -91,16 +91,23 @@ class CheckSession:
         for piece in _pieces(text):
             if self.is_blocked:
                 break
-            self._take(piece)
-            if self._cursor < self._normalizer.original_length:
-                self._original += piece[-(self._normalizer.original_length - self._cursor) :]
+            self._add(piece)
             self._advance(is_final=False)
         return self._drain()
 
-    def finish(self) -> str:
-        """Ends the text: decides and returns what was held back."""
+    def finish(self, text: str = "") -> str:
+        """Ends the text, with what is still to come of it: decides and returns what was held back.
+
+        As `feed` and then `finish`, but looks at the text once.
+        """
         assert not self.is_finished
+        *pieces, last = _pieces(text) or [""]
+        for piece in pieces:
+            if not self.is_blocked:
+                self._add(piece)
+                self._advance(is_final=False)
         if not self.is_blocked:
+            self._add(last)
             self._advance(is_final=True)
         self.is_finished = True
         return self._drain()
@@ -113,6 +120,11 @@ class CheckSession:
         assert self._view_start + len(self._view) == self._normalizer.folded_length
         assert all(live > self._view_start for live in self._live) or self._view_start == -1
         assert all(match.start >= min(self._live) for match in self._pending)
+
+    def _add(self, piece: str) -> None:
+        self._take(piece)
+        if self._cursor < self._normalizer.original_length:
+            self._original += piece[-(self._normalizer.original_length - self._cursor) :]
 
     def _take(self, piece: str) -> None:
         self._view += self._normalizer.feed(piece)
@@ -291,11 +303,14 @@ def check_texts(
     for index, text in enumerate(texts):
         session = CheckSession(matcher, text_index=index)
         out: list[str] = []
-        for piece in _pieces(text):
+        *pieces, last = _pieces(text) or [""]
+        for piece in pieces:
             if is_cancelled():
                 raise CheckCancelledError
             out.append(session.feed(piece))
-        out.append(session.finish())
+        if is_cancelled():
+            raise CheckCancelledError
+        out.append(session.finish(last))
         checked.append("".join(out))
         for finding in session.new_findings:
             verdict.add(finding)

@@ -27,6 +27,8 @@ from services.tokenizer.errors import (
 from services.tokenizer.model_tokenizer import ModelTokenizer
 from services.tokenizer.models import ServedModels
 
+# Shorter requests take less time than the way to a thread and back.
+INLINE_BYTES = 512
 # Longer requests have a thread of their own, so that short ones never wait for them all.
 LARGE_REQUEST_BYTES = 1 << 18
 
@@ -70,7 +72,12 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             raise invalid_field("texts", "at least one text is needed")
         for index, text in enumerate(request.texts):
             self._check_size(_utf8_bytes(text), f"texts[{index}]")
-        response = await self._work(request.ByteSize(), partial(_encode, tokenizer, request))
+        size_bytes = request.ByteSize()
+        response = (
+            _encode(tokenizer, request)
+            if size_bytes <= INLINE_BYTES
+            else await self._work(size_bytes, partial(_encode, tokenizer, request))
+        )
         self._encoded_tokens.labels(name).inc(
             sum(len(entry.token_ids) for entry in response.encoded)
         )
@@ -85,7 +92,12 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     ) -> tokenizer_pb2.DecodeResponse:
         """Token ids to texts."""
         name, tokenizer = self._models.find(request.model)
-        response = await self._work(request.ByteSize(), partial(_decode, tokenizer, request))
+        size_bytes = request.ByteSize()
+        response = (
+            _decode(tokenizer, request)
+            if size_bytes <= INLINE_BYTES
+            else await self._work(size_bytes, partial(_decode, tokenizer, request))
+        )
         self._decoded_tokens.labels(name).inc(sum(len(entry.ids) for entry in request.sequences))
         return response
 

@@ -24,6 +24,9 @@ SERVICE_NAMES = {
     "cache": "meshserve.v1.CacheService",
     "safety": "meshserve.v1.SafetyService",
 }
+# Services whose short calls travel on a shared stream.
+CARRYING = ("tokenizer", "safety")
+CALL_SERVICE = "meshserve.v1.CallService"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -60,6 +63,7 @@ def test_a_service_lists_and_describes_itself(mesh: Mesh, service: str) -> None:
         reflected = Reflected(channel)
         assert set(reflected.database.get_services()) == {
             SERVICE_NAMES[service],
+            *([CALL_SERVICE] if service in CARRYING else []),
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
         }

@@ -118,14 +118,19 @@ def _beginning(choices: list[_Choice], context: RequestContext) -> Iterator[Even
 
 async def _events(output: engine_pb2.GenerationOutput, choices: list[_Choice]) -> list[Event]:
     events: list[Event] = []
+    ends = {complete.index: complete for complete in output.completes}
     deltas = [delta for delta in output.chunk.deltas if not choices[delta.index].ended]
     if len(deltas) == 1:
-        events = await choices[deltas[0].index].feed(deltas[0])
+        (delta,) = deltas
+        events = await choices[delta.index].feed(delta, ends.get(delta.index))
     elif deltas:
         # Side by side, so that all choices go in one message to the tokenizer.
         try:
             async with asyncio.TaskGroup() as group:
-                fed = [group.create_task(choices[delta.index].feed(delta)) for delta in deltas]
+                fed = [
+                    group.create_task(choices[delta.index].feed(delta, ends.get(delta.index)))
+                    for delta in deltas
+                ]
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
         events = [event for task in fed for event in task.result()]
@@ -135,6 +140,14 @@ async def _events(output: engine_pb2.GenerationOutput, choices: list[_Choice]) -
         if not choice.ended:
             events += await choice.finish(complete)
     return events
+
+
+def _mark_last(events: list[Event]) -> None:
+    """Says of the last text of a choice that its end follows."""
+    if len(events) > 1 and isinstance(events[-1], ChoiceEnd):
+        before = events[-2]
+        if isinstance(before, TextDelta):
+            before.is_last = True
 
 
 class _Choice:
@@ -165,10 +178,13 @@ class _Choice:
             pool, self._message, lambda sid: tokenizer_pb2.DecodeInput(session_id=sid, cancel=True)
         )
 
-    async def feed(self, delta: engine_pb2.TokenDelta) -> list[Event]:
-        """The events of the tokens that were added."""
+    async def feed(
+        self, delta: engine_pb2.TokenDelta, complete: engine_pb2.TokenComplete | None
+    ) -> list[Event]:
+        """The events of the tokens that were added, and of the end where it came with them."""
         events: list[Event] = []
-        for part in self._parts(len(delta.token_ids)):
+        parts = self._parts(len(delta.token_ids))
+        for part in parts:
             if self.ended:
                 break
             may_stop = self.usage.completion_tokens + part.stop - part.start >= (
@@ -176,7 +192,12 @@ class _Choice:
             )
             token_ids = list(delta.token_ids[part])
             positions = list(delta.logprobs.positions[part])
-            events += await self._feed(token_ids, positions, may_stop)
+            finish = complete is not None and part is parts[-1]
+            events += await self._feed(token_ids, positions, may_stop, finish=finish)
+        if complete is not None and not self.ended:
+            events += self._end(complete)
+        if complete is not None:
+            _mark_last(events)
         return events
 
     def _parts(self, tokens: int) -> list[slice]:
@@ -190,9 +211,14 @@ class _Choice:
         """The last text and the end."""
         output = await self._session.exchange(((), True))
         events = self._match(output.text, [], [], may_stop=self._may_stop())
-        if self.ended:
-            return events
+        if not self.ended:
+            events += self._end(complete)
+        _mark_last(events)
+        return events
+
+    def _end(self, complete: engine_pb2.TokenComplete) -> list[Event]:
         self.ended = True
+        events: list[Event] = []
         usage = self.usage
         usage.cached_prompt_tokens = complete.usage.cached_prompt_tokens
         held = self._matcher.flush()
@@ -219,9 +245,14 @@ class _Choice:
         return self.usage.completion_tokens >= self._stopping.min_tokens
 
     async def _feed(
-        self, token_ids: list[int], positions: list[types_pb2.PositionLogprobs], may_stop: bool
+        self,
+        token_ids: list[int],
+        positions: list[types_pb2.PositionLogprobs],
+        may_stop: bool,
+        *,
+        finish: bool,
     ) -> list[Event]:
-        output = await self._session.exchange((token_ids, False))
+        output = await self._session.exchange((token_ids, finish))
         self._decoded += token_ids
         self.usage.completion_tokens += len(token_ids)
         return self._match(output.text, token_ids, positions, may_stop=may_stop)

@@ -87,6 +87,8 @@ class _ChoiceCheck:
         may_pass_by: bool,
     ) -> None:
         self.ended = False
+        # Whether the filter has been told of the end.
+        self._finished = False
         self._passed_by = False
         self._context = context
         self._index = index
@@ -115,8 +117,8 @@ class _ChoiceCheck:
                 self._details.append((self._decided + len(self._undecided), event))
             if not event.text:
                 return self._released_delta("")
-            return await self._exchange(event.text, finish=False)
-        passed = await self._exchange("", finish=True)
+            return await self._exchange(event.text, finish=event.is_last)
+        passed = [] if self._finished else await self._exchange("", finish=True)
         if not self.ended:
             self.ended = True
             if self._verdict is not None and self._verdict.findings:
@@ -139,6 +141,7 @@ class _ChoiceCheck:
             log.warning("the rest of a completion is not checked: %s", error.message)
             self._passed_by = self._context.unchecked = True
             return self._pass_by()
+        self._finished = finish
         decided = output.decided_characters + self._redaction_shift
         self._undecided = self._undecided[decided - self._decided :]
         self._decided = decided

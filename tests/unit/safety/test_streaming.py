@@ -149,6 +149,20 @@ def test_every_cut_gives_the_same_outcome(text: str, places: list[int]) -> None:
 
 
 @settings(max_examples=300, deadline=None)
+@given(texts, st.integers(0, 10_000))
+@example("x badger den", 9)
+@example("stop here", 5)
+def test_an_end_that_comes_with_text_gives_the_same_outcome(text: str, place: int) -> None:
+    whole, expected = run([text])
+    session = CheckSession(completion_matcher())
+    before = place % (len(text) + 1)
+    out = session.feed(text[:before]) + session.finish(text[before:])
+    assert out == "".join(whole)
+    assert session.is_blocked == expected.is_blocked
+    assert session.verdict == expected.verdict
+
+
+@settings(max_examples=300, deadline=None)
 @given(texts)
 def test_one_character_at_a_time_gives_the_same_outcome(text: str) -> None:
     whole, expected = run([text])

@@ -40,6 +40,11 @@ class Stage:
     async def before(self, context: RequestContext) -> None:
         """Runs on the way in, with the stage's span as the current one."""
 
+    def waits(self, context: RequestContext) -> bool:
+        """Whether `before` may have to wait for another service; else it runs ahead of the stages
+        beside it."""
+        return True
+
     def is_outdated(self, context: RequestContext) -> bool:
         """Whether a stage beside this one has changed what `before` worked on; it then runs again,
         alone."""
@@ -164,14 +169,16 @@ class _Passage:
             return
         if self._context.cached_answer is not None:
             return
-        first, *others = step.stages
-        try:
-            async with asyncio.TaskGroup() as group:
-                for stage in others:
-                    group.create_task(self._enter(stage))
-                await self._enter(first)
-        except BaseExceptionGroup as failures:
-            raise first_error(failures) from None
+        waiting: list[Stage] = []
+        for stage in step.stages:
+            if stage.waits(self._context):
+                waiting.append(stage)
+            else:
+                await self._enter(stage)
+        if len(waiting) == 1:
+            await self._enter(waiting[0])
+        else:
+            await self._enter_together(waiting)
         for stage in step.stages:
             if stage.is_outdated(self._context):
                 self._end(*await self._work(stage), None)
@@ -213,6 +220,14 @@ class _Passage:
         others = self.leave(error)
         if others is not None:
             await others
+
+    async def _enter_together(self, stages: list[Stage]) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stage in stages:
+                    group.create_task(self._enter(stage))
+        except BaseExceptionGroup as failures:
+            raise first_error(failures) from None
 
     async def _enter(self, stage: Stage) -> None:
         # Entered even if it fails: what it has taken by then is given back on its way out.

@@ -41,6 +41,10 @@ class Screen(Stage):
         self._tokenizer = tokenizer
         self._policy = policy
 
+    def waits(self, context: RequestContext) -> bool:
+        """Whether there is a filter to ask."""
+        return self._settings.enabled
+
     async def before(self, context: RequestContext) -> None:
         """Raises ServiceError (PROMPT_BLOCKED). Redaction changes the request itself."""
         if not self._settings.enabled:

@@ -21,6 +21,11 @@ class Tokenize(Stage):
         self._settings = settings
         self._tokenizer = tokenizer
 
+    def waits(self, context: RequestContext) -> bool:
+        """Whether there is text to tokenize."""
+        request = context.request
+        return request.WhichOneof("input") != "token_ids" or bool(request.stopping.stop_strings)
+
     async def before(self, context: RequestContext) -> None:
         """Raises ServiceError (INVALID_ARGUMENT: template errors, prompts that do not fit)."""
         request = context.request

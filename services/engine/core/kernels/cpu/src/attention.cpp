@@ -2,10 +2,9 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <type_traits>
 
 #include "attention_blocks.h"
-#include "attention_expand.h"
+#include "attention_chunks.h"
 #include "attention_softmax.h"
 #include "simd.h"
 
@@ -14,88 +13,9 @@ namespace meshserve::MESHSERVE_ISA {
 namespace {
 
 constexpr float log2_e = 1.44269504f;
-
-// A thread's memory for one task.
-struct Scratch {
-  Operand* queries;    // [rows][head_dim]
-  float* sums;         // [rows][head_dim]
-  float* maxima;       // [rows], and
-  float* totals;       // [rows]: the RowStates of all rows; padded
-  float* scores;       // [block_rows][attention_chunk]
-  Operand* weights;    // [block_rows][attention_chunk]
-  uint16_t* expanded;  // int8: the keys of a chunk as bf16, and its values
-  float* scales;       // int8: those of the keys, and of the values
-  size_t bytes = 0;
-
-  Scratch(void* memory, const KvLayout& cache, int32_t num_rows) {
-    const auto rows = static_cast<size_t>(num_rows);
-    const auto head_dim = static_cast<size_t>(cache.head_dim);
-    const auto take = [&](auto*& pointer, size_t count) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(
-          static_cast<unsigned char*>(memory) + bytes);
-      bytes += (count * sizeof(*pointer) + 63) / 64 * 64;
-    };
-    take(queries, rows * head_dim);
-    take(sums, rows * head_dim);
-    take(maxima, rows + lanes);
-    take(totals, rows + lanes);
-    take(scores, size_t{block_rows} * attention_chunk);
-    take(weights, size_t{block_rows} * attention_chunk);
-    const size_t expanded_tokens = cache.format == KvFormat::int8 ? 2 * attention_chunk : 0;
-    take(expanded, expanded_tokens * head_dim);
-    take(scales, expanded_tokens);
-  }
-};
-
-// Copies the scales of a tile's first `tokens` tokens, and 0 for the others.
-void copy_scales(const unsigned char* from, int32_t tokens, float* to) {
-  const Floats scales = load(reinterpret_cast<const float*>(from));
-  store(to, select(first_lanes(std::clamp(tokens, 0, tile_tokens)), scales, broadcast(0.0f)));
-}
-
-// Where the tiles of a chunk are in the cache; those beyond the last repeat it.
-struct Tiles {
-  const unsigned char* keys[chunk_tiles];
-  const unsigned char* values[chunk_tiles];
-};
-
-Chunk as_stored(const Tiles& tiles, const Tiles& next) {
-  Chunk chunk = {};
-  for (int32_t tile = 0; tile < chunk_tiles; ++tile) {
-    chunk.keys[tile] = reinterpret_cast<const uint16_t*>(tiles.keys[tile]);
-    chunk.values[tile] = reinterpret_cast<const uint16_t*>(tiles.values[tile]);
-  }
-  std::copy_n(tiles.values, chunk_tiles, chunk.fetch_with_keys);
-  std::copy_n(next.keys, chunk_tiles, chunk.fetch_with_values);
-  return chunk;
-}
-
-Chunk expanded(const Tiles& tiles, const Tiles& next, int32_t tokens, int32_t head_dim,
-               const Scratch& scratch) {
-  Chunk chunk = {};
-  const int32_t elements = tile_tokens * head_dim;
-  const auto expand_tile = [&](const unsigned char* from, int32_t tile, int32_t which,
-                               const uint16_t*& to) {
-    const int32_t first = tile * tile_tokens;
-    if (first < tokens) {
-      uint16_t* place = scratch.expanded + (which * chunk_tiles + tile) * elements;
-      expand_int8(reinterpret_cast<const int8_t*>(from), elements, place);
-      to = place;
-    }
-    copy_scales(from + elements, tokens - first, scratch.scales + which * attention_chunk + first);
-  };
-  for (int32_t tile = 0; tile < chunk_tiles; ++tile) {
-    if (tile > 0) chunk.keys[tile] = chunk.keys[tile - 1];
-    expand_tile(tiles.keys[tile], tile, 0, chunk.keys[tile]);
-    expand_tile(tiles.values[tile], tile, 1, chunk.values[tile]);
-  }
-  chunk.key_scales = scratch.scales;
-  chunk.value_scales = scratch.scales + attention_chunk;
-  std::copy_n(next.keys, chunk_tiles, chunk.fetch_with_keys);
-  std::copy_n(next.values, chunk_tiles, chunk.fetch_with_values);
-  chunk.fetch_shift = 1;
-  return chunk;
-}
+// Up to so many rows, int8 is made bf16 on the way into each multiplication;
+// for more rows once.
+constexpr int32_t most_direct_rows = 2 * block_rows;
 
 // One task: its queries, the heads of each, and where they are in the sequence.
 class Attention {
@@ -134,7 +54,8 @@ class Attention {
   }
 
  private:
-  // Folds the partial results of a split context if this task is the last one to finish.
+  // Folds the partial results of a split context if this task is the last one
+  // to finish.
   bool fold_split(AttentionSplit& split) const {
     if (split.unfinished.fetch_sub(1, std::memory_order_acq_rel) > 1) return false;
     split.unfinished.store(split.tasks, std::memory_order_relaxed);
@@ -176,41 +97,53 @@ class Attention {
     }
   }
 
-  // Attends to one chunk, and joins its results to those of the chunks before unless it is `first`.
+  // Attends to one chunk, and joins its results to those of the chunks before
+  // unless it is `first`.
   void attend(const Tiles& tiles, const Tiles& next, int32_t index, bool first) const {
-    const Chunk chunk = args_.cache.format == KvFormat::int8
-                            ? expanded(tiles, next, tokens(index), head_dim_, scratch_)
-                            : as_stored(tiles, next);
+    const bool is_int8 = args_.cache.format == KvFormat::int8;
+    const bool expand = is_int8 && rows_ > most_direct_rows;
+    Chunk chunk =
+        expand ? expanded(tiles, next, tokens(index), head_dim_, scratch_) : as_stored(tiles, next);
+    if (is_int8) gather_scales(tiles, next, tokens(index), head_dim_, scratch_, chunk);
     for (int32_t row = 0; row < rows_; row += block_rows) {
-      const int32_t rows = std::min(rows_ - row, block_rows);
-      if (row == 0) {
-        dispatch<true>(rows, chunk, index, row, first);
+      if (is_int8 && !expand) {
+        attend_block<int8_t>(chunk, index, row, first);
       } else {
-        dispatch<false>(rows, chunk, index, row, first);
+        attend_block<uint16_t>(chunk, index, row, first);
       }
     }
   }
 
-  template <bool fetching>
+  template <typename Element>
+  void attend_block(const Chunk& chunk, int32_t index, int32_t row, bool first) const {
+    const int32_t rows = std::min(rows_ - row, block_rows);
+    if (row == 0) {
+      dispatch<Element, true>(rows, chunk, index, row, first);
+    } else {
+      dispatch<Element, false>(rows, chunk, index, row, first);
+    }
+  }
+
+  template <typename Element, bool fetching>
   void dispatch(int32_t rows, const Chunk& chunk, int32_t index, int32_t row, bool first) const {
     constexpr int five = std::min(5, block_rows), six = std::min(6, block_rows);
     switch (rows) {
       case 1:
-        return attend_rows<1, fetching>(chunk, index, row, first);
+        return attend_rows<Element, 1, fetching>(chunk, index, row, first);
       case 2:
-        return attend_rows<2, fetching>(chunk, index, row, first);
+        return attend_rows<Element, 2, fetching>(chunk, index, row, first);
       case 3:
-        return attend_rows<3, fetching>(chunk, index, row, first);
+        return attend_rows<Element, 3, fetching>(chunk, index, row, first);
       case 4:
-        return attend_rows<4, fetching>(chunk, index, row, first);
+        return attend_rows<Element, 4, fetching>(chunk, index, row, first);
       case 5:
-        return attend_rows<five, fetching>(chunk, index, row, first);
+        return attend_rows<Element, five, fetching>(chunk, index, row, first);
       case 6:
-        return attend_rows<six, fetching>(chunk, index, row, first);
+        return attend_rows<Element, six, fetching>(chunk, index, row, first);
     }
   }
 
-  template <int rows, bool fetching>
+  template <typename Element, int rows, bool fetching>
   void attend_rows(const Chunk& chunk, int32_t index, int32_t begin, bool first) const {
     int32_t seen[rows];
     for (int row = 0; row < rows; ++row) seen[row] = visible(begin + row, index);
@@ -219,15 +152,15 @@ class Attention {
       if (first) store_states(begin, rows, {broadcast(no_score), broadcast(0.0f)});
       return;
     }
-    multiply_keys<rows, fetching>(scratch_.queries + int64_t{begin} * head_dim_, chunk,
-                                  (most + tile_tokens - 1) / tile_tokens, head_dim_,
-                                  scratch_.scores);
+    multiply_keys<Element, rows, fetching>(scratch_.queries + int64_t{begin} * head_dim_, chunk,
+                                           (most + tile_tokens - 1) / tile_tokens, head_dim_,
+                                           scratch_.scores);
     const auto weigh =
         args_.cache.format == KvFormat::int8 ? weigh_rows<rows, true> : weigh_rows<rows, false>;
     const RowStates states = weigh(scratch_.scores, chunk, seen, scale_, scratch_.weights);
     Fold folds[rows];
     find_folds(begin, rows, states, seen, first, folds);
-    multiply_values<rows, fetching>(scratch_.weights, chunk, most, head_dim_, folds);
+    multiply_values<Element, rows, fetching>(scratch_.weights, chunk, most, head_dim_, folds);
   }
 
   void store_states(int32_t begin, int32_t rows, const RowStates& states) const {
@@ -235,8 +168,8 @@ class Attention {
     store_some(scratch_.totals + begin, states.totals, rows);
   }
 
-  // Joins the states of a chunk to those of the rows from `begin` on, and says how to join the
-  // sums.
+  // Joins the states of a chunk to those of the rows from `begin` on, and says
+  // how to join the sums.
   void find_folds(int32_t begin, int32_t rows, const RowStates& chunk, const int32_t* seen,
                   bool first, Fold* folds) const {
     alignas(64) float kept[lanes] = {}, added[lanes] = {};
@@ -252,7 +185,8 @@ class Attention {
       folds[row] = {seen[row] > 0 ? sums(begin + row) : nullptr, first, kept[row], added[row]};
   }
 
-  // The results of a split context's chunk: [rows][head_dim], [rows] maxima and [rows] totals.
+  // The results of a split context's chunk: [rows][head_dim], [rows] maxima and
+  // [rows] totals.
   float* partials(const AttentionSplit& split, int32_t index) const {
     return args_.plan->partials + split.partials + int64_t{index} * rows_ * (head_dim_ + 2);
   }

@@ -23,7 +23,7 @@ constexpr int single_pass_rows = 2;
 constexpr int wide_rows = 1;
 #endif
 // How far ahead of the only pass over weights they are asked for.
-constexpr int64_t prefetch_bytes = 2048;
+constexpr int64_t prefetch_bytes = 4096;
 // How much of a thread's first strips is asked for before their pass begins.
 constexpr int64_t prefetched_bytes = 12 * 1024;
 

@@ -13,8 +13,7 @@ namespace meshserve::MESHSERVE_ISA {
 namespace {
 
 constexpr float log2_e = 1.44269504f;
-// Up to so many rows, int8 is made bf16 on the way into each multiplication;
-// for more rows once.
+// Up to so many rows, int8 is made bf16 on the way into each multiplication; for more rows once.
 constexpr int32_t most_direct_rows = 2 * block_rows;
 
 // One task: its queries, the heads of each, and where they are in the sequence.
@@ -54,8 +53,7 @@ class Attention {
   }
 
  private:
-  // Folds the partial results of a split context if this task is the last one
-  // to finish.
+  // Folds the partial results of a split context if this task is the last one to finish.
   bool fold_split(AttentionSplit& split) const {
     if (split.unfinished.fetch_sub(1, std::memory_order_acq_rel) > 1) return false;
     split.unfinished.store(split.tasks, std::memory_order_relaxed);
@@ -97,8 +95,7 @@ class Attention {
     }
   }
 
-  // Attends to one chunk, and joins its results to those of the chunks before
-  // unless it is `first`.
+  // Attends to one chunk, and joins its results to those of the chunks before unless it is `first`.
   void attend(const Tiles& tiles, const Tiles& next, int32_t index, bool first) const {
     const bool is_int8 = args_.cache.format == KvFormat::int8;
     const bool expand = is_int8 && rows_ > most_direct_rows;
@@ -168,8 +165,8 @@ class Attention {
     store_some(scratch_.totals + begin, states.totals, rows);
   }
 
-  // Joins the states of a chunk to those of the rows from `begin` on, and says
-  // how to join the sums.
+  // Joins the states of a chunk to those of the rows from `begin` on, and says how to join the
+  // sums.
   void find_folds(int32_t begin, int32_t rows, const RowStates& chunk, const int32_t* seen,
                   bool first, Fold* folds) const {
     alignas(64) float kept[lanes] = {}, added[lanes] = {};
@@ -185,8 +182,7 @@ class Attention {
       folds[row] = {seen[row] > 0 ? sums(begin + row) : nullptr, first, kept[row], added[row]};
   }
 
-  // The results of a split context's chunk: [rows][head_dim], [rows] maxima and
-  // [rows] totals.
+  // The results of a split context's chunk: [rows][head_dim], [rows] maxima and [rows] totals.
   float* partials(const AttentionSplit& split, int32_t index) const {
     return args_.plan->partials + split.partials + int64_t{index} * rows_ * (head_dim_ + 2);
   }

@@ -1,9 +1,8 @@
-// The two products of attention, blocked for registers: scores = queries x
-// keys, and sums = weights x values, for a few query rows and one chunk of
-// keys.
+// The two products of attention, blocked for registers: scores = queries x keys, and sums = weights
+// x values, for a few query rows and one chunk of keys.
 //
-// Each element is one chain of additions over the dimensions (or the tokens) in
-// order, whatever the block it is computed in.
+// Each element is one chain of additions over the dimensions (or the tokens) in order, whatever the
+// block it is computed in.
 #pragma once
 
 #include "attention.h"
@@ -26,19 +25,16 @@ constexpr int32_t block_rows = 4;
 constexpr int block_width(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
-// The tiles of one chunk, their elements bf16 or int8. Those beyond the last
-// repeat it.
+// The tiles of one chunk, their elements bf16 or int8. Those beyond the last repeat it.
 struct Chunk {
   const void* keys[chunk_tiles];
   const void* values[chunk_tiles];
-  // [attention_chunk], where the cache is int8: the scales of the tokens, 0
-  // where there is none.
+  // [attention_chunk], where the cache is int8: the scales of the tokens, 0 where there is none.
   const float* key_scales;
   const float* value_scales;
-  // Tiles that are needed next: the first row block fetches them while it
-  // multiplies, for no processor foresees which block of the cache comes after
-  // which. A tile there has 1 / 2**fetch_shift of the bytes of one here, which
-  // is so where this one has been expanded.
+  // Tiles that are needed next: the first row block fetches them while it multiplies, for no
+  // processor foresees which block of the cache comes after which. A tile there has 1 /
+  // 2**fetch_shift of the bytes of one here, which is so where this one has been expanded.
   const unsigned char* fetch_with_keys[chunk_tiles];
   const unsigned char* fetch_with_values[chunk_tiles];
   int fetch_shift;
@@ -57,8 +53,7 @@ void fetch_two_pairs(const unsigned char* tile, int32_t offset, int shift) {
     fetch(tile, offset * int32_t{sizeof(Element)} + line, shift);
 }
 
-// scores[row][16 * tile + token], for `num_tiles` tiles rounded up to a
-// multiple of the width.
+// scores[row][16 * tile + token], for `num_tiles` tiles rounded up to a multiple of the width.
 template <typename Element, int rows, bool fetching>
 void multiply_keys(const Operand* queries, const Chunk& chunk, int32_t num_tiles, int32_t head_dim,
                    float* scores) {
@@ -98,8 +93,8 @@ void multiply_keys(const Operand* queries, const Chunk& chunk, int32_t num_tiles
   }
 }
 
-// Where a row's weighted sums go: `kept` times what is there, plus `added`
-// times the chunk's. The first chunk's are stored as they are.
+// Where a row's weighted sums go: `kept` times what is there, plus `added` times the chunk's. The
+// first chunk's are stored as they are.
 struct Fold {
   float* sums;
   bool first;
@@ -122,8 +117,8 @@ void load_vectors(const Element* from, Pairs (&pairs)[width]) {
   }
 }
 
-// Folds weights x values of the dimensions [dim, dim + 16 * width). A row
-// without a place for its sums sees nothing of the chunk.
+// Folds weights x values of the dimensions [dim, dim + 16 * width). A row without a place for its
+// sums sees nothing of the chunk.
 template <typename Element, int rows, int width, bool fetching>
 void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible, int32_t head_dim,
                      int32_t dim, const Fold* folds) {
@@ -159,8 +154,7 @@ void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible
     add_pair(pair, values);
   }
   if (visible % 2) {
-    // The other token of the pair is not there yet: what its place holds must
-    // not be multiplied.
+    // The other token of the pair is not there yet: what its place holds must not be multiplied.
     const auto* from = static_cast<const Element*>(chunk.values[whole_pairs / tile_pairs]) +
                        offset_in_tile(whole_pairs);
     Pairs values[width];

@@ -13,7 +13,7 @@ namespace {
 constexpr double attention_cost = 4;
 // Multiplications in the time that it takes to read a byte. A step is divided where its threads
 // have enough to multiply while each of them reads all weights, from memory that they share.
-constexpr double cost_of_byte = 4;
+constexpr double cost_of_byte = 2.4;
 
 double bytes_per_weight(const LinearWeights& weights) {
   if (weights.format == WeightFormat::bf16) return 2;

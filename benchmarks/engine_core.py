@@ -148,6 +148,7 @@ def main() -> int:
         choices=["auto", "ngram", "off"],
         help="off by default: a step with guesses in it decodes more than one token a sequence",
     )
+    parser.add_argument("--plan-ahead", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
@@ -161,6 +162,7 @@ def main() -> int:
             max_running_sequences=most,
             max_batch_tokens=max(512, most),
             speculation=arguments.speculation,
+            plan_ahead=arguments.plan_ahead,
             kv_cache_memory_bytes=None if arguments.device.startswith("cuda") else 1 << 30,
         )
     )

@@ -116,6 +116,7 @@ def core_settings(settings: Settings) -> CoreSettings:
             max_waiting_sequences=engine.max_waiting_sequences,
             max_waiting_tokens=engine.max_waiting_tokens,
             step_latency_target_ms=engine.step_latency_target_ms,
+            plan_ahead=engine.plan_ahead,
             prefix_cache=engine.prefix_cache,
             speculation=engine.speculation.method,
             draft_model_path=draft_model_path,

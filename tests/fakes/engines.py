@@ -58,6 +58,7 @@ def make_engine(
     prefix_cache: bool = True,
     grows: bool = False,
     speculator: Speculator | None = None,
+    plans_ahead: bool = False,
 ) -> EngineCore:
     """An engine core over the hash model."""
     scheduler = make_scheduler(
@@ -81,7 +82,7 @@ def make_engine(
         max_running_sequences=max_running_sequences,
         max_context_tokens=num_blocks * block_size,
     )
-    return EngineCore(scheduler, runner)
+    return EngineCore(scheduler, runner, plans_ahead=plans_ahead)
 
 
 def reference_output(request: SequenceRequest, context_tokens: int) -> list[int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from services.engine.core.clock import now_ns
 from services.engine.core.fault_isolation import IsolatingRunner
 from services.engine.core.messages import Delta, Load, SequenceRequest, Step
+from services.engine.core.plan import Plan
 from services.engine.core.runner import Runner
 from services.engine.core.scheduler import Scheduler
 
@@ -12,8 +15,10 @@ from services.engine.core.scheduler import Scheduler
 class EngineCore:
     """Continuous batching over one model. Single-threaded: no call may overlap another."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, *, plans_ahead: bool = False) -> None:
+        """plans_ahead: whether the next step is planned while one is computed."""
         self._scheduler = scheduler
+        self._plans_ahead = plans_ahead
         self._runner = IsolatingRunner(runner)
         self._last_step_us = 0
 
@@ -48,7 +53,8 @@ class EngineCore:
         """
         started_ns = now_ns()
         plan = self._scheduler.schedule()
-        deltas = self._scheduler.apply(self._runner.run(plan))
+        meanwhile = partial(self._plan_ahead, plan) if self._plans_ahead else None
+        deltas = self._scheduler.apply(self._runner.run(plan, meanwhile))
         ended_ns = now_ns()
         self._last_step_us = (ended_ns - started_ns) // 1000
         return Step(
@@ -59,6 +65,11 @@ class EngineCore:
             deltas=deltas,
             load=self.load(),
         )
+
+    def _plan_ahead(self, plan: Plan) -> None:
+        ahead = self._scheduler.lookahead.guess(plan)
+        if ahead is not None:
+            self._runner.prepare(ahead)
 
     def load(self) -> Load:
         """How busy the engine is now."""

@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from services.engine.core.beside import Work
 from services.engine.core.clock import now_ns
 from services.engine.core.errors import FatalEngineError, IntegrityError
 from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
@@ -29,7 +30,11 @@ class IsolatingRunner:
         self._runner = runner
         self._hopeless_steps = 0
 
-    def run(self, plan: Plan) -> StepOutputs:
+    def prepare(self, plan: Plan) -> None:
+        """Prepare a plan as `Runner.prepare` does."""
+        self._runner.prepare(plan)
+
+    def run(self, plan: Plan, meanwhile: Work | None = None) -> StepOutputs:
         """Run the plan as `Runner.run` does.
 
         Raises:
@@ -37,7 +42,7 @@ class IsolatingRunner:
             IntegrityError: the engine's own state is broken.
         """
         try:
-            outputs = self._runner.run(plan)
+            outputs = self._runner.run(plan, meanwhile)
         except Exception as error:
             _raise_if_fatal(error)
             logger.exception("step %d failed; running its sequences one by one", plan.step)

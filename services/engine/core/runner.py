@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,9 +11,10 @@ import torch
 from torch import Tensor
 
 from services.engine.core.batch import ForwardBatch
+from services.engine.core.beside import Helper, Work
 from services.engine.core.clock import now_ns
-from services.engine.core.logit_edits import LogitEdits
 from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
+from services.engine.core.preparation import Preparation, prepare
 from services.engine.core.sampler import SampledTokens, SamplingBatch, sample
 from services.engine.core.sequence_rows import SequenceRows
 from services.engine.core.speculation.verification import verify
@@ -26,14 +25,6 @@ Model: TypeAlias = Callable[[ForwardBatch, Any], Tensor]
 
 _NO_OUTPUT = SequenceOutput()
 _NO_TOKENS = SampledTokens([], [], [])
-
-
-@dataclass(frozen=True, slots=True)
-class _Sampled:
-    """Which planned sequences a step samples from: `num_rows[i]` times from `indices[i]`."""
-
-    indices: list[int]
-    num_rows: list[int] | None  # None: once from each
 
 
 class Runner:
@@ -58,125 +49,82 @@ class Runner:
         # Token ids, positions, slots and logits rows, packed one after the other.
         self._integers = Staging(4 * max_batch_tokens, np.int64, device)
         self._tables = Staging(max_running_sequences * max_blocks, np.int32, device)
+        self._computes_here = device.type == "cpu"
+        self._helper: Helper | None = None
+        self._prepared: Preparation | None = None
 
-    def run(self, plan: Plan) -> StepOutputs:
+    def prepare(self, plan: Plan) -> None:
+        """Prepare a plan of decodes that is likely to follow the one being computed.
+
+        Each of its sequences will have one more token by then. Where logits are edited by what was
+        said before, there is nothing to be done without that token.
+        """
+        if not any(self._rows.has_edits[sequence.row] for sequence in plan.sequences):
+            self._prepared = prepare(plan, self._rows, self._block_size, num_pending_tokens=1)
+
+    def run(self, plan: Plan, meanwhile: Work | None = None) -> StepOutputs:
         """Compute the planned tokens and sample from every sequence whose last token is computed.
 
         The K and V of the planned tokens are in the cache afterwards. Running the same plan again
         is harmless: it writes the same values to the same slots.
+
+        `meanwhile` is done while the device computes; it may `prepare` what comes next.
         """
         started_ns = now_ns()
+        step, self._prepared = self._prepared, None
+        if step is None or step.plan is not plan:
+            step = prepare(plan, self._rows, self._block_size)
         with torch.inference_mode():
             if plan.block_copies:
                 self._kv_cache.copy_blocks(plan.block_copies)
-            drafts = plan.drafts()
-            batch, sampled = self._batch(plan, drafts)
-            sampling = self._sampling(plan, drafts, sampled)
-            logits = self._model(batch, self._kv_cache)
-            tokens = _NO_TOKENS if sampling is None else sample(logits, sampling)
-        outputs = _outputs(len(plan.sequences), drafts, sampled, tokens)
-        return StepOutputs(plan, outputs, started_ns, now_ns())
+            batch = self._batch(step)
+            if meanwhile is None:
+                tokens = self._compute(batch, step.sampling)
+            elif self._computes_here:
+                self._helper = self._helper or Helper()
+                with self._helper.doing(meanwhile):
+                    tokens = self._compute(batch, step.sampling)
+            else:
+                tokens = self._compute(batch, step.sampling, meanwhile)
+        return StepOutputs(plan, _outputs(step, tokens), started_ns, now_ns())
 
-    def _batch(
-        self, plan: Plan, drafts: tuple[tuple[int, ...], ...] | None
-    ) -> tuple[ForwardBatch, _Sampled]:
-        sequences, counts = plan.sequences, plan.token_counts
-        num_sequences = len(sequences)
-        widest = max(map(self._rows.refresh, sequences))
-        rows = [sequence.row for sequence in sequences]
-        computed = [sequence.num_computed_tokens for sequence in sequences]
-        contexts = [before + count for before, count in zip(computed, counts, strict=True)]
-        beyond = [
-            context - len(sequence.token_ids)
-            for context, sequence in zip(contexts, sequences, strict=True)
-        ]
-        ends = list(accumulate(counts))
-        total = ends[-1]
-        indices = [index for index, ahead in enumerate(beyond) if ahead >= 0]
-        if drafts is None:
-            sampled = _Sampled(indices, None)
-            wanted = [ends[index] - 1 for index in indices]
-        else:
-            sampled = _Sampled(indices, [beyond[index] + 1 for index in indices])
-            wanted = [
-                row
-                for index in indices
-                for row in range(ends[index] - beyond[index] - 1, ends[index])
-            ]
+    def _compute(
+        self, batch: ForwardBatch, sampling: SamplingBatch | None, meanwhile: Work | None = None
+    ) -> SampledTokens:
+        logits = self._model(batch, self._kv_cache)
+        if meanwhile is not None:
+            meanwhile()  # the device has been told what to do, and is at it
+        return _NO_TOKENS if sampling is None else sample(logits, sampling)
 
+    def _batch(self, step: Preparation) -> ForwardBatch:
+        total = len(step.positions)
         token_ids, positions, slots, logits_rows = self._integers.cut(
-            (total,), (total,), (total,), (len(wanted),)
+            (total,), (total,), (total,), (len(step.logits_rows),)
         )
-        logits_rows[:] = wanted
-        _fill_token_ids(token_ids, plan, drafts)
-        if total == num_sequences:
-            owners = np.array(rows)
-            positions[:] = computed
-        else:
-            owners = np.repeat(rows, counts)
-            # What a token's position and its place in the batch differ by is its sequence's own.
-            positions[:] = np.arange(total) + np.repeat(np.subtract(contexts, ends), counts)
-        tables = self._rows.block_tables
-        np.multiply(tables[owners, positions // self._block_size], self._block_size, out=slots)
-        slots += positions % self._block_size
-        (block_tables,) = self._tables.cut((num_sequences, widest))
-        block_tables[:] = tables[rows, :widest]
-
+        _fill_token_ids(token_ids, step.plan, step.drafts)
+        positions[:] = step.positions
+        slots[:] = step.slots
+        logits_rows[:] = step.logits_rows
+        (block_tables,) = self._tables.cut(step.block_tables.shape)
+        block_tables[:] = step.block_tables
         token_ids_there, positions_there, slots_there, rows_there = self._integers.to_device()
         (tables_there,) = self._tables.to_device()
-        batch = ForwardBatch(
+        return ForwardBatch(
             token_ids=token_ids_there,
             positions=positions_there,
             slots=slots_there,
             block_tables=tables_there,
-            query_lengths=counts,
-            context_lengths=tuple(contexts),
+            query_lengths=step.plan.token_counts,
+            context_lengths=step.context_lengths,
             logits_rows=rows_there,
         )
-        return batch, sampled
-
-    def _sampling(
-        self, plan: Plan, drafts: tuple[tuple[int, ...], ...] | None, sampled: _Sampled
-    ) -> SamplingBatch | None:
-        if not sampled.indices:
-            return None
-        state = self._rows
-        chosen = [plan.sequences[index] for index in sampled.indices]
-        rows = [sequence.row for sequence in chosen]
-        if all(state.is_greedy[row] for row in rows):
-            num_rows = len(rows) if sampled.num_rows is None else sum(sampled.num_rows)
-            return SamplingBatch.greedy(num_rows)
-        edits = None
-        if any(state.has_edits[row] for row in rows):
-            edits = LogitEdits()
-            first = 0
-            for index, sequence in zip(sampled.indices, chosen, strict=True):
-                draft = () if drafts is None else drafts[index]
-                if state.has_edits[sequence.row]:
-                    counts = state.token_counts(sequence)
-                    for length in range(len(draft) + 1):
-                        edits.add(first + length, sequence, counts, draft[:length])
-                first += len(draft) + 1
-        positions = np.array([sequence.num_output_tokens for sequence in chosen])
-        repeated = np.array(rows)
-        if sampled.num_rows is not None:
-            lengths = np.array(sampled.num_rows)
-            repeated = repeated.repeat(lengths)
-            # From the next token of each sequence on, one after the other.
-            firsts = positions - lengths.cumsum() + lengths
-            positions = np.arange(len(repeated)) + firsts.repeat(lengths)
-        return state.sampling(repeated, positions, edits)
 
 
-def _outputs(
-    num_sequences: int,
-    drafts: tuple[tuple[int, ...], ...] | None,
-    sampled: _Sampled,
-    tokens: SampledTokens,
-) -> tuple[SequenceOutput, ...]:
-    outputs = [_NO_OUTPUT] * num_sequences
+def _outputs(step: Preparation, tokens: SampledTokens) -> tuple[SequenceOutput, ...]:
+    outputs = [_NO_OUTPUT] * len(step.plan.sequences)
+    drafts = step.drafts
     row = 0
-    for index in sampled.indices:
+    for index in step.sampled:
         if drafts is not None and drafts[index]:
             outputs[index] = verify(drafts[index], tokens, row)
             row += len(drafts[index]) + 1

@@ -9,6 +9,7 @@ from services.engine.core.clock import now_ns
 from services.engine.core.entrance import Entrance
 from services.engine.core.errors import DrainingError, DuplicateSequenceError, IntegrityError
 from services.engine.core.fairness import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, TenantCounters
+from services.engine.core.lookahead import Lookahead
 from services.engine.core.messages import Delta, Finish, FinishReason, SequenceRequest
 from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
 from services.engine.core.preemption import choose_victim
@@ -31,7 +32,8 @@ class Scheduler:
 
     A sequence enters only when all tokens it has now fit, so a prefill never waits for blocks.
 
-    Between `schedule` and the `apply` of its outputs no sequence may be added or aborted.
+    Between `schedule` and the `apply` of its outputs no sequence may be added or aborted; all that
+    may be done then is to ask the `lookahead` what comes next.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Scheduler:
         self._entrance = Entrance(
             self.block_tables, self._running, self._tenants, self._concurrency
         )
+        self.lookahead = Lookahead(self._running, self._entrance, self.block_tables)
         self._speculator = speculator
         self._arrivals = 0
         self._live: dict[int, Sequence] = {}
@@ -148,16 +151,8 @@ class Scheduler:
         Postcondition: the block table of each planned sequence holds all tokens it will have after
         the step.
         """
-        planned: dict[Sequence, int] = {}
-        self._plan_decodes(planned)
-
-        def preempt(victim: Sequence) -> None:
-            self._preempt(victim, planned)
-
-        entered, copies = self._entrance.admit(preempt)
-        # Where all but the last token was found, what is left is a decode.
-        planned.update((each, 1) for each in entered if each.num_uncomputed_tokens == 1)
-        self._plan_prefills(planned)
+        ahead = self.lookahead.take()
+        planned, copies = self._plan() if ahead is None else (dict.fromkeys(ahead.sequences, 1), [])
         if self._speculator is not None and len(planned) == sum(planned.values()):
             room = self._max_batch_tokens - len(planned)
             plan_drafts(self._speculator, planned, self.block_tables, self.pool, max_tokens=room)
@@ -165,6 +160,8 @@ class Scheduler:
             raise IntegrityError("sequences are live, but none can be scheduled")
         self.steps += 1
         self._concurrency.stepped()
+        if ahead is not None and sum(planned.values()) == ahead.num_tokens:
+            return ahead
         return Plan(self.steps, tuple(planned), tuple(planned.values()), tuple(copies))
 
     def apply(self, outputs: StepOutputs) -> list[Delta]:
@@ -224,6 +221,19 @@ class Scheduler:
         self._running.check_integrity()
         for sequence in self._running:
             self._prefix_cache.check_integrity(sequence)
+
+    def _plan(self) -> tuple[dict[Sequence, int], list[tuple[int, int]]]:
+        planned: dict[Sequence, int] = {}
+        self._plan_decodes(planned)
+
+        def preempt(victim: Sequence) -> None:
+            self._preempt(victim, planned)
+
+        entered, copies = self._entrance.admit(preempt)
+        # Where all but the last token was found, what is left is a decode.
+        planned.update((each, 1) for each in entered if each.num_uncomputed_tokens == 1)
+        self._plan_prefills(planned)
+        return planned, copies
 
     def _plan_decodes(self, planned: dict[Sequence, int]) -> None:
         for sequence in tuple(self._running):

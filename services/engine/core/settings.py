@@ -34,6 +34,9 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     # Prefills join a step with decodes as long as the step stays within this. Ten tokens a second
     # are more than anybody reads.
     step_latency_target_ms: float = 100.0
+    # Whether a step is planned while the one before it is computed; "auto": where a device of its
+    # own computes, or a processor is left beside those that do.
+    plan_ahead: Literal["auto", "on", "off"] = "auto"
     prefix_cache: bool = True  # whether blocks are kept and found by what they contain
     # What drafts tokens; "auto" is the draft model where there is one, else prompt look-up.
     speculation: Literal["auto", "ngram", "draft", "off"] = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,7 @@ def build_engine(
     started_s = time.monotonic()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    num_threads = torch.get_num_threads()
     device = resolve_device(settings.device)
     if device.type == "cpu":
         cpu.activate(settings.cpu_kernels)
@@ -121,7 +123,9 @@ def build_engine(
         max_context_tokens,
         torch.get_num_threads(),
     )
-    return EngineCore(scheduler, runner), facts
+    plans_ahead = _plans_ahead(settings, device, num_threads)
+    logger.info("steps are planned %s", "ahead" if plans_ahead else "one at a time")
+    return EngineCore(scheduler, runner, plans_ahead=plans_ahead), facts
 
 
 def resolve_device(name: str) -> torch.device:
@@ -145,6 +149,12 @@ def resolve_device(name: str) -> torch.device:
             raise StartupError(f"the device {name!r} is not there: {count} CUDA devices are")
         return torch.device("cuda", index)
     return device
+
+
+def _plans_ahead(settings: CoreSettings, device: torch.device, num_threads: int) -> bool:
+    if settings.plan_ahead != "auto":
+        return settings.plan_ahead == "on"
+    return device.type != "cpu" or num_threads < len(os.sched_getaffinity(0))
 
 
 def _count_blocks(

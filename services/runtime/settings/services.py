@@ -94,6 +94,11 @@ class EngineSettings(ServerSettings):
         description="Longest time between two tokens of an answer that computing prompts in the "
         "same steps may cause, in milliseconds. Larger favours throughput.",
     )
+    plan_ahead: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether a step is planned while the one before it is computed. `auto`: where "
+        "a GPU computes, or fewer `threads` than there are processors.",
+    )
     prefix_cache: bool = Field(
         True, description="Whether beginnings that prompts have in common are computed once."
     )

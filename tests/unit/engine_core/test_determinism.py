@@ -103,6 +103,8 @@ COMPANY: dict[str, dict[str, Any]] = {
     "few at a time, in tiny chunks": {"max_batch_tokens": 7, "max_running_sequences": 5},
     "preempted": {"num_blocks": 14},
     "several threads": {"threads": 2},
+    "each step planned ahead": {"plan_ahead": "on"},
+    "no step planned ahead": {"plan_ahead": "off"},
     "larger blocks": {"num_blocks": 256, "block_size": 32, "kv_cache_memory_bytes": 256 * 8192},
 }
 

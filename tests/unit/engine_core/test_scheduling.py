@@ -60,6 +60,7 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         step_latency_target_ms=st.sampled_from([1e-6, 1e6]),
         prefix_cache=st.sampled_from([True, True, False]),
         grows=st.booleans(),
+        plans_ahead=st.booleans(),
     )
     def start(self, **limits: Any) -> None:
         self.engine = make_engine(block_size=BLOCK_SIZE, max_waiting_sequences=8, **limits)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from services.engine.core.errors import StartupError
@@ -58,3 +60,20 @@ def test_an_unused_kv_cache_takes_no_memory(checkpoint: Path) -> None:
 def test_a_device_that_is_not_there_is_named(checkpoint: Path, device: str) -> None:
     with pytest.raises(StartupError, match=device):
         build_engine(CoreSettings(model_path=str(checkpoint), device=device))
+
+
+@pytest.mark.parametrize(
+    ("plan_ahead", "processors", "expected"),
+    [("auto", 2, True), ("auto", 1, False), ("on", 1, True), ("off", 2, False)],
+)
+def test_steps_are_planned_ahead_where_a_processor_is_left(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plan_ahead: str,
+    processors: int,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    engine, _ = build_engine(settings(checkpoint, plan_ahead=plan_ahead))
+    assert engine._plans_ahead == expected

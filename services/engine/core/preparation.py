@@ -1,0 +1,109 @@
+"""All of a step's input that is known without the tokens it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+
+from services.engine.core.logit_edits import LogitEdits
+from services.engine.core.plan import Plan
+from services.engine.core.sampler import SamplingBatch
+from services.engine.core.sequence_rows import SequenceRows
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """A step that lacks nothing but its token ids. Arrays are as in ForwardBatch."""
+
+    plan: Plan
+    drafts: tuple[tuple[int, ...], ...] | None
+    positions: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+    block_tables: npt.NDArray[np.int32]
+    context_lengths: tuple[int, ...]
+    logits_rows: list[int]
+    sampled: list[int]  # indices of the planned sequences that are sampled from
+    sampling: SamplingBatch | None  # None: nothing is sampled
+
+
+def prepare(
+    plan: Plan, state: SequenceRows, block_size: int, *, num_pending_tokens: int = 0
+) -> Preparation:
+    """Prepare a plan whose sequences will each have `num_pending_tokens` tokens more, known and
+    computed, by the time it runs."""
+    sequences, counts = plan.sequences, plan.token_counts
+    drafts = plan.drafts()
+    widest = max(map(state.refresh, sequences))
+    rows = np.array([sequence.row for sequence in sequences])
+    computed = [sequence.num_computed_tokens + num_pending_tokens for sequence in sequences]
+    contexts = [before + count for before, count in zip(computed, counts, strict=True)]
+    beyond = [
+        context - len(sequence.token_ids) - num_pending_tokens
+        for context, sequence in zip(contexts, sequences, strict=True)
+    ]
+    ends = list(accumulate(counts))
+    total = ends[-1]
+    sampled = [index for index, ahead in enumerate(beyond) if ahead >= 0]
+    if drafts is None:
+        logits_rows = [ends[index] - 1 for index in sampled]
+    else:
+        logits_rows = [
+            row for index in sampled for row in range(ends[index] - beyond[index] - 1, ends[index])
+        ]
+    if total == len(sequences):
+        owners, positions = rows, np.array(computed)
+    else:
+        owners = rows.repeat(counts)
+        # What a token's position and its place in the batch differ by is its sequence's own.
+        positions = np.arange(total) + np.repeat(np.subtract(contexts, ends), counts)
+    tables = state.block_tables
+    slots = tables[owners, positions // block_size] * np.int64(block_size) + positions % block_size
+    return Preparation(
+        plan=plan,
+        drafts=drafts,
+        positions=positions,
+        slots=slots,
+        block_tables=tables[rows, :widest],
+        context_lengths=tuple(contexts),
+        logits_rows=logits_rows,
+        sampled=sampled,
+        sampling=_sampling(plan, drafts, sampled, state, num_pending_tokens),
+    )
+
+
+def _sampling(
+    plan: Plan,
+    drafts: tuple[tuple[int, ...], ...] | None,
+    sampled: list[int],
+    state: SequenceRows,
+    num_pending_tokens: int,
+) -> SamplingBatch | None:
+    if not sampled:
+        return None
+    chosen = [plan.sequences[index] for index in sampled]
+    rows = [sequence.row for sequence in chosen]
+    lengths = None if drafts is None else [len(drafts[index]) + 1 for index in sampled]
+    if all(state.is_greedy[row] for row in rows):
+        return SamplingBatch.greedy(len(rows) if lengths is None else sum(lengths))
+    edits = None
+    if any(state.has_edits[row] for row in rows):
+        edits = LogitEdits()
+        first = 0
+        for index, sequence in zip(sampled, chosen, strict=True):
+            draft = () if drafts is None else drafts[index]
+            if state.has_edits[sequence.row]:
+                counts = state.token_counts(sequence)
+                for length in range(len(draft) + 1):
+                    edits.add(first + length, sequence, counts, draft[:length])
+            first += len(draft) + 1
+    repeated = np.array(rows)
+    positions = np.array([sequence.num_output_tokens for sequence in chosen]) + num_pending_tokens
+    if lengths is not None:
+        repeated = repeated.repeat(lengths)
+        # From the next token of each sequence on, one after the other.
+        firsts = positions - np.cumsum(lengths) + lengths
+        positions = np.arange(len(repeated)) + firsts.repeat(lengths)
+    return state.sampling(repeated, positions, edits)

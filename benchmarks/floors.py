@@ -22,7 +22,7 @@ from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels import cpu
 from services.engine.core.kernels.cpu.build import find_compiler
 from services.engine.core.kernels.cpu.kv_cache import PackedKVCache
-from services.engine.core.kernels.cpu.program import Team
+from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.models.loader import open_model
 from services.engine.core.models.native import NativeModel, WeightChoice
 from services.runtime.modelfiles import locate

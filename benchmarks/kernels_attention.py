@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 
 from services.engine.core.kernels.cpu import library
-from services.engine.core.kernels.cpu.attention import Step, Team
+from services.engine.core.kernels.cpu.attention import Step, attention, rotary_kv
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.library import Library
+from services.engine.core.kernels.cpu.team import Team
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, BLOCK_SIZE = 9, 3, 64, 30, 16
 STALE_BYTE = 0x3C  # bf16, int8 and float made of it are small numbers
@@ -64,13 +65,13 @@ def measure(kernels: Library, case: Case, kv_format: KvFormat, threads: int) -> 
     output = torch.empty(len(qkv), HEADS * HEAD_DIM)
     cos, sin = torch.ones(case.context, HEAD_DIM // 2), torch.zeros(case.context, HEAD_DIM // 2)
     layers = range(case.layers)
-    with Team(kernels, threads) as team:
-        attention_s = shortest_s(
-            lambda: team.attention(step, cache, layers, qkv, HEADS, HEAD_DIM**-0.5, output), case
-        )
-        rotary_kv_s = shortest_s(
-            lambda: team.rotary_kv(step, cache, layers, qkv, HEADS, cos, sin), case
-        )
+    team = Team(kernels, threads)
+    attention_s = shortest_s(
+        lambda: attention(team, step, cache, layers, qkv, HEADS, HEAD_DIM**-0.5, output), case
+    )
+    rotary_kv_s = shortest_s(
+        lambda: rotary_kv(team, step, cache, layers, qkv, HEADS, cos, sin), case
+    )
     # Scores and weighted sums of every query with every key that it sees.
     seen = sum(range(case.context - case.queries + 1, case.context + 1))
     products = case.sequences * seen * HEADS * HEAD_DIM * 2

@@ -21,7 +21,7 @@ from benchmarks.prompts import english_prompts
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels import cpu, select
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
-from services.engine.core.kernels.cpu.program import Team
+from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.loader import open_model
 from services.engine.core.models.native import NativeModel, WeightChoice

@@ -22,8 +22,8 @@ from services.engine.core.kernels.cpu.program import (
     Program,
     ProgramBuilder,
     StepInput,
-    Team,
 )
+from services.engine.core.kernels.cpu.team import Team
 
 
 class Norm:

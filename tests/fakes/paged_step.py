@@ -10,9 +10,10 @@ from torch import Tensor
 
 from services.engine.core.kernels import AttentionMetadata, paged_attention
 from services.engine.core.kernels.cpu import library
-from services.engine.core.kernels.cpu.attention import Step, Team
+from services.engine.core.kernels.cpu.attention import Step, attention, rotary_kv
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.library import Library
+from services.engine.core.kernels.cpu.team import Team
 
 NAN_BYTE = 0xFF  # a bf16, an int8 scale or a float made of these bytes is NaN
 
@@ -70,7 +71,7 @@ class Pool:
         threads: int = 2,
         seed: int = 0,
     ) -> None:
-        self.kernels, self.shape, self.threads = kernels, shape, threads
+        self.kernels, self.shape, self.team = kernels, shape, Team(kernels, threads)
         self.cache = PackedKVCache(
             1, num_blocks, shape.block_size, shape.kv_heads, shape.head_dim, kv_format
         )
@@ -96,19 +97,15 @@ class Pool:
         rows = self._rows(step, texts)
         qkv = torch.cat([torch.cat((t.queries, t.keys, t.values), 1)[r] for t, r in rows])
         unrotated = torch.ones(int(step.positions.max()) + 1, self.shape.head_dim // 2)
-        with Team(self.kernels, self.threads) as team:
-            team.rotary_kv(
-                step, self.cache, [0], qkv, self.shape.heads, unrotated, torch.zeros_like(unrotated)
-            )
+        zeros = torch.zeros_like(unrotated)
+        rotary_kv(self.team, step, self.cache, [0], qkv, self.shape.heads, unrotated, zeros)
 
     def attend(self, step: Step, texts: Sequence[Text]) -> Tensor:
         """Return the native attention of the step's queries, [num_tokens, heads * head_dim]."""
         queries = torch.cat([text.queries[rows] for text, rows in self._rows(step, texts)])
         output = torch.full_like(queries, float("nan"))
-        with Team(self.kernels, self.threads) as team:
-            team.attention(
-                step, self.cache, [0], queries, self.shape.heads, self.shape.scale, output
-            )
+        shape = self.shape
+        attention(self.team, step, self.cache, [0], queries, shape.heads, shape.scale, output)
         return output
 
     def run(

@@ -12,7 +12,7 @@ import torch
 from services.engine.core.errors import StartupError
 from services.engine.core.kernels import Selection, cpu
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
-from services.engine.core.kernels.cpu.program import Team
+from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.dtype import resolve_dtype
 from services.engine.core.models.loader import OpenedModel

@@ -15,7 +15,7 @@ from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.packing import quantize_4, quantize_8
-from services.engine.core.kernels.cpu.program import Team
+from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.loader import open_model
 from services.engine.core.models.native import NativeModel, WeightChoice

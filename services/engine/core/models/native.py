@@ -29,9 +29,9 @@ from services.engine.core.kernels.cpu.program import (
     Program,
     ProgramBuilder,
     StepInput,
-    Team,
     rotary_tables,
 )
+from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.layers import Embedding, MergedLinear
 from services.engine.core.models.base import Model
 from services.engine.core.models.config import ModelConfig

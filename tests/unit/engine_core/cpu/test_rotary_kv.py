@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from services.engine.core.kernels import rotary_embedding
-from services.engine.core.kernels.cpu.attention import Step, Team
+from services.engine.core.kernels.cpu.attention import Step, rotary_kv
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.library import Library
+from services.engine.core.kernels.cpu.team import Team
 from tests.fakes.paged_step import NAN_BYTE, libraries
 
 KERNELS = libraries()
@@ -40,8 +41,7 @@ def write(
     """Run the kernel for one sequence; return the keys and values that the cache then holds."""
     table = torch.tensor([[3, 1]])
     step = Step.of([LENGTH], [LENGTH], table, cache.block_size)
-    with Team(kernels, 2) as team:
-        team.rotary_kv(step, cache, [0], qkv, HEADS, cos, sin)
+    rotary_kv(Team(kernels, 2), step, cache, [0], qkv, HEADS, cos, sin)
     return cache.read(0, step.slots)
 
 

@@ -8,28 +8,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from services.engine.core.kernels.cpu.kv_cache import KvLayout, PackedKVCache
-from services.engine.core.kernels.cpu.library import Library
-
-
-class StepView(ctypes.Structure):
-    """`struct StepView` of src/kv_layout.h."""
-
-    _fields_ = (
-        ("num_tokens", ctypes.c_int32),
-        ("num_sequences", ctypes.c_int32),
-        ("positions", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("query_starts", ctypes.c_void_p),
-        ("context_lengths", ctypes.c_void_p),
-        ("block_tables", ctypes.c_void_p),
-        ("table_stride", ctypes.c_int32),
-    )
+from services.engine.core.kernels.cpu.kv_cache import KvLayout, PackedKVCache, StepView
+from services.engine.core.kernels.cpu.team import Team
 
 
 class RotaryKvArgs(ctypes.Structure):
@@ -112,88 +96,70 @@ class Step:
         )
 
 
-class Team:
-    """Threads that run the native operations of one instruction set together."""
+def rotary_kv(
+    team: Team,
+    step: Step,
+    cache: PackedKVCache,
+    layers: Sequence[int],
+    qkv: Tensor,
+    heads: int,
+    cos: Tensor,
+    sin: Tensor,
+) -> None:
+    """Rotate the queries and keys of `qkv` in place; write its keys and values to the cache.
 
-    def __init__(self, library: Library, threads: int) -> None:
-        self._table = library.table
-        self._team = self._table.make_team(threads)
-
-    def __enter__(self) -> Team:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._table.free_team(self._team)
-        self._team = None
-
-    def rotary_kv(
-        self,
-        step: Step,
-        cache: PackedKVCache,
-        layers: Sequence[int],
-        qkv: Tensor,
-        heads: int,
-        cos: Tensor,
-        sin: Tensor,
-    ) -> None:
-        """Rotate the queries and keys of `qkv` in place; write its keys and values to the cache.
-
-        qkv: float32 [num_tokens, (heads + 2 * kv_heads) * head_dim]; cos, sin: float32
-        [max_position, rotary_dim / 2].
-        """
-        view = step.view()
-        args = (RotaryKvArgs * len(layers))(
-            *(
-                RotaryKvArgs(
-                    ctypes.pointer(view),
-                    cache.layout(layer),
-                    qkv.data_ptr(),
-                    qkv.stride(0),
-                    heads,
-                    cos.data_ptr(),
-                    sin.data_ptr(),
-                    2 * cos.shape[1],
-                )
-                for layer in layers
+    qkv: float32 [num_tokens, (heads + 2 * kv_heads) * head_dim]; cos, sin: float32
+    [max_position, rotary_dim / 2].
+    """
+    view = step.view()
+    args = (RotaryKvArgs * len(layers))(
+        *(
+            RotaryKvArgs(
+                ctypes.pointer(view),
+                cache.layout(layer),
+                qkv.data_ptr(),
+                qkv.stride(0),
+                heads,
+                cos.data_ptr(),
+                sin.data_ptr(),
+                2 * cos.shape[1],
             )
+            for layer in layers
         )
-        self._table.run_rotary_kv(self._team, args, len(layers))
+    )
+    team.library.table.run_rotary_kv(team.handle, args, len(layers))
 
-    def attention(
-        self,
-        step: Step,
-        cache: PackedKVCache,
-        layers: Sequence[int],
-        queries: Tensor,
-        heads: int,
-        scale: float,
-        output: Tensor,
-    ) -> None:
-        """Attend to the cache's layers, one after the other, all with the same queries.
 
-        queries: float32 [num_tokens, >= heads * head_dim], rows of any stride; output: float32
-        [num_tokens, heads * head_dim], which the last layer's result is left in.
-        """
-        view = step.view()
-        args = (AttentionArgs * len(layers))(
-            *(
-                AttentionArgs(
-                    ctypes.pointer(view),
-                    cache.layout(layer),
-                    queries.data_ptr(),
-                    queries.stride(0),
-                    heads,
-                    scale,
-                    output.data_ptr(),
-                    output.stride(0),
-                    None,
-                )
-                for layer in layers
+def attention(
+    team: Team,
+    step: Step,
+    cache: PackedKVCache,
+    layers: Sequence[int],
+    queries: Tensor,
+    heads: int,
+    scale: float,
+    output: Tensor,
+) -> None:
+    """Attend to the cache's layers, one after the other, all with the same queries.
+
+    queries: float32 [num_tokens, >= heads * head_dim], rows of any stride; output: float32
+    [num_tokens, heads * head_dim], which the last layer's result is left in.
+    """
+    view = step.view()
+    args = (AttentionArgs * len(layers))(
+        *(
+            AttentionArgs(
+                ctypes.pointer(view),
+                cache.layout(layer),
+                queries.data_ptr(),
+                queries.stride(0),
+                heads,
+                scale,
+                output.data_ptr(),
+                output.stride(0),
+                None,
             )
+            for layer in layers
         )
-        self._table.run_attention(self._team, args, len(layers))
+    )
+    team.library.table.run_attention(team.handle, args, len(layers))

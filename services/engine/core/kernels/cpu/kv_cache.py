@@ -41,6 +41,21 @@ class KvLayout(ctypes.Structure):
     )
 
 
+class StepView(ctypes.Structure):
+    """`struct StepView` of src/kv_layout.h."""
+
+    _fields_ = (
+        ("num_tokens", ctypes.c_int32),
+        ("num_sequences", ctypes.c_int32),
+        ("positions", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("query_starts", ctypes.c_void_p),
+        ("context_lengths", ctypes.c_void_p),
+        ("block_tables", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int32),
+    )
+
+
 def check_head_dim(head_dim: int) -> None:
     """Raise ValueError for heads of a size that the kernels do not serve."""
     if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:

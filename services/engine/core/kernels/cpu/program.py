@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.engine.core.kernels.cpu.library import Library
+from services.engine.core.kernels.cpu.kv_cache import StepView
 from services.engine.core.kernels.cpu.packing import LinearWeights, PackedLinear, WeightFormat
+from services.engine.core.kernels.cpu.team import Team
 
 
 class Buffer(IntEnum):
@@ -82,18 +83,10 @@ class ProgramSpec(ctypes.Structure):
     )
 
 
-class StepInput(ctypes.Structure):
-    """`struct StepInput` of src/program.h, its `StepView` first."""
+class StepInput(StepView):
+    """`struct StepInput` of src/program.h, which begins with its `StepView`."""
 
     _fields_ = (
-        ("num_tokens", ctypes.c_int32),
-        ("num_sequences", ctypes.c_int32),
-        ("positions", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("query_starts", ctypes.c_void_p),
-        ("context_lengths", ctypes.c_void_p),
-        ("block_tables", ctypes.c_void_p),
-        ("table_stride", ctypes.c_int32),
         ("token_ids", ctypes.c_void_p),
         ("logits_rows", ctypes.c_void_p),
         ("num_rows", ctypes.c_int32),
@@ -202,19 +195,6 @@ class ProgramBuilder:
 
 def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, IntEnum) else value
-
-
-class Team:
-    """The threads that compute a step, `class Team` of src/team.h; the caller is one of them."""
-
-    def __init__(self, library: Library, threads: int) -> None:
-        self.library = library
-        self.threads = threads
-        self.handle = library.table.make_team(threads)
-
-    def __del__(self) -> None:
-        if getattr(self, "handle", None):
-            self.library.table.free_team(self.handle)
 
 
 class Program:

@@ -26,8 +26,8 @@ from services.engine.core.kernels.cpu.program import (
     Program,
     ProgramBuilder,
     StepInput,
-    Team,
 )
+from services.engine.core.kernels.cpu.team import Team
 
 _TOKENS = 7
 _HEAD_DIM = 32

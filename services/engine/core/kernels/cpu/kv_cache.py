@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ class KvLayout(ctypes.Structure):
 class StepView(ctypes.Structure):
     """`struct StepView` of src/kv_layout.h."""
 
-    _fields_ = (
+    # Named, for a structure that begins with this one has fields of its own.
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = (
         ("num_tokens", ctypes.c_int32),
         ("num_sequences", ctypes.c_int32),
         ("positions", ctypes.c_void_p),

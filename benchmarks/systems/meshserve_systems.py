@@ -32,6 +32,8 @@ class MeshClient:
                 list(request.prompt_token_ids),
                 max_tokens=request.output_tokens,
                 temperature=0,
+                # The demo model's default would be another task than the peers have.
+                repetition_penalty=1.0,
                 ignore_eos=True,
                 cache=False,
             ) as stream:

@@ -2,57 +2,53 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from itertools import accumulate
-
-# An estimate follows faster steps quickly and slower ones slowly and not far: a step is slow for
-# reasons that have nothing to do with its tokens far more often than it is fast for such reasons.
-_FASTER, _SLOWER = 0.3, 0.1
-_SLOWEST = 2.0
+# Of what was measured, this much is kept with each new step: a few hundred say what holds now.
+_MEMORY = 0.99
+# A step is slow for reasons that have nothing to do with its tokens far more often than it is fast
+# for such reasons; it counts for no more than so many times what was expected.
+_SLOWEST = 1.5
 
 
 class StepCost:
-    """Estimated seconds of a step by its number of tokens, from measured ones.
+    """Estimated seconds of a step by its number of tokens: a line through those measured.
 
-    No step costs more than one of more tokens: where measurements say so, some were held up.
-    Between two measured numbers it is interpolated. Beyond the largest it is believed to be the
-    same: the first step of a new width may be a bad bargain, and is then known to be one.
+    Least squares, with weights that fade. Every step says something about all numbers of tokens,
+    so that one that was held up spoils no estimate for long, however rare its number. As long as
+    all steps had the same number, others are believed to cost the same: the first step of another
+    may be a bad bargain, and shows it. A step costs no less with more tokens, and no more by the
+    token.
     """
 
     def __init__(self) -> None:
-        self._widths: list[int] = []  # ascending
-        self._seconds: list[float] = []
-        self._levels: list[float] = []  # the least of each and all wider ones
+        self._weight = 0.0
+        self._tokens = 0.0  # the weighted means
+        self._seconds = 0.0
+        self._spread = 0.0  # the weighted sums of squared and mixed distances from these
+        self._mixed = 0.0
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Take in a measured step."""
-        index = bisect_left(self._widths, num_tokens)
-        if index == len(self._widths) or self._widths[index] != num_tokens:
-            self._widths.insert(index, num_tokens)
-            self._seconds.insert(index, seconds)
-        else:
-            known = self._seconds[index]
-            if seconds < known:
-                self._seconds[index] = known + _FASTER * (seconds - known)
-            else:
-                self._seconds[index] = known + _SLOWER * (min(seconds, _SLOWEST * known) - known)
-        self._levels = list(accumulate(reversed(self._seconds), min))[::-1]
+        if self._weight:
+            seconds = min(seconds, _SLOWEST * self.seconds(num_tokens))
+        kept = _MEMORY * self._weight
+        self._weight = kept + 1
+        # Welford's update, with a memory that fades.
+        tokens_off, seconds_off = num_tokens - self._tokens, seconds - self._seconds
+        self._tokens += tokens_off / self._weight
+        self._seconds += seconds_off / self._weight
+        share = kept / self._weight
+        self._spread = _MEMORY * self._spread + share * tokens_off * tokens_off
+        self._mixed = _MEMORY * self._mixed + share * tokens_off * seconds_off
 
     @property
     def is_measured(self) -> bool:
         """Whether any step was."""
-        return bool(self._widths)
+        return self._weight > 0
 
     def seconds(self, num_tokens: int) -> float:
         """The estimate for a step of `num_tokens`; 1 as long as nothing was measured."""
-        widths, seconds = self._widths, self._levels
-        if not widths:
+        if not self._weight:
             return 1.0
-        index = bisect_left(widths, num_tokens)
-        if index == len(widths):
-            return seconds[-1]
-        if index == 0 or widths[index] == num_tokens:
-            return seconds[index]
-        low, high = widths[index - 1], widths[index]
-        share = (num_tokens - low) / (high - low)
-        return seconds[index - 1] + share * (seconds[index] - seconds[index - 1])
+        slope = self._mixed / self._spread if self._spread > 0 else 0.0
+        slope = min(max(slope, 0.0), self._seconds / self._tokens)
+        return self._seconds + slope * (num_tokens - self._tokens)

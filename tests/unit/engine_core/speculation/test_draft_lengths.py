@@ -75,24 +75,28 @@ def test_what_a_try_shows_turns_drafting_on_again() -> None:
     assert lengths.choose(1, [survival(0.9)], 100)[0] > 2
 
 
-def test_costs_between_measured_widths_are_interpolated_and_beyond_them_level() -> None:
+def test_costs_are_on_the_line_through_what_was_measured() -> None:
     cost = StepCost()
     assert not cost.is_measured
     assert cost.seconds(3) == cost.seconds(30)
     cost.observe(2, 1.0)
-    assert cost.seconds(1) == cost.seconds(9) == 1.0
-    cost.observe(6, 3.0)
-    assert cost.seconds(4) == pytest.approx(2.0)
-    assert cost.seconds(60) == 3.0
     assert cost.is_measured
+    assert cost.seconds(1) == cost.seconds(9) == 1.0
+    for num_tokens in (4, 9, 2, 17, 5) * 3:
+        cost.observe(num_tokens, 0.8 + 0.1 * num_tokens)
+    assert cost.seconds(1) == pytest.approx(0.9)
+    assert cost.seconds(40) == pytest.approx(4.8)
 
 
-def test_no_step_is_taken_to_cost_more_than_a_wider_one() -> None:
+def test_a_wider_step_costs_no_less_and_no_more_by_the_token() -> None:
     cost = StepCost()
-    for num_tokens, seconds in ((1, 1.0), (3, 9.0), (5, 2.0)):
+    for num_tokens, seconds in ((1, 1.0), (3, 9.0), (5, 0.2)) * 5:
         cost.observe(num_tokens, seconds)
-    assert cost.seconds(3) == 2.0
-    assert cost.seconds(2) == pytest.approx(1.5)
+    assert cost.seconds(5) >= cost.seconds(1)
+    cost = StepCost()
+    for num_tokens, seconds in ((4, 1.0), (8, 9.0)) * 20:
+        cost.observe(num_tokens, seconds)
+    assert cost.seconds(8) <= 2 * cost.seconds(4)
 
 
 def test_a_step_that_was_held_up_hardly_moves_the_cost() -> None:
@@ -101,9 +105,19 @@ def test_a_step_that_was_held_up_hardly_moves_the_cost() -> None:
         cost.observe(1, 1.0)
     cost.observe(1, 100.0)
     assert cost.seconds(1) < 1.2
-    for _ in range(60):
+    for _ in range(300):
         cost.observe(1, 3.0)
     assert cost.seconds(1) == pytest.approx(3.0, rel=0.05)
+
+
+def test_a_rare_number_of_tokens_that_was_held_up_is_not_shunned() -> None:
+    cost = StepCost()
+    for num_tokens in (1, 1, 1, 4, 1, 1, 1, 8) * 5:
+        cost.observe(num_tokens, 1 + 0.1 * num_tokens)
+    cost.observe(17, 30.0)
+    for num_tokens in (1, 1, 1, 4, 1, 1, 1, 8) * 5:
+        cost.observe(num_tokens, 1 + 0.1 * num_tokens)
+    assert cost.seconds(17) == pytest.approx(2.7, rel=0.3)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -99,7 +100,7 @@ class _NativeBackend:
         assert library is not None
         self._config = opened.config
         self._format = KvFormat.INT8 if settings.kv_cache_format == "int8" else KvFormat.BF16
-        team = Team(library, settings.threads or torch.get_num_threads())
+        team = Team(library, settings.threads or default_threads())
         with _one_torch_thread():
             self._model = NativeModel(opened.skeleton, opened.checkpoint, team, settings.weights)
         self.dtype = "bfloat16"
@@ -140,6 +141,13 @@ class _NativeBackend:
         # torch has nothing left to do that is worth waking a second pool of threads for.
         torch.set_num_threads(1)
         return self._model, cache
+
+
+@functools.cache
+def default_threads() -> int:
+    """Threads that compute where no number is set: as many as torch would take, who is asked before
+    an engine takes them from it."""
+    return torch.get_num_threads()
 
 
 @contextlib.contextmanager

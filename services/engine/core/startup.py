@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from services.engine.core.admission import AdmissionLimits
-from services.engine.core.backends import load_backend
+from services.engine.core.backends import default_threads, load_backend
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
@@ -42,9 +42,8 @@ def build_engine(
         ModelFileError: the model files are missing or damaged.
     """
     started_s = time.monotonic()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    num_threads = torch.get_num_threads()
+    num_threads = settings.threads or default_threads()
+    torch.set_num_threads(num_threads)
     device = resolve_device(settings.device)
     if device.type == "cpu":
         cpu.activate(settings.cpu_kernels)
@@ -121,7 +120,7 @@ def build_engine(
         num_blocks,
         facts.kv_cache_memory_bytes / 2**20,
         max_context_tokens,
-        torch.get_num_threads(),
+        num_threads,
     )
     plans_ahead = _plans_ahead(settings, device, num_threads)
     logger.info("steps are planned %s", "ahead" if plans_ahead else "one at a time")

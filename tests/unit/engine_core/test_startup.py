@@ -74,6 +74,20 @@ def test_steps_are_planned_ahead_where_a_processor_is_left(
     expected: bool,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    engine, _ = build_engine(settings(checkpoint, plan_ahead=plan_ahead))
+    engine, _ = build_engine(settings(checkpoint, plan_ahead=plan_ahead, threads=1))
     assert engine._plans_ahead == expected
+
+
+def test_a_second_engine_has_as_many_threads_as_the_first(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first one leaves torch a single thread: its own compute the steps."""
+    settings = CoreSettings(model_path=str(checkpoint), device="cpu", kv_cache_memory_bytes=1 << 20)
+    said: list[list[str]] = []
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="services.engine.core"):
+            build_engine(settings)
+        said.append([line.split()[-2] for line in caplog.messages if line.endswith(" threads")])
+    assert said[0]
+    assert said[1] == said[0]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from services.engine.core.errors import StartupError

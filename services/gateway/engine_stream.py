@@ -11,11 +11,9 @@ from typing import Protocol
 from meshserve.v1 import engine_pb2
 from services.runtime.client_calls import ResponseStream
 from services.runtime.errors import Reason, ServiceError
+from services.runtime.exchanges import take_batch
 
 log = logging.getLogger(__name__)
-
-# What has accrued goes in several messages above this size.
-MAX_BATCH_BYTES = 2**20
 
 
 class Receiver(Protocol):
@@ -114,7 +112,7 @@ class EngineStream:
             while True:
                 await self._has_accrued.wait()
                 self._has_accrued.clear()
-                while batch := self._next_batch():
+                while batch := take_batch(self._accrued):
                     await self._call.write(engine_pb2.GenerateManyRequest(inputs=batch))
                 if self.is_retired and not self._receivers:
                     self.close()
@@ -124,18 +122,6 @@ class EngineStream:
         except Exception:
             log.exception("an engine stream failed")
             self.close()
-
-    def _next_batch(self) -> list[engine_pb2.GenerationInput]:
-        """The inputs of one message: at most one of each generation, and not too many bytes."""
-        size_bytes = 0
-        seen: set[int] = set()
-        for message in self._accrued:
-            size_bytes += message.ByteSize()
-            if message.session_id in seen or (seen and size_bytes > MAX_BATCH_BYTES):
-                break
-            seen.add(message.session_id)
-        batch, self._accrued = self._accrued[: len(seen)], self._accrued[len(seen) :]
-        return batch
 
     async def _read(self) -> None:
         try:

@@ -43,6 +43,21 @@ Input = TypeVar("Input", bound=SessionInput)
 Output = TypeVar("Output", bound=SessionOutput)
 
 
+def take_batch(accrued: list[Input]) -> list[Input]:
+    """Removes what goes into one message: at most one input of each session, and not too many
+    bytes."""
+    size_bytes = 0
+    sessions: set[int] = set()
+    for message in accrued:
+        size_bytes += message.ByteSize()
+        if message.session_id in sessions or (sessions and size_bytes > MAX_BATCH_BYTES):
+            break
+        sessions.add(message.session_id)
+    batch = accrued[: len(sessions)]
+    del accrued[: len(sessions)]
+    return batch
+
+
 class StreamLostError(Exception):
     """The stream under a session ended; the session can go on, on another."""
 
@@ -112,7 +127,7 @@ class ExchangeStream(Generic[Input, Output]):
             while True:
                 await self._has_accrued.wait()
                 self._has_accrued.clear()
-                while batch := self._next_batch():
+                while batch := take_batch(self._accrued):
                     await self._call.write(self._make_request(batch))
         except ServiceError as error:
             log.info("session stream lost: %s", error.message)
@@ -121,18 +136,6 @@ class ExchangeStream(Generic[Input, Output]):
         finally:
             # Whatever ended the writing, nobody may wait for answers that cannot come.
             self.close()
-
-    def _next_batch(self) -> list[Input]:
-        """The inputs of one message: at most one of each session, and not too many bytes."""
-        size_bytes = 0
-        sessions: set[int] = set()
-        for message in self._accrued:
-            size_bytes += message.ByteSize()
-            if message.session_id in sessions or (sessions and size_bytes > MAX_BATCH_BYTES):
-                break
-            sessions.add(message.session_id)
-        batch, self._accrued = self._accrued[: len(sessions)], self._accrued[len(sessions) :]
-        return batch
 
     async def _read(self) -> None:
         try:

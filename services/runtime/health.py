@@ -93,7 +93,10 @@ class HealthMonitor:
         self._names = ("", *grpc_services)
         self._probe = probe
         self._gauge = metrics.gauge("meshserve_healthy")
-        self._healthy: bool | None = None
+        self.healthy: bool | None = None
+        # Whether the probe has ever succeeded, and why it fails; empty while it succeeds.
+        self.was_healthy = False
+        self.problem = ""
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -124,13 +127,15 @@ class HealthMonitor:
             reason = f"the probe took longer than {PROBE_TIMEOUT_S} s"
         except Exception as error:
             reason = str(error) or type(error).__name__
+        self.problem = reason
         healthy = not reason
-        if healthy is self._healthy:
+        if healthy is self.healthy:
             return
         if not healthy:
             log.warning("not serving: %s", reason)
-        elif self._healthy is not None:
+        elif self.healthy is not None:
             log.info("serving again")
-        self._healthy = healthy
+        self.healthy = healthy
+        self.was_healthy |= healthy
         self._gauge.set(healthy)
         self.servicer.set(self._names, SERVING if healthy else NOT_SERVING)

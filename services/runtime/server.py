@@ -24,10 +24,12 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from meshserve.v1 import calls_pb2, calls_pb2_grpc
+from meshserve.v1 import calls_pb2, calls_pb2_grpc, monitor_pb2_grpc
 from services.runtime.call_host import CallHost
 from services.runtime.channels import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
 from services.runtime.health import HealthMonitor
+from services.runtime.monitor import GRPC_SERVICE as MONITOR_SERVICE
+from services.runtime.monitor import Metadata, Monitor, MonitorServicer
 from services.runtime.server_calls import CallInterceptor
 from services.runtime.settings import ServerSettings, Settings, SettingsError, load_settings
 from services.runtime.settings.addresses import split_address
@@ -62,6 +64,8 @@ class Service(ABC):
     # Whether its unary methods can be called on a shared stream as well. They need no gRPC context,
     # and it is safe to call them twice.
     carries_calls: ClassVar[bool] = False
+    # Knows the status of the process. Set before `register`.
+    monitor: Monitor
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
@@ -75,6 +79,9 @@ class Service(ABC):
 
     async def start(self) -> None:  # noqa: B027 - most services need one, a simple one does not
         """Loads what the service needs before it answers. Raises StartupError."""
+
+    def admit_watcher(self, metadata: Metadata) -> None:  # noqa: B027
+        """Raises ServiceError when a caller may not see the status of the process."""
 
     async def probe(self) -> None:  # noqa: B027
         """Raises when the service cannot do its work now. Called every second."""
@@ -138,12 +145,16 @@ async def _serve(
     calls = CallInterceptor(metrics)
     server = grpc.aio.server(interceptors=[calls], options=_server_options(section))
     _bind(server, section, name)
-    carried = _register(service, server)
     health = HealthMonitor(service.grpc_services, service.probe, metrics)
+    service.monitor = Monitor(health, metrics, service.draining)
+    carried = _register(service, server)
+    monitor_pb2_grpc.add_MonitorServiceServicer_to_server(
+        MonitorServicer(service.monitor, service.admit_watcher), server
+    )
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-    names = (*service.grpc_services, *carried, health_name, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    names = (*service.grpc_services, *carried, MONITOR_SERVICE, health_name)
+    reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
     try:
         if await _start(service, stop_requested):
             _spare_the_collector()

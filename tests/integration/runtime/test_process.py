@@ -21,6 +21,7 @@ from google.protobuf.wrappers_pb2 import StringValue
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from meshserve.v1 import monitor_pb2, monitor_pb2_grpc
 from services.runtime.errors import Reason, ServiceError
 from tests.fakes.shapes import SECRET, SERVICE, ShapesStub
 from tests.support.ports import free_ports
@@ -288,6 +289,68 @@ def test_metrics_are_shown_on_their_port(start: Start) -> None:
     assert f'meshserve_rpc_server_calls_total{{code="OK",method="{SERVICE}/Unary"}} 1.0' in text
     assert "meshserve_healthy 1.0" in text
     assert 'meshserve_build_info{service="cache"' in text
+
+
+def status(process: Process) -> monitor_pb2.GetStatusResponse:
+    answer = monitor_pb2_grpc.MonitorServiceStub(process.channel).GetStatus(
+        monitor_pb2.GetStatusRequest(), timeout=5
+    )
+    assert isinstance(answer, monitor_pb2.GetStatusResponse)
+    return answer
+
+
+def test_a_replica_tells_what_prometheus_would_read(start: Start) -> None:
+    process = start().ready()
+    for _ in range(3):
+        process.stub.unary(StringValue(value="sleep 0.03"))
+    told = status(process)
+    metrics = {metric.name: metric for metric in told.metrics}
+    calls = metrics["meshserve_rpc_server_calls"]
+    assert calls.kind == monitor_pb2.METRIC_KIND_COUNTER
+    assert list(calls.label_names) == ["method", "code"]
+    assert [(tuple(each.label_values), each.value) for each in calls.samples] == [
+        ((f"{SERVICE}/Unary", "OK"), 3.0)
+    ]
+    durations = metrics["meshserve_rpc_server_duration_seconds"]
+    by_method = {tuple(each.label_values): each for each in durations.samples}
+    sample = by_method[(f"{SERVICE}/Unary",)]
+    assert sum(sample.bucket_counts) == 3
+    assert 0.09 < sample.value < 3
+    assert len(durations.bucket_bounds) == len(sample.bucket_counts)
+    assert durations.bucket_bounds[-1] == float("inf")
+    first = next(
+        bound for bound, n in zip(durations.bucket_bounds, sample.bucket_counts, strict=True) if n
+    )
+    assert first >= 0.05, "a bucket holds what is above the bound before it"
+    page = (
+        urllib.request.urlopen(f"http://127.0.0.1:{process.metrics_port}/metrics").read().decode()
+    )
+    shown = {line.split(" ")[2] for line in page.splitlines() if line.startswith("# TYPE")}
+    assert {name.removesuffix("_total") for name in shown} - {""} >= set(metrics)
+
+
+def test_a_replica_tells_who_it_is_and_how_it_does(start: Start, tmp_path: Path) -> None:
+    sick = tmp_path / "sick"
+    process = start({"SHAPES_SICK": str(sick)}).ready()
+    first = status(process)
+    assert (first.service, first.state) == ("cache", monitor_pb2.REPLICA_STATE_SERVING)
+    assert first.version
+    sick.touch()
+    deadline = time.monotonic() + 10
+    while (told := status(process)).state != monitor_pb2.REPLICA_STATE_UNHEALTHY:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert told.problem == "sick"
+    assert told.instance_id == first.instance_id
+    assert told.instance_id != status(start().ready()).instance_id
+
+
+def test_a_replica_that_was_never_well_is_starting(start: Start, tmp_path: Path) -> None:
+    sick = tmp_path / "sick"
+    sick.touch()
+    process = start({"SHAPES_SICK": str(sick)})
+    grpc.channel_ready_future(process.channel).result(timeout=15)
+    assert status(process).state == monitor_pb2.REPLICA_STATE_STARTING
 
 
 def test_a_trace_receiver_that_is_away_delays_nothing_for_long(start: Start) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,20 @@ from services.engine.core.sequence_rows import SequenceRows
 from services.engine.core.speculation.verification import verify
 from services.engine.core.staging import Staging
 
-# (batch, kv_cache) -> logits [num_rows, vocab] float32
-Model: TypeAlias = Callable[[ForwardBatch, Any], Tensor]
+
+class Model(Protocol):
+    """Computes steps.
+
+    One that can also choose tokens where it computes their logits has a method `sample(batch,
+    kv_cache, sampling) -> SampledTokens`, which does what `sampler.sample` does with the logits.
+    """
+
+    def __call__(self, batch: ForwardBatch, kv_cache: Any, /) -> Tensor:
+        """The logits of `batch.logits_rows`, [num_rows, vocab] float32."""
+        ...
+
+
+_Choose: TypeAlias = Callable[[ForwardBatch, Any, SamplingBatch], SampledTokens]
 
 _NO_OUTPUT = SequenceOutput()
 _NO_TOKENS = SampledTokens([], [], [])
@@ -91,6 +103,10 @@ class Runner:
     def _compute(
         self, batch: ForwardBatch, sampling: SamplingBatch | None, meanwhile: Work | None = None
     ) -> SampledTokens:
+        if sampling is not None and meanwhile is None:
+            choose: _Choose | None = getattr(self._model, "sample", None)
+            if choose is not None:
+                return choose(batch, self._kv_cache, sampling)
         logits = self._model(batch, self._kv_cache)
         if meanwhile is not None:
             meanwhile()  # the device has been told what to do, and is at it

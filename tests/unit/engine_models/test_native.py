@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,10 +17,12 @@ from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.packing import quantize_4, quantize_8
+from services.engine.core.kernels.cpu.sampling import sample_with
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.loader import open_model
 from services.engine.core.models.native import NativeModel, WeightChoice
+from services.engine.core.sampler import SamplingBatch
 from services.tokenizer.model_tokenizer import load_model_tokenizer
 from tests.fakes.paged_step import NAN_BYTE, libraries
 
@@ -82,6 +86,12 @@ class Sequences:
 
     def step(self, tokens: dict[int, Sequence[int]]) -> dict[int, Tensor]:
         """Append each sequence's tokens; returns the logits at all of them, [tokens, vocab]."""
+        batch = self.append(tokens)
+        logits = self.model(batch, self.cache).clone()
+        return dict(zip(tokens, logits.split(batch.query_lengths), strict=True))
+
+    def append(self, tokens: dict[int, Sequence[int]]) -> ForwardBatch:
+        """Append each sequence's tokens; returns the step that computes the logits at all."""
         positions = []
         for name, new in tokens.items():
             begin = self._lengths.get(name, 0)
@@ -98,7 +108,7 @@ class Sequences:
         widest = max(len(self._tables[name]) for name in tokens)
         tables = [self._tables[name] + [0] * (widest - len(self._tables[name])) for name in tokens]
         lengths = tuple(len(new) for new in tokens.values())
-        batch = ForwardBatch(
+        return ForwardBatch(
             torch.tensor([token for new in tokens.values() for token in new]),
             torch.tensor(positions),
             torch.tensor(slots),
@@ -107,8 +117,6 @@ class Sequences:
             tuple(self._lengths[name] for name in tokens),
             torch.arange(len(positions)),
         )
-        logits = self.model(batch, self.cache).clone()
-        return dict(zip(tokens, logits.split(lengths), strict=True))
 
 
 def text(length: int, seed: int = 0) -> list[int]:
@@ -192,6 +200,48 @@ def test_threads_that_compute_their_own_rows_change_no_bit(
         step = {name: text(length, 100 * index + name) for name, length in lengths}
         expected, found = shared.step(step), divided.step(step)
         assert all(torch.equal(found[name], expected[name]) for name in step)
+
+
+@each_isa
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_step_chooses_its_tokens_as_the_sampler_does(
+    kernels: Library, threads: int, make_checkpoint: Any
+) -> None:
+    path, _ = make_checkpoint(**SERVED)
+    apart = Sequences(kernels, path)
+    together = Sequences(kernels, path, threads=threads, seed=1)
+    for index, rows in enumerate((1, 2, 30, 7)):
+        step = {name: text(1, 100 * index + name) for name in range(rows)}
+        generator = np.random.default_rng(index)
+        drawn = SamplingBatch(
+            temperature=generator.choice([0.0, 0.7, 1.5], rows).astype(np.float32),
+            top_k=generator.choice([0, 5], rows),
+            top_p=generator.choice([1.0, 0.8], rows).astype(np.float32),
+            min_p=generator.choice([0.0, 0.1], rows).astype(np.float32),
+            uniforms=generator.random(rows),
+            logprobs=generator.choice([-1, 0, 3], rows),
+        )
+        logits = torch.cat(list(apart.step(step).values()))
+        batch = together.append(step)
+        for sampling in (drawn, SamplingBatch.greedy(rows)):
+            expected = sample_with(kernels, logits.clone(), sampling)
+            # Computing a step twice writes the same values to the same slots.
+            assert together.model.sample(batch, together.cache, sampling) == expected
+
+
+@each_isa
+def test_a_row_without_logits_to_choose_from_fails_alone(
+    kernels: Library, make_checkpoint: Any
+) -> None:
+    path, _ = make_checkpoint(**SERVED)
+    sequences = Sequences(kernels, path, threads=2)
+    sequences.step({0: text(20), 1: text(20, 1)})
+    poisoned = sequences.append({0: [5], 1: [6], 2: [7]})
+    broken = poisoned.block_tables.clone()
+    broken[1] = broken[1].max() + 1  # stale: NaN
+    batch = dataclasses.replace(poisoned, block_tables=broken)
+    tokens = sequences.model.sample(batch, sequences.cache, SamplingBatch.greedy(3))
+    assert [error is not None for error in tokens.errors] == [False, True, False]
 
 
 def test_the_demo_model_loses_less_than_a_percent_of_perplexity(demo_model_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import operator
 from typing import Any, Literal, TypeAlias
 
@@ -31,10 +32,12 @@ from services.engine.core.kernels.cpu.program import (
     StepInput,
     rotary_tables,
 )
+from services.engine.core.kernels.cpu.sampling import SampleRequest
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.layers import Embedding, MergedLinear
 from services.engine.core.models.base import Model
 from services.engine.core.models.config import ModelConfig
+from services.engine.core.sampler import SampledTokens, SamplingBatch
 from services.engine.core.weights.checkpoint import Checkpoint
 
 # "auto": quantised matrices in their own precision, others in bf16.
@@ -113,7 +116,26 @@ class NativeModel:
 
     def __call__(self, batch: ForwardBatch, kv_cache: Any) -> Tensor:
         """Compute a step, as `Model.__call__`. The logits are overwritten by the next step."""
+        self._describe(batch)
+        self._step.sampling = None
+        self._run()
+        return self._wanted_logits
+
+    def sample(self, batch: ForwardBatch, kv_cache: Any, sampling: SamplingBatch) -> SampledTokens:
+        """Compute a step and choose a token by each row of its logits, as `sampler.sample`, on all
+        threads and in the same native call."""
+        self._describe(batch)
+        request = SampleRequest(self._wanted_logits, sampling)
+        self._step.sampling = ctypes.pointer(request.args)
+        self._run()
+        return request.read()
+
+    def _run(self) -> None:
         assert self._program is not None
+        self._program.run(self._step)
+
+    def _describe(self, batch: ForwardBatch) -> None:
+        """Tell the kernels where a step's input lies."""
         tensors = (
             batch.token_ids,
             batch.positions,
@@ -130,8 +152,6 @@ class NativeModel:
         self._positions[: step.num_tokens] = self._wide_positions
         np.cumsum(batch.query_lengths, out=self._query_starts[1 : num_sequences + 1])
         self._context_lengths[:num_sequences] = batch.context_lengths
-        self._program.run(step)
-        return self._wanted_logits
 
     def _point_to(
         self,

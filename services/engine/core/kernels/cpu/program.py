@@ -12,6 +12,7 @@ from torch import Tensor
 
 from services.engine.core.kernels.cpu.kv_cache import StepView
 from services.engine.core.kernels.cpu.packing import LinearWeights, PackedLinear, WeightFormat
+from services.engine.core.kernels.cpu.sampling import SampleArgs
 from services.engine.core.kernels.cpu.team import Team
 
 
@@ -91,6 +92,7 @@ class StepInput(StepView):
         ("logits_rows", ctypes.c_void_p),
         ("num_rows", ctypes.c_int32),
         ("logits", ctypes.c_void_p),
+        ("sampling", ctypes.POINTER(SampleArgs)),
     )
 
 

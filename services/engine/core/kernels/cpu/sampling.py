@@ -78,11 +78,8 @@ class _Workspace(threading.local):
         self.args = SampleArgs()
         self.greedy_args = SampleArgs()  # nothing in them is ever on
 
-    def call(
-        self, kernels: Library, logits: Tensor, args: SampleArgs
-    ) -> tuple[list[int], list[LogitsError | None]]:
-        """Run the kernel over `logits` with what else is in `args`; the token or error of each
-        row."""
+    def point_to(self, args: SampleArgs, logits: Tensor) -> None:
+        """Let `args` read `logits` and write where `read` looks."""
         num_rows, vocab = logits.shape
         args.logits, args.stride = logits.data_ptr(), logits.stride(0)
         args.rows, args.vocab = num_rows, vocab
@@ -91,14 +88,20 @@ class _Workspace(threading.local):
             self._statuses = np.empty(num_rows, np.int32)
             for each in (self.args, self.greedy_args):
                 each.tokens, each.statuses = _address(self._tokens), _address(self._statuses)
-        if kernels is not self._kernels or vocab != self._vocab:
+
+    def run(self, kernels: Library, args: SampleArgs) -> None:
+        """Sample all rows on this thread."""
+        if kernels is not self._kernels or args.vocab != self._vocab:
             size_bytes = kernels.table.sampling_scratch_bytes(ctypes.byref(args))
             self._scratch = np.empty(size_bytes + _ALIGNMENT_BYTES, np.uint8)
             address = _address(self._scratch)
             self._aligned = address + -address % _ALIGNMENT_BYTES
             self._run = kernels.table.run_sampling
-            self._kernels, self._vocab = kernels, vocab
+            self._kernels, self._vocab = kernels, args.vocab
         self._run(None, ctypes.byref(args), self._aligned)
+
+    def read(self, num_rows: int) -> tuple[list[int], list[LogitsError | None]]:
+        """The token and the error of each row."""
         errors = list(map(_error, self._statuses[:num_rows].tolist()))
         return self._tokens[:num_rows].tolist(), errors
 
@@ -117,17 +120,34 @@ def sample_natively(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
 
 def sample_with(kernels: Library, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
     """Sample `logits` ([rows, vocab] float32, each row contiguous) with the kernels given."""
-    num_rows = len(logits)
-    if batch.is_greedy:
-        tokens, errors = _workspace.call(kernels, logits, _workspace.greedy_args)
-        return SampledTokens(tokens, [None] * num_rows, errors)
-    args = _workspace.args
-    kept = _add_edits(args, batch.edits, num_rows)
-    reports = _Reports(args, batch.logprobs)
-    _add_numbers(args, batch)
-    tokens, errors = _workspace.call(kernels, logits, args)
-    del kept  # the edits' arrays, which had to outlive the call
-    return SampledTokens(tokens, reports.read(errors, logits.shape[1]), errors)
+    request = SampleRequest(logits, batch)
+    _workspace.run(kernels, request.args)
+    return request.read()
+
+
+class SampleRequest:
+    """What a kernel is to choose from `logits` ([rows, vocab] float32, each row contiguous), which
+    may be written until it runs. A thread makes, runs and reads one after the other."""
+
+    def __init__(self, logits: Tensor, batch: SamplingBatch) -> None:
+        self._num_rows, self._vocab = logits.shape
+        self._reports: _Reports | None = None
+        if batch.is_greedy:
+            self.args = _workspace.greedy_args
+        else:
+            self.args = _workspace.args
+            # The edits' arrays have to outlive the call.
+            self._kept = _add_edits(self.args, batch.edits, self._num_rows)
+            self._reports = _Reports(self.args, batch.logprobs)
+            _add_numbers(self.args, batch)
+        _workspace.point_to(self.args, logits)
+
+    def read(self) -> SampledTokens:
+        """What the kernel has chosen."""
+        tokens, errors = _workspace.read(self._num_rows)
+        if self._reports is None:
+            return SampledTokens(tokens, [None] * self._num_rows, errors)
+        return SampledTokens(tokens, self._reports.read(errors, self._vocab), errors)
 
 
 def _add_numbers(args: SampleArgs, batch: SamplingBatch) -> None:

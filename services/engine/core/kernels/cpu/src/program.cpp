@@ -31,7 +31,7 @@ Program::Program(const ProgramSpec& spec, Team& team)
                        [](const Op& op) { return op.kind == OpKind::select_rows; }) -
           ops_.begin())),
       layers_(spec.layers, spec.layers + spec.num_layers),
-      counters_(ops_.size()),
+      counters_(ops_.size() + 1),
       team_(team),
       costs_(step_costs(spec, ops_, num_row_ops_, team.size())),
       parts_(team.size()),
@@ -61,6 +61,7 @@ void Program::run(const StepInput& input) {
       team_.barrier();
     }
     run_together(input, rank, parts_.divided() ? num_row_ops_ : 0);
+    if (input.sampling != nullptr) sample(*input.sampling, rank);
   });
   if (parts_.divided()) parts_.learn(seconds_);
 }
@@ -81,6 +82,9 @@ void Program::reserve(const StepInput& input) {
     attention.heads = spec_.heads;
     attention.plan = &parts_.of(rank).plan;
     needed = std::max(needed, attention_scratch_bytes(attention));
+  }
+  if (input.sampling != nullptr) {
+    needed = std::max(needed, sample_scratch_bytes(*input.sampling));
   }
   if (needed > scratch_bytes_) {
     for (Memory& scratch : scratch_) scratch = allocate(needed);
@@ -127,6 +131,14 @@ void Program::run_together(const StepInput& input, int rank, size_t first_op) {
     if (converts(kind) && worker.rows <= private_rows) continue;
     prefetch_next_weights(index + 1, rank);
     team_.barrier();
+  }
+}
+
+void Program::sample(const SampleArgs& args, int rank) {
+  void* scratch = scratch_[static_cast<size_t>(rank)].get();
+  // One by one, since some rows take far longer than others.
+  for (int row; counters_.back().take_one(sample_tasks(args), row);) {
+    sample_run(args, row, scratch);
   }
 }
 

@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "memory.h"
 #include "rotary_kv.h"
+#include "sampling.h"
 #include "step_costs.h"
 #include "step_parts.h"
 #include "team.h"
@@ -61,7 +62,8 @@ struct StepInput {
   const int64_t* token_ids;    // [num_tokens]
   const int64_t* logits_rows;  // [num_rows]
   int32_t num_rows;
-  float* logits;  // [num_rows, vocabulary]
+  float* logits;               // [num_rows, vocabulary]
+  const SampleArgs* sampling;  // what to choose from these logits; null: nothing
 };
 
 }  // namespace meshserve
@@ -88,6 +90,7 @@ class Program {
   void run_divided(const StepInput& input, int rank);
   void run_together(const StepInput& input, int rank, size_t first_op);
   void execute(size_t index, const StepInput& input, const Worker& worker);
+  void sample(const SampleArgs& args, int rank);
   void await_earlier_tokens(const Worker& worker, int layer);
   void prefetch_next_weights(size_t index, int rank) const;
   void convert_row(const Op& op, int64_t row, const Worker& worker);
@@ -98,7 +101,7 @@ class Program {
   std::vector<Op> ops_;
   size_t num_row_ops_;  // at the beginning, about all rows of a step and each row by itself
   std::vector<KvLayout> layers_;
-  std::vector<TaskCounter> counters_;  // one for each operation
+  std::vector<TaskCounter> counters_;  // one for each operation, and one for the choice at the end
   Team& team_;
   StepCosts costs_;
   StepParts parts_;

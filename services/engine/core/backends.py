@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.dtype import resolve_dtype
 from services.engine.core.models.loader import OpenedModel
 from services.engine.core.models.native import NativeModel, UnsupportedModelError
+from services.engine.core.processors import default_threads, own_processors
 from services.engine.core.settings import CoreSettings
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,9 @@ class _NativeBackend:
         assert library is not None
         self._config = opened.config
         self._format = KvFormat.INT8 if settings.kv_cache_format == "int8" else KvFormat.BF16
-        team = Team(library, settings.threads or default_threads())
+        num_threads = settings.threads or default_threads()
+        processors = own_processors(num_threads)
+        team = Team(library, num_threads, processors)
         with _one_torch_thread():
             self._model = NativeModel(opened.skeleton, opened.checkpoint, team, settings.weights)
         self.dtype = "bfloat16"
@@ -111,11 +113,12 @@ class _NativeBackend:
         sampling = {each.op: each.implementation for each in selections if each.op == "sample"}
         self.kernels = {"step": f"{library.isa} ({stored})", **sampling}
         logger.info(
-            "steps run natively: %s, weights %s, KV cache %s, %d threads",
+            "steps run natively: %s, weights %s, KV cache %s, %d threads%s",
             library.isa,
             stored,
             self._format.name.lower(),
-            team.threads,
+            num_threads,
+            "" if processors is None else f" on processors {processors}",
         )
 
     def bytes_per_block(self, block_size: int) -> int:
@@ -141,13 +144,6 @@ class _NativeBackend:
         # torch has nothing left to do that is worth waking a second pool of threads for.
         torch.set_num_threads(1)
         return self._model, cache
-
-
-@functools.cache
-def default_threads() -> int:
-    """Threads that compute where no number is set: as many as torch would take, who is asked before
-    an engine takes them from it."""
-    return torch.get_num_threads()
 
 
 @contextlib.contextmanager

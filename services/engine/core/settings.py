@@ -20,7 +20,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     # How matrices are stored; "auto" keeps the precision of a quantised file, else bfloat16.
     weights: Literal["auto", "bfloat16", "int8", "int4"] = "auto"
     kv_cache_format: Literal["auto", "int8"] = "auto"  # "auto": as the dtype
-    threads: int | None = None  # CPU threads of one step; None: torch's choice
+    threads: int | None = None  # CPU threads of one step; None: see processors.py
     # Instruction set of the C++ kernels; "auto" is the best the machine has, "off" plain torch.
     cpu_kernels: Literal["auto", "avx512bf16", "avx512", "avx2", "off"] = "auto"
     block_size: int = 16

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from services.engine.core.admission import AdmissionLimits
-from services.engine.core.backends import default_threads, load_backend
+from services.engine.core.backends import load_backend
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
@@ -22,6 +21,7 @@ from services.engine.core.messages import ModelFacts
 from services.engine.core.models.config import ModelConfig
 from services.engine.core.models.loader import open_model
 from services.engine.core.pool_growth import PoolGrowth
+from services.engine.core.processors import available_processors, default_threads
 from services.engine.core.runner import Runner
 from services.engine.core.scheduler import Scheduler
 from services.engine.core.settings import CoreSettings
@@ -153,7 +153,7 @@ def resolve_device(name: str) -> torch.device:
 def _plans_ahead(settings: CoreSettings, device: torch.device, num_threads: int) -> bool:
     if settings.plan_ahead != "auto":
         return settings.plan_ahead == "on"
-    return device.type != "cpu" or num_threads < len(os.sched_getaffinity(0))
+    return device.type != "cpu" or num_threads < available_processors()
 
 
 def _count_blocks(

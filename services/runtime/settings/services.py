@@ -58,7 +58,8 @@ class EngineSettings(ServerSettings):
         "auto", description="`auto` (CUDA when there is a card), `cpu` or `cuda:N`."
     )
     threads: Positive | None = Field(
-        None, description="Compute threads on a CPU. Default: one per core."
+        None,
+        description="Compute threads on a CPU. Default: one per core, within the quota of the container.",
     )
     cpu_kernels: Literal["auto", "avx512bf16", "avx512", "avx2", "off"] = Field(
         "auto",
@@ -193,6 +194,11 @@ class TelemetrySettings(Section):
     )
     sample_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="Share of new traces that are recorded; a caller's own choice is kept."
+    )
+    trace_url: str | None = Field(
+        None,
+        description="Where a person looks at a trace, with `{trace_id}` in it, for example "
+        "`http://localhost:16686/trace/{trace_id}`. The console links to it. Default: no links.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log records written."

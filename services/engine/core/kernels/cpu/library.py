@@ -28,7 +28,7 @@ class KernelTable(ctypes.Structure):
     _fields_ = (
         ("size", ctypes.c_size_t),
         ("isa", ctypes.c_char_p),
-        ("make_team", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int32)),
+        ("make_team", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p)),
         ("free_team", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
         (
             "run_rotary_kv",

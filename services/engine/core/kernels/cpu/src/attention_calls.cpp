@@ -29,7 +29,9 @@ void run_layers(Team& team, int32_t num_layers, int tasks, size_t scratch_bytes,
 
 }  // namespace
 
-Team* make_team(int32_t threads) { return new Team(threads, nullptr); }
+Team* make_team(int32_t threads, const int32_t* processors) {
+  return new Team(threads, processors);
+}
 
 void free_team(Team* team) { delete team; }
 

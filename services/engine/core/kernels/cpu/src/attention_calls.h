@@ -8,7 +8,8 @@
 
 namespace meshserve::MESHSERVE_ISA {
 
-Team* make_team(int32_t threads);
+// `processors`, [threads - 1], is where the threads started stay; null: wherever there is room.
+Team* make_team(int32_t threads, const int32_t* processors);
 void free_team(Team* team);
 
 // Runs the operation for each of `num_layers` layers of one step, one after the other.

@@ -21,7 +21,7 @@ struct Kernels {
   size_t size;      // sizeof(Kernels), for the caller to compare with its own idea of it
   const char* isa;  // "avx2", "avx512", "avx512bf16"
   // attention_calls.h
-  Team* (*make_team)(int32_t threads);
+  Team* (*make_team)(int32_t threads, const int32_t* processors);
   void (*free_team)(Team* team);
   void (*run_rotary_kv)(Team* team, const RotaryKvArgs* layers, int32_t num_layers);
   void (*run_attention)(Team* team, const AttentionArgs* layers, int32_t num_layers);

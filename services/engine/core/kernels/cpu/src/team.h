@@ -77,17 +77,12 @@ class TaskClaims {
 
 class Team {
  public:
-  // Starts `threads` - 1 threads beside the one that will call `run`. Where `cpus` is given, thread
-  // i of those started stays on cpus[i + 1]; the caller is left where it is.
-  Team(int threads, const int32_t* cpus) : size_(threads) {
+  // Starts `threads` - 1 threads beside the one that will call `run`. Where `processors` is given,
+  // thread i of those started stays on processors[i]; where the caller stays is its own affair.
+  Team(int threads, const int32_t* processors) : size_(threads) {
     for (int rank = 1; rank < threads; ++rank) {
       workers_.emplace_back([this, rank] { work(rank); });
-      if (cpus != nullptr) {
-        cpu_set_t only;
-        CPU_ZERO(&only);
-        CPU_SET(static_cast<size_t>(cpus[rank]), &only);
-        pthread_setaffinity_np(workers_.back().native_handle(), sizeof only, &only);
-      }
+      if (processors != nullptr) stay_on(processors[rank - 1], workers_.back());
     }
   }
 
@@ -135,6 +130,15 @@ class Team {
  private:
   static constexpr int patient_spins = 20'000;
   static constexpr int idle_spins = 4'000;  // about 50 us: the host's work between two steps
+
+  // Where it cannot be had, the thread goes where the system sends it, as without.
+  static void stay_on(int32_t processor, std::thread& thread) {
+    if (processor < 0 || processor >= CPU_SETSIZE) return;
+    cpu_set_t only;
+    CPU_ZERO(&only);
+    CPU_SET(static_cast<size_t>(processor), &only);
+    pthread_setaffinity_np(thread.native_handle(), sizeof only, &only);
+  }
 
   void start() {
     started_.fetch_add(1, std::memory_order_release);

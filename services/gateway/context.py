@@ -19,11 +19,13 @@ ANONYMOUS = "anonymous"
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Who calls. `models` empty means every model; a limit of None means none."""
+    """Who calls. `models` empty means every model; a limit of None means none. An operator may see
+    what the whole mesh does."""
 
     name: str
     models: frozenset[str] = frozenset()
     requests_per_minute: int | None = None
+    operator: bool = False
 
 
 @dataclass(slots=True)

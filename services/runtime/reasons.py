@@ -24,6 +24,7 @@ class Reason(StrEnum):
     API_KEY_MISSING = "API_KEY_MISSING"
     API_KEY_INVALID = "API_KEY_INVALID"
     MODEL_NOT_ALLOWED = "MODEL_NOT_ALLOWED"
+    NOT_AN_OPERATOR = "NOT_AN_OPERATOR"
     MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
     POLICY_NOT_FOUND = "POLICY_NOT_FOUND"
     REQUEST_ID_IN_USE = "REQUEST_ID_IN_USE"
@@ -102,6 +103,11 @@ REASONS: Mapping[Reason, ReasonEntry] = {
         _C.PERMISSION_DENIED,
         "The API key may not use this model.",
         "Ask for access, or use a model from `ListModels`.",
+    ),
+    Reason.NOT_AN_OPERATOR: ReasonEntry(
+        _C.PERMISSION_DENIED,
+        "Only operators may see what the whole mesh does.",
+        "Use a key with `operator: true` in `gateway.auth.keys`.",
     ),
     Reason.MODEL_NOT_FOUND: ReasonEntry(
         _C.NOT_FOUND,

@@ -22,10 +22,16 @@ class Authenticator:
             auth.mode == "auto" and not is_loopback(settings.listen)
         )
         self._tenants = {
-            key.sha256: Tenant(key.name, frozenset(key.models), key.requests_per_minute)
+            key.sha256: Tenant(
+                key.name,
+                frozenset(key.models),
+                key.requests_per_minute,
+                # Where no key is asked for everybody is, with a key as well as without.
+                operator=key.operator or not self.required,
+            )
             for key in auth.keys
         }
-        self._anonymous = Tenant(ANONYMOUS)
+        self._anonymous = Tenant(ANONYMOUS, operator=True)
 
     def tenant(self, authorization: str | None) -> Tenant:
         """The tenant of an `authorization` header. Raises ServiceError (UNAUTHENTICATED).
@@ -47,6 +53,16 @@ class Authenticator:
         tenant = self._tenants.get(hashlib.sha256(key.encode()).hexdigest())
         if tenant is None:
             raise ServiceError(Reason.API_KEY_INVALID, "the API key is not known")
+        return tenant
+
+    def operator(self, authorization: str | None) -> Tenant:
+        """The same, of somebody who may see the whole mesh. Raises ServiceError (UNAUTHENTICATED,
+        PERMISSION_DENIED)."""
+        tenant = self.tenant(authorization)
+        if not tenant.operator:
+            raise ServiceError(
+                Reason.NOT_AN_OPERATOR, f"the API key of {tenant.name!r} is not an operator's"
+            )
         return tenant
 
 

@@ -21,6 +21,11 @@ class ApiKeySettings(Section):
     requests_per_minute: Positive | None = Field(
         None, description="Requests per minute. Default: `gateway.rate_limit`."
     )
+    operator: bool = Field(
+        False,
+        description="Whether it may see what the whole mesh does, all tenants included: "
+        "`meshserve top` and the console's map.",
+    )
 
 
 class AuthSettings(Section):

@@ -8,10 +8,12 @@ import logging
 from dataclasses import dataclass
 
 from meshserve.v1 import engine_pb2, gateway_pb2, tokenizer_pb2, types_pb2
+from services.gateway.activation import Activation
 from services.gateway.engine_calls import EngineCalls
 from services.gateway.peers import Peers
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import ModelSettings, Settings
+from services.runtime.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +63,10 @@ class ServedModel:
 class ModelDirectory:
     """Resolves names, and asks engines and tokenizers again and again what they serve."""
 
-    def __init__(self, settings: Settings, peers: Peers) -> None:
+    def __init__(self, settings: Settings, peers: Peers, metrics: Metrics) -> None:
         self._settings = settings
         self._peers = peers
+        self._activation = Activation(settings, metrics)
         self._served: dict[str, ServedModel] = {}
         self._ready: dict[str, bool] = {}
         self._names = {
@@ -84,8 +87,10 @@ class ModelDirectory:
 
     @property
     def complete(self) -> bool:
-        """Whether every model has been described."""
-        return len(self._served) == len(self._settings.models)
+        """Whether every model has been described whose engines run all the time."""
+        return all(
+            name in self._served or self._activation.covers(name) for name in self._settings.models
+        )
 
     def canonical_name(self, name: str) -> str:
         """The configured name behind a name or alias; the default model's for "".
@@ -124,7 +129,14 @@ class ModelDirectory:
         """The model behind a name or alias. Raises ServiceError."""
         canonical = self.canonical_name(name)
         served = self._served.get(canonical)
-        return served if served is not None else await self._describe(canonical)
+        return served if served is not None else await self.with_engine(canonical)
+
+    async def with_engine(self, name: str) -> ServedModel:
+        """A model by its configured name; where its engines run only while they are asked for, once
+        one of them answers. Raises ServiceError."""
+        if self._activation.covers(name):
+            await self._activation.wait(name, lambda: self._describe(name))
+        return self._served.get(name) or await self._describe(name)
 
     def describe_all(self) -> list[gateway_pb2.Model]:
         """Every configured model, by name, also those that no engine has described yet."""
@@ -170,6 +182,7 @@ class ModelDirectory:
         served = ServedModel(name, engines.calls, info, tokenizer)
         self._served[name] = served
         self._ready[name] = True
+        self._activation.answered(name)
         return served
 
     def _engine_target(self, model: ModelSettings) -> str:

@@ -48,7 +48,7 @@ class GatewayService(Service):
         except valkey.ValkeyUrlError as error:
             raise StartupError(str(error), "mend valkey.url") from error
         self._peers = Peers(settings, metrics)
-        self._models = ModelDirectory(settings, self._peers)
+        self._models = ModelDirectory(settings, self._peers, metrics)
         authenticator = Authenticator(gateway)
         if authenticator.required and not gateway.auth.keys:
             raise StartupError(
@@ -68,7 +68,7 @@ class GatewayService(Service):
                     Screen(settings.safety, self._peers.safety, tokenizer, self._policy),
                     Tokenize(gateway, tokenizer),
                 ),
-                Generate(self._peers.decode_sessions),
+                Generate(self._peers.decode_sessions, self._models),
                 Moderate(settings.safety, self._peers.check_sessions),
                 Settle(metrics),
             ],

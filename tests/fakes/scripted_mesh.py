@@ -354,7 +354,7 @@ class ScriptedMesh:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    async def start(self, name: str) -> None:
+    async def start(self, name: str, port: int | None = None) -> None:
         """A replica of a peer, on the port that it had before."""
         server = grpc.aio.server(
             interceptors=[CallInterceptor(Metrics(name))], options=[("grpc.so_reuseport", 0)]
@@ -367,7 +367,7 @@ class ScriptedMesh:
             cache_pb2_grpc.add_CacheServiceServicer_to_server(self.cache, server)
         else:
             self._safety.register(server)
-        port = self._ports.get(name, 0)
+        port = self._ports.get(name, 0) if port is None else port
         self._ports[name] = server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
         self._servers[name] = server

@@ -11,6 +11,7 @@ from meshserve.v1 import engine_pb2, tokenizer_pb2, types_pb2
 from services.gateway.context import RequestContext
 from services.gateway.events import ChoiceEnd, Event, TextDelta
 from services.gateway.field_paths import renamed_fields
+from services.gateway.models import ModelDirectory
 from services.gateway.peers import DecodePool
 from services.gateway.pipeline import Stage, first_error
 from services.gateway.sessions import Session
@@ -36,8 +37,14 @@ class Generate(Stage):
 
     name = "generate"
 
-    def __init__(self, pool: DecodePool) -> None:
+    def __init__(self, pool: DecodePool, models: ModelDirectory) -> None:
         self._pool = pool
+        self._models = models
+
+    async def before(self, context: RequestContext) -> None:
+        """Waits for an engine where the model's run only while they are asked for. Raises
+        ServiceError (UNAVAILABLE)."""
+        context.model = await self._models.with_engine(context.served.name)
 
     async def stream(
         self, context: RequestContext, events: AsyncGenerator[Event], span: Span

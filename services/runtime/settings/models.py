@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from services.runtime.settings.section import Fraction, Positive, Section
+from services.runtime.settings.section import Fraction, Positive, Seconds, Section
 
 DEMO_MODEL = "smollm2-135m"
 
@@ -57,4 +57,9 @@ class ModelSettings(Section):
     )
     engine_target: str | None = Field(
         None, description="gRPC target of the engines that run it. Default: `engine.target`."
+    )
+    activation_timeout_s: Seconds | None = Field(
+        None,
+        description="For a model whose engines run only while they are asked for: how long a "
+        "request waits for one, in seconds. Default: it fails at once.",
     )

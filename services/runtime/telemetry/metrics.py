@@ -67,6 +67,7 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("histogram", "gateway", "meshserve_gateway_time_to_first_token_seconds", "Time from arrival to the first text sent.", "model"),
     _row("histogram", "gateway", "meshserve_gateway_time_per_output_token_seconds", "Time per completion token after the first.", "model"),
     _row("gauge", "gateway", "meshserve_gateway_active_requests", "Inference requests in flight."),
+    _row("gauge", "gateway", "meshserve_gateway_requests_awaiting_engine", "Requests that wait for an engine of a model with `activation_timeout_s` to be started.", "model"),
     _row("counter", "gateway", "meshserve_gateway_prompt_tokens", "Prompt tokens of requests answered.", "model", "tenant"),
     _row("counter", "gateway", "meshserve_gateway_completion_tokens", "Completion tokens sent.", "model", "tenant"),
     _row("counter", "gateway", "meshserve_gateway_cached_responses", "Requests answered from the response cache.", "model"),

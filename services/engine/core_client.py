@@ -16,6 +16,7 @@ from services.engine.core.messages import (
     Ended,
     Event,
     Fatal,
+    GpuUse,
     Load,
     LoadChanged,
     Log,
@@ -75,6 +76,7 @@ class CoreClient:
         on_restart: Callable[[], None] | None = None,
     ) -> None:
         self.load = Load()
+        self.gpu_use: GpuUse | None = None
         self.facts: ModelFacts | None = None
         self._settings = settings
         self._watchdog = Watchdog(stall_timeout_s, restart_stalled_after_s)
@@ -235,6 +237,7 @@ class CoreClient:
             self._ready = False
             self._core = None
             self.load = Load()
+            self.gpu_use = None
             self._fail_all()
             exit_code = await core.close()
         if not reason:
@@ -267,7 +270,10 @@ class CoreClient:
             case Ended():
                 self.load = event.load
                 self._deliver(event.deltas)
-            case Pong() | LoadChanged():
+            case Pong():
+                self.load = event.load
+                self.gpu_use = event.gpu_use
+            case LoadChanged():
                 self.load = event.load
             case Refused():
                 error = RefusedError(event.error_kind, event.error)

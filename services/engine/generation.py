@@ -38,14 +38,21 @@ class Generations:
         metrics: Metrics,
         facts_of: Callable[[str], ModelFacts],
         draining: asyncio.Event,
+        *,
+        model: str,
     ) -> None:
-        """`facts_of` gives the facts of a model by its name, or raises ServiceError."""
+        """`facts_of` gives the facts of a model by its name, or raises ServiceError. `model` is the
+        one that the metrics are labelled with."""
         self.in_flight: dict[str, RequestStream] = {}
         self._client = client
         self._facts_of = facts_of
         self._draining = draining
-        self._queue_duration = metrics.histogram("meshserve_engine_queue_duration_seconds")
-        self._prompt_length = metrics.histogram("meshserve_engine_prompt_length_tokens")
+        self._queue_duration = metrics.histogram("meshserve_engine_queue_duration_seconds").labels(
+            model
+        )
+        self._prompt_length = metrics.histogram("meshserve_engine_prompt_length_tokens").labels(
+            model
+        )
 
     def begin(
         self,

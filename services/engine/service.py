@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import grpc
 
 from meshserve.v1 import engine_pb2, engine_pb2_grpc
-from services.engine.core.messages import Load, Step
 from services.engine.core.settings import CoreSettings
 from services.engine.core_client import CoreClient, CoreStartError
 from services.engine.core_process import CORE_COMMAND
+from services.engine.metrics import StepMetrics, read_core
 from services.engine.servicer import EngineServicer
 from services.runtime.modelfiles import CATALOGUE, ModelStoreError, locate
 from services.runtime.server import Service, StartupError
@@ -42,9 +42,10 @@ class EngineService(Service):
             restart_stalled_after_s=settings.engine.restart_stalled_after_s,
             longest_interval_s=settings.engine.stream_interval_ms / 1000,
             command=core_command,
-            on_step=StepMetrics(metrics, lambda: self._client.load).observe,
-            on_restart=metrics.counter("meshserve_engine_core_restarts").inc,
+            on_step=StepMetrics(metrics, model_name).observe,
+            on_restart=metrics.counter("meshserve_engine_core_restarts").labels(model_name).inc,
         )
+        read_core(metrics, model_name, self._client)
         self._servicer = EngineServicer(
             self._client,
             metrics,
@@ -132,58 +133,3 @@ def _sampling_defaults(model: ModelSettings) -> dict[str, float]:
     known = CATALOGUE.get(model.source)
     recommended = dict(known.sampling) if known is not None else {}
     return recommended | model.sampling.model_dump(exclude_none=True)
-
-
-class StepMetrics:
-    """Turns what the core says of itself into Prometheus metrics."""
-
-    def __init__(self, metrics: Metrics, load: Callable[[], Load]) -> None:
-        # Read when they are scraped: the load also changes between steps, and with no step at all
-        # when the last sequence is aborted or the core is gone.
-        for name, field in (
-            ("meshserve_engine_running_sequences", "running_sequences"),
-            ("meshserve_engine_waiting_sequences", "waiting_sequences"),
-            ("meshserve_engine_kv_blocks_used", "used_blocks"),
-            ("meshserve_engine_kv_blocks", "num_blocks"),
-        ):
-            metrics.gauge(name).set_function(_reader(load, field))
-        self._steps = metrics.counter("meshserve_engine_steps")
-        self._step_duration = metrics.histogram("meshserve_engine_step_duration_seconds")
-        self._batch_tokens = metrics.histogram("meshserve_engine_batch_tokens")
-        self._prompt_tokens = metrics.counter("meshserve_engine_prompt_tokens")
-        self._generated_tokens = metrics.counter("meshserve_engine_generated_tokens")
-        self._preemptions = metrics.counter("meshserve_engine_preemptions")
-        self._cache_queried_tokens = metrics.counter("meshserve_engine_cache_queried_tokens")
-        self._cache_hit_tokens = metrics.counter("meshserve_engine_cache_hit_tokens")
-        self._drafted_tokens = metrics.counter("meshserve_engine_drafted_tokens")
-        self._accepted_draft_tokens = metrics.counter("meshserve_engine_accepted_draft_tokens")
-        self._seen = Load()
-
-    def observe(self, step: Step) -> None:
-        """Take in one step."""
-        load = step.load
-        self._steps.inc()
-        self._step_duration.observe(load.last_step_us / 1e6)
-        self._batch_tokens.observe(step.num_tokens)
-        self._generated_tokens.inc(sum(len(delta.token_ids) for delta in step.deltas))
-        # The core counts from its own start, which is later than ours after a restart.
-        seen = self._seen
-        self._prompt_tokens.inc(_growth(seen.prompt_tokens, load.prompt_tokens))
-        self._preemptions.inc(_growth(seen.preemptions, load.preemptions))
-        self._cache_queried_tokens.inc(
-            _growth(seen.cache_queried_tokens, load.cache_queried_tokens)
-        )
-        self._cache_hit_tokens.inc(_growth(seen.cache_hit_tokens, load.cache_hit_tokens))
-        self._drafted_tokens.inc(_growth(seen.drafted_tokens, load.drafted_tokens))
-        self._accepted_draft_tokens.inc(
-            _growth(seen.accepted_draft_tokens, load.accepted_draft_tokens)
-        )
-        self._seen = load
-
-
-def _reader(load: Callable[[], Load], field: str) -> Callable[[], float]:
-    return lambda: float(getattr(load(), field))
-
-
-def _growth(seen: int, now: int) -> int:
-    return now - seen if now >= seen else now

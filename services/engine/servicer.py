@@ -46,7 +46,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._model = model
         self._names = frozenset({"", model, *aliases})
         self._draining = draining
-        self._generations = Generations(client, metrics, self._facts, draining)
+        self._generations = Generations(client, metrics, self._facts, draining, model=model)
         self._calls = CarriedCalls(GENERATE_METHOD, metrics)
         self._replica_id = uuid.uuid4().hex
 

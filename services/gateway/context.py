@@ -72,6 +72,9 @@ class RequestContext:
     # what was answered, in order
     events: list[Event] = field(default_factory=list)
     first_text_at: float | None = None
+    # of each choice of a stream: when its latest text was passed on; and the times between
+    text_at: dict[int, float] = field(default_factory=dict)
+    text_intervals_s: list[float] = field(default_factory=list)
 
     @property
     def served(self) -> ServedModel:

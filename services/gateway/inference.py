@@ -18,7 +18,7 @@ from services.gateway.pipeline import Pipeline, departure
 from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import GatewaySettings
-from services.runtime.telemetry import Metrics, get_tracer
+from services.runtime.telemetry import Metrics, exemplar_of, get_tracer
 from services.runtime.telemetry.tracing import in_span
 
 UNROUTED = "unknown"
@@ -102,9 +102,10 @@ class Inference:
         if reason and reason != Reason.CANCELLED:
             context.span.set_attribute("error.type", reason)
             context.span.set_status(Status(StatusCode.ERROR, reason))
+        exemplar = exemplar_of(context.span)
         context.span.end()
         self._requests.labels(model, context.tenant.name, reason).inc()
-        self._duration.labels(model).observe(time.perf_counter() - context.arrived_at)
+        self._duration.labels(model).observe(time.perf_counter() - context.arrived_at, exemplar)
 
 
 def _request_attributes(

@@ -65,6 +65,7 @@ class ModelDirectory:
 
     def __init__(self, settings: Settings, peers: Peers, metrics: Metrics) -> None:
         self._settings = settings
+        self._denials = metrics.counter("meshserve_gateway_denials")
         self._peers = peers
         self._activation = Activation(settings, metrics)
         self._served: dict[str, ServedModel] = {}
@@ -120,6 +121,7 @@ class ModelDirectory:
         """The configured name, as `canonical_name`. Raises ServiceError (MODEL_NOT_ALLOWED) too."""
         canonical = self.canonical_name(name)
         if not self.is_allowed(canonical, allowed):
+            self._denials.labels(Reason.MODEL_NOT_ALLOWED.value).inc()
             raise ServiceError(
                 Reason.MODEL_NOT_ALLOWED, f"the API key may not use the model {canonical!r}"
             )

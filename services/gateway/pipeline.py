@@ -109,8 +109,8 @@ class Pipeline:
             async with aclosing(passage.compose()) as events:
                 async for event in events:
                     context.events.append(event)
-                    if context.first_text_at is None and _has_text(event):
-                        context.first_text_at = time.perf_counter()
+                    if _has_text(event):
+                        _note_time(context, event)
                     yield event
         except ServiceError as failure:
             error = failure
@@ -147,6 +147,19 @@ def departure() -> ServiceError:
 
 def _has_text(event: Event) -> bool:
     return isinstance(event, ChoiceEnd) or bool(event.text)
+
+
+def _note_time(context: RequestContext, event: Event) -> None:
+    """Remembers when text was passed on to the caller, and how long after the text before it."""
+    now = time.perf_counter()
+    if context.first_text_at is None:
+        context.first_text_at = now
+    if isinstance(event, ChoiceEnd) or not context.streaming:
+        return
+    before = context.text_at.get(event.index)
+    if before is not None:
+        context.text_intervals_s.append(now - before)
+    context.text_at[event.index] = now
 
 
 class _Passage:

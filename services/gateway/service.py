@@ -49,7 +49,7 @@ class GatewayService(Service):
             raise StartupError(str(error), "mend valkey.url") from error
         self._peers = Peers(settings, metrics)
         self._models = ModelDirectory(settings, self._peers, metrics)
-        authenticator = Authenticator(gateway)
+        authenticator = Authenticator(gateway, metrics)
         if authenticator.required and not gateway.auth.keys:
             raise StartupError(
                 f"callers on {gateway.listen} need an API key, but gateway.auth.keys is empty",
@@ -70,7 +70,7 @@ class GatewayService(Service):
                 ),
                 Generate(self._peers.decode_sessions, self._models),
                 Moderate(settings.safety, self._peers.check_sessions),
-                Settle(metrics),
+                Settle(settings, metrics),
             ],
             metrics,
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from meshserve.v1 import types_pb2
 from services.gateway.context import RequestContext
+from services.runtime.settings import PriceSettings
 
 
 def total_usage(context: RequestContext) -> types_pb2.Usage:
@@ -13,6 +14,18 @@ def total_usage(context: RequestContext) -> types_pb2.Usage:
     if context.cached_answer is not None:
         return summed(end.usage for end in context.cached_answer.ends)
     return summed(context.usages.values())
+
+
+def cost(usage: types_pb2.Usage, price: PriceSettings) -> float:
+    """What the tokens of an answer cost."""
+    cached = min(usage.cached_prompt_tokens, usage.prompt_tokens)
+    cached_price = price.prompt if price.cached_prompt is None else price.cached_prompt
+    millions = (
+        (usage.prompt_tokens - cached) * price.prompt
+        + cached * cached_price
+        + usage.completion_tokens * price.completion
+    )
+    return millions / 1e6
 
 
 def summed(usages: Iterable[types_pb2.Usage]) -> types_pb2.Usage:

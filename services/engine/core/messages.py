@@ -218,11 +218,20 @@ class LoadChanged(msgspec.Struct, frozen=True, tag="load"):
     load: Load
 
 
+class GpuUse(msgspec.Struct, frozen=True):
+    """How busy the GPU is that the core computes on, other processes on it included."""
+
+    memory_used_bytes: int
+    memory_bytes: int
+    utilization: float | None  # share of the time in which a kernel ran; None: nobody tells
+
+
 class Pong(msgspec.Struct, frozen=True, tag="pong"):
     """The answer to a Ping."""
 
     number: int
     load: Load
+    gpu_use: GpuUse | None = None  # None on a CPU
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import AdmissionError, StartupError
+from services.engine.core.gpu import gpu_use
 from services.engine.core.mailbox import ConnectionClosedError, Mailbox
 from services.engine.core.messages import (
     Abort,
@@ -74,7 +75,7 @@ def serve(mailbox: Mailbox, build_engine: EngineBuilder) -> int:
         gc.disable()
         mailbox.post(Ready(facts))
         mailbox.hold_s = start.settings.event_hold_ms / 1000
-        return _serve_commands(mailbox, engine)
+        return _serve_commands(mailbox, engine, facts.device)
     except ConnectionClosedError:
         return 0
 
@@ -86,7 +87,7 @@ def _receive_start(mailbox: Mailbox) -> Start:
     return commands[0]
 
 
-def _serve_commands(mailbox: Mailbox, engine: EngineCore) -> int:
+def _serve_commands(mailbox: Mailbox, engine: EngineCore, device: str) -> int:
     try:
         upkeep = _Upkeep(engine)
         while True:
@@ -95,7 +96,7 @@ def _serve_commands(mailbox: Mailbox, engine: EngineCore) -> int:
                 upkeep.do()
             changed = False
             for command in commands:
-                changed |= _handle(command, mailbox, engine)
+                changed |= _handle(command, mailbox, engine, device)
             if engine.has_work:
                 # The mailbox sends this while the next step runs.
                 mailbox.post(engine.step())
@@ -149,7 +150,7 @@ def _give_back_memory() -> None:
         _trim_heap(0)
 
 
-def _handle(command: Command, mailbox: Mailbox, engine: EngineCore) -> bool:
+def _handle(command: Command, mailbox: Mailbox, engine: EngineCore, device: str) -> bool:
     """Carry out one command; returns whether the load changed."""
     if isinstance(command, Add):
         try:
@@ -168,7 +169,7 @@ def _handle(command: Command, mailbox: Mailbox, engine: EngineCore) -> bool:
         engine.drain()
         return True
     if isinstance(command, Ping):
-        mailbox.post(Pong(command.number, engine.load()))
+        mailbox.post(Pong(command.number, engine.load(), gpu_use(device)))
     return False
 
 

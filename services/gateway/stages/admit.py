@@ -30,6 +30,7 @@ class Admit(Stage):
         self._limiter = limiter
         self._active: set[RequestName] = set()
         self._gauge = metrics.gauge("meshserve_gateway_active_requests")
+        self._denials = metrics.counter("meshserve_gateway_denials")
 
     async def before(self, context: RequestContext) -> None:
         """Raises ServiceError (INVALID_ARGUMENT, ALREADY_EXISTS, RESOURCE_EXHAUSTED)."""
@@ -81,6 +82,7 @@ class Admit(Stage):
             log.warning("the rate limit is not enforced: %s", error)
             return
         if not decision.allowed:
+            self._denials.labels(Reason.RATE_LIMITED.value).inc()
             raise ServiceError(
                 Reason.RATE_LIMITED,
                 f"more than {per_minute} requests per minute",

@@ -9,6 +9,7 @@ from services.gateway.pipeline import Stage
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import GatewaySettings
 from services.runtime.settings.addresses import is_loopback
+from services.runtime.telemetry import Metrics
 
 SCHEME = "bearer "
 
@@ -16,8 +17,9 @@ SCHEME = "bearer "
 class Authenticator:
     """Knows the keys by their digests, so that none is in memory."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
         auth = settings.auth
+        self._denials = metrics.counter("meshserve_gateway_denials")
         self.required = auth.mode == "required" or (
             auth.mode == "auto" and not is_loopback(settings.listen)
         )
@@ -38,6 +40,13 @@ class Authenticator:
 
         Where no key is asked for, a wrong one is still refused: it is a mistake that should show.
         """
+        try:
+            return self._tenant_of(authorization)
+        except ServiceError as error:
+            self._denials.labels(error.reason.value).inc()
+            raise
+
+    def _tenant_of(self, authorization: str | None) -> Tenant:
         if not authorization:
             if self.required:
                 raise ServiceError(

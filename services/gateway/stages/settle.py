@@ -8,9 +8,10 @@ from meshserve.v1 import types_pb2
 from services.gateway.context import RequestContext
 from services.gateway.events import ChoiceEnd
 from services.gateway.pipeline import Stage
-from services.gateway.usage import total_usage
+from services.gateway.usage import cost, total_usage
 from services.runtime.errors import ServiceError
-from services.runtime.telemetry import Metrics
+from services.runtime.settings import Settings
+from services.runtime.telemetry import Metrics, exemplar_of
 
 
 class Settle(Stage):
@@ -19,16 +20,25 @@ class Settle(Stage):
     name = "settle"
     on_replay = True
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._currency = settings.gateway.currency
+        self._prices = {
+            name: model.price for name, model in settings.models.items() if model.price is not None
+        }
         self._prompt_tokens = metrics.counter("meshserve_gateway_prompt_tokens")
         self._completion_tokens = metrics.counter("meshserve_gateway_completion_tokens")
+        self._cached_prompt_tokens = metrics.counter("meshserve_gateway_cached_prompt_tokens")
         self._cached = metrics.counter("meshserve_gateway_cached_responses")
+        self._cached_tokens = metrics.counter("meshserve_gateway_cached_completion_tokens")
+        self._cost = metrics.counter("meshserve_gateway_cost")
+        self._unchecked = metrics.counter("meshserve_gateway_unchecked_requests")
         self._first_token = metrics.histogram("meshserve_gateway_time_to_first_token_seconds")
+        self._intervals = metrics.histogram("meshserve_gateway_inter_token_latency_seconds")
         self._per_token = metrics.histogram("meshserve_gateway_time_per_output_token_seconds")
 
     def after(self, context: RequestContext, error: ServiceError | None) -> None:
         """Counts what was used, also of a request that failed on the way."""
-        model, span = context.served.name, context.span
+        model, tenant, span = context.served.name, context.tenant.name, context.span
         cached = context.cached_answer is not None
         usage = total_usage(context)
         span.set_attribute("meshserve.cached", cached)
@@ -46,15 +56,28 @@ class Settle(Stage):
             ],
         )
         if cached:
-            self._cached.labels(model).inc()
+            self._cached.labels(model, tenant).inc()
+            self._cached_tokens.labels(model, tenant).inc(usage.completion_tokens)
         else:
-            self._prompt_tokens.labels(model, context.tenant.name).inc(usage.prompt_tokens)
-            self._completion_tokens.labels(model, context.tenant.name).inc(usage.completion_tokens)
+            self._prompt_tokens.labels(model, tenant).inc(usage.prompt_tokens)
+            self._cached_prompt_tokens.labels(model, tenant).inc(usage.cached_prompt_tokens)
+            self._completion_tokens.labels(model, tenant).inc(usage.completion_tokens)
+            price = self._prices.get(model)
+            if price is not None:
+                self._cost.labels(model, tenant, self._currency).inc(cost(usage, price))
+        if context.unchecked:
+            self._unchecked.labels(model, tenant).inc()
         if context.first_text_at is None:
             return
         first_s = context.first_text_at - context.arrived_at
         span.set_attribute("gen_ai.response.time_to_first_chunk", first_s)
-        self._first_token.labels(model).observe(first_s)
-        if error is None and not cached and usage.completion_tokens > 1:
+        exemplar = exemplar_of(span)
+        self._first_token.labels(model).observe(first_s, exemplar)
+        if cached:
+            return
+        intervals = self._intervals.labels(model)
+        for interval_s in context.text_intervals_s:
+            intervals.observe(interval_s)
+        if error is None and usage.completion_tokens > 1:
             rest_s = time.perf_counter() - context.first_text_at
-            self._per_token.labels(model).observe(rest_s / (usage.completion_tokens - 1))
+            self._per_token.labels(model).observe(rest_s / (usage.completion_tokens - 1), exemplar)

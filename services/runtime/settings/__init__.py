@@ -8,7 +8,7 @@ from services.runtime.settings.gateway import (
     RateLimitSettings,
 )
 from services.runtime.settings.load import SettingsError, load_settings, parse_settings
-from services.runtime.settings.models import ModelSettings, SamplingDefaults
+from services.runtime.settings.models import ModelSettings, PriceSettings, SamplingDefaults
 from services.runtime.settings.schema import Settings
 from services.runtime.settings.section import ServerSettings, TlsSettings
 from services.runtime.settings.services import (
@@ -27,6 +27,7 @@ __all__ = [
     "EngineSettings",
     "GatewaySettings",
     "ModelSettings",
+    "PriceSettings",
     "RateLimitSettings",
     "SafetySettings",
     "SamplingDefaults",

@@ -60,6 +60,9 @@ class GatewaySettings(ServerSettings):
     rate_limit: RateLimitSettings = Field(
         default_factory=RateLimitSettings, description="How often a tenant may call."
     )
+    currency: str = Field(
+        "USD", pattern=r"^[A-Z]{3}$", description="Currency of `models.NAME.price`, by ISO 4217."
+    )
     default_timeout_s: Seconds = Field(
         300.0, description="Deadline of requests that bring none, in seconds."
     )

@@ -10,6 +10,8 @@ from services.runtime.settings.section import Fraction, Positive, Seconds, Secti
 
 DEMO_MODEL = "smollm2-135m"
 
+Price = Annotated[float, Field(ge=0, le=1e9)]
+
 
 class SamplingDefaults(Section):
     """How tokens are drawn for requests that leave it open."""
@@ -29,6 +31,19 @@ class SamplingDefaults(Section):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
         None, description="Divides or multiplies logits of tokens seen so far; 1 does nothing."
     )
+
+
+class PriceSettings(Section):
+    """What a million tokens of the model cost, in `gateway.currency`; counted by model and tenant.
+    Without this section nothing is counted."""
+
+    prompt: Price = Field(description="Price of a million prompt tokens.")
+    cached_prompt: Price | None = Field(
+        None,
+        description="Price of a million prompt tokens that were in the prefix cache. Default: "
+        "`prompt`.",
+    )
+    completion: Price = Field(description="Price of a million completion tokens.")
 
 
 class ModelSettings(Section):
@@ -63,3 +78,4 @@ class ModelSettings(Section):
         description="For a model whose engines run only while they are asked for: how long a "
         "request waits for one, in seconds. Default: it fails at once.",
     )
+    price: PriceSettings | None = Field(None, description="What its tokens cost. Default: nothing.")

@@ -7,9 +7,12 @@ categories; never anything that a caller makes up.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from opentelemetry import trace
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -18,6 +21,10 @@ from prometheus_client import (
     disable_created_metrics,
     start_http_server,
 )
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from services.runtime.telemetry.processes import watch_processes
 
 # A second series per counter that says when it began; Prometheus knows by itself.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -25,8 +32,24 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0
 )  # fmt: skip
+# Where the semantic conventions 1.41.1 advise bounds for a histogram of ours (gen_ai.server.*,
+# gen_ai.client.token.usage), these are theirs, with more below for small models and cached answers,
+# and more above for long prompts on a CPU.
+REQUEST_BUCKETS_S = (
+    0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
+    163.84, 327.68,
+)  # fmt: skip
+FIRST_TOKEN_BUCKETS_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0,
+)  # fmt: skip
+TOKEN_INTERVAL_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+    5.0, 10.0,
+)  # fmt: skip
 TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
-BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BATCH_BUCKETS = (*SEQUENCE_BUCKETS, 1024, 2048, 4096, 8192, 16384)
 
 EVERY_SERVICE = "every service"
 
@@ -41,6 +64,8 @@ class MetricDeclaration:
     meaning: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = LATENCY_BUCKETS_S
+    # Its values are asked for when it is scraped; see `Metrics.read`.
+    read: bool = False
 
 
 def _row(
@@ -50,48 +75,66 @@ def _row(
     meaning: str,
     *labels: str,
     buckets: tuple[float, ...] = LATENCY_BUCKETS_S,
+    read: bool = False,
 ) -> MetricDeclaration:
-    return MetricDeclaration(name, kind, service, meaning, labels, buckets)
+    return MetricDeclaration(name, kind, service, meaning, labels, buckets, read)
 
 
 METRICS: tuple[MetricDeclaration, ...] = (
     _row("gauge", EVERY_SERVICE, "meshserve_build_info", "1, labelled with the version.", "version", "service"),
+    _row("gauge", EVERY_SERVICE, "meshserve_healthy", "1 while the service's own probe succeeds."),
+    _row("counter", EVERY_SERVICE, "meshserve_process_cpu_seconds", "Processor time used, of all threads, in user and system mode. `process` is `main`, or `core` for the process that computes in an engine.", "process", read=True),
+    _row("gauge", EVERY_SERVICE, "meshserve_process_resident_memory_bytes", "Memory held (resident set).", "process", read=True),
+    _row("gauge", EVERY_SERVICE, "meshserve_process_threads", "Threads.", "process", read=True),
+    _row("gauge", EVERY_SERVICE, "meshserve_process_open_fds", "Files and sockets open.", "process", read=True),
+    _row("gauge", EVERY_SERVICE, "meshserve_process_start_time_seconds", "When the process started, in seconds since 1970.", "process", read=True),
     _row("counter", EVERY_SERVICE, "meshserve_rpc_server_calls", "Calls answered.", "method", "code"),
     _row("histogram", EVERY_SERVICE, "meshserve_rpc_server_duration_seconds", "Duration of calls answered.", "method"),
     _row("gauge", EVERY_SERVICE, "meshserve_rpc_server_active_calls", "Calls being answered.", "method"),
     _row("counter", EVERY_SERVICE, "meshserve_rpc_client_calls", "Calls made to other services.", "method", "code"),
     _row("histogram", EVERY_SERVICE, "meshserve_rpc_client_duration_seconds", "Duration of calls made.", "method"),
-    _row("gauge", EVERY_SERVICE, "meshserve_healthy", "1 while the service's own probe succeeds."),
     _row("counter", "gateway", "meshserve_gateway_requests", "Inference requests by how they ended; `reason` is empty for success.", "model", "tenant", "reason"),
-    _row("histogram", "gateway", "meshserve_gateway_request_duration_seconds", "Duration of inference requests.", "model"),
-    _row("histogram", "gateway", "meshserve_gateway_time_to_first_token_seconds", "Time from arrival to the first text sent.", "model"),
-    _row("histogram", "gateway", "meshserve_gateway_time_per_output_token_seconds", "Time per completion token after the first.", "model"),
+    _row("histogram", "gateway", "meshserve_gateway_request_duration_seconds", "Duration of inference requests. Has exemplars.", "model", buckets=REQUEST_BUCKETS_S),
+    _row("histogram", "gateway", "meshserve_gateway_time_to_first_token_seconds", "TTFT: time from arrival to the first text sent. Has exemplars.", "model", buckets=FIRST_TOKEN_BUCKETS_S),
+    _row("histogram", "gateway", "meshserve_gateway_inter_token_latency_seconds", "ITL as a caller sees it: time between two messages with text of one choice of a stream. A message may bring several tokens. Answers from the cache are left out.", "model", buckets=TOKEN_INTERVAL_BUCKETS_S),
+    _row("histogram", "gateway", "meshserve_gateway_time_per_output_token_seconds", "TPOT: time per completion token after the first, one value a request. Has exemplars.", "model", buckets=TOKEN_INTERVAL_BUCKETS_S),
     _row("gauge", "gateway", "meshserve_gateway_active_requests", "Inference requests in flight."),
     _row("gauge", "gateway", "meshserve_gateway_requests_awaiting_engine", "Requests that wait for an engine of a model with `activation_timeout_s` to be started.", "model"),
     _row("counter", "gateway", "meshserve_gateway_prompt_tokens", "Prompt tokens of requests answered.", "model", "tenant"),
+    _row("counter", "gateway", "meshserve_gateway_cached_prompt_tokens", "Of these, tokens that an engine had in its prefix cache.", "model", "tenant"),
     _row("counter", "gateway", "meshserve_gateway_completion_tokens", "Completion tokens sent.", "model", "tenant"),
-    _row("counter", "gateway", "meshserve_gateway_cached_responses", "Requests answered from the response cache.", "model"),
+    _row("counter", "gateway", "meshserve_gateway_cached_responses", "Requests answered from the response cache.", "model", "tenant"),
+    _row("counter", "gateway", "meshserve_gateway_cached_completion_tokens", "Completion tokens sent from the response cache, which no engine computed. Not among the completion tokens above.", "model", "tenant"),
+    _row("counter", "gateway", "meshserve_gateway_cost", "What the tokens of answers cost, by the prices of the models. Answers from the response cache cost nothing.", "model", "tenant", "currency"),
+    _row("counter", "gateway", "meshserve_gateway_denials", "Calls denied for who makes them, of any method: keys, permissions, rate limits.", "reason"),
+    _row("counter", "gateway", "meshserve_gateway_unchecked_requests", "Requests with text that passed while the safety filter was away.", "model", "tenant"),
     _row("histogram", "gateway", "meshserve_gateway_stage_duration_seconds", "Duration of the stages of the request path.", "stage"),
     _row("counter", "tokenizer", "meshserve_tokenizer_encoded_tokens", "Tokens that texts were turned into.", "model"),
     _row("counter", "tokenizer", "meshserve_tokenizer_decoded_tokens", "Tokens that were turned into text.", "model"),
     _row("gauge", "tokenizer", "meshserve_tokenizer_decode_sessions", "Sequences being decoded."),
-    _row("gauge", "engine", "meshserve_engine_running_sequences", "Sequences computed in the current step."),
-    _row("gauge", "engine", "meshserve_engine_waiting_sequences", "Sequences waiting to be computed."),
-    _row("gauge", "engine", "meshserve_engine_kv_blocks_used", "Blocks of the KV cache in use."),
-    _row("gauge", "engine", "meshserve_engine_kv_blocks", "Blocks of the KV cache."),
-    _row("counter", "engine", "meshserve_engine_steps", "Steps computed."),
-    _row("histogram", "engine", "meshserve_engine_step_duration_seconds", "Duration of steps."),
-    _row("histogram", "engine", "meshserve_engine_batch_tokens", "Tokens computed in a step.", buckets=BATCH_BUCKETS),
-    _row("counter", "engine", "meshserve_engine_prompt_tokens", "Prompt tokens computed."),
-    _row("counter", "engine", "meshserve_engine_generated_tokens", "Tokens generated."),
-    _row("counter", "engine", "meshserve_engine_preemptions", "Sequences put back in the queue because the KV cache was full."),
-    _row("counter", "engine", "meshserve_engine_cache_queried_tokens", "Tokens looked up in the prefix cache as their sequences entered."),
-    _row("counter", "engine", "meshserve_engine_cache_hit_tokens", "Of these, tokens that were there and were not computed again."),
-    _row("counter", "engine", "meshserve_engine_drafted_tokens", "Tokens guessed ahead (speculative decoding) and verified."),
-    _row("counter", "engine", "meshserve_engine_accepted_draft_tokens", "Of these, tokens that were right."),
-    _row("counter", "engine", "meshserve_engine_core_restarts", "Restarts of the core process."),
-    _row("histogram", "engine", "meshserve_engine_queue_duration_seconds", "Time that requests waited before their first step."),
-    _row("histogram", "engine", "meshserve_engine_prompt_length_tokens", "Prompt lengths of requests.", buckets=TOKEN_BUCKETS),
+    _row("gauge", "engine", "meshserve_engine_info", "1, labelled with what the core runs and on what.", "model", "architecture", "dtype", "device", read=True),
+    _row("gauge", "engine", "meshserve_engine_running_sequences", "Sequences computed in the current step.", "model", read=True),
+    _row("gauge", "engine", "meshserve_engine_waiting_sequences", "Sequences waiting to be computed.", "model", read=True),
+    _row("gauge", "engine", "meshserve_engine_kv_blocks_used", "Blocks of the KV cache in use.", "model", read=True),
+    _row("gauge", "engine", "meshserve_engine_kv_blocks", "Blocks of the KV cache.", "model", read=True),
+    _row("counter", "engine", "meshserve_engine_steps", "Steps computed.", "model"),
+    _row("histogram", "engine", "meshserve_engine_step_duration_seconds", "Duration of steps.", "model"),
+    _row("histogram", "engine", "meshserve_engine_batch_sequences", "Sequences computed in a step.", "model", buckets=SEQUENCE_BUCKETS),
+    _row("histogram", "engine", "meshserve_engine_batch_tokens", "Tokens computed in a step.", "model", buckets=BATCH_BUCKETS),
+    _row("counter", "engine", "meshserve_engine_prompt_tokens", "Prompt tokens computed.", "model"),
+    _row("counter", "engine", "meshserve_engine_generated_tokens", "Tokens generated.", "model"),
+    _row("counter", "engine", "meshserve_engine_preemptions", "Sequences put back in the queue because the KV cache was full.", "model"),
+    _row("counter", "engine", "meshserve_engine_cache_queried_tokens", "Tokens looked up in the prefix cache as their sequences entered.", "model"),
+    _row("counter", "engine", "meshserve_engine_cache_hit_tokens", "Of these, tokens that were there and were not computed again.", "model"),
+    _row("counter", "engine", "meshserve_engine_drafted_tokens", "Tokens guessed ahead (speculative decoding) and verified.", "model"),
+    _row("counter", "engine", "meshserve_engine_accepted_draft_tokens", "Of these, tokens that were right.", "model"),
+    _row("counter", "engine", "meshserve_engine_failed_sequences", "Sequences that failed alone, such as with NaN logits.", "model"),
+    _row("counter", "engine", "meshserve_engine_core_restarts", "Restarts of the core process.", "model"),
+    _row("histogram", "engine", "meshserve_engine_queue_duration_seconds", "Time that requests waited before their first step.", "model"),
+    _row("histogram", "engine", "meshserve_engine_prompt_length_tokens", "Prompt lengths of requests.", "model", buckets=TOKEN_BUCKETS),
+    _row("gauge", "engine", "meshserve_engine_gpu_memory_used_bytes", "Memory of the GPU in use, by any process. Absent on a CPU.", "model", "device", read=True),
+    _row("gauge", "engine", "meshserve_engine_gpu_memory_bytes", "Memory of the GPU. Absent on a CPU.", "model", "device", read=True),
+    _row("gauge", "engine", "meshserve_engine_gpu_utilization", "Share of the time, 0 to 1, in which the GPU ran a kernel, as its driver measures it. Absent on a CPU.", "model", "device", read=True),
     _row("counter", "cache", "meshserve_cache_lookups", "Look-ups by outcome: hit, miss, pending, coalesced, error.", "outcome"),
     _row("counter", "cache", "meshserve_cache_stores", "Answers offered, by outcome: stored, rejected (too large), outdated (forgotten meanwhile), error.", "outcome"),
     _row("histogram", "cache", "meshserve_cache_backend_duration_seconds", "Duration of commands to the Redis-protocol server.", "command"),
@@ -126,16 +169,59 @@ class _KeptHistogram(_Kept, Histogram):  # type: ignore[misc]
     pass
 
 
+# The values of the labels, in the order of their names, and what is measured for them.
+Reading = tuple[tuple[str, ...], float]
+
+
+class _Read(Collector):
+    """A counter or a gauge whose values are asked for when it is scraped."""
+
+    def __init__(self, row: MetricDeclaration) -> None:
+        self.source: Callable[[], Iterable[Reading]] = tuple
+        self._row = row
+
+    def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
+        """One family, which has no samples while there is nothing to measure."""
+        row = self._row
+        make = CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily
+        family = make(row.name, row.meaning, labels=row.labels)
+        for labels, value in self.source():
+            family.add_metric(labels, value)
+        yield family
+
+
+def exemplar_of(span: trace.Span) -> dict[str, str] | None:
+    """What leads from an observation to its trace, for `Histogram.observe`; None unless the span is
+    one that is recorded and sent. Ask before the span has ended."""
+    context = span.get_span_context()
+    if not (span.is_recording() and context.trace_flags.sampled):
+        return None
+    return {"trace_id": trace.format_trace_id(context.trace_id)}
+
+
 class Metrics:
-    """The collectors of one service, and the HTTP port that shows them."""
+    """The collectors of one service, and the HTTP port that shows them.
+
+    Attributes:
+        processes: those that make the service, by the value of the label `process`: what gives
+            their ids, or None while there is none.
+    """
 
     def __init__(self, service: str) -> None:
         self.service = service
         self.registry = CollectorRegistry()
+        self.processes: dict[str, Callable[[], int | None]] = {"main": os.getpid}
         self._collectors: dict[str, Counter | Gauge | Histogram] = {}
+        self._read: dict[str, _Read] = {}
         for row in METRICS:
-            if row.service in (EVERY_SERVICE, service):
+            if row.service not in (EVERY_SERVICE, service):
+                continue
+            if row.read:
+                self._read[row.name] = _Read(row)
+                self.registry.register(self._read[row.name])
+            else:
                 self._collectors[row.name] = self._make(row)
+        watch_processes(self)
 
     def counter(self, name: str) -> Counter:
         """A declared counter; KeyError for a name that is not in the table."""
@@ -155,8 +241,14 @@ class Metrics:
         assert isinstance(collector, Histogram), name
         return collector
 
+    def read(self, name: str, source: Callable[[], Iterable[Reading]]) -> None:
+        """Has a metric that is declared as `read` ask `source` for its values. KeyError for one
+        that is not."""
+        self._read[name].source = source
+
     def serve(self, host: str, port: int) -> None:
-        """Answers `GET /metrics` from a thread of its own. Raises OSError when the port is taken."""
+        """Answers `GET /metrics` from a thread of its own: in OpenMetrics, which has exemplars, to
+        those who accept it. Raises OSError when the port is taken."""
         start_http_server(port, addr=host, registry=self.registry)
 
     def _make(self, row: MetricDeclaration) -> Counter | Gauge | Histogram:

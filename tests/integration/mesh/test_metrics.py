@@ -75,6 +75,10 @@ ALLOWED: dict[str, Callable[[str], bool]] = {
     "subject": lambda value: value in ("prompt", "completion"),
     "action": lambda value: value in ("allow", "flag", "redact", "block"),
     "category": re.compile(r"[a-z_]+(\.[a-z_]+)?").fullmatch,  # type: ignore[dict-item]
+    "process": lambda value: value in ("main", "core"),
+    "device": lambda value: value == "cpu",
+    "dtype": lambda value: value == "float32",
+    "architecture": re.compile(r"[a-z_]+").fullmatch,  # type: ignore[dict-item]
     "service": lambda value: value in SERVICES,
     "version": re.compile(r"\d+\.\d+.*").fullmatch,  # type: ignore[dict-item]
     "le": lambda value: value == "+Inf" or float(value) > 0,

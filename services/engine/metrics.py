@@ -1,0 +1,93 @@
+"""What the core says of itself, as Prometheus metrics. An engine runs one model, which labels all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from services.engine.core.messages import GpuUse, Load, Step
+from services.engine.core_client import CoreClient
+from services.runtime.telemetry import Metrics
+from services.runtime.telemetry.metrics import Reading
+
+_LOAD_FIELDS = {
+    "meshserve_engine_running_sequences": "running_sequences",
+    "meshserve_engine_waiting_sequences": "waiting_sequences",
+    "meshserve_engine_kv_blocks_used": "used_blocks",
+    "meshserve_engine_kv_blocks": "num_blocks",
+}
+_GPU_MEASURES: dict[str, Callable[[GpuUse], float | None]] = {
+    "meshserve_engine_gpu_memory_used_bytes": lambda use: use.memory_used_bytes,
+    "meshserve_engine_gpu_memory_bytes": lambda use: use.memory_bytes,
+    "meshserve_engine_gpu_utilization": lambda use: use.utilization,
+}
+
+
+def read_core(metrics: Metrics, model: str, client: CoreClient) -> None:
+    """Has metrics read, when they are scraped, what changes between steps as well, and with no step
+    at all when the last sequence is aborted or the core is gone."""
+
+    def load_reader(field: str) -> Callable[[], Iterator[Reading]]:
+        def read() -> Iterator[Reading]:
+            yield (model,), float(getattr(client.load, field))
+
+        return read
+
+    def gpu_reader(measure: Callable[[GpuUse], float | None]) -> Callable[[], Iterator[Reading]]:
+        def read() -> Iterator[Reading]:
+            facts, use = client.facts, client.gpu_use
+            if facts is not None and use is not None and (value := measure(use)) is not None:
+                yield (model, facts.device), value
+
+        return read
+
+    def read_info() -> Iterator[Reading]:
+        facts = client.facts
+        if facts is not None:
+            yield (model, facts.architecture, facts.dtype, facts.device), 1.0
+
+    for name, field in _LOAD_FIELDS.items():
+        metrics.read(name, load_reader(field))
+    for name, measure in _GPU_MEASURES.items():
+        metrics.read(name, gpu_reader(measure))
+    metrics.read("meshserve_engine_info", read_info)
+    metrics.processes["core"] = lambda: client.core_pid
+
+
+class StepMetrics:
+    """Counts what each step brought."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._steps = metrics.counter("meshserve_engine_steps").labels(model)
+        self._generated_tokens = metrics.counter("meshserve_engine_generated_tokens").labels(model)
+        self._durations = metrics.histogram("meshserve_engine_step_duration_seconds").labels(model)
+        self._batch_sequences = metrics.histogram("meshserve_engine_batch_sequences").labels(model)
+        self._batch_tokens = metrics.histogram("meshserve_engine_batch_tokens").labels(model)
+        # What the core has counted since its own start, by the field of its load.
+        self._growing = [
+            (field, metrics.counter(f"meshserve_engine_{field}").labels(model))
+            for field in (
+                "prompt_tokens",
+                "preemptions",
+                "cache_queried_tokens",
+                "cache_hit_tokens",
+                "drafted_tokens",
+                "accepted_draft_tokens",
+                "failed_sequences",
+            )
+        ]
+        self._seen = Load()
+
+    def observe(self, step: Step) -> None:
+        """Take in one step."""
+        load, seen = step.load, self._seen
+        self._steps.inc()
+        self._durations.observe(load.last_step_us / 1e6)
+        self._batch_sequences.observe(step.batch_size)
+        self._batch_tokens.observe(step.num_tokens)
+        self._generated_tokens.inc(sum(len(delta.token_ids) for delta in step.deltas))
+        for field, counter in self._growing:
+            before, now = getattr(seen, field), getattr(load, field)
+            if now != before:
+                # A core that was started again counts from nothing.
+                counter.inc(now - before if now > before else now)
+        self._seen = load

@@ -24,15 +24,16 @@ def command() -> None:
 
 
 @command.command("pull")
-@click.argument("source")
-def pull(source: str) -> None:
+@click.argument("source", required=False)
+def pull(source: str | None) -> None:
     """Make a model available on this machine and print where it is.
 
-    SOURCE is a catalogue name such as smollm2-135m, or a hub id ORG/NAME[@REVISION].
+    SOURCE is a catalogue name such as smollm2-135m, or a hub id ORG/NAME[@REVISION]. Without it,
+    all models that the settings name are pulled.
     """
     services = _store()
-    path = services.pull_model(source, services.model_cache())
-    click.echo(str(path))
+    for each in services.sources_in_settings() if source is None else [source]:
+        click.echo(str(services.pull_model(each, services.model_cache())))
 
 
 @command.command("list")

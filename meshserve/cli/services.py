@@ -46,6 +46,13 @@ def model_cache() -> Path | None:
     return read_settings(None).model_cache
 
 
+def sources_in_settings() -> list[str]:
+    """Where the models that the settings name come from, draft models among them."""
+    settings = read_settings(None)
+    draft = settings.engine.speculation.draft_model
+    return [model.source for model in settings.models.values()] + ([draft] if draft else [])
+
+
 def model_environment(model: str) -> dict[str, str]:
     """The setting `models` that serves one model alone: a catalogue name, a path or a hub id."""
     path = Path(model).expanduser()

@@ -127,6 +127,20 @@ def test_models_of_this_machine_are_listed_offline(meshserve: Callable) -> None:
     assert "meshserve models pull smollm2-135m" in result.out
 
 
+def test_all_models_of_the_settings_are_pulled(
+    meshserve: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_model_path: Path
+) -> None:
+    copy = tmp_path / "copy.gguf"
+    copy.symlink_to(demo_model_path)
+    config = tmp_path / "mesh.yaml"
+    config.write_text(
+        f"models: {{one: {{source: {demo_model_path}}}}}\n"
+        f"engine: {{speculation: {{draft_model: {copy}}}}}\n"
+    )
+    monkeypatch.setenv("MESHSERVE_CONFIG", str(config))
+    assert meshserve("models", "pull").out.splitlines() == [str(demo_model_path), str(copy)]
+
+
 def test_a_local_model_is_described(meshserve: Callable, demo_model_path: Path) -> None:
     result = meshserve("models", "show", str(demo_model_path), "--json")
     document = json.loads(result.out)

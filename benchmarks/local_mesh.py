@@ -38,6 +38,7 @@ class LocalMesh:
             section = document.setdefault(name, {})
             section["listen"] = f"127.0.0.1:{port}"
             section["metrics_listen"] = None
+        document["gateway"]["http_listen"] = None
         document.setdefault("valkey", {})["embedded_port"] = ports[-1]
         self.config.write_text(json.dumps(document), encoding="utf-8")
         self._log = (root / "up.log").open("w+b")

@@ -118,6 +118,7 @@ def paced_mesh(model: str, step_ms: float) -> Iterator[tuple[str, dict[str, psut
         name: {"listen": f"127.0.0.1:{port}", "metrics_listen": None}
         for name, port in ports.items()
     }
+    settings["gateway"]["http_listen"] = None
     settings |= {"models": {"bench": {"source": model}}, "cache": {"enabled": False}}
     environment = {
         **os.environ,

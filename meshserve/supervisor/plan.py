@@ -11,7 +11,7 @@ from meshserve.supervisor.probes import GrpcProbe, ValkeyProbe
 from meshserve.supervisor.spec import ListenAddress, ProcessSpec
 from meshserve.supervisor.statedir import RunningMesh, ServiceEntry, StateDir
 from meshserve.transport import TLS
-from services.runtime.settings import ServerSettings, Settings
+from services.runtime.settings import GatewaySettings, ServerSettings, Settings
 from services.runtime.valkey import EmbeddedValkey
 
 VALKEY = "valkey"
@@ -46,6 +46,8 @@ def process_specs(
         addresses = [ListenAddress(f"{name}.listen", section.listen)]
         if section.metrics_listen is not None:
             addresses.append(ListenAddress(f"{name}.metrics_listen", section.metrics_listen))
+        if isinstance(section, GatewaySettings) and section.http_listen is not None:
+            addresses.append(ListenAddress("gateway.http_listen", section.http_listen))
         specs.append(
             ProcessSpec(
                 name=name,

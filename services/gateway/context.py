@@ -72,6 +72,8 @@ class RequestContext:
     # what was answered, in order
     events: list[Event] = field(default_factory=list)
     first_text_at: float | None = None
+    # the work of each stage so far: its name, begin and end, as `arrived_at` counts
+    stage_times: list[tuple[str, float, float]] = field(default_factory=list)
     # of each choice of a stream: when its latest text was passed on; and the times between
     text_at: dict[int, float] = field(default_factory=dict)
     text_intervals_s: list[float] = field(default_factory=list)

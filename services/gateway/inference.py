@@ -15,6 +15,7 @@ from services.gateway.context import RequestContext
 from services.gateway.events import Event
 from services.gateway.field_paths import under_request
 from services.gateway.pipeline import Pipeline, departure
+from services.gateway.recent import RecentRequests
 from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import GatewaySettings
@@ -26,11 +27,12 @@ MAX_ATTRIBUTE_CHARS = 128
 
 
 class Inference:
-    """Runs requests through the pipeline and records how they went."""
+    """Runs requests through the pipeline and records how they went; `recent` holds the last."""
 
     def __init__(self, settings: GatewaySettings, pipeline: Pipeline, metrics: Metrics) -> None:
         self._settings = settings
         self._pipeline = pipeline
+        self.recent = RecentRequests()
         self._tracer = get_tracer()
         self._requests = metrics.counter("meshserve_gateway_requests")
         self._duration = metrics.histogram("meshserve_gateway_request_duration_seconds")
@@ -63,6 +65,7 @@ class Inference:
             request_id=request_id,
             span=span,
         )
+        number = self.recent.begin(context)
         reason = ""
         with in_span(span):
             try:
@@ -80,6 +83,7 @@ class Inference:
                 raise
             finally:
                 self._end(context, reason)
+                self.recent.end(number, reason)
 
     async def events(self, context: RequestContext) -> AsyncGenerator[Event]:
         """The events of a request. Raises ServiceError."""

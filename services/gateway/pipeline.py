@@ -269,7 +269,9 @@ class _Passage:
         return stage, span, started
 
     def _end(self, stage: Stage, span: Span, started: float, error: ServiceError | None) -> None:
-        self._durations[stage.name].observe(time.perf_counter() - started)
+        now = time.perf_counter()
+        self._context.stage_times.append((stage.name, started, now))
+        self._durations[stage.name].observe(now - started)
         # A stage that others' failure ended, or a caller who left, is no failure of its own.
         if error is not None and error.reason is not Reason.CANCELLED:
             span.set_attribute("error.type", error.reason.value)

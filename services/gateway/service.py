@@ -8,6 +8,9 @@ import logging
 import grpc
 
 from meshserve.v1 import gateway_pb2_grpc
+from services.gateway.console.routes import Console
+from services.gateway.http.calls import Calls
+from services.gateway.http.server import HttpServer
 from services.gateway.inference import Inference
 from services.gateway.models import ModelDirectory
 from services.gateway.peers import Peers
@@ -78,15 +81,19 @@ class GatewayService(Service):
         self._servicer = InferenceServicer(
             gateway, self._inference, self._models, authenticator, tokenizer
         )
+        self._http = self._http_server(authenticator)
 
     def register(self, server: grpc.aio.Server) -> None:
         """Adds InferenceService."""
         gateway_pb2_grpc.add_InferenceServiceServicer_to_server(self._servicer, server)
 
     async def start(self) -> None:
-        """Begins to ask the engines what they serve, and the filter for its policy."""
+        """Begins to ask the engines what they serve, and the filter for its policy. Raises
+        StartupError."""
         self._models.start()
         self._policy.start()
+        if self._http is not None:
+            await self._http.start()
 
     async def probe(self) -> None:
         """Fails until every model has been described once.
@@ -97,8 +104,15 @@ class GatewayService(Service):
         if not self._models.complete:
             raise RuntimeError("engines or tokenizers have not been reached yet")
 
+    async def drain(self) -> None:
+        """Has HTTP take nothing new, as gRPC does from then on."""
+        if self._http is not None:
+            self._http.close()
+
     async def stop(self) -> None:
         """Waits for answers that are being kept, then closes the channels."""
+        if self._http is not None:
+            await self._http.closed()
         try:
             async with asyncio.timeout(KEEP_TIMEOUT_S):
                 await self._inference.drain()
@@ -108,3 +122,17 @@ class GatewayService(Service):
         self._policy.stop()
         await self._peers.close()
         await self._valkey.close()
+
+    def _http_server(self, authenticator: Authenticator) -> HttpServer | None:
+        settings = self.settings
+        if settings.gateway.http_listen is None:
+            return None
+        calls = Calls(settings.gateway, authenticator, self.draining)
+        console = Console(settings, calls, self._servicer, self._inference.recent, self.draining)
+        return HttpServer(
+            settings.gateway,
+            console.routes(),
+            probe=self.probe,
+            draining=self.draining,
+            keys_required=authenticator.required,
+        )

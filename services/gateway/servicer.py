@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, NoReturn
 
@@ -68,7 +68,7 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
 
     async def StreamGenerate(  # noqa: N802
         self, request: gateway_pb2.StreamGenerateRequest, context: Any
-    ) -> AsyncIterator[gateway_pb2.StreamGenerateResponse]:
+    ) -> AsyncGenerator[gateway_pb2.StreamGenerateResponse]:
         """Completes a prompt, message by message."""
         arrival = self._inference.request(
             request.request, "text_completion", context.invocation_metadata(), streaming=True
@@ -98,7 +98,7 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
 
     async def StreamChat(  # noqa: N802
         self, request: gateway_pb2.StreamChatRequest, context: Any
-    ) -> AsyncIterator[gateway_pb2.StreamChatResponse]:
+    ) -> AsyncGenerator[gateway_pb2.StreamChatResponse]:
         """Answers a conversation, message by message."""
         arrival = self._inference.request(
             _as_generation(request.request), "chat", context.invocation_metadata(), streaming=True

@@ -23,10 +23,13 @@ class Reason(StrEnum):
     PROMPT_BLOCKED = "PROMPT_BLOCKED"
     API_KEY_MISSING = "API_KEY_MISSING"
     API_KEY_INVALID = "API_KEY_INVALID"
+    ORIGIN_NOT_ALLOWED = "ORIGIN_NOT_ALLOWED"
     MODEL_NOT_ALLOWED = "MODEL_NOT_ALLOWED"
     NOT_AN_OPERATOR = "NOT_AN_OPERATOR"
     MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
     POLICY_NOT_FOUND = "POLICY_NOT_FOUND"
+    PATH_NOT_FOUND = "PATH_NOT_FOUND"
+    METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
     REQUEST_ID_IN_USE = "REQUEST_ID_IN_USE"
     CAPABILITY_MISSING = "CAPABILITY_MISSING"
     RATE_LIMITED = "RATE_LIMITED"
@@ -99,6 +102,12 @@ REASONS: Mapping[Reason, ReasonEntry] = {
         "The API key is not known.",
         "Check the key with who gave it to you.",
     ),
+    Reason.ORIGIN_NOT_ALLOWED: ReasonEntry(
+        _C.PERMISSION_DENIED,
+        "A web page of another site made the call, or it names a host that is not the gateway's.",
+        "Open the console under the gateway's own address; under another name, ask for API keys "
+        "(`gateway.auth.mode: required`).",
+    ),
     Reason.MODEL_NOT_ALLOWED: ReasonEntry(
         _C.PERMISSION_DENIED,
         "The API key may not use this model.",
@@ -118,6 +127,16 @@ REASONS: Mapping[Reason, ReasonEntry] = {
         _C.NOT_FOUND,
         "No safety policy has this name.",
         "Use a policy that the safety service was given.",
+    ),
+    Reason.PATH_NOT_FOUND: ReasonEntry(
+        _C.NOT_FOUND,
+        "The HTTP listener serves nothing under this path.",
+        "Check the path; docs/console.md lists them.",
+    ),
+    Reason.METHOD_NOT_ALLOWED: ReasonEntry(
+        _C.UNIMPLEMENTED,
+        "The path takes another HTTP method.",
+        "Use a method that metadata names.",
     ),
     Reason.REQUEST_ID_IN_USE: ReasonEntry(
         _C.ALREADY_EXISTS,

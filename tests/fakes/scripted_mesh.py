@@ -331,6 +331,7 @@ class ScriptedMesh:
             name: {"target": f"ipv4:127.0.0.1:{self._ports[name]}"} for name in self._ports
         }
         sections["cache"]["enabled"] = False
+        sections["gateway"] = {"http_listen": None}
         for name, section in self._sections.items():
             sections[name] = {**sections.get(name, {}), **section}
         settings = Settings.model_validate(
@@ -344,6 +345,7 @@ class ScriptedMesh:
         await server.start()
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self.gateway = gateway
+        self.http_url = f"http://{settings.gateway.http_listen}"
         self.stub = gateway_pb2_grpc.InferenceServiceStub(channel)
         self._stack.push_async_callback(self.stop_all)
         self._stack.push_async_callback(gateway.stop)

@@ -30,9 +30,10 @@ class Mesh:
     def __init__(self, directory: Path, overrides: dict[str, Any] | None = None) -> None:
         self.directory = directory
         self.state = directory / "state"
-        ports = free_ports(2 * len(SERVICES) + 1)
+        ports = free_ports(2 * len(SERVICES) + 2)
         self.ports = dict(zip(SERVICES, ports, strict=False))
         self.metrics_ports = dict(zip(SERVICES, ports[len(SERVICES) :], strict=False))
+        self.http_port = ports[-2]
         self.settings: dict[str, Any] = {
             # float32 makes an answer independent of what else is in the batch.
             "models": {
@@ -51,6 +52,7 @@ class Mesh:
             section["listen"] = f"127.0.0.1:{self.ports[name]}"
             section["metrics_listen"] = f"127.0.0.1:{self.metrics_ports[name]}"
             section["drain_timeout_s"] = 10
+        self.settings["gateway"]["http_listen"] = f"127.0.0.1:{self.http_port}"
         _merge(self.settings, overrides or {})
         self.target = f"127.0.0.1:{self.ports['gateway']}"
         self._process: subprocess.Popen[bytes] | None = None

@@ -8,7 +8,6 @@ from services.gateway.context import ANONYMOUS, RequestContext, Tenant
 from services.gateway.pipeline import Stage
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import GatewaySettings
-from services.runtime.settings.addresses import is_loopback
 from services.runtime.telemetry import Metrics
 
 SCHEME = "bearer "
@@ -20,9 +19,7 @@ class Authenticator:
     def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
         auth = settings.auth
         self._denials = metrics.counter("meshserve_gateway_denials")
-        self.required = auth.mode == "required" or (
-            auth.mode == "auto" and not is_loopback(settings.listen)
-        )
+        self.required = auth.mode == "required" or (auth.mode == "auto" and settings.is_public)
         self._tenants = {
             key.sha256: Tenant(
                 key.name,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from services.runtime.settings.addresses import is_loopback, split_address
 from services.runtime.settings.section import Positive, Seconds, Section, ServerSettings
 
 
@@ -56,6 +57,10 @@ class GatewaySettings(ServerSettings):
 
     listen: str = "127.0.0.1:50051"
     metrics_listen: str | None = "127.0.0.1:9451"
+    http_listen: str | None = Field(
+        "127.0.0.1:8080",
+        description="Address of the HTTP port with the web console, `HOST:PORT`; null serves none.",
+    )
     auth: AuthSettings = Field(default_factory=AuthSettings, description="Who may call.")
     rate_limit: RateLimitSettings = Field(
         default_factory=RateLimitSettings, description="How often a tenant may call."
@@ -77,3 +82,15 @@ class GatewaySettings(ServerSettings):
     max_active_requests: Positive = Field(
         1024, description="Requests in flight in one gateway before it refuses more."
     )
+
+    @field_validator("http_listen")
+    @classmethod
+    def _http_listen_has_a_port(cls, value: str | None) -> str | None:
+        if value is not None:
+            split_address(value)
+        return value
+
+    @property
+    def is_public(self) -> bool:
+        """Whether callers can reach it from other machines."""
+        return not all(is_loopback(each) for each in (self.listen, self.http_listen) if each)

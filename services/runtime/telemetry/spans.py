@@ -53,6 +53,13 @@ SPANS: tuple[SpanDeclaration, ...] = (
         (*RPC_ATTRIBUTES, "server.address"),
     ),
     SpanDeclaration(
+        "{METHOD} {route}",
+        "gateway",
+        "server",
+        "A call answered by HTTP. The route is the pattern of its path.",
+        ("http.request.method", "http.route", "http.response.status_code"),
+    ),
+    SpanDeclaration(
         "{operation} {model}",
         "gateway",
         "internal",

@@ -43,6 +43,7 @@ def gateway_settings(mesh: Mesh, host: str = "127.0.0.1", **sections: Any) -> di
         settings.setdefault(name, {}).update(section)
     settings["gateway"]["listen"] = f"{host}:{port}"
     settings["gateway"]["metrics_listen"] = f"127.0.0.1:{metrics_port}"
+    settings["gateway"]["http_listen"] = None
     return settings
 
 

@@ -23,7 +23,12 @@ MAX_LINES = 12
 
 def settings(service: str, **section: Any) -> dict[str, Any]:
     port, metrics_port = free_ports(2)
-    own = {"listen": f"127.0.0.1:{port}", "metrics_listen": f"127.0.0.1:{metrics_port}"}
+    own: dict[str, str | None] = {
+        "listen": f"127.0.0.1:{port}",
+        "metrics_listen": f"127.0.0.1:{metrics_port}",
+    }
+    if service == "gateway":
+        own["http_listen"] = None
     return {service: {**own, **section}}
 
 

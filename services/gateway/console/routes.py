@@ -1,0 +1,113 @@
+"""The calls of the console: JSON forms of the contract's own messages, under /api."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from aiohttp import web
+
+from meshserve.v1 import gateway_pb2
+from services.gateway.console.assets import Assets
+from services.gateway.context import ANONYMOUS, Tenant
+from services.gateway.http.calls import Call, Calls, until_deadline
+from services.gateway.http.streams import answer_stream, answer_watch, to_json
+from services.gateway.recent import RecentRequests
+from services.gateway.servicer import InferenceServicer
+from services.runtime.settings import Settings
+from services.runtime.settings.addresses import UNIX_SOCKET, split_address
+
+RECENT_INTERVAL_S = 1.0
+
+
+class Console:
+    """Answers what the pages ask; all of it goes through the servicers that answer gRPC."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        calls: Calls,
+        servicer: InferenceServicer,
+        recent: RecentRequests,
+        draining: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._calls = calls
+        self._servicer = servicer
+        self._recent = recent
+        self._draining = draining
+        self._assets = Assets()
+
+    def routes(self) -> list[web.RouteDef]:
+        """All of the console."""
+        answered, watched = self._calls.answered_by, self._calls.watched_by
+        return [
+            *self._assets.routes(),
+            web.get("/api/session", answered(self._session)),
+            web.get("/api/models", answered(self._models)),
+            web.post("/api/chat", answered(self._chat)),
+            web.get("/api/requests", watched(self._requests)),
+        ]
+
+    async def _session(self, call: Call) -> web.StreamResponse:
+        """Who asks, and what the pages need to know of this gateway."""
+        gateway, telemetry = self._settings.gateway, self._settings.telemetry
+        port = None if gateway.listen.startswith(UNIX_SOCKET) else split_address(gateway.listen)[1]
+        return _json(
+            {
+                "tenant": call.tenant.name,
+                "operator": is_operator(call.tenant),
+                "version": version("meshserve"),
+                "grpc_port": port,
+                "tls": gateway.tls is not None,
+                "trace_url": telemetry.trace_url,
+                "assets": self._assets.base,
+            }
+        )
+
+    async def _models(self, call: Call) -> web.StreamResponse:
+        """A ListModelsResponse with every model that the caller may use."""
+        async with until_deadline():
+            listed = await self._servicer.ListModels(
+                gateway_pb2.ListModelsRequest(page_size=1000), call
+            )
+        return web.Response(text=to_json(listed), content_type="application/json")
+
+    async def _chat(self, call: Call) -> web.StreamResponse:
+        """A StreamChatRequest, answered by events with a StreamChatResponse each."""
+        request = await call.message(gateway_pb2.StreamChatRequest)
+        return await answer_stream(call, self._servicer.StreamChat(request, call))
+
+    async def _requests(self, call: Call) -> web.StreamResponse:
+        """Recent requests as they come: everybody's for an operator, else one's own."""
+        tenant = None if is_operator(call.tenant) else call.tenant.name
+        return await answer_watch(call, self._recent_requests(tenant), self._draining)
+
+    async def _recent_requests(self, tenant: str | None) -> AsyncGenerator[str]:
+        """A document whenever something has changed: what has ended since the one before, and all
+        that is in flight."""
+        seen: set[int] = set()
+        had_any_in_flight = True
+        while True:
+            finished = self._recent.finished(tenant)
+            new = [asdict(record) for record in finished if record.number not in seen]
+            in_flight = [asdict(record) for record in self._recent.in_flight(tenant)]
+            if new or in_flight or had_any_in_flight:
+                yield json.dumps({"finished": new, "in_flight": in_flight})
+            seen = {record.number for record in finished}
+            had_any_in_flight = bool(in_flight)
+            await asyncio.sleep(RECENT_INTERVAL_S)
+
+
+def is_operator(tenant: Tenant) -> bool:
+    """Whether the tenant may see what others do."""
+    # Where no key is asked for, everybody is.
+    return tenant.name == ANONYMOUS
+
+
+def _json(document: dict[str, Any]) -> web.Response:
+    return web.Response(body=json.dumps(document).encode(), content_type="application/json")

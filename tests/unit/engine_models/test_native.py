@@ -204,6 +204,22 @@ def test_threads_that_compute_their_own_rows_change_no_bit(
 
 @each_isa
 @pytest.mark.parametrize("threads", [1, 3])
+def test_rows_whose_logits_nobody_wants_change_no_bit_of_the_others(
+    kernels: Library, threads: int, make_checkpoint: Any
+) -> None:
+    path, _ = make_checkpoint(**SERVED, max_position_embeddings=128)
+    everything = Sequences(kernels, path, threads=1)
+    some = Sequences(kernels, path, threads=threads, seed=1)
+    for index, lengths in enumerate(MIXED_STEPS):
+        step = {name: text(length, 100 * index + name) for name, length in lengths}
+        expected = torch.cat(list(everything.step(step).values()))
+        wanted = torch.arange(index % 3, len(expected), 5)
+        batch = dataclasses.replace(some.append(step), logits_rows=wanted)
+        assert torch.equal(some.model(batch, some.cache), expected[wanted])
+
+
+@each_isa
+@pytest.mark.parametrize("threads", [1, 3])
 def test_a_step_chooses_its_tokens_as_the_sampler_does(
     kernels: Library, threads: int, make_checkpoint: Any
 ) -> None:

@@ -91,7 +91,7 @@ class LlamaLayer(nn.Module):
         hidden, residual = self.feed_forward_norm.add(hidden, residual)
         return self.feed_forward(hidden), residual
 
-    def lower(self, program: ProgramBuilder) -> None:
+    def lower(self, program: ProgramBuilder, *, is_last: bool) -> None:
         """The same as operations of the native kernels, on the residual stream."""
         attention, feed_forward = self.attention, self.feed_forward
         index = attention.attend.layer_index
@@ -99,6 +99,9 @@ class LlamaLayer(nn.Module):
         program.linear(attention.qkv, Buffer.PROJECTED)
         program.rotary_kv(index)
         program.attention(index, attention.heads * attention.head_dim)
+        if is_last:
+            # Later steps read its keys and values, of all tokens; nobody reads the rest.
+            program.select_rows()
         program.convert(Buffer.ATTENDED)
         program.linear(attention.output, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
         program.norm(self.feed_forward_norm)
@@ -138,8 +141,7 @@ class Llama(Model):
         program.embed(self.embedding)
         for layer in self.layers:
             assert isinstance(layer, LlamaLayer)
-            layer.lower(program)
-        program.select_rows()
+            layer.lower(program, is_last=layer is self.layers[-1])
         program.norm(self.norm)
         program.linear(self.embedding if self.head is None else self.head, Buffer.LOGITS)
 

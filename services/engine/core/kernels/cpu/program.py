@@ -176,7 +176,7 @@ class ProgramBuilder:
         )
 
     def select_rows(self) -> None:
-        """Keep the rows that logits are wanted of."""
+        """Keep the rows that logits are wanted of, of `residual` and `attended`."""
         self._add(OpKind.SELECT_ROWS)
 
     def _weights(self, module: Any, *, gated: bool = False) -> PackedLinear:

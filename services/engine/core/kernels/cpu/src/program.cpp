@@ -30,6 +30,12 @@ Program::Program(const ProgramSpec& spec, Team& team)
           std::find_if(ops_.begin(), ops_.end(),
                        [](const Op& op) { return op.kind == OpKind::select_rows; }) -
           ops_.begin())),
+      num_layer_ops_(
+          static_cast<size_t>(ops_.rend() - std::find_if(ops_.rbegin(), ops_.rend(),
+                                                         [](const Op& op) {
+                                                           return op.kind == OpKind::linear &&
+                                                                  op.epilogue == Epilogue::add;
+                                                         }))),
       layers_(spec.layers, spec.layers + spec.num_layers),
       counters_(ops_.size() + 1),
       team_(team),
@@ -55,12 +61,15 @@ void Program::run(const StepInput& input) {
   reserve(input);
   for (TaskCounter& counter : counters_) counter.reset();
   data_[static_cast<int>(Buffer::logits)] = input.logits;
-  team_.run([this, &input](int rank) {
+  // Where logits are wanted of all rows, as in decode, none is left out on the way.
+  const size_t num_own_ops =
+      input.num_rows == input.view.num_tokens ? num_layer_ops_ : num_row_ops_;
+  team_.run([this, &input, num_own_ops](int rank) {
     if (parts_.divided()) {
-      run_divided(input, rank);
+      run_divided(input, rank, num_own_ops);
       team_.barrier();
     }
-    run_together(input, rank, parts_.divided() ? num_row_ops_ : 0);
+    run_together(input, rank, parts_.divided() ? num_own_ops : 0);
     if (input.sampling != nullptr) sample(*input.sampling, rank);
   });
   if (parts_.divided()) parts_.learn(seconds_);
@@ -92,14 +101,14 @@ void Program::reserve(const StepInput& input) {
   }
 }
 
-// A thread's own rows through all operations that take each row by itself.
-void Program::run_divided(const StepInput& input, int rank) {
+// A thread's own rows through the first `num_ops` operations, which take each row by itself.
+void Program::run_divided(const StepInput& input, int rank, size_t num_ops) {
   StepPart& part = parts_.of(rank);
   double& taken = seconds_[static_cast<size_t>(rank)];
   taken = 0;
   const Worker worker{part, rank, true, part.view.num_tokens};
   double since = seconds();
-  for (size_t index = 0; index < num_row_ops_ && worker.rows > 0; ++index) {
+  for (size_t index = 0; index < num_ops && worker.rows > 0; ++index) {
     const Op& op = ops_[index];
     if (op.kind == OpKind::attention && part.first_awaited < rank) {
       taken += seconds() - since;
@@ -215,15 +224,19 @@ void Program::execute(size_t index, const StepInput& input, const Worker& worker
       break;
     }
     case OpKind::select_rows:
-      // Ascending, each to a place before or at its own: no row is overwritten before it is read.
-      if (worker.rank == 0) {
-        for (int row = 0; row < input.num_rows; ++row) {
-          const float* from = row_of(Buffer::residual, input.logits_rows[row]);
-          std::memmove(row_of(Buffer::residual, row), from,
-                       static_cast<size_t>(spec_.widths[0]) * sizeof(float));
-        }
+      if (worker.rank == 0 && input.num_rows < input.view.num_tokens) {
+        select_rows(Buffer::residual, input);
+        select_rows(Buffer::attended, input);
       }
       break;
+  }
+}
+
+void Program::select_rows(Buffer buffer, const StepInput& input) {
+  const size_t bytes = static_cast<size_t>(spec_.widths[static_cast<int>(buffer)]) * sizeof(float);
+  // Ascending, each to a place before or at its own: no row is overwritten before it is read.
+  for (int row = 0; row < input.num_rows; ++row) {
+    std::memmove(row_of(buffer, row), row_of(buffer, input.logits_rows[row]), bytes);
   }
 }
 

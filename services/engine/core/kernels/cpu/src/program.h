@@ -25,8 +25,8 @@ enum class OpKind : int32_t {
   linear = 3,     // target = activations times `weights`
   rotary_kv = 4,  // rotates queries and keys in `projected`; writes the cache of `layer`
   attention = 5,  // attended = attention of `projected`'s queries over the cache of `layer`
-  select_rows =
-      6,  // residual = its rows that logits are wanted of; later operations see only these
+  // residual, attended = their rows that logits are wanted of; later operations see only these
+  select_rows = 6,
 };
 
 struct Op {
@@ -87,9 +87,10 @@ class Program {
   };
 
   void reserve(const StepInput& input);
-  void run_divided(const StepInput& input, int rank);
+  void run_divided(const StepInput& input, int rank, size_t num_ops);
   void run_together(const StepInput& input, int rank, size_t first_op);
   void execute(size_t index, const StepInput& input, const Worker& worker);
+  void select_rows(Buffer buffer, const StepInput& input);
   void sample(const SampleArgs& args, int rank);
   void await_earlier_tokens(const Worker& worker, int layer);
   void prefetch_next_weights(size_t index, int rank) const;
@@ -99,7 +100,8 @@ class Program {
 
   ProgramSpec spec_;
   std::vector<Op> ops_;
-  size_t num_row_ops_;  // at the beginning, about all rows of a step and each row by itself
+  size_t num_row_ops_;    // at the beginning, about all rows of a step and each row by itself
+  size_t num_layer_ops_;  // all but those that make logits of the residual stream
   std::vector<KvLayout> layers_;
   std::vector<TaskCounter> counters_;  // one for each operation, and one for the choice at the end
   Team& team_;

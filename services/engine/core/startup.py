@@ -26,6 +26,7 @@ from services.engine.core.runner import Runner
 from services.engine.core.scheduler import Scheduler
 from services.engine.core.settings import CoreSettings
 from services.engine.core.speculation.loading import load_draft_model, make_speculator
+from services.engine.core.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +67,23 @@ def build_engine(
         raise StartupError(
             f"a KV cache of {num_blocks * bytes_per_block} bytes does not fit on {device}: {error}"
         ) from None
+    limits = AdmissionLimits(max_context_tokens=max_context_tokens, vocab_size=config.vocab_size)
+    warm_up(
+        model,
+        kv_cache,
+        device=device,
+        num_blocks=num_blocks,
+        block_size=settings.block_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        limits=limits,
+    )
     scheduler = Scheduler(
         BlockPool(
             num_blocks,
             settings.block_size,
             PoolGrowth(num_blocks) if device.type == "cpu" else None,
         ),
-        AdmissionLimits(max_context_tokens=max_context_tokens, vocab_size=config.vocab_size),
+        limits,
         eos_token_ids=config.eos_token_ids,
         max_batch_tokens=settings.max_batch_tokens,
         max_running_sequences=settings.max_running_sequences,

@@ -31,7 +31,9 @@ class Settle(Stage):
         self._cached = metrics.counter("meshserve_gateway_cached_responses")
         self._cached_tokens = metrics.counter("meshserve_gateway_cached_completion_tokens")
         self._cost = metrics.counter("meshserve_gateway_cost")
-        self._unchecked = metrics.counter("meshserve_gateway_unchecked_requests")
+        # Begun at nothing, so that the very first one is seen to have been added.
+        unchecked = metrics.counter("meshserve_gateway_unchecked_requests")
+        self._unchecked = {name: unchecked.labels(name) for name in settings.models}
         self._first_token = metrics.histogram("meshserve_gateway_time_to_first_token_seconds")
         self._intervals = metrics.histogram("meshserve_gateway_inter_token_latency_seconds")
         self._per_token = metrics.histogram("meshserve_gateway_time_per_output_token_seconds")
@@ -66,7 +68,7 @@ class Settle(Stage):
             if price is not None:
                 self._cost.labels(model, tenant, self._currency).inc(cost(usage, price))
         if context.unchecked:
-            self._unchecked.labels(model, tenant).inc()
+            self._unchecked[model].inc()
         if context.first_text_at is None:
             return
         first_s = context.first_text_at - context.arrived_at

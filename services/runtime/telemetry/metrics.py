@@ -107,7 +107,7 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("counter", "gateway", "meshserve_gateway_cached_completion_tokens", "Completion tokens sent from the response cache, which no engine computed. Not among the completion tokens above.", "model", "tenant"),
     _row("counter", "gateway", "meshserve_gateway_cost", "What the tokens of answers cost, by the prices of the models. Answers from the response cache cost nothing.", "model", "tenant", "currency"),
     _row("counter", "gateway", "meshserve_gateway_denials", "Calls denied for who makes them, of any method: keys, permissions, rate limits.", "reason"),
-    _row("counter", "gateway", "meshserve_gateway_unchecked_requests", "Requests with text that passed while the safety filter was away.", "model", "tenant"),
+    _row("counter", "gateway", "meshserve_gateway_unchecked_requests", "Requests with text that passed while the safety filter was away.", "model"),
     _row("histogram", "gateway", "meshserve_gateway_stage_duration_seconds", "Duration of the stages of the request path.", "stage"),
     _row("counter", "tokenizer", "meshserve_tokenizer_encoded_tokens", "Tokens that texts were turned into.", "model"),
     _row("counter", "tokenizer", "meshserve_tokenizer_decoded_tokens", "Tokens that were turned into text.", "model"),

@@ -25,7 +25,7 @@ sys.path.insert(0, str(DOCS.parent))
 from services.runtime.errors import REASONS  # noqa: E402
 from services.runtime.settings import Settings, TlsSettings  # noqa: E402
 from services.runtime.telemetry.metrics import METRICS  # noqa: E402
-from services.runtime.telemetry.spans import SPANS  # noqa: E402
+from services.runtime.telemetry.spans import EVENTS, SPANS  # noqa: E402
 
 PAGES = ("configuration.md", "errors.md", "telemetry.md")
 BLOCK = re.compile(r"(<!-- generated: ([a-z]+) -->\n).*?(<!-- end of generated -->)", re.DOTALL)
@@ -196,6 +196,20 @@ def spans_table() -> str:
     return "\n".join(_table(("Span", "Kind", "Service", "Attributes", "Meaning"), rows))
 
 
+def events_table() -> str:
+    """One row per event."""
+    rows = (
+        (
+            f"`{event.name}`",
+            ", ".join(f"`{span}`" for span in event.spans) or "any that failed",
+            ", ".join(f"`{attribute}`" for attribute in event.attributes) or "none",
+            event.meaning,
+        )
+        for event in EVENTS
+    )
+    return "\n".join(_table(("Event", "Span", "Attributes", "Meaning"), rows))
+
+
 def _table(head: tuple[str, ...], rows: typing.Iterable[tuple[str, ...]]) -> list[str]:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
@@ -207,6 +221,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "errors": errors_table,
     "metrics": metrics_table,
     "spans": spans_table,
+    "events": events_table,
 }
 
 

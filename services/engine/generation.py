@@ -76,7 +76,9 @@ class Generations:
         except CoreUnavailableError as error:
             raise unavailable_error(str(error)) from None
         self.in_flight[request.request_id] = stream
-        spans = SequenceSpans(len(request.prompt.ids), self._queue_duration, context)
+        spans = SequenceSpans(
+            stream.sequence_ids, len(request.prompt.ids), self._queue_duration, context
+        )
         return Generation(self._client, stream, sequences, spans, self.in_flight.pop)
 
     def withdraw(self, generation: Generation, choices: list[int]) -> None:
@@ -141,7 +143,7 @@ class Generation:
 
     def end(self, error: ServiceError | None) -> None:
         """Aborts what has not ended, and records why it did not; does nothing the second time."""
-        self._spans.end((error.reason if error is not None else Reason.CANCELLED).value)
+        self._spans.end(error or ServiceError(Reason.CANCELLED, "the caller gave it up"))
         self.stream.close()
         if self._request_id:
             self._forget(self._request_id)

@@ -8,8 +8,6 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, Literal
 
-from opentelemetry.trace import Status, StatusCode
-
 from meshserve.v1 import gateway_pb2, types_pb2
 from services.gateway.context import RequestContext
 from services.gateway.events import Event
@@ -19,8 +17,9 @@ from services.gateway.recent import RecentRequests
 from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import GatewaySettings
+from services.runtime.settings.addresses import UNIX_SOCKET, split_address
 from services.runtime.telemetry import Metrics, exemplar_of, get_tracer
-from services.runtime.telemetry.tracing import in_span
+from services.runtime.telemetry.tracing import in_span, mark_failed
 
 UNROUTED = "unknown"
 MAX_ATTRIBUTE_CHARS = 128
@@ -34,6 +33,7 @@ class Inference:
         self._pipeline = pipeline
         self.recent = RecentRequests()
         self._tracer = get_tracer()
+        self._server = _server_attributes(settings.listen)
         self._requests = metrics.counter("meshserve_gateway_requests")
         self._duration = metrics.histogram("meshserve_gateway_request_duration_seconds")
 
@@ -55,7 +55,8 @@ class Inference:
         request_id = request.request_id or uuid.uuid4().hex
         span = self._tracer.start_span(
             f"{operation} {request.model[:MAX_ATTRIBUTE_CHARS]}".rstrip(),
-            attributes=_request_attributes(request, operation, request_id, streaming),
+            attributes=self._server
+            | _request_attributes(request, operation, request_id, streaming),
         )
         context = RequestContext(
             request=request,
@@ -66,24 +67,24 @@ class Inference:
             span=span,
         )
         number = self.recent.begin(context)
-        reason = ""
+        failure: ServiceError | None = None
         with in_span(span):
             try:
                 yield context
             except ServiceError as error:
-                reason = error.reason.value
+                failure = error
                 error.metadata.setdefault("request_id", request_id)
                 raise
-            except Exception:
-                reason = Reason.INTERNAL.value
+            except Exception as error:
+                failure = ServiceError(Reason.INTERNAL, str(error))
                 raise
             except BaseException:
-                reason = departure().reason.value
+                failure = departure()
                 span.set_attribute("meshserve.cancelled", True)
                 raise
             finally:
-                self._end(context, reason)
-                self.recent.end(number, reason)
+                self._end(context, failure)
+                self.recent.end(number, failure.reason.value if failure is not None else "")
 
     async def events(self, context: RequestContext) -> AsyncGenerator[Event]:
         """The events of a request. Raises ServiceError."""
@@ -100,16 +101,26 @@ class Inference:
         """Waits for what outlives cancelled requests."""
         await self._pipeline.drain()
 
-    def _end(self, context: RequestContext, reason: str) -> None:
+    def _end(self, context: RequestContext, error: ServiceError | None) -> None:
         model = context.model.name if context.model is not None else UNROUTED
-        # A caller may change its mind; that is no failure.
-        if reason and reason != Reason.CANCELLED:
-            context.span.set_attribute("error.type", reason)
-            context.span.set_status(Status(StatusCode.ERROR, reason))
+        reason = error.reason.value if error is not None else ""
+        if error is not None:
+            if error.reason is Reason.CANCELLED:
+                # A caller may change its mind; that is no failure.
+                context.span.add_event("cancelled")
+            else:
+                mark_failed(context.span, error)
         exemplar = exemplar_of(context.span)
         context.span.end()
         self._requests.labels(model, context.tenant.name, reason).inc()
         self._duration.labels(model).observe(time.perf_counter() - context.arrived_at, exemplar)
+
+
+def _server_attributes(listen: str) -> dict[str, str | int | float | bool]:
+    if listen.startswith(UNIX_SOCKET):
+        return {"server.address": listen.partition(":")[2]}
+    host, port = split_address(listen)
+    return {"server.address": host, "server.port": port}
 
 
 def _request_attributes(
@@ -129,6 +140,8 @@ def _request_attributes(
         ("temperature", "gen_ai.request.temperature"),
         ("top_p", "gen_ai.request.top_p"),
         ("top_k", "gen_ai.request.top_k"),
+        ("frequency_penalty", "gen_ai.request.frequency_penalty"),
+        ("presence_penalty", "gen_ai.request.presence_penalty"),
         ("seed", "gen_ai.request.seed"),
         ("n", "gen_ai.request.choice.count"),
     ):

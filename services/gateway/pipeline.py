@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping, Seque
 from contextlib import aclosing
 from typing import Any, ClassVar
 
-from opentelemetry.trace import Span, Status, StatusCode, Tracer
+from opentelemetry.trace import Span, Tracer
 from prometheus_client import Histogram
 
 from services.gateway.context import RequestContext
@@ -25,7 +25,7 @@ from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.server_calls import DEADLINE_TOLERANCE_S
 from services.runtime.telemetry import Metrics, get_tracer
-from services.runtime.telemetry.tracing import in_span
+from services.runtime.telemetry.tracing import in_span, mark_failed
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +154,7 @@ def _note_time(context: RequestContext, event: Event) -> None:
     now = time.perf_counter()
     if context.first_text_at is None:
         context.first_text_at = now
+        context.span.add_event("first_chunk")
     if isinstance(event, ChoiceEnd) or not context.streaming:
         return
     before = context.text_at.get(event.index)
@@ -274,8 +275,7 @@ class _Passage:
         self._durations[stage.name].observe(now - started)
         # A stage that others' failure ended, or a caller who left, is no failure of its own.
         if error is not None and error.reason is not Reason.CANCELLED:
-            span.set_attribute("error.type", error.reason.value)
-            span.set_status(Status(StatusCode.ERROR, error.reason.value))
+            mark_failed(span, error)
         span.end()
 
 

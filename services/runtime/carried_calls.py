@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 
 import grpc
-from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
+from opentelemetry.trace import SpanKind, set_span_in_context
 
 from meshserve.v1 import types_pb2
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.telemetry import Metrics, get_tracer
-from services.runtime.telemetry.tracing import context_of
+from services.runtime.telemetry.tracing import context_of, mark_failed
 
 
 class CarriedCalls:
@@ -56,8 +56,7 @@ class CarriedCall:
         """Records how the call ended; a caller that gave it up is no failure."""
         code = grpc.StatusCode.OK if error is None else error.code
         if error is not None and error.reason is not Reason.CANCELLED:
-            self._span.set_attribute("error.type", error.reason.value)
-            self._span.set_status(Status(StatusCode.ERROR, error.reason.value))
+            mark_failed(self._span, error)
         self._span.set_attribute("rpc.response.status_code", code.name)
         self._span.end()
         self._calls.active.dec()

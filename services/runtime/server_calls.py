@@ -22,7 +22,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_contex
 from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError, status_metadata
 from services.runtime.telemetry import Metrics, get_tracer
-from services.runtime.telemetry.tracing import extract_context
+from services.runtime.telemetry.tracing import extract_context, mark_failed
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class _Call:
             log.error("unexpected error", exc_info=error, extra={"method": self._records.method})
             error = ServiceError(Reason.INTERNAL, "internal error; the server's log has the rest")
         self.code = error.code
-        self._mark(error.reason.value)
+        mark_failed(self._span, error)
         details = status_metadata(error)
         await self._context.abort(error.code, error.header_message, details)
         raise AssertionError("abort always raises")

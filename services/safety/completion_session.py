@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace import SpanKind
 
 from meshserve.v1 import safety_pb2
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.telemetry import get_tracer
-from services.runtime.telemetry.tracing import context_of
+from services.runtime.telemetry.tracing import context_of, mark_failed
 from services.safety.messages import verdict_to_proto
 from services.safety.policies_in_force import PolicyInForce
 from services.safety.records import Records
@@ -62,15 +62,17 @@ class CompletionSession:
     def close(self, error: ServiceError | None) -> None:
         """Ends the span."""
         self._records.sessions.dec()
-        action = self._check.verdict.action
-        self._records.checked(_SUBJECT, action)
+        verdict = self._check.verdict
+        self._records.checked(_SUBJECT, verdict.action)
         cancelled = error is not None and error.reason is Reason.CANCELLED
         span = self._span
         span.set_attribute("meshserve.session.messages", self._messages)
         span.set_attribute("meshserve.session.characters", self._characters)
         span.set_attribute("meshserve.session.cancelled", cancelled)
-        span.set_attribute("meshserve.safety.action", action.name.lower())
+        span.set_attribute("meshserve.safety.action", verdict.action.name.lower())
+        if verdict.findings:
+            categories = sorted({finding.category for finding in verdict.findings})
+            span.set_attribute("meshserve.safety.categories", categories)
         if error is not None and not cancelled:
-            span.set_attribute("error.type", error.reason.value)
-            span.set_status(Status(StatusCode.ERROR, error.message))
+            mark_failed(span, error)
         span.end()

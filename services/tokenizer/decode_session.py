@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace import SpanKind
 from prometheus_client import Counter, Gauge
 
 from meshserve.v1 import tokenizer_pb2
 from services.runtime.errors import Reason, ServiceError, invalid_field
 from services.runtime.telemetry import get_tracer
-from services.runtime.telemetry.tracing import context_of
+from services.runtime.telemetry.tracing import context_of, mark_failed
 from services.tokenizer.detokenizer import IncrementalDecoder
 from services.tokenizer.errors import UnknownTokenIdError
 from services.tokenizer.model_tokenizer import ModelTokenizer
@@ -86,8 +86,7 @@ class DecodeSession:
         span.set_attribute("meshserve.session.tokens", self._tokens)
         span.set_attribute("meshserve.session.cancelled", cancelled)
         if error is not None and not cancelled:
-            span.set_attribute("error.type", error.reason.value)
-            span.set_status(Status(StatusCode.ERROR, error.message))
+            mark_failed(span, error)
         span.end()
 
     def _feed(self, token_ids: list[int], path: str) -> str:

@@ -16,6 +16,15 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 
 
 @dataclass(frozen=True)
+class ReceivedEvent:
+    """A moment within a span."""
+
+    name: str
+    at_ns: int
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class ReceivedSpan:
     """A span as it came over the wire."""
 
@@ -29,6 +38,12 @@ class ReceivedSpan:
     attributes: dict[str, Any]
     start_ns: int
     end_ns: int
+    events: tuple[ReceivedEvent, ...]
+
+    def event(self, name: str) -> ReceivedEvent:
+        """The one event of this name."""
+        (found,) = (event for event in self.events if event.name == name)
+        return found
 
 
 @dataclass
@@ -86,8 +101,19 @@ def _received(service: str, span: trace_pb2.Span) -> ReceivedSpan:
         attributes=_attributes(span.attributes),
         start_ns=span.start_time_unix_nano,
         end_ns=span.end_time_unix_nano,
+        events=tuple(
+            ReceivedEvent(event.name, event.time_unix_nano, _attributes(event.attributes))
+            for event in span.events
+        ),
     )
 
 
 def _attributes(pairs: Any) -> dict[str, Any]:
-    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in pairs}
+    return {pair.key: _value(pair.value) for pair in pairs}
+
+
+def _value(value: Any) -> Any:
+    kind = value.WhichOneof("value")
+    if kind == "array_value":
+        return [_value(each) for each in value.array_value.values]
+    return getattr(value, kind)

@@ -152,6 +152,10 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     error_kind: str = ""  # the error's type name; ERROR only
 
 
+# Further interruptions of a sequence are counted, but their times are not kept.
+MAX_INTERRUPTIONS = 8
+
+
 class Timing(msgspec.Struct, frozen=True, array_like=True):
     """When what happened to a sequence; sent with its first token and its finish."""
 
@@ -163,6 +167,10 @@ class Timing(msgspec.Struct, frozen=True, array_like=True):
     preemptions: int = 0
     steps: int = 0  # engine steps this sequence took part in
     cached_prompt_tokens: int = 0  # found in the KV cache when the sequence first entered
+    drafted_tokens: int = 0  # guesses of it that were verified
+    accepted_draft_tokens: int = 0  # of these, found to be what the model says
+    # When it was preempted, when it was resumed, and so on: of the first MAX_INTERRUPTIONS.
+    interruptions_ns: list[int] = []
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from services.engine.core.block_tables import BlockTables
+from services.engine.core.clock import now_ns
 from services.engine.core.errors import IntegrityError
 from services.engine.core.prefix_cache import Match
 from services.engine.core.sequence import Sequence, SequenceState
@@ -43,6 +44,8 @@ class RunningSet:
         """Let a waiting sequence run; returns the blocks to copy for it, as BlockTables does."""
         copy = self._tables.enter(sequence, match)
         sequence.row = self._free_rows.pop()
+        if sequence.admissions:
+            sequence.resume(now_ns())
         sequence.admissions += 1
         sequence.state = SequenceState.RUNNING
         # Nearly always at the end: those who wait rank behind those who run, but for priorities.

@@ -188,6 +188,9 @@ class Scheduler:
                 deltas.append(self._fail(sequence, output.error, outputs.ended_ns))
                 continue
             known = min(count, uncomputed)  # the rest was its draft
+            if known < count:
+                sequence.drafted_tokens += count - known
+                sequence.accepted_draft_tokens += output.num_accepted
             num_prompt_left = sequence.num_prompt_tokens - sequence.num_computed_tokens
             if num_prompt_left > 0:
                 self.prompt_tokens += min(known, num_prompt_left)
@@ -264,7 +267,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, planned: dict[Sequence, int]) -> None:
         planned.pop(sequence, None)
         self._stop_running(sequence)
-        sequence.preemptions += 1
+        sequence.interrupt(now_ns())
         sequence.state = SequenceState.WAITING
         self._entrance.push(sequence)
         self.preemptions += 1

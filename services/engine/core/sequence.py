@@ -7,6 +7,7 @@ from array import array
 
 from services.engine.core.errors import IntegrityError
 from services.engine.core.messages import (
+    MAX_INTERRUPTIONS,
     Delta,
     Finish,
     Sampling,
@@ -37,6 +38,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "accepted_draft_tokens",
         "admissions",
         "arrival",
         "awaits",
@@ -44,10 +46,12 @@ class Sequence:
         "block_table",
         "cached_prompt_tokens",
         "draft_token_ids",
+        "drafted_tokens",
         "finish",
         "finished_ns",
         "first_token_ns",
         "fork_of",
+        "interruptions_ns",
         "max_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -98,6 +102,10 @@ class Sequence:
         self.row = -1  # where the runner keeps this sequence's buffers, while RUNNING
         self.admissions = 0  # how often it has entered RUNNING
         self.preemptions = 0
+        # When it was preempted, when it was resumed, and so on.
+        self.interruptions_ns: list[int] = []
+        self.drafted_tokens = 0  # verified so far
+        self.accepted_draft_tokens = 0
         self.steps = 0
         self.state = SequenceState.WAITING
         self.stops = StopChecker(
@@ -139,6 +147,17 @@ class Sequence:
         """Whether it has ended, however that came."""
         return self.state is SequenceState.FINISHED
 
+    def interrupt(self, at_ns: int) -> None:
+        """Note that it was preempted."""
+        self.preemptions += 1
+        if self.preemptions <= MAX_INTERRUPTIONS:
+            self.interruptions_ns.append(at_ns)
+
+    def resume(self, at_ns: int) -> None:
+        """Note that it runs again."""
+        if self.preemptions <= MAX_INTERRUPTIONS:
+            self.interruptions_ns.append(at_ns)
+
     def may_fork(self, request: SequenceRequest) -> bool:
         """Whether a sequence of `request`, arriving with this one, may share all of its prompt."""
         own = self.request
@@ -159,6 +178,9 @@ class Sequence:
             preemptions=self.preemptions,
             steps=self.steps,
             cached_prompt_tokens=self.cached_prompt_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_draft_tokens=self.accepted_draft_tokens,
+            interruptions_ns=[*self.interruptions_ns],
         )
 
     def delta(

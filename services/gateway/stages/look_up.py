@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable
 
 from google.protobuf.duration_pb2 import Duration
+from opentelemetry import trace
 
 from meshserve.v1 import cache_pb2, cache_pb2_grpc, types_pb2
 from services.gateway.cache_key import cache_key, is_deterministic
@@ -54,17 +55,25 @@ class LookUp(Stage):
 
     async def before(self, context: RequestContext) -> None:
         """Sets `cached_answer` on a hit, and a lease on a miss."""
+        outcome = await self._look_up(context)
+        span = trace.get_current_span()
+        span.set_attribute("meshserve.cache.outcome", outcome)
+        if context.cached_answer is not None:
+            span.set_attribute("meshserve.cache.kind", "exact")
+
+    async def _look_up(self, context: RequestContext) -> str:
+        """What came of it, as the table of spans says."""
         request = context.request
         if (
             not self._settings.enabled
             or request.cache_control.no_cache
             or not is_deterministic(request)
         ):
-            return
+            return "bypassed"
         context.policy_revision = await self._policy.revision()
         if context.policy_revision is None:
             # Without the policy in force nobody can say that a kept answer may be served.
-            return
+            return "bypassed"
         context.cache_key = cache_key(
             request,
             tenant=context.tenant.name,
@@ -75,18 +84,22 @@ class LookUp(Stage):
         if not request.cache_control.no_store:
             query.lease_ttl.CopyFrom(_duration(self._settings.lease_s))
         try:
-            found = await self._find(context, query)
+            found, waited = await self._find(context, query)
         except ServiceError as error:
             log.warning("the cache is passed over: %s", error.message)
             context.cache_key = None
-            return
+            return "unavailable"
         if found.outcome == cache_pb2.LookUpResponse.OUTCOME_HIT:
             context.cached_answer = found.answer
             context.prompt_safety = (
                 found.answer.prompt_safety if found.answer.HasField("prompt_safety") else None
             )
-        elif found.HasField("lease"):
+            return "coalesced" if waited else "hit"
+        if found.outcome == cache_pb2.LookUpResponse.OUTCOME_PENDING:
+            return "pending"
+        if found.HasField("lease"):
             context.lease_token = found.lease.token
+        return "miss"
 
     def after(self, context: RequestContext, error: ServiceError | None) -> Awaitable[None] | None:
         """Keeps a complete answer, else gives the lease up."""
@@ -116,21 +129,23 @@ class LookUp(Stage):
 
     async def _find(
         self, context: RequestContext, query: cache_pb2.LookUpRequest
-    ) -> cache_pb2.LookUpResponse:
-        """Asks at once, and then waits if another caller is computing the answer.
+    ) -> tuple[cache_pb2.LookUpResponse, bool]:
+        """Asks at once, and then waits if another caller is computing the answer. Returns what was
+        found, and whether it was waited for.
 
         Two questions, so that a cache that does not answer at all costs little time.
         """
         context.look_up = asyncio.create_task(self._ask(query))
         found = await asyncio.shield(context.look_up)
         if found.outcome != cache_pb2.LookUpResponse.OUTCOME_PENDING:
-            return found
+            return found, False
+        trace.get_current_span().add_event("coalescing")
         wait_s = self._settings.lease_s
         remaining_s = deadline.remaining_s()
         if remaining_s is not None:
             wait_s = min(wait_s, WAIT_SHARE * remaining_s)
         query.wait.CopyFrom(_duration(wait_s))
-        return await self._cache.LookUp(query, timeout=wait_s + BACKEND_TIMEOUT_S)
+        return await self._cache.LookUp(query, timeout=wait_s + BACKEND_TIMEOUT_S), True
 
     async def _ask(self, query: cache_pb2.LookUpRequest) -> cache_pb2.LookUpResponse:
         # Under a deadline of its own: an answer cut off by the caller's may have brought a lease,

@@ -14,6 +14,7 @@ from services.gateway.context import RequestContext
 from services.gateway.events import ChoiceEnd, Event, TextDelta
 from services.gateway.peers import CheckPool
 from services.gateway.pipeline import Stage
+from services.gateway.safety_attributes import UNCHECKED, safety_attributes
 from services.gateway.sessions import Session
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import SafetySettings
@@ -73,6 +74,12 @@ class Moderate(Stage):
         finally:
             for check in checks:
                 check.cancel()
+            if context.unchecked:
+                span.set_attributes(UNCHECKED)
+            else:
+                span.set_attributes(
+                    safety_attributes(check.verdict for check in checks if check.verdict)
+                )
 
 
 class _ChoiceCheck:
@@ -94,7 +101,7 @@ class _ChoiceCheck:
         self._index = index
         self._trace = trace
         self._may_pass_by = may_pass_by
-        self._verdict: types_pb2.SafetyVerdict | None = None
+        self.verdict: types_pb2.SafetyVerdict | None = None
         # What replicas that were lost had found, and how much longer the completion was than the
         # text they had released for it: a new replica knows the released text alone.
         self._earlier_verdict: types_pb2.SafetyVerdict | None = None
@@ -121,8 +128,8 @@ class _ChoiceCheck:
         passed = [] if self._finished else await self._exchange("", finish=True)
         if not self.ended:
             self.ended = True
-            if self._verdict is not None and self._verdict.findings:
-                event.safety = self._verdict
+            if self.verdict is not None and self.verdict.findings:
+                event.safety = self.verdict
             passed.append(event)
         return passed
 
@@ -147,7 +154,7 @@ class _ChoiceCheck:
         self._decided = decided
         self._released.append(output.released_text)
         if output.HasField("verdict"):
-            self._verdict = _joined(self._earlier_verdict, output.verdict)
+            self.verdict = _joined(self._earlier_verdict, output.verdict)
         passed = self._released_delta(output.released_text)
         if self._action == types_pb2.SAFETY_ACTION_BLOCK:
             self.ended = True
@@ -155,7 +162,7 @@ class _ChoiceCheck:
             usage = types_pb2.Usage()
             usage.CopyFrom(self._context.usages[self._index])
             self._context.usages[self._index] = usage
-            passed.append(ChoiceEnd(self._index, _FILTERED, None, usage, self._verdict))
+            passed.append(ChoiceEnd(self._index, _FILTERED, None, usage, self.verdict))
         return passed
 
     def _pass_by(self) -> list[Event]:
@@ -166,9 +173,9 @@ class _ChoiceCheck:
 
     @property
     def _action(self) -> types_pb2.SafetyAction.ValueType:
-        if self._verdict is None:
+        if self.verdict is None:
             return types_pb2.SAFETY_ACTION_UNSPECIFIED
-        return self._verdict.action
+        return self.verdict.action
 
     def _released_delta(self, text: str) -> list[Event]:
         """The released text with the details of the tokens behind it.
@@ -197,7 +204,7 @@ class _ChoiceCheck:
             # On a first stream this is a plain beginning; on a later one it restores the state.
             released = "".join(self._released)
             self._redaction_shift = self._decided - len(released)
-            self._earlier_verdict = self._verdict
+            self._earlier_verdict = self.verdict
             message.open.tenant = self._context.tenant.name
             message.open.trace.CopyFrom(self._trace)
             message.open.released_text = released

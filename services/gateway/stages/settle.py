@@ -46,6 +46,7 @@ class Settle(Stage):
         span.set_attribute("meshserve.cached", cached)
         span.set_attribute("gen_ai.response.model", model)
         span.set_attribute("gen_ai.usage.input_tokens", usage.prompt_tokens)
+        span.set_attribute("gen_ai.usage.cache_read.input_tokens", usage.cached_prompt_tokens)
         span.set_attribute("gen_ai.usage.output_tokens", usage.completion_tokens)
         span.set_attribute(
             "gen_ai.response.finish_reasons",

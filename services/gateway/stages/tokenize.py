@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from opentelemetry import trace
+
 from meshserve.v1 import gateway_pb2, tokenizer_pb2, tokenizer_pb2_grpc, types_pb2
 from services.gateway.context import RequestContext
 from services.gateway.field_paths import renamed_fields
@@ -42,6 +44,9 @@ class Tokenize(Stage):
                 encoded = await self._tokenizer.Encode(query)
             context.stop_sequences = [list(text.token_ids) for text in encoded.encoded]
         self._fit(context)
+        trace.get_current_span().set_attribute(
+            "meshserve.prompt_tokens", len(context.prompt_token_ids)
+        )
 
     def is_outdated(self, context: RequestContext) -> bool:
         """Whether the input was redacted since: its ids would tell the model all the same."""

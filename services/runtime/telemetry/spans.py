@@ -1,8 +1,8 @@
-"""The table of all spans and their attributes; docs/telemetry.md and a test are held against it.
+"""The tables of all spans and events; docs/telemetry.md and a test are held against them.
 
 Attribute names are those of the OpenTelemetry semantic conventions 1.41.1 where they have one
-(`rpc.*`, `gen_ai.*`, `error.type`), and `meshserve.*` otherwise. No attribute ever carries text of
-a prompt or a completion.
+(`rpc.*`, `server.*`, `gen_ai.*`, `error.type`, `exception.*`), and `meshserve.*` otherwise. No
+attribute ever carries text of a prompt or a completion.
 """
 
 from __future__ import annotations
@@ -25,16 +25,34 @@ class SpanDeclaration:
     attributes: tuple[str, ...] = ()
 
 
-STAGES = (
-    ("authenticate", "Who calls, and whether they may use the model."),
-    ("admit", "Rate limit and room for one more request."),
-    ("route", "Which model and which engines."),
-    ("look_up", "The response cache."),
-    ("screen", "The prompt check, side by side with tokenization."),
-    ("tokenize", "The prompt's token ids."),
-    ("generate", "The engine's tokens, turned into text, stop strings cut."),
-    ("moderate", "The completion check."),
-    ("settle", "Usage counted, answer kept, limits settled."),
+@dataclass(frozen=True, slots=True)
+class EventDeclaration:
+    """One row: a moment within spans, which of them may have it, and what it may carry."""
+
+    name: str
+    spans: tuple[str, ...]
+    meaning: str
+    attributes: tuple[str, ...] = ()
+
+
+SAFETY_ATTRIBUTES = ("meshserve.safety.action", "meshserve.safety.categories")
+# What the path of a request consists of: name, meaning, attributes.
+STAGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("authenticate", "Who calls, and whether they may use the model.", ()),
+    ("admit", "Rate limit and room for one more request.", ()),
+    ("route", "Which model and which engines.", ()),
+    (
+        "look_up",
+        "The response cache: `hit`, `coalesced` (an equal request was being computed, and its "
+        "answer was waited for), `pending` (waited for in vain), `miss`, `bypassed` (the request "
+        "has no answer that could be kept) or `unavailable`.",
+        ("meshserve.cache.outcome", "meshserve.cache.kind"),
+    ),
+    ("screen", "The prompt check, side by side with tokenization.", SAFETY_ATTRIBUTES),
+    ("tokenize", "The prompt's token ids.", ("meshserve.prompt_tokens",)),
+    ("generate", "The engine's tokens, turned into text, stop strings cut.", ()),
+    ("moderate", "The completion check.", SAFETY_ATTRIBUTES),
+    ("settle", "Usage counted, answer kept, limits settled.", ()),
 )
 
 SPANS: tuple[SpanDeclaration, ...] = (
@@ -74,21 +92,28 @@ SPANS: tuple[SpanDeclaration, ...] = (
             "gen_ai.request.temperature",
             "gen_ai.request.top_p",
             "gen_ai.request.top_k",
+            "gen_ai.request.frequency_penalty",
+            "gen_ai.request.presence_penalty",
             "gen_ai.request.seed",
             "gen_ai.request.stream",
             "gen_ai.request.choice.count",
             "gen_ai.response.finish_reasons",
             "gen_ai.usage.input_tokens",
+            "gen_ai.usage.cache_read.input_tokens",
             "gen_ai.usage.output_tokens",
             "gen_ai.response.time_to_first_chunk",
+            "server.address",
+            "server.port",
             "meshserve.tenant",
             "meshserve.cached",
             "meshserve.cancelled",
         ),
     ),
     *(
-        SpanDeclaration(f"stage {name}", "gateway", "internal", meaning, ("meshserve.stage",))
-        for name, meaning in STAGES
+        SpanDeclaration(
+            f"stage {name}", "gateway", "internal", meaning, ("meshserve.stage", *attributes)
+        )
+        for name, meaning, attributes in STAGES
     ),
     SpanDeclaration(
         "decode session",
@@ -106,28 +131,87 @@ SPANS: tuple[SpanDeclaration, ...] = (
             "meshserve.session.messages",
             "meshserve.session.characters",
             "meshserve.session.cancelled",
-            "meshserve.safety.action",
+            *SAFETY_ATTRIBUTES,
         ),
     ),
     SpanDeclaration(
         "queue",
         "engine",
         "internal",
-        "From arrival in the engine to the first step that computed the request.",
-        ("meshserve.engine.preemptions",),
+        "From arrival in the engine to the first step that computed the sequence. One that ended "
+        "before its first token has this span alone.",
+        ("meshserve.choice",),
     ),
     SpanDeclaration(
         "prefill",
         "engine",
         "internal",
         "From the first step to the first token.",
-        ("gen_ai.usage.input_tokens",),
+        (
+            "meshserve.choice",
+            "meshserve.engine.prompt_tokens",
+            "meshserve.engine.cached_prompt_tokens",
+            "meshserve.engine.steps",
+        ),
     ),
     SpanDeclaration(
         "decode",
         "engine",
         "internal",
         "From the first token to the last.",
-        ("gen_ai.usage.output_tokens",),
+        (
+            "meshserve.choice",
+            "meshserve.engine.completion_tokens",
+            "meshserve.engine.steps",
+            "meshserve.engine.preemptions",
+        ),
+    ),
+)
+
+INFERENCE_SPAN = "{operation} {model}"
+
+EVENTS: tuple[EventDeclaration, ...] = (
+    EventDeclaration(
+        "exception",
+        (),
+        "Why the span failed: the reason, what it means, its details, and the paths of the fields "
+        "that are at fault. The error's own message is left out, for it may quote the request.",
+        (
+            "exception.type",
+            "exception.message",
+            "meshserve.error.details",
+            "meshserve.error.fields",
+        ),
+    ),
+    EventDeclaration(
+        "cancelled",
+        (INFERENCE_SPAN, "queue", "prefill", "decode"),
+        "The caller gave it up. In the engine also: the gateway found a stop string, or the safety "
+        "filter blocked the rest.",
+    ),
+    EventDeclaration("first_chunk", (INFERENCE_SPAN,), "The first text was passed on."),
+    EventDeclaration(
+        "coalescing",
+        ("stage look_up",),
+        "An equal request is being computed; its answer is waited for.",
+    ),
+    EventDeclaration("first_token", ("decode",), "The first token was sampled."),
+    EventDeclaration(
+        "progress",
+        ("decode",),
+        "How far it is, and how fast since the event before: after 16, 64, 256, ... tokens.",
+        ("meshserve.engine.completion_tokens", "meshserve.engine.tokens_per_s"),
+    ),
+    EventDeclaration(
+        "preempted",
+        ("prefill", "decode"),
+        "The sequence gave its KV blocks to others and went back to the queue. The first 8 times.",
+    ),
+    EventDeclaration("resumed", ("prefill", "decode"), "It runs again."),
+    EventDeclaration(
+        "speculation",
+        ("decode",),
+        "What became of the guesses at tokens ahead.",
+        ("meshserve.engine.drafted_tokens", "meshserve.engine.accepted_draft_tokens"),
     ),
 )

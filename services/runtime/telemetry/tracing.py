@@ -23,11 +23,14 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from meshserve.v1 import types_pb2
+from services.runtime.errors import ServiceError
+from services.runtime.reasons import REASONS
 
 # The exporter retries by itself; its warnings at every failed batch say nothing new.
 EXPORTER_LOGGER = "opentelemetry.exporter.otlp.proto.grpc.exporter"
 EXPORT_INTERVAL_MS = 1000
 SHUTDOWN_TIMEOUT_S = 2.0
+MAX_DETAIL_CHARS = 256
 
 
 class Tracing:
@@ -136,6 +139,29 @@ class in_span:  # noqa: N801 - reads as what it does: `with in_span(span):`
     def __exit__(self, *_: object) -> None:
         if self._token is not None:
             otel_context.detach(self._token)
+
+
+def mark_failed(span: trace.Span, error: ServiceError, at_ns: int | None = None) -> None:
+    """Gives a span the status of an error, and an `exception` event that tells what it means.
+
+    The error's own message stays out, for it may quote what the caller sent; neither the meaning of
+    its reason nor its metadata and the paths of its fields do. `at_ns` is the time of the event.
+    """
+    if not span.is_recording():
+        return
+    reason = error.reason.value
+    attributes: dict[str, str | list[str]] = {
+        "exception.type": reason,
+        "exception.message": REASONS[error.reason].meaning,
+    }
+    if error.metadata:
+        details = [f"{key}={value}" for key, value in error.metadata.items()]
+        attributes["meshserve.error.details"] = [each[:MAX_DETAIL_CHARS] for each in details]
+    if error.field_violations:
+        attributes["meshserve.error.fields"] = [path for path, _ in error.field_violations]
+    span.set_attribute("error.type", reason)
+    span.set_status(trace.Status(trace.StatusCode.ERROR, reason))
+    span.add_event("exception", attributes, at_ns)
 
 
 def current_context() -> Context:

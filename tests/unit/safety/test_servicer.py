@@ -211,6 +211,7 @@ async def test_a_session_is_a_span_under_its_own_trace_without_any_text(stub, sp
         "meshserve.session.characters": len("badger one"),
         "meshserve.session.cancelled": False,
         "meshserve.safety.action": "redact",
+        "meshserve.safety.categories": ("hidden",),
     }
     assert (second.attributes or {})["meshserve.session.cancelled"] is True
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextvars
 from dataclasses import dataclass
-from typing import Any, cast
 
 import grpc
 
@@ -17,9 +15,11 @@ from meshserve.v1 import (
     tokenizer_pb2_grpc,
 )
 from services.gateway.engine_calls import EngineCalls
+from services.gateway.engine_loads import EngineLoads
 from services.runtime.channels import MeshChannel, connect
-from services.runtime.client_calls import ResponseStream
 from services.runtime.exchanges import SessionPool
+from services.runtime.replicas import ReplicaStatus
+from services.runtime.response_streams import standing
 from services.runtime.server import StartupError
 from services.runtime.settings import Settings, TlsSettings
 from services.runtime.telemetry import Metrics
@@ -34,6 +34,7 @@ class Engines:
 
     stub: engine_pb2_grpc.EngineServiceAsyncStub
     calls: EngineCalls
+    loads: EngineLoads
 
 
 class Peers:
@@ -42,26 +43,35 @@ class Peers:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._channels: list[grpc.aio.Channel] = []
+        self.channels: list[MeshChannel] = []
         self._engines: dict[str, Engines] = {}
-        self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(
-            self._connect("tokenizer", "meshserve.v1.TokenizerService", carries_calls=True)
+        tokenizer = self._connect("tokenizer", "meshserve.v1.TokenizerService", carries_calls=True)
+        cache = self._connect("cache", "meshserve.v1.CacheService")
+        safety = self._connect("safety", "meshserve.v1.SafetyService", carries_calls=True)
+        self.tokenizer: tokenizer_pb2_grpc.TokenizerServiceAsyncStub = (
+            tokenizer_pb2_grpc.TokenizerServiceStub(tokenizer.stubs)
         )
-        self.cache = cache_pb2_grpc.CacheServiceStub(
-            self._connect("cache", "meshserve.v1.CacheService")
+        self.cache: cache_pb2_grpc.CacheServiceAsyncStub = cache_pb2_grpc.CacheServiceStub(
+            cache.stubs
         )
-        self.safety = safety_pb2_grpc.SafetyServiceStub(
-            self._connect("safety", "meshserve.v1.SafetyService", carries_calls=True)
+        self.safety: safety_pb2_grpc.SafetyServiceAsyncStub = safety_pb2_grpc.SafetyServiceStub(
+            safety.stubs
         )
         self.decode_sessions: DecodePool = SessionPool(
             "tokenizer",
-            open_stream=lambda: _standing(self.tokenizer.StreamDecode),
+            tokenizer.replicas,
+            open_stream=lambda replica: standing(
+                tokenizer_pb2_grpc.TokenizerServiceStub(tokenizer.at(replica)).StreamDecode
+            ),
             make_request=lambda inputs: tokenizer_pb2.StreamDecodeRequest(inputs=inputs),
             outputs_of=lambda response: response.outputs,
         )
         self.check_sessions: CheckPool = SessionPool(
             "safety",
-            open_stream=lambda: _standing(self.safety.CheckCompletion),
+            safety.replicas,
+            open_stream=lambda replica: standing(
+                safety_pb2_grpc.SafetyServiceStub(safety.at(replica)).CheckCompletion
+            ),
             make_request=lambda inputs: safety_pb2.CheckCompletionRequest(inputs=inputs),
             outputs_of=lambda response: response.outputs,
         )
@@ -70,16 +80,28 @@ class Peers:
         """The engines at a target; one channel per target."""
         if target not in self._engines:
             channel = self._connect("engine", "meshserve.v1.EngineService", target)
-            stub: engine_pb2_grpc.EngineServiceAsyncStub = engine_pb2_grpc.EngineServiceStub(
-                channel
-            )
             calls = EngineCalls(
-                lambda: _standing(stub.GenerateMany),
-                cast(MeshChannel, channel).instruments,
+                channel.replicas,
+                lambda replica: standing(
+                    engine_pb2_grpc.EngineServiceStub(channel.at(replica)).GenerateMany
+                ),
+                channel.instruments,
                 self._settings.engine.max_message_bytes,
             )
-            self._engines[target] = Engines(stub, calls)
+            stub: engine_pb2_grpc.EngineServiceAsyncStub = engine_pb2_grpc.EngineServiceStub(
+                channel.stubs
+            )
+            self._engines[target] = Engines(stub, calls, EngineLoads(channel))
         return self._engines[target]
+
+    def replicas(self) -> list[ReplicaStatus]:
+        """Every replica of every peer as it is now, by service, target and address.
+
+        `channels` leads to each of them for calls of its own, whatever its state:
+        `for channel in peers.channels: for replica in channel.replicas: channel.at(replica)` is a
+        channel for generated stubs.
+        """
+        return [status for channel in self.channels for status in channel.statuses()]
 
     async def close(self) -> None:
         """Ends the shared streams and closes all channels."""
@@ -87,7 +109,8 @@ class Peers:
         self.check_sessions.close()
         for engines in self._engines.values():
             engines.calls.close()
-        for channel in self._channels:
+            engines.loads.close()
+        for channel in self.channels:
             await channel.close()
 
     def _connect(
@@ -97,18 +120,18 @@ class Peers:
         target: str | None = None,
         *,
         carries_calls: bool = False,
-    ) -> grpc.aio.Channel:
+    ) -> MeshChannel:
         section = self._settings.server(peer)
         channel = connect(
             target or section.effective_target,
             peer=peer,
-            grpc_services=[grpc_service],
+            health_service=grpc_service,
             metrics=self._metrics,
             max_message_bytes=section.max_message_bytes,
             credentials=self._credentials(section.tls),
             carries_calls=carries_calls,
         )
-        self._channels.append(channel)
+        self.channels.append(channel)
         return channel
 
     def _credentials(self, peer: TlsSettings | None) -> grpc.ChannelCredentials | None:
@@ -126,9 +149,3 @@ class Peers:
             raise StartupError(
                 f"a TLS file cannot be read: {error}", "check the tls sections"
             ) from error
-
-
-def _standing(method: Any) -> ResponseStream:
-    """Opens a stream in an empty context: it must not inherit the deadline or the span of the
-    request that happens to open it."""
-    return cast(ResponseStream, contextvars.Context().run(method, standing=True))

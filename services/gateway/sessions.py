@@ -7,15 +7,16 @@ without harm.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from meshserve.v1 import safety_pb2, tokenizer_pb2
 from services.runtime import deadline
+from services.runtime.attempts import unreachable
 from services.runtime.errors import Reason, ServiceError, from_session_status
 from services.runtime.exchanges import ExchangeStream, SessionPool, StreamLostError
+from services.runtime.replicas import Replica
 
 # A session survives a lost stream this often in a row, which covers the restart of a replica.
 MAX_REOPENINGS = 8
@@ -61,48 +62,80 @@ class Session(Generic[Input, Output]):
                 f"the {self._pool.peer} service did not answer in time",
                 metadata={"service": self._pool.peer},
             ) from None
-        self._over = output.finished
+        if output.finished:
+            self._over = True
+            self._leave()
         return output
 
     def cancel(self) -> None:
         """Gives the session up, unless it is over."""
-        if self._stream is not None and not self._stream.lost and not self._over:
-            self._stream.send(self._make_cancel(self._id))
+        self._give_up()
         self._over = True
 
     async def _exchange(self, payload: Any, timeout_s: float) -> Output:
         """Raises TimeoutError, and ServiceError."""
         give_up_at = time.monotonic() + timeout_s
         delay_s = REOPEN_DELAY_S
+        tried: list[Replica] = []
         for attempt in range(MAX_REOPENINGS + 1):
-            opening = self._stream is None
-            stream = self._stream or self._pool.stream()
-            self._stream = stream
-            try:
-                output = await stream.exchange(
-                    self._id, self._make_input(self._id, payload, opening), timeout_s
-                )
-            except StreamLostError:
-                self._stream = None
-                self._id = self._pool.new_session_id()
-            else:
-                if not output.HasField("error"):
-                    return output
-                error = from_session_status(output.error, peer=self._pool.peer)
-                if error.reason is not Reason.DRAINING:
-                    self._over = True
-                    raise error
-                self._pool.discard(stream)
-                self._stream = None
-            if 0 < attempt < MAX_REOPENINGS:
-                await asyncio.sleep(min(delay_s, max(0.0, give_up_at - time.monotonic())))
+            opening = self._leaves()
+            stream = self._enter(tried) if opening else self._stream
+            if stream is not None:
+                try:
+                    output = await stream.exchange(
+                        self._id, self._make_input(self._id, payload, opening), timeout_s
+                    )
+                except StreamLostError:
+                    pass
+                else:
+                    if not output.HasField("error"):
+                        return output
+                    error = from_session_status(output.error, peer=self._pool.peer)
+                    if error.reason is not Reason.DRAINING:
+                        self._over = True
+                        self._leave()
+                        raise error
+                stream.replica.pause()
+                tried.append(stream.replica)
+                self._leave()
+            if attempt < MAX_REOPENINGS and not self._pool.replicas.has_other(tried):
+                left_s = give_up_at - time.monotonic()
+                await self._pool.replicas.wait_for_other(tried, min(delay_s, left_s))
                 delay_s = min(2 * delay_s, REOPEN_MAX_DELAY_S)
+                # Who was away may be back.
+                tried.clear()
             timeout_s = give_up_at - time.monotonic()
             if timeout_s <= 0:
                 raise TimeoutError
-        raise ServiceError(
-            Reason.SERVICE_UNAVAILABLE,
-            f"the {self._pool.peer} service cannot be reached",
-            retry_after_s=1.0,
-            metadata={"service": self._pool.peer},
-        )
+        raise unreachable(self._pool.peer)
+
+    def _leaves(self) -> bool:
+        """Whether the session has to be opened: it is on no stream, or its replica drains while
+        another could take it."""
+        stream = self._stream
+        if stream is None:
+            return True
+        if stream.replica.takes_calls or not self._pool.replicas.has_other([stream.replica]):
+            return False
+        self._give_up()
+        return True
+
+    def _enter(self, avoid: list[Replica]) -> ExchangeStream[Input, Output] | None:
+        """Takes a stream, if there is anybody to stream to."""
+        self._stream = self._pool.stream(avoid)
+        if self._stream is not None:
+            self._stream.replica.begin()
+        return self._stream
+
+    def _leave(self) -> None:
+        """Is on no stream from now on."""
+        if self._stream is not None:
+            self._stream.replica.end()
+            self._stream = None
+            self._id = self._pool.new_session_id()
+
+    def _give_up(self) -> None:
+        stream = self._stream
+        if stream is not None and not stream.lost and not self._over:
+            stream.send(self._make_cancel(self._id))
+        self._leave()

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
-import time
 from collections.abc import Callable
-from typing import Any, cast
 
 from meshserve.v1 import calls_pb2, types_pb2
-from services.runtime.client_calls import ResponseStream
 from services.runtime.errors import Reason, ServiceError, from_session_status
 from services.runtime.exchanges import ExchangeStream, SessionPool, StreamLostError
+from services.runtime.replicas import Replica, ReplicaSet
+from services.runtime.response_streams import ResponseStream
 
 log = logging.getLogger(__name__)
 
-CARRY_METHOD = "/meshserve.v1.CallService/CarryCalls"
 # Longer calls take so long to answer that they are better balanced over the replicas one by one,
 # and would keep the others on the stream waiting.
 MAX_REQUEST_BYTES = 1 << 14
@@ -29,25 +26,28 @@ class Carrier:
 
     Args:
         peer: the service's name.
-        open_stream: what a stub has for the method CARRY_METHOD.
+        replicas: of the service.
+        open_stream: opens a standing stream of CarryCalls to a replica.
     """
 
-    def __init__(self, peer: str, open_stream: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        peer: str,
+        replicas: ReplicaSet,
+        open_stream: Callable[[Replica], ResponseStream],
+    ) -> None:
         self._peer = peer
         self._pool: SessionPool[calls_pb2.CarriedRequest, calls_pb2.CarriedResponse] = SessionPool(
             peer,
-            # In an empty context: it must not inherit the deadline or the span of the request that
-            # happens to open it.
-            open_stream=lambda: cast(
-                ResponseStream, contextvars.Context().run(open_stream, standing=True)
-            ),
+            replicas,
+            open_stream=open_stream,
             make_request=lambda inputs: calls_pb2.CarryCallsRequest(inputs=inputs),
             outputs_of=lambda response: response.outputs,
         )
-        self._paused_until = 0.0
 
     async def call(
         self,
+        replica: Replica,
         method: str,
         request: bytes,
         metadata: tuple[tuple[str, str], ...],
@@ -58,7 +58,10 @@ class Carrier:
 
         Raises ServiceError.
         """
-        if len(request) > MAX_REQUEST_BYTES or time.monotonic() < self._paused_until:
+        if len(request) > MAX_REQUEST_BYTES:
+            return None
+        stream = self._pool.stream_to(replica, PAUSE_S)
+        if stream is None:
             return None
         message = calls_pb2.CarriedRequest(
             session_id=self._pool.new_session_id(),
@@ -68,12 +71,10 @@ class Carrier:
         )
         if timeout_s is not None:
             message.timeout_ms = max(1, round(timeout_s * 1000))
-        stream = self._pool.stream()
         try:
             output = await stream.exchange(message.session_id, message, timeout_s)
         except StreamLostError:
             log.info("calls to the %s service are not carried for now", self._peer)
-            self._paused_until = time.monotonic() + PAUSE_S
             return None
         except TimeoutError:
             _give_up(stream, message.session_id)
@@ -88,11 +89,11 @@ class Carrier:
         error = from_session_status(output.error, peer=self._peer)
         if error.reason is not Reason.DRAINING:
             raise error
-        self._pool.discard(stream)
+        replica.pause()
         return None
 
     def close(self) -> None:
-        """Ends the stream."""
+        """Ends the streams."""
         self._pool.close()
 
 

@@ -7,31 +7,29 @@ raise ServiceError instead of AioRpcError, and leave a client span and metrics w
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import (
-    NonRecordingSpan,
     Span,
-    SpanContext,
     SpanKind,
     Status,
     StatusCode,
 )
 
 from services.runtime import deadline
+from services.runtime.attempts import Attempts
 from services.runtime.errors import Reason, ServiceError
+from services.runtime.replicas import Replica
 from services.runtime.telemetry import Metrics, get_tracer
 from services.runtime.telemetry.tracing import metadata_of
 
 
 class Method:
-    """One RPC, and how its messages become bytes and back.
+    """One RPC, and how its messages become bytes and back. `shape` is for example `unary_stream`.
 
     gRPC logs the exception of a codec and goes on with an empty message or None; here it is raised.
     """
@@ -39,23 +37,24 @@ class Method:
     def __init__(
         self,
         path: str,
-        make_call: Callable[..., Any],
-        request_streaming: bool,
+        shape: str,
         request_serializer: Callable[[Any], bytes] | None = None,
         response_deserializer: Callable[[bytes], Any] | None = None,
-        **options: Any,
+        **_: object,
     ) -> None:
         self.name = path.removeprefix("/")
-        self._call = make_call(path, **options)
-        self._send = self._serialized if request_streaming else self.to_bytes
+        self.streams_requests = shape.startswith("stream")
+        self._path = path
+        self._shape = shape
         self._serialize = request_serializer or bytes
         self._deserialize = response_deserializer or bytes
 
-    def start(self, requests: Any, **options: Any) -> Any:
-        """The gRPC call. `requests` is one message, an iterator of them, or None to write them."""
+    def start(self, replica: Replica, requests: Any, **options: Any) -> Any:
+        """The gRPC call. `requests` are bytes, an iterator of messages, or None to write them."""
+        call = replica.link.rpc(self._path, self._shape)
         if requests is None:
-            return self._call(**options)
-        return self._call(self._send(requests), **options)
+            return call(**options)
+        return call(self._serialized(requests) if self.streams_requests else requests, **options)
 
     def to_bytes(self, request: Any) -> bytes:
         """One request, unless it is in bytes already; raises what the serializer raises."""
@@ -130,6 +129,7 @@ class CallCarrier(Protocol):
 
     async def call(
         self,
+        replica: Replica,
         method: str,
         request: bytes,
         metadata: tuple[tuple[str, str], ...],
@@ -140,10 +140,39 @@ class CallCarrier(Protocol):
         ...
 
 
+MakeAttempts: TypeAlias = Callable[[float | None], Attempts]
+"""What begins the tries of a call, given how many seconds they may take together."""
+
+
 def single_response(
-    rpc: Method, instruments: Instruments, carrier: CallCarrier | None = None
+    rpc: Method,
+    make_attempts: MakeAttempts,
+    instruments: Instruments,
+    carrier: CallCarrier | None = None,
 ) -> Callable[..., Awaitable[Any]]:
     """What a stub calls for an RPC that answers with one message."""
+    peer = instruments.peer
+
+    async def ask(
+        replica: Replica, request: Any, metadata: tuple[tuple[str, str], ...], attempts: Attempts
+    ) -> Any:
+        """Raises ServiceError."""
+        replica.begin()
+        try:
+            data = None
+            if carrier is not None:
+                data = await carrier.call(
+                    replica, rpc.name, request, metadata, attempts.remaining_s()
+                )
+            if data is None:
+                data = await rpc.start(
+                    replica, request, timeout=attempts.remaining_s(), metadata=metadata
+                )
+            return rpc.from_bytes(data, peer)
+        except grpc.RpcError as error:
+            raise ServiceError.from_rpc_error(error, peer=peer) from None
+        finally:
+            replica.end()
 
     async def invoke(request: Any, *, timeout: float | None = None) -> Any:
         """Raises ServiceError. `timeout` is in seconds; the remaining deadline bounds it."""
@@ -151,20 +180,21 @@ def single_response(
         span = instruments.start(rpc.name)
         failure: BaseException | None = None
         try:
-            limit = deadline.bounded(timeout)
+            attempts = make_attempts(deadline.bounded(timeout))
             metadata = metadata_of(span)
-            data = None
-            if carrier is not None:
+            if not rpc.streams_requests:
                 request = rpc.to_bytes(request)
-                data = await carrier.call(rpc.name, request, metadata, limit)
-                if data is None:
-                    limit = deadline.bounded(timeout)
-            if data is None:
-                data = await rpc.start(request, timeout=limit, metadata=metadata)
-            return rpc.from_bytes(data, instruments.peer)
-        except grpc.RpcError as error:
-            failure = ServiceError.from_rpc_error(error, peer=instruments.peer)
-            raise failure from None
+            while True:
+                replica = None
+                try:
+                    replica = attempts.pick()
+                    return await ask(replica, request, metadata, attempts)
+                except ServiceError as error:
+                    # An iterator of requests cannot be gone through again.
+                    if rpc.streams_requests and replica is not None:
+                        raise
+                    if not await attempts.may_go_on(error, replica):
+                        raise
         except BaseException as error:
             failure = error
             raise
@@ -172,109 +202,3 @@ def single_response(
             instruments.end(rpc.name, span, started, failure)
 
     return invoke
-
-
-def response_stream(rpc: Method, instruments: Instruments) -> Callable[..., ResponseStream]:
-    """What a stub calls for an RPC that answers with a stream."""
-
-    def invoke(
-        requests: Any = None, *, timeout: float | None = None, standing: bool = False
-    ) -> ResponseStream:
-        """A `standing` stream outlives the call it was opened in: it has no deadline, and no span
-        on either side, since it belongs to no one request."""
-        span = NonRecordingSpan(_unsampled()) if standing else instruments.start(rpc.name)
-        started = time.perf_counter()
-        try:
-            limit = timeout if standing else deadline.bounded(timeout)
-            responses = rpc.start(requests, timeout=limit, metadata=metadata_of(span))
-        except BaseException as error:
-            instruments.end(rpc.name, span, started, error)
-            raise
-        return ResponseStream(responses, rpc, span, instruments)
-
-    return invoke
-
-
-def _unsampled() -> SpanContext:
-    """A context that tells the other side not to record."""
-    ids = RandomIdGenerator()
-    return SpanContext(ids.generate_trace_id(), ids.generate_span_id(), is_remote=False)
-
-
-class ResponseStream:
-    """Responses of a streaming call, as an async iterator that raises ServiceError.
-
-    Exhaust it or cancel it; `async with` does the latter. One that is dropped in the middle is
-    cancelled when it is collected.
-    """
-
-    def __init__(self, call: Any, rpc: Method, span: Span, instruments: Instruments) -> None:
-        self._call = call
-        self._rpc = rpc
-        self._span: Span | None = span
-        self._instruments = instruments
-        self._started = time.perf_counter()
-        self._messages: AsyncIterator[Any] = aiter(call)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.cancel()
-
-    def __del__(self) -> None:
-        # The loop may be gone at the end of a process, and the call with it.
-        with contextlib.suppress(RuntimeError):
-            self.cancel()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Any:
-        try:
-            return self._rpc.from_bytes(await anext(self._messages), self._instruments.peer)
-        except StopAsyncIteration:
-            self._end(None)
-            raise
-        except grpc.RpcError as error:
-            failure = ServiceError.from_rpc_error(error, peer=self._instruments.peer)
-            self._end(failure)
-            raise failure from None
-        except BaseException as error:
-            self._call.cancel()
-            self._end(error)
-            raise
-
-    async def write(self, request: Any) -> None:
-        """Sends one request of a bidirectional call; returns once the transport took it.
-
-        Raises ServiceError, also when the call has ended.
-        """
-        peer = self._instruments.peer
-        try:
-            await self._call.write(self._rpc.to_bytes(request))
-        except grpc.RpcError as error:
-            raise ServiceError.from_rpc_error(error, peer=peer) from None
-        except asyncio.InvalidStateError:
-            raise ServiceError(
-                Reason.SERVICE_UNAVAILABLE,
-                f"the stream to the {peer} service has ended",
-                retry_after_s=1.0,
-                metadata={"service": peer},
-            ) from None
-
-    async def done_writing(self) -> None:
-        """Says that no more requests follow; does nothing when the call has ended."""
-        with contextlib.suppress(asyncio.InvalidStateError):
-            await self._call.done_writing()
-
-    def cancel(self) -> None:
-        """Ends the call if it has not ended."""
-        if self._span is not None:
-            self._call.cancel()
-            self._end(GeneratorExit())
-
-    def _end(self, error: BaseException | None) -> None:
-        if self._span is not None:
-            self._instruments.end(self._rpc.name, self._span, self._started, error)
-            self._span = None

@@ -9,16 +9,17 @@ import contextvars
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
-from services.runtime.client_calls import ResponseStream
 from services.runtime.errors import Reason, ServiceError
+from services.runtime.replicas import Replica, ReplicaSet
+from services.runtime.response_streams import ResponseStream
 
 log = logging.getLogger(__name__)
 
-# New sessions move to a new stream at this age, so that replicas that came later get their share.
-MAX_STREAM_AGE_S = 30.0
+# For how long a stream that was lost is remembered.
+LOST_MEMORY_S = 5.0
 # What has accrued goes in several messages above this size: sessions that resume together repeat
 # what they hold, and one message of them all could be larger than the peer takes.
 MAX_BATCH_BYTES = 2**20
@@ -63,16 +64,19 @@ class StreamLostError(Exception):
 
 
 class ExchangeStream(Generic[Input, Output]):
-    """One stream: a task that writes what has accrued, one that hands out what comes back."""
+    """One stream to a replica: a task that writes what has accrued, one that hands out what comes
+    back."""
 
     def __init__(
         self,
+        replica: Replica,
         call: ResponseStream,
         make_request: Callable[[list[Input]], Any],
         outputs_of: Callable[[Any], Iterable[Output]],
     ) -> None:
-        self.opened_at = time.monotonic()
+        self.replica = replica
         self.lost = False
+        self.lost_at = 0.0
         self._call = call
         self._make_request: Callable[[list[Input]], Any] = make_request
         self._outputs_of: Callable[[Any], Iterable[Output]] = outputs_of
@@ -84,11 +88,6 @@ class ExchangeStream(Generic[Input, Output]):
             asyncio.create_task(work, context=contextvars.Context())
             for work in (self._write(), self._read())
         ]
-
-    @property
-    def idle(self) -> bool:
-        """Whether nobody waits for an answer."""
-        return not self._waiting and not self._accrued
 
     def send(self, message: Input) -> None:
         """Puts a message under way; none is awaited in return."""
@@ -114,6 +113,8 @@ class ExchangeStream(Generic[Input, Output]):
 
     def close(self) -> None:
         """Ends the stream; waiting sessions get StreamLostError."""
+        if not self.lost:
+            self.lost_at = time.monotonic()
         self.lost = True
         for task in self._tasks:
             task.cancel()
@@ -158,22 +159,29 @@ def _expire(future: asyncio.Future[Any]) -> None:
 
 
 class SessionPool(Generic[Input, Output]):
-    """The current stream to one service, and those before it that still have sessions."""
+    """A stream to each replica of a service that has been needed.
+
+    Args:
+        peer: the service's name.
+        replicas: of the service. What holds a session on a stream tells its replica so.
+        open_stream: opens a stream to a replica.
+    """
 
     def __init__(
         self,
         peer: str,
+        replicas: ReplicaSet,
         *,
-        open_stream: Callable[[], ResponseStream],
+        open_stream: Callable[[Replica], ResponseStream],
         make_request: Callable[[list[Input]], Any],
         outputs_of: Callable[[Any], Iterable[Output]],
     ) -> None:
         self.peer = peer
+        self.replicas = replicas
         self._open_stream = open_stream
         self._make_request: Callable[[list[Input]], Any] = make_request
         self._outputs_of: Callable[[Any], Iterable[Output]] = outputs_of
-        self._current: ExchangeStream[Input, Output] | None = None
-        self._retired: list[ExchangeStream[Input, Output]] = []
+        self._streams: dict[Replica, ExchangeStream[Input, Output]] = {}
         self._ids = itertools.count(1)
         self._closed = False
 
@@ -181,40 +189,50 @@ class SessionPool(Generic[Input, Output]):
         """An id that no other session of this process has."""
         return next(self._ids)
 
-    def stream(self) -> ExchangeStream[Input, Output]:
-        """The stream that new sessions use, opened when there is none or it is old.
+    def stream(self, avoid: Collection[Replica] = ()) -> ExchangeStream[Input, Output] | None:
+        """The stream to whoever is next, as ReplicaSet.pick says; None if there is nobody.
 
         Raises ServiceError once the pool is closed.
         """
-        if self._closed:
-            raise ServiceError(Reason.DRAINING, "the replica is shutting down", retry_after_s=0.1)
-        current = self._current
-        if current is not None and not current.lost:
-            if time.monotonic() - current.opened_at < MAX_STREAM_AGE_S:
-                return current
-            self._retired.append(current)
-        self._sweep()
-        call = self._open_stream()
-        self._current = ExchangeStream(call, self._make_request, self._outputs_of)
-        return self._current
+        self._check_open()
+        replica = self.replicas.pick(avoid)
+        return None if replica is None else self.stream_to(replica)
 
-    def discard(self, stream: ExchangeStream[Input, Output]) -> None:
-        """Stops using a stream for new sessions: its replica is draining."""
-        if stream is self._current:
-            self._retired.append(stream)
-            self._current = None
+    def stream_to(
+        self, replica: Replica, reopen_after_s: float = 0.0
+    ) -> ExchangeStream[Input, Output] | None:
+        """The stream to a replica, opened where there is none; None if it was lost less than
+        `reopen_after_s` ago.
+
+        Raises ServiceError once the pool is closed.
+        """
+        self._check_open()
+        stream = self._streams.get(replica)
+        if stream is not None:
+            if not stream.lost:
+                return stream
+            if time.monotonic() - stream.lost_at < reopen_after_s:
+                return None
+        self._sweep()
+        call = self._open_stream(replica)
+        stream = ExchangeStream(replica, call, self._make_request, self._outputs_of)
+        self._streams[replica] = stream
+        return stream
 
     def close(self) -> None:
         """Ends all streams; sessions that wait get ServiceError."""
         self._closed = True
-        for stream in (*self._retired, *([self._current] if self._current else [])):
+        for stream in self._streams.values():
             stream.close()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ServiceError(Reason.DRAINING, "the replica is shutting down", retry_after_s=0.1)
+
     def _sweep(self) -> None:
-        # A retired stream may hold sessions that wait for nothing at this moment; twice the age
-        # is beyond the default deadline of a request between two tokens.
-        now = time.monotonic()
-        for stream in self._retired:
-            if stream.idle and now - stream.opened_at > 2 * MAX_STREAM_AGE_S:
-                stream.close()
-        self._retired = [stream for stream in self._retired if not stream.lost]
+        long_ago = time.monotonic() - LOST_MEMORY_S
+        self._streams = {
+            replica: stream
+            for replica, stream in self._streams.items()
+            if not stream.lost or stream.lost_at > long_ago
+        }

@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection
 
 from meshserve.v1 import calls_pb2, calls_pb2_grpc, monitor_pb2_grpc
 from services.runtime.call_host import CallHost
-from services.runtime.channels import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
+from services.runtime.connections import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
 from services.runtime.health import HealthMonitor
 from services.runtime.monitor import GRPC_SERVICE as MONITOR_SERVICE
 from services.runtime.monitor import Metadata, Monitor, MonitorServicer

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
 from meshserve.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from services.gateway.sessions import Session
+from services.runtime.channels import MeshChannel
 from services.runtime.errors import Reason, ServiceError, invalid_field
 from services.runtime.exchanges import SessionPool
 from services.runtime.multiplex import SessionHost
+from services.runtime.response_streams import standing
 
 POISON, CRASH, SILENCE = 666, 667, 668
 
@@ -101,12 +102,13 @@ class EchoHost:
             yield request
 
 
-def pool_over(channel: Any) -> SessionPool[Any, Any]:
-    stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
-    method: Callable[..., Any] = stub.StreamDecode
+def pool_over(channel: MeshChannel) -> SessionPool[Any, Any]:
     return SessionPool(
         "tokenizer",
-        open_stream=lambda: contextvars.Context().run(method, standing=True),
+        channel.replicas,
+        open_stream=lambda replica: standing(
+            tokenizer_pb2_grpc.TokenizerServiceStub(channel.at(replica)).StreamDecode
+        ),
         make_request=lambda inputs: tokenizer_pb2.StreamDecodeRequest(inputs=inputs),
         outputs_of=lambda response: list(response.outputs),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
@@ -13,8 +12,9 @@ import pytest
 from meshserve.v1 import engine_pb2, engine_pb2_grpc
 from services.gateway.engine_calls import EngineCall, EngineCalls
 from services.runtime import deadline
-from services.runtime.channels import MeshChannel, connect
+from services.runtime.channels import connect
 from services.runtime.errors import Reason, ServiceError
+from services.runtime.response_streams import standing
 from services.runtime.server_calls import CallInterceptor
 from services.runtime.telemetry import Metrics
 from tests.fakes.scripted_mesh import (
@@ -46,13 +46,14 @@ class Replicas:
         channel = connect(
             "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in self._ports),
             peer="engine",
-            grpc_services=["meshserve.v1.EngineService"],
+            health_service="meshserve.v1.EngineService",
             metrics=self.metrics,
         )
-        assert isinstance(channel, MeshChannel)
-        stub = engine_pb2_grpc.EngineServiceStub(channel)
         self.calls = EngineCalls(
-            lambda: contextvars.Context().run(lambda: stub.GenerateMany(standing=True)),
+            channel.replicas,
+            lambda replica: standing(
+                engine_pb2_grpc.EngineServiceStub(channel.at(replica)).GenerateMany
+            ),
             channel.instruments,
             2**20,
         )
@@ -112,12 +113,9 @@ async def two_tokens(call: EngineCall) -> list[int]:
     ]
 
 
-async def test_requests_are_spread_over_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.gateway.engine_calls.LOOK_OUT_INTERVAL_S", 0.05)
+async def test_requests_are_spread_over_all_replicas() -> None:
     async with Replicas(3) as replicas:
-        async with asyncio.timeout(20):
-            while not all(engine.requests for engine in replicas.engines):
-                await two_tokens(replicas.generate())
+        await until(lambda: all(replica.takes_calls for replica in replicas.calls.replicas))
         for engine in replicas.engines:
             engine.script = waits
         calls = [replicas.generate(f"r{number}") for number in range(12)]
@@ -129,8 +127,7 @@ async def test_requests_are_spread_over_all_replicas(monkeypatch: pytest.MonkeyP
         await until(lambda: not any(engine.active for engine in replicas.engines))
 
 
-async def test_a_replica_that_comes_later_gets_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.gateway.engine_calls.LOOK_OUT_INTERVAL_S", 0.05)
+async def test_a_replica_that_comes_later_gets_its_share() -> None:
     async with Replicas(2) as replicas:
         await replicas.kill(1)
         await two_tokens(replicas.generate())

@@ -118,11 +118,10 @@ class Loopback:
         channel = connect(
             f"ipv4:{addresses}",
             peer="shapes",
-            grpc_services=[SERVICE],
+            health_service=SERVICE,
             metrics=self.metrics,
             carries_calls=carries_calls,
         )
-        assert isinstance(channel, MeshChannel)
         self.stack.push_async_callback(channel.close)
         return channel
 

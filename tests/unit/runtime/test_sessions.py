@@ -73,21 +73,54 @@ async def test_a_replica_that_stays_away_is_an_error_with_a_time_to_retry(
     assert caught.value.metadata == {"service": "tokenizer"}
 
 
-async def test_a_draining_replica_keeps_its_sessions_and_gets_no_new_ones(loopback) -> None:
+async def test_sessions_of_a_replica_that_drains_go_on_at_another(loopback) -> None:
     old, new = EchoHost(), EchoHost()
-    first = await loopback.serve(old)
-    second = await loopback.serve(new)
-    pool = pool_over(loopback.channel(first))
+    first, second = await loopback.serve(old), await loopback.serve(new)
+    pool = pool_over(loopback.channel(first, second))
+    loopback.stack.callback(pool.close)
+    await serving(pool, 2)
+    begun = [Decoding(pool) for _ in range(4)]
+    for decoding in begun:
+        await decoding.feed(1)
+    assert (old.open_sessions, new.open_sessions) == (2, 2)
+    await first.health.shut_down()
+    old.draining.set()
+    await serving(pool, 1)
+    for decoding in [*begun, Decoding(pool)]:
+        await decoding.feed(2)
+    assert (old.open_sessions, new.open_sessions) == (0, 5)
+    assert {decoding.text for decoding in begun} == {"<1><2>"}
+
+
+async def test_a_session_that_nobody_else_can_take_stays_until_it_ends(loopback) -> None:
+    host = EchoHost()
+    replica, pool = await start(loopback, host)
     begun = Decoding(pool)
     await begun.feed(1)
-    pool._open_stream = pool_over(loopback.channel(second))._open_stream
-    old.draining.set()
-    fresh = Decoding(pool)
-    assert await fresh.feed(1) == "<1>"
+    await replica.health.shut_down()
+    host.draining.set()
+    await serving(pool, 0)
     assert await begun.feed(2, finish=True) == "<2>"
-    assert (len(old.opened), len(new.opened)) == (1, 1)
-    await until(lambda: old.open_sessions == 0)
-    pool.close()
+    assert len(host.opened) == 1
+    await until(lambda: host.open_sessions == 0)
+
+
+async def test_new_sessions_go_to_the_replica_with_the_fewest(loopback) -> None:
+    hosts = [EchoHost() for _ in range(3)]
+    pool = pool_over(loopback.channel(*[await loopback.serve(host) for host in hosts]))
+    loopback.stack.callback(pool.close)
+    await serving(pool, 3)
+    begun = [Decoding(pool) for _ in range(9)]
+    await asyncio.gather(*(decoding.feed(1) for decoding in begun))
+    assert [host.open_sessions for host in hosts] == [3, 3, 3]
+    for decoding in begun:
+        decoding.session.cancel()
+    assert {replica.in_flight for replica in pool.replicas} == {0}
+
+
+async def serving(pool: Any, count: int) -> None:
+    """Returns once so many replicas say that they serve."""
+    await until(lambda: sum(replica.takes_calls for replica in pool.replicas) == count)
 
 
 async def test_one_sessions_failure_leaves_the_others_and_the_stream(loopback) -> None:
@@ -150,27 +183,6 @@ async def test_a_session_given_up_before_it_was_sent_is_freed_as_well(loopback) 
     await until(lambda: host.open_sessions == 0)
     # The contract: at most one entry of a session in a message.
     assert len(host.opened) in (2, 3)
-
-
-async def test_new_sessions_move_to_a_new_stream_when_the_old_one_has_its_age(
-    loopback, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    host = EchoHost()
-    _, pool = await start(loopback, host)
-    old = Decoding(pool)
-    await old.feed(1)
-    monkeypatch.setattr(exchanges, "MAX_STREAM_AGE_S", 0.05)
-    await asyncio.sleep(0.06)
-    new = Decoding(pool)
-    await new.feed(1)
-    assert host.streams == 2
-    assert await old.feed(2) == "<2>", "sessions stay on their stream"
-    assert host.streams == 2
-    await asyncio.sleep(0.06)
-    # The first stream is idle and twice that old: it is closed, and its session resumes.
-    await Decoding(pool).feed(1)
-    assert await old.feed(3) == "<3>"
-    assert old.text == "<1><2><3>"
 
 
 async def test_a_stream_has_no_span_and_no_deadline_of_the_request_that_opened_it(

@@ -128,19 +128,19 @@ class Peers:
             health_service=grpc_service,
             metrics=self._metrics,
             max_message_bytes=section.max_message_bytes,
-            credentials=self._credentials(section.tls),
+            credentials=self.credentials(section.tls),
             carries_calls=carries_calls,
         )
         self.channels.append(channel)
         return channel
 
-    def _credentials(self, peer: TlsSettings | None) -> grpc.ChannelCredentials | None:
+    def credentials(self, peer: TlsSettings | None) -> grpc.ChannelCredentials | None:
         """How a peer with TLS is trusted; where it asks for a certificate, ours is the edge's."""
         if peer is None:
             return None
         own = self._settings.gateway.tls if peer.client_ca else None
         try:
-            return grpc.ssl_channel_credentials(
+            return grpc.ssl_channelcredentials(
                 root_certificates=(peer.ca or peer.certificate).read_bytes(),
                 private_key=own.private_key.read_bytes() if own else None,
                 certificate_chain=own.certificate.read_bytes() if own else None,

@@ -140,7 +140,7 @@ class Peers:
             return None
         own = self._settings.gateway.tls if peer.client_ca else None
         try:
-            return grpc.ssl_channelcredentials(
+            return grpc.ssl_channel_credentials(
                 root_certificates=(peer.ca or peer.certificate).read_bytes(),
                 private_key=own.private_key.read_bytes() if own else None,
                 certificate_chain=own.certificate.read_bytes() if own else None,

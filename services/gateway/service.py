@@ -7,12 +7,16 @@ import logging
 
 import grpc
 
-from meshserve.v1 import gateway_pb2_grpc
+from meshserve.v1 import gateway_pb2_grpc, mesh_pb2_grpc
 from services.gateway.console.routes import Console
 from services.gateway.http.calls import Calls
 from services.gateway.http.server import HttpServer
 from services.gateway.inference import Inference
 from services.gateway.models import ModelDirectory
+from services.gateway.overview.collector import Collector
+from services.gateway.overview.places import Places
+from services.gateway.overview.servicer import MeshServicer
+from services.gateway.overview.watch import MeshWatch
 from services.gateway.peers import Peers
 from services.gateway.pipeline import Pipeline, SideBySide
 from services.gateway.policy import PolicyWatch
@@ -27,6 +31,7 @@ from services.gateway.stages.screen import Screen
 from services.gateway.stages.settle import Settle
 from services.gateway.stages.tokenize import Tokenize
 from services.runtime import valkey
+from services.runtime.monitor import Metadata
 from services.runtime.server import Service, StartupError
 from services.runtime.settings import Settings
 from services.runtime.telemetry import Metrics
@@ -41,7 +46,7 @@ class GatewayService(Service):
     """The public edge of the mesh."""
 
     name = "gateway"
-    grpc_services = ("meshserve.v1.InferenceService",)
+    grpc_services = ("meshserve.v1.InferenceService", "meshserve.v1.MeshService")
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         super().__init__(settings, metrics)
@@ -58,6 +63,7 @@ class GatewayService(Service):
                 f"callers on {gateway.listen} need an API key, but gateway.auth.keys is empty",
                 "add a key as docs/configuration.md shows, or set gateway.auth.mode: off",
             )
+        self._authenticator = authenticator
         tokenizer = self._peers.tokenizer
         self._policy = PolicyWatch(self._peers.safety, enabled=settings.safety.enabled)
         limiter = valkey.RateLimiter(self._valkey)
@@ -81,11 +87,21 @@ class GatewayService(Service):
         self._servicer = InferenceServicer(
             gateway, self._inference, self._models, authenticator, tokenizer
         )
+        places = Places(settings, self._peers, metrics)
+        collector = Collector(settings, lambda: self.monitor.status(), self._valkey, places)
+        watch = MeshWatch(collector.picture, collector.close, self.draining)
+        self._mesh_servicer = MeshServicer(watch, authenticator)
         self._http = self._http_server(authenticator)
 
     def register(self, server: grpc.aio.Server) -> None:
-        """Adds InferenceService."""
+        """Adds InferenceService and MeshService."""
         gateway_pb2_grpc.add_InferenceServiceServicer_to_server(self._servicer, server)
+        mesh_pb2_grpc.add_MeshServiceServicer_to_server(self._mesh_servicer, server)
+
+    def admit_watcher(self, metadata: Metadata) -> None:
+        """Raises ServiceError for callers who are no operators."""
+        authorization = dict(metadata).get("authorization")
+        self._authenticator.operator(authorization if isinstance(authorization, str) else None)
 
     async def start(self) -> None:
         """Begins to ask the engines what they serve, and the filter for its policy. Raises

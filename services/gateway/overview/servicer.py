@@ -1,0 +1,40 @@
+"""MeshService over gRPC: the whole mesh, for operators."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from meshserve.v1 import mesh_pb2, mesh_pb2_grpc
+from services.gateway.overview.watch import MeshWatch
+from services.gateway.stages.authenticate import Authenticator
+from services.runtime.errors import invalid_field
+
+MIN_INTERVAL_MS = 250
+MAX_INTERVAL_MS = 60_000
+DEFAULT_INTERVAL_MS = 1000
+
+
+class MeshServicer(mesh_pb2_grpc.MeshServiceServicer):
+    """Lets operators watch."""
+
+    def __init__(self, watch: MeshWatch, authenticator: Authenticator) -> None:
+        self._watch = watch
+        self._authenticator = authenticator
+
+    async def WatchMesh(  # noqa: N802
+        self, request: mesh_pb2.WatchMeshRequest, context: Any
+    ) -> AsyncIterator[mesh_pb2.WatchMeshResponse]:
+        """The mesh at once and then at an interval, until the caller goes away."""
+        authorization = dict(context.invocation_metadata() or ()).get("authorization")
+        self._authenticator.operator(authorization)
+        interval_ms = request.interval_ms or DEFAULT_INTERVAL_MS
+        if not MIN_INTERVAL_MS <= interval_ms <= MAX_INTERVAL_MS:
+            raise invalid_field(
+                "interval_ms", f"must be from {MIN_INTERVAL_MS} to {MAX_INTERVAL_MS}"
+            )
+        watching = self._watch.snapshots(interval_ms / 1000, authorization)
+        async with aclosing(watching) as snapshots:
+            async for mesh in snapshots:
+                yield mesh_pb2.WatchMeshResponse(mesh=mesh)

@@ -15,6 +15,9 @@ from meshserve.transport import TLS, Endpoint, make_endpoint
 if TYPE_CHECKING:
     from services.runtime.settings import ServerSettings
 
+# As services/runtime/health.py, which the client library comes without.
+LIVENESS = "liveness"
+
 
 @click.command("probe")
 @click.argument("what", metavar="SERVICE|HOST:PORT")
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     envvar="MESHSERVE_CONFIG",
     help="YAML file of settings, for a service by its name.  [env: MESHSERVE_CONFIG]",
 )
+@click.option(
+    "--liveness", is_flag=True, help="Ask whether it answers at all, also while it takes no work."
+)
 @click.option("--timeout", "timeout_s", type=float, default=3.0, show_default=True)
 @click.option("--tls", is_flag=True, help="Talk TLS.")
 @click.option("--tls-ca", type=click.Path(path_type=Path), help="PEM file of the CA to trust.")
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
 def command(
     what: str,
     config: Path | None,
+    liveness: bool,
     timeout_s: float,
     tls: bool,
     tls_ca: Path | None,
@@ -51,7 +58,7 @@ def command(
     else:
         address, trust = _listening(_section(what, config))
     endpoint = make_endpoint(address, api_key="", timeout=timeout_s, tls=trust, metadata=None)
-    problem = _problem(endpoint)
+    problem = _problem(endpoint, LIVENESS if liveness else "")
     if problem:
         raise CommandError(f"{what} {problem}", exit_code=EXIT_UNAVAILABLE)
     click.echo(f"{what} is serving")
@@ -74,8 +81,8 @@ def _listening(section: ServerSettings) -> tuple[str, TLS | bool]:
     )
 
 
-def _problem(endpoint: Endpoint) -> str:
-    """Why the service is not healthy; empty if it is."""
+def _problem(endpoint: Endpoint, health_name: str) -> str:
+    """Why the service is not healthy, by a name of its health service; empty if it is."""
     with (
         grpc.insecure_channel(endpoint.target, endpoint.channel_options)
         if endpoint.credentials is None
@@ -83,7 +90,9 @@ def _problem(endpoint: Endpoint) -> str:
     ) as channel:
         try:
             stub: Any = health_pb2_grpc.HealthStub(channel)
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=endpoint.timeout_s)
+            answer = stub.Check(
+                health_pb2.HealthCheckRequest(service=health_name), timeout=endpoint.timeout_s
+            )
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return f"did not answer within {endpoint.timeout_s:g} s"

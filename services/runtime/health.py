@@ -20,6 +20,9 @@ PROBE_TIMEOUT_S = 2.0
 ServingStatus: TypeAlias = int  # its stubs have no name for it
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# SERVING for as long as the process answers at all: for what restarts a process that does not,
+# which would not help one that drains or misses another service.
+LIVENESS = "liveness"
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
@@ -27,7 +30,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     waits for its calls, and theirs would never end."""
 
     def __init__(self) -> None:
-        self._statuses: dict[str, ServingStatus] = {}
+        self._statuses: dict[str, ServingStatus] = {LIVENESS: SERVING}
         self._shut_down = False
         self._changed = asyncio.Event()
 
@@ -38,8 +41,8 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
             self._announce()
 
     def shut_down(self) -> None:
-        """Everything is NOT_SERVING from now on."""
-        self.set(list(self._statuses), NOT_SERVING)
+        """Everything but the liveness is NOT_SERVING from now on."""
+        self.set([name for name in self._statuses if name != LIVENESS], NOT_SERVING)
         self._shut_down = True
         self._announce()
 

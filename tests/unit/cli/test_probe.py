@@ -61,6 +61,14 @@ def test_a_service_that_cannot_work_is_exit_code_3_and_one_line(
     assert result.err.strip().endswith("is not serving")
 
 
+def test_a_service_that_cannot_work_may_still_be_alive(
+    serve: Callable[..., int], servicer: health.HealthServicer, meshserve: Callable
+) -> None:
+    servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    servicer.set("liveness", health_pb2.HealthCheckResponse.SERVING)
+    assert meshserve("probe", "--liveness", f"127.0.0.1:{serve()}").code == 0
+
+
 def test_nobody_there_is_exit_code_3_and_says_why(meshserve: Callable) -> None:
     result = meshserve("probe", f"127.0.0.1:{free_ports(1)[0]}")
     assert result.code == 3

@@ -9,7 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from services.runtime import health
-from services.runtime.health import NOT_SERVING, SERVING, HealthMonitor
+from services.runtime.health import LIVENESS, NOT_SERVING, SERVING, HealthMonitor
 from services.runtime.telemetry import Metrics
 
 NAME = "test.Shapes"
@@ -109,6 +109,16 @@ async def test_nothing_serves_again_after_the_shutdown(
     monitor.servicer.set([NAME], SERVING)
     assert await status(monitor) == await status(monitor, "") == NOT_SERVING
     assert metrics.registry.get_sample_value("meshserve_healthy") == 0
+
+
+async def test_a_process_that_answers_is_alive_whether_it_serves_or_not(
+    monitor: HealthMonitor, probe: Probe
+) -> None:
+    probe.error = RuntimeError("another service is away")
+    await monitor.start()
+    assert await status(monitor, LIVENESS) == SERVING
+    await monitor.shut_down()
+    assert await status(monitor, LIVENESS) == SERVING
 
 
 async def test_a_watcher_sees_each_change_and_is_sent_away_at_the_end(

@@ -10,7 +10,7 @@ KERNELS := services/engine/core/kernels/cpu
 KERNEL_SOURCES := $(wildcard $(KERNELS)/src/*) $(KERNELS)/build.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help up down test test-slow test-sanitized test-gpu lint format bench bench-peers bench-start docs kernels stubs baseline lock clean
+.PHONY: help up down test test-slow test-compose test-sanitized test-gpu lint format bench bench-peers bench-start docs kernels stubs baseline lock clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: $(VENV)/.dev $(VENV)/.kernels ## Run the tests (those marked slow excepted
 test-slow: $(VENV)/.dev $(VENV)/.kernels ## Run the tests that take longer: faults, load, long streams
 	$(PYTEST) -m "slow and not gpu and not docker" $(ARGS)
 
+test-compose: $(VENV)/.dev ## Build the images and run the whole stack on a Docker engine
+	$(PYTEST) -m docker $(ARGS)
+
 test-sanitized: $(VENV)/.dev ## Run the tests of the CPU kernels with AddressSanitizer and UBSan
 	$(BIN)/python $(KERNELS)/build.py --sanitize --into build/sanitized
 	TESTED_KERNELS="$$(ls -t build/sanitized/*.so | head -1)" \
@@ -37,12 +40,13 @@ test-sanitized: $(VENV)/.dev ## Run the tests of the CPU kernels with AddressSan
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device
 	$(PYTEST) -m gpu $(ARGS)
 
-lint: $(VENV)/.dev ## Check style, types, contracts and what the C++ compiler warns of
+lint: $(VENV)/.dev ## Check style, types, contracts, images and what the C++ compiler warns of
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(KERNELS)/src/*
 	$(BIN)/python $(KERNELS)/build.py --strict --into build/strict
+	$(BIN)/hadolint deploy/images/Dockerfile tests/compose/stand-ins.Dockerfile
 	cd protos && ../$(BIN)/buf lint
 	cd protos && ../$(BIN)/buf breaking --against baseline.binpb
 

@@ -1,0 +1,232 @@
+"""A whole stack of Compose in a project of its own, and load on it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import threading
+import time
+import urllib.parse
+import urllib.request
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import meshserve
+from tests.compose.images import TAG
+from tests.support.ports import free_ports
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+OVERLAY = Path(__file__).parent / "compose.test.yaml"
+SERVICES = ("gateway", "tokenizer", "engine", "cache", "safety")
+# Everything but what cannot be stood in for.
+STARTED = (*SERVICES, "valkey", "collector", "prometheus")
+GATEWAY_PORTS = 3
+CLIENTS = 4
+
+
+class Stack:
+    """`up` starts it and `down` removes it with its volumes and networks."""
+
+    def __init__(self, environment: dict[str, str], overlays: tuple[str, ...] = ()) -> None:
+        self.project = f"meshserve-test-{uuid.uuid4().hex[:8]}"
+        self._gateway_port = _free_range(GATEWAY_PORTS)
+        self._http_port = _free_range(GATEWAY_PORTS)
+        self._receiver_port, self._prometheus_port = free_ports(2)
+        files = [DEPLOY / name for name in ("compose.yaml", *overlays)]
+        self.environment = {
+            **environment,
+            "COMPOSE_PROJECT_NAME": self.project,
+            "COMPOSE_FILE": ":".join(map(str, [*files, OVERLAY])),
+            "COMPOSE": " ".join(compose_program()),
+            "IMAGE_TAG": TAG,
+            "GATEWAY_PORT": f"{self._gateway_port}-{self._gateway_port + GATEWAY_PORTS - 1}",
+            "GATEWAY_HTTP_PORT": f"{self._http_port}-{self._http_port + GATEWAY_PORTS - 1}",
+            "RECEIVER_PORT": str(self._receiver_port),
+            "PROMETHEUS_PORT": str(self._prometheus_port),
+        }
+
+    @property
+    def target(self) -> str:
+        """All ports that gateways are published on."""
+        ports = range(self._gateway_port, self._gateway_port + GATEWAY_PORTS)
+        return "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
+
+    def client(self, **options: Any) -> meshserve.Client:
+        return meshserve.Client(self.target, **options)
+
+    def up(self, **replicas: int) -> None:
+        """Starts what is not running, with so many containers of each service."""
+        scales = [f"--scale={service}={count}" for service, count in replicas.items()]
+        self.compose("up", "--detach", "--no-build", *scales, *STARTED)
+
+    def down(self) -> None:
+        self.compose("down", "--volumes", "--remove-orphans", "--timeout", "10")
+
+    def roll(self, service: str) -> None:
+        """Replaces a service as the documentation says."""
+        self._run([str(DEPLOY / "compose" / "roll.sh"), service])
+
+    def compose(self, *arguments: str) -> str:
+        return self._run([*compose_program(), *arguments])
+
+    def docker(self, *arguments: str) -> str:
+        return self._run(["docker", *arguments])
+
+    def _run(self, command: list[str]) -> str:
+        result = subprocess.run(
+            command, env=self.environment, cwd=DEPLOY, capture_output=True, text=True, timeout=600
+        )
+        said = result.stdout[-3000:] + result.stderr[-3000:]
+        assert result.returncode == 0, f"{' '.join(command)}: {said}"
+        return result.stdout.strip()
+
+    def containers(self, service: str) -> list[str]:
+        """Ids of the running containers of a service."""
+        labels = [
+            f"label=com.docker.compose.project={self.project}",
+            f"label=com.docker.compose.service={service}",
+        ]
+        filters = [part for label in labels for part in ("--filter", label)]
+        return self.docker("ps", "--quiet", "--no-trunc", *filters).split()
+
+    def inspect(self, container: str) -> dict[str, Any]:
+        (description,) = json.loads(self.docker("inspect", container))
+        return dict(description)
+
+    def is_healthy(self, service: str) -> bool:
+        """Whether all its containers say so of themselves when they are asked now."""
+        containers = self.containers(service)
+        return bool(containers) and all(self._probes(each, service) for each in containers)
+
+    def _probes(self, container: str, service: str) -> bool:
+        if service not in SERVICES:
+            return bool(self.inspect(container)["State"]["Running"])
+        result = subprocess.run(
+            ["docker", "exec", container, "meshserve", "probe", service],
+            env=self.environment,
+            capture_output=True,
+        )
+        return result.returncode == 0
+
+    def wait_until_healthy(self, timeout_s: float = 180.0) -> None:
+        for service in (*SERVICES, "valkey"):
+            wait_until(lambda name=service: self.is_healthy(name), timeout_s, f"{service} is ill")
+
+    def kill_process(self, service: str, pattern: str) -> None:
+        """Kills the process of a service's container as the kernel would, by SIGKILL: Docker takes
+        `docker kill` for somebody's wish and starts nothing again."""
+        (container,) = self.containers(service)
+        script = (
+            "import os, pathlib\n"
+            "for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):\n"
+            "    words = path.read_bytes().decode().split(chr(0))\n"
+            f"    if int(path.parent.name) not in (1, os.getpid()) and {pattern!r} in words:\n"
+            "        os.kill(int(path.parent.name), 9)\n"
+        )
+        self.docker("exec", container, "python3", "-c", script)
+
+    def restarts(self, service: str) -> int:
+        (container,) = self.containers(service)
+        return int(self.inspect(container)["RestartCount"])
+
+    def trace(self, trace_id: str) -> list[dict[str, str]]:
+        """The spans of a trace that the receiver was sent."""
+        return list(_get_json(f"http://127.0.0.1:{self._receiver_port}/{trace_id}"))
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """What Prometheus answers: a list of `metric` and `value`."""
+        url = f"http://127.0.0.1:{self._prometheus_port}/api/v1/query?"
+        answer = _get_json(url + urllib.parse.urlencode({"query": expression}))
+        return list(answer["data"]["result"])
+
+    def logs(self) -> str:
+        return self.compose("logs", "--tail=15", "--no-color", *SERVICES)
+
+
+class Load:
+    """Clients that chat all the time, and what came of it. Nothing is tried again."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._chat, args=(number,)) for number in range(CLIENTS)
+        ]
+        self.outcomes: Counter[str] = Counter()
+        self.failures: list[str] = []
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=90)
+        assert not any(thread.is_alive() for thread in self._threads), "a stream hangs"
+
+    @property
+    def answered(self) -> int:
+        return self.outcomes["answered"]
+
+    def wait_for_more(self, count: int = 2 * CLIENTS, timeout_s: float = 60.0) -> None:
+        """Waits until so many more requests have been answered."""
+        before = self.answered
+        wait_until(lambda: self.answered >= before + count, timeout_s, "no more answers")
+
+    def _chat(self, number: int) -> None:
+        turn = 0
+        with self._stack.client(timeout=60) as client:
+            while not self._stop.is_set():
+                turn += 1
+                try:
+                    with client.stream_chat(
+                        f"Count to {turn % 7 + 3}, client {number}, turn {turn}.",
+                        max_tokens=8,
+                        temperature=0,
+                        ignore_eos=True,
+                    ) as stream:
+                        answer = stream.collect()
+                except meshserve.MeshServeError as error:
+                    self.outcomes["failed"] += 1
+                    self.failures.append(f"{type(error).__name__} {error.reason}: {error}")
+                    time.sleep(0.1)
+                else:
+                    assert answer.usage.completion_tokens == 8, answer
+                    self.outcomes["answered"] += 1
+
+
+def compose_program() -> list[str]:
+    """Compose 2 where it is installed, else 1.29."""
+    plugin = subprocess.run(["docker", "compose", "version"], capture_output=True)
+    return ["docker", "compose"] if plugin.returncode == 0 else ["docker-compose"]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.3)
+
+
+def _get_json(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return json.loads(response.read())
+
+
+def _free_range(count: int) -> int:
+    """The first of so many free ports in a row."""
+    while True:
+        (first,) = free_ports(1)
+        if all(_is_free(port) for port in range(first, first + count)):
+            return first
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0

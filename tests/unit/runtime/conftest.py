@@ -85,7 +85,11 @@ class Loopback:
     metrics: Metrics = field(default_factory=lambda: Metrics("gateway"))
 
     async def serve(
-        self, shapes: Any = None, port: int = 0, draining: asyncio.Event | None = None
+        self,
+        shapes: Any = None,
+        port: int = 0,
+        draining: asyncio.Event | None = None,
+        host: str = "127.0.0.1",
     ) -> Replica:
         """With `draining` the calls of the service can be carried on a stream."""
         shapes = shapes or Shapes()
@@ -95,16 +99,16 @@ class Loopback:
         if draining is None:
             shapes.add_to(server)
         else:
-            host = CallHost(metrics, draining)
-            shapes.add_to(host.beside(server))
-            calls_pb2_grpc.add_CallServiceServicer_to_server(host, server)
+            calls_host = CallHost(metrics, draining)
+            shapes.add_to(calls_host.beside(server))
+            calls_pb2_grpc.add_CallServiceServicer_to_server(calls_host, server)
 
         async def healthy() -> None:
             return None
 
         health = HealthMonitor([SERVICE], healthy, metrics)
         health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
-        port = server.add_insecure_port(f"127.0.0.1:{port}")
+        port = server.add_insecure_port(f"{host}:{port}")
         await server.start()
         health.servicer.set(["", SERVICE], SERVING)
         self.stack.push_async_callback(server.stop, 0)
@@ -115,8 +119,11 @@ class Loopback:
 
     def channel(self, *replicas: Replica, carries_calls: bool = False) -> MeshChannel:
         addresses = ",".join(f"127.0.0.1:{replica.port}" for replica in replicas)
+        return self.channel_to(f"ipv4:{addresses}", carries_calls=carries_calls)
+
+    def channel_to(self, target: str, carries_calls: bool = False) -> MeshChannel:
         channel = connect(
-            f"ipv4:{addresses}",
+            target,
             peer="shapes",
             health_service=SERVICE,
             metrics=self.metrics,

@@ -1,17 +1,17 @@
 #!/bin/sh
 # Makes what compose.tls.yaml mounts: a certificate authority and, signed by it, a certificate for
-# each service, in compose/tls/ beside this script. Names given as arguments are those by which
-# callers know the gateway, beside localhost:
+# each service, in tls/ beside this script or in $TLS_DIR. Names given as arguments are those by
+# which callers know the gateway, beside localhost:
 #
 #   deploy/compose/certificates.sh llm.example.com
 #
 # Made again, the certificates are new and the authority stays. They hold for a year.
 set -eu
 umask 022
-cd "$(dirname "$0")"
+folder=${TLS_DIR:-$(dirname "$0")/tls}
 # What is in it is readable to user 10001 of the containers, so nobody else may look into it.
-mkdir -p -m 700 tls
-cd tls
+mkdir -p -m 700 "$folder"
+cd "$folder"
 
 sign() { # NAME SUBJECT_ALT_NAMES
   mkdir -p "$1"
@@ -38,4 +38,4 @@ sign gateway "$names"
 for service in tokenizer engine cache safety; do
   sign "$service" "DNS:$service,DNS:localhost,IP:127.0.0.1"
 done
-echo "deploy/compose/tls/ca.crt is what callers trust: --tls-ca deploy/compose/tls/ca.crt"
+echo "callers trust $(pwd)/ca.crt: meshserve chat --tls-ca FILE"

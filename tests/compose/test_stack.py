@@ -40,7 +40,7 @@ def test_a_request_is_one_trace_over_all_services(stack: Stack) -> None:
         )
 
     def services() -> set[str]:
-        return {span["service"] for span in stack.trace(trace_id)}
+        return {span["service"].removeprefix("meshserve-") for span in stack.trace(trace_id)}
 
     wait_until(lambda: len(services()) == len(SERVICES), 30, f"spans of {services()} alone")
     assert services() == set(SERVICES)

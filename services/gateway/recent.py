@@ -73,11 +73,6 @@ class RecentRequests:
         context = self._active.pop(number)
         self._finished.append(_record(number, context, reason, in_flight=False))
 
-    @property
-    def last_number(self) -> int:
-        """The number of the request that arrived last."""
-        return self._last_number
-
     def finished(self, tenant: str | None = None) -> list[RecentRequest]:
         """Requests that have ended, in the order of their ends; `tenant` asks for one's own."""
         return _of_tenant(self._finished, tenant)

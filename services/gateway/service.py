@@ -144,7 +144,15 @@ class GatewayService(Service):
         if settings.gateway.http_listen is None:
             return None
         calls = Calls(settings.gateway, authenticator, self.draining)
-        console = Console(settings, calls, self._servicer, self._inference.recent, self.draining)
+        console = Console(
+            settings,
+            calls,
+            self._servicer,
+            self._mesh_servicer,
+            self._inference.recent,
+            self._peers.tokenizer,
+            self.draining,
+        )
         return HttpServer(
             settings.gateway,
             console.routes(),

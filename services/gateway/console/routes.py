@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 from aiohttp import web
+from google.protobuf.message import Message
 
-from meshserve.v1 import gateway_pb2
+from meshserve.v1 import gateway_pb2, mesh_pb2, tokenizer_pb2_grpc
 from services.gateway.console.assets import Assets
-from services.gateway.context import ANONYMOUS, Tenant
+from services.gateway.console.token_texts import TokenTexts
 from services.gateway.http.calls import Call, Calls, until_deadline
 from services.gateway.http.streams import answer_stream, answer_watch, to_json
+from services.gateway.overview.servicer import MeshServicer
 from services.gateway.recent import RecentRequests
 from services.gateway.servicer import InferenceServicer
 from services.runtime.settings import Settings
@@ -32,14 +35,18 @@ class Console:
         settings: Settings,
         calls: Calls,
         servicer: InferenceServicer,
+        mesh_servicer: MeshServicer,
         recent: RecentRequests,
+        tokenizer: tokenizer_pb2_grpc.TokenizerServiceAsyncStub,
         draining: asyncio.Event,
     ) -> None:
         self._settings = settings
         self._calls = calls
         self._servicer = servicer
+        self._mesh_servicer = mesh_servicer
         self._recent = recent
         self._draining = draining
+        self._texts = TokenTexts(tokenizer)
         self._assets = Assets()
 
     def routes(self) -> list[web.RouteDef]:
@@ -51,6 +58,7 @@ class Console:
             web.get("/api/models", answered(self._models)),
             web.post("/api/chat", answered(self._chat)),
             web.get("/api/requests", watched(self._requests)),
+            web.get("/api/mesh", watched(self._mesh)),
         ]
 
     async def _session(self, call: Call) -> web.StreamResponse:
@@ -60,7 +68,7 @@ class Console:
         return _json(
             {
                 "tenant": call.tenant.name,
-                "operator": is_operator(call.tenant),
+                "operator": call.tenant.operator,
                 "version": version("meshserve"),
                 "grpc_port": port,
                 "tls": gateway.tls is not None,
@@ -80,33 +88,41 @@ class Console:
     async def _chat(self, call: Call) -> web.StreamResponse:
         """A StreamChatRequest, answered by events with a StreamChatResponse each."""
         request = await call.message(gateway_pb2.StreamChatRequest)
-        return await answer_stream(call, self._servicer.StreamChat(request, call))
+        return await answer_stream(
+            call, self._texts.filled_in(self._servicer.StreamChat(request, call))
+        )
 
     async def _requests(self, call: Call) -> web.StreamResponse:
         """Recent requests as they come: everybody's for an operator, else one's own."""
-        tenant = None if is_operator(call.tenant) else call.tenant.name
+        tenant = None if call.tenant.operator else call.tenant.name
         return await answer_watch(call, self._recent_requests(tenant), self._draining)
+
+    async def _mesh(self, call: Call) -> web.StreamResponse:
+        """A WatchMeshResponse a second."""
+        reports = self._mesh_servicer.WatchMesh(mesh_pb2.WatchMeshRequest(), call)
+        return await answer_watch(call, _as_json(reports), self._draining)
 
     async def _recent_requests(self, tenant: str | None) -> AsyncGenerator[str]:
         """A document whenever something has changed: what has ended since the one before, and all
         that is in flight."""
         seen: set[int] = set()
-        had_any_in_flight = True
+        first = had_any_in_flight = True
         while True:
             finished = self._recent.finished(tenant)
             new = [asdict(record) for record in finished if record.number not in seen]
             in_flight = [asdict(record) for record in self._recent.in_flight(tenant)]
             if new or in_flight or had_any_in_flight:
-                yield json.dumps({"finished": new, "in_flight": in_flight})
+                yield json.dumps({"first": first, "finished": new, "in_flight": in_flight})
+                first = False
             seen = {record.number for record in finished}
             had_any_in_flight = bool(in_flight)
             await asyncio.sleep(RECENT_INTERVAL_S)
 
 
-def is_operator(tenant: Tenant) -> bool:
-    """Whether the tenant may see what others do."""
-    # Where no key is asked for, everybody is.
-    return tenant.name == ANONYMOUS
+async def _as_json(messages: AsyncGenerator[Message]) -> AsyncGenerator[str]:
+    async with aclosing(messages):
+        async for message in messages:
+            yield to_json(message)
 
 
 def _json(document: dict[str, Any]) -> web.Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -25,7 +25,7 @@ class MeshServicer(mesh_pb2_grpc.MeshServiceServicer):
 
     async def WatchMesh(  # noqa: N802
         self, request: mesh_pb2.WatchMeshRequest, context: Any
-    ) -> AsyncIterator[mesh_pb2.WatchMeshResponse]:
+    ) -> AsyncGenerator[mesh_pb2.WatchMeshResponse]:
         """The mesh at once and then at an interval, until the caller goes away."""
         authorization = dict(context.invocation_metadata() or ()).get("authorization")
         self._authenticator.operator(authorization)

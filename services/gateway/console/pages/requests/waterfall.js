@@ -1,0 +1,104 @@
+// The stages of a request along its time.
+
+import { h, s } from "../dom.js";
+import { duration } from "../format.js";
+
+// Colours of styles/pages.css; stages of one kind share one.
+const COLOURS = {
+  authenticate: 4,
+  admit: 4,
+  route: 4,
+  look_up: 3,
+  screen: 5,
+  tokenize: 2,
+  generate: 1,
+  moderate: 5,
+  settle: 6,
+};
+const MEANINGS = {
+  authenticate: "who calls",
+  admit: "limits and room",
+  route: "which model",
+  look_up: "response cache",
+  screen: "check of the prompt",
+  tokenize: "text to tokens",
+  generate: "engine and tokenizer",
+  moderate: "check of the answer",
+  settle: "usage counted",
+};
+
+const spanOf = (request) => Math.max(request.duration_s, 1e-6, ...request.stages.map((stage) => stage.end_s));
+
+/** The stages by their beginnings. A request in flight that has been tokenized is being generated. */
+function stagesOf(request) {
+  const stages = [...request.stages].sort((a, b) => a.begin_s - b.begin_s);
+  const last = stages.at(-1);
+  if (!request.in_flight || !stages.some((stage) => stage.name === "tokenize")) return stages;
+  return [...stages, { name: "generate", begin_s: last.end_s, end_s: request.duration_s, running: true }];
+}
+
+const sentence = (request) =>
+  `${stagesOf(request).map((stage) => `${stage.name.replace("_", " ")} ${duration(stage.end_s - stage.begin_s)}`).join(", ") || "No stage has ended"}; ${duration(request.duration_s)} in all`;
+
+/** All stages on one line, for a row of the table. */
+export function strip(request) {
+  const total = spanOf(request);
+  const width = 140;
+  return s(
+    "svg",
+    { class: "strip", viewBox: `0 0 ${width} 12`, role: "img", "aria-label": sentence(request), preserveAspectRatio: "none" },
+    s("rect", { class: "rest", x: 0, y: 4, width, height: 4, rx: 2 }),
+    stagesOf(request)
+      .filter((stage) => stage.name !== "moderate")
+      .map((stage) =>
+        s("rect", {
+          class: `series-${COLOURS[stage.name]}${stage.running ? " running" : ""}`,
+          x: ((stage.begin_s / total) * width).toFixed(2),
+          y: 1.5,
+          width: Math.max(0.8, ((stage.end_s - stage.begin_s) / total) * width).toFixed(2),
+          height: 9,
+          rx: 1,
+        }),
+      ),
+    request.first_text_s === null ? null : s("rect", { class: "mark", x: ((request.first_text_s / total) * width - 0.5).toFixed(2), y: 0, width: 1.2, height: 12 }),
+  );
+}
+
+/** One line a stage, with its time, as a table that a screen reader reads. */
+export function waterfall(request) {
+  const total = spanOf(request);
+  const bar = ({ name, begin_s: begin, end_s: end, running }) => {
+    const element = h("span", { class: `stage-bar series-${COLOURS[name]}${running ? " running" : ""}` });
+    element.style.left = `${(begin / total) * 100}%`;
+    element.style.width = `${Math.max(0.3, ((end - begin) / total) * 100)}%`;
+    return element;
+  };
+  const first = () => {
+    if (request.first_text_s === null) return null;
+    const element = h("span", { class: "first-token" });
+    element.style.left = `${(request.first_text_s / total) * 100}%`;
+    return element;
+  };
+  return h(
+    "table",
+    { class: "waterfall" },
+    h("caption", { class: "unseen" }, `Stages of the request: ${sentence(request)}`),
+    h("thead", { class: "unseen" }, h("tr", {}, ["Stage", "Begin", "Time"].map((label) => h("th", { scope: "col" }, label)))),
+    h(
+      "tbody",
+      {},
+      stagesOf(request).map((stage) =>
+        h(
+          "tr",
+          {},
+          h("th", { scope: "row" }, stage.name.replace("_", " "), h("span", { class: "muted meaning" }, MEANINGS[stage.name])),
+          h("td", { class: "lane" }, h("span", { class: "unseen" }, `after ${duration(stage.begin_s)}`), bar(stage), first()),
+          h("td", { class: "right" }, duration(stage.end_s - stage.begin_s)),
+        ),
+      ),
+    ),
+    request.first_text_s === null
+      ? null
+      : h("tfoot", {}, h("tr", {}, h("td", {}), h("td", { class: "muted small" }, "The dashed line is the first token, ", duration(request.first_text_s), " after the arrival."), h("td", {}))),
+  );
+}

@@ -1,0 +1,265 @@
+"""What the engines compute, and with what."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders import dashboard
+from panels import (
+    BYTES,
+    CORES,
+    COUNT,
+    PER_SECOND,
+    RATE,
+    SECONDS,
+    SHARE,
+    THIRD,
+    TOKENS_PER_SECOND,
+    WHOLE,
+    Query,
+    board,
+    graph,
+    laid_out,
+    percentiles,
+    present,
+    rate,
+    rows,
+    share,
+)
+
+CHOSEN = 'model=~"$model", instance=~"$engine"'
+CORE = 'process="core", instance=~"$engine"'
+
+
+def engine() -> dashboard.Dashboard:
+    """Queue, batch, KV cache, speculation, and the core's process."""
+    made = board(
+        "engine",
+        "MeshServe: Engine",
+        "What the engines compute, and with what.",
+        "model",
+        "engine",
+    )
+    return laid_out(
+        made,
+        *_load(),
+        dashboard.Row("Steps"),
+        *_steps(),
+        dashboard.Row("KV cache"),
+        *_kv_cache(),
+        dashboard.Row("Speculation"),
+        *_speculation(),
+        dashboard.Row("Core"),
+        *_core(),
+    )
+
+
+def _load():
+    return (
+        graph(
+            "Queue",
+            present("meshserve_engine_waiting_sequences", CHOSEN, "instance"),
+            "Sequences that wait to be computed.",
+            width=THIRD,
+            stacked=True,
+        ),
+        graph(
+            "Time in the queue",
+            percentiles("meshserve_engine_queue_duration_seconds", CHOSEN),
+            "From arrival in the engine to the first step that computed the request.",
+            unit=SECONDS,
+            width=THIRD,
+        ),
+        graph(
+            "Running",
+            present("meshserve_engine_running_sequences", CHOSEN, "instance"),
+            "Sequences that are computed.",
+            width=THIRD,
+            stacked=True,
+        ),
+    )
+
+
+def _steps():
+    return (
+        graph(
+            "Step duration",
+            percentiles("meshserve_engine_step_duration_seconds", CHOSEN),
+            "A running stream gets its next tokens with a step.",
+            unit=SECONDS,
+            width=THIRD,
+        ),
+        graph(
+            "Batch",
+            [
+                *percentiles("meshserve_engine_batch_sequences", CHOSEN, at=(0.5, 0.95)),
+                Query(
+                    f"sum(rate(meshserve_engine_batch_sequences_sum{{{CHOSEN}}}[{RATE}])) / "
+                    f"sum(rate(meshserve_engine_batch_sequences_count{{{CHOSEN}}}[{RATE}]))",
+                    "mean",
+                ),
+            ],
+            "Sequences computed in a step.",
+            width=THIRD,
+        ),
+        graph(
+            "Tokens in a step",
+            percentiles("meshserve_engine_batch_tokens", CHOSEN, at=(0.5, 0.95)),
+            "Prompt tokens, next tokens and verified guesses.",
+            width=THIRD,
+        ),
+        graph(
+            "Tokens computed",
+            [
+                Query(f"sum(rate(meshserve_engine_{name}_total{{{CHOSEN}}}[{RATE}]))", legend)
+                for name, legend in (("prompt_tokens", "prompt"), ("generated_tokens", "generated"))
+            ],
+            "By all engines chosen.",
+            unit=TOKENS_PER_SECOND,
+            width=THIRD,
+        ),
+        graph(
+            "Steps",
+            rate("meshserve_engine_steps_total", CHOSEN, "instance"),
+            "Steps a second.",
+            unit=PER_SECOND,
+            width=THIRD,
+        ),
+        graph(
+            "Prompt lengths",
+            percentiles("meshserve_engine_prompt_length_tokens", CHOSEN),
+            "Tokens in the prompts of requests.",
+            width=THIRD,
+        ),
+    )
+
+
+def _kv_cache():
+    return (
+        graph(
+            "KV cache",
+            Query(
+                f"meshserve_engine_kv_blocks_used{{{CHOSEN}}} / "
+                f"meshserve_engine_kv_blocks{{{CHOSEN}}}",
+                "{{instance}}",
+            ),
+            "Share of the blocks that sequences hold.",
+            unit=SHARE,
+            width=THIRD,
+            most=1,
+        ),
+        graph(
+            "Prefix cache",
+            share(
+                "meshserve_engine_cache_hit_tokens_total",
+                "meshserve_engine_cache_queried_tokens_total",
+                CHOSEN,
+                "instance",
+            ),
+            "Share of the prompts' tokens that were there and were not computed again.",
+            unit=SHARE,
+            width=THIRD,
+            most=1,
+        ),
+        graph(
+            "Preemptions",
+            rate("meshserve_engine_preemptions_total", CHOSEN, "instance"),
+            "Sequences put back in the queue because the KV cache was full.",
+            unit=PER_SECOND,
+            width=THIRD,
+        ),
+    )
+
+
+def _speculation():
+    return (
+        graph(
+            "Guesses that were right",
+            share(
+                "meshserve_engine_accepted_draft_tokens_total",
+                "meshserve_engine_drafted_tokens_total",
+                CHOSEN,
+                "instance",
+            ),
+            "Share of the tokens guessed ahead that the model agreed with. Nothing is guessed "
+            "while it does not pay.",
+            unit=SHARE,
+            most=1,
+        ),
+        graph(
+            "Guesses",
+            [
+                Query(f"sum(rate(meshserve_engine_{name}_total{{{CHOSEN}}}[{RATE}]))", legend)
+                for name, legend in (
+                    ("drafted_tokens", "verified"),
+                    ("accepted_draft_tokens", "right"),
+                )
+            ],
+            "Tokens guessed ahead.",
+            unit=TOKENS_PER_SECOND,
+        ),
+    )
+
+
+def _core():
+    return (
+        graph(
+            "Processors",
+            rate("meshserve_process_cpu_seconds_total", CORE, "instance"),
+            "Processors that the computing process keeps busy.",
+            unit=CORES,
+            width=THIRD,
+        ),
+        graph(
+            "Memory",
+            present("meshserve_process_resident_memory_bytes", CORE, "instance"),
+            "Resident memory of the computing process: weights, KV cache and what a step needs.",
+            unit=BYTES,
+            width=THIRD,
+        ),
+        graph(
+            "Restarts and failed sequences",
+            [
+                *(
+                    Query(
+                        f"increase(meshserve_engine_{name}_total{{{CHOSEN}}}[{RATE}])",
+                        f"{{{{instance}}}} {name.replace('_', ' ')}",
+                    )
+                    for name in ("core_restarts", "failed_sequences")
+                ),
+            ],
+            "Restarts of the core, and sequences whose computation failed alone.",
+            width=THIRD,
+        ),
+        graph(
+            "GPU",
+            Query(f"meshserve_engine_gpu_utilization{{{CHOSEN}}}", "{{instance}} {{device}}"),
+            "Share of the time in which the GPU ran a kernel. Nothing on a CPU.",
+            unit=SHARE,
+            width=THIRD,
+            most=1,
+        ),
+        graph(
+            "GPU memory",
+            Query(
+                f"meshserve_engine_gpu_memory_used_bytes{{{CHOSEN}}} / "
+                f"meshserve_engine_gpu_memory_bytes{{{CHOSEN}}}",
+                "{{instance}} {{device}}",
+            ),
+            "Share of the GPU's memory in use, by any process. Nothing on a CPU.",
+            unit=SHARE,
+            width=THIRD,
+            most=1,
+        ),
+        graph(
+            "Waiting for an engine to start",
+            present("meshserve_gateway_requests_awaiting_engine", 'model=~"$model"', "model"),
+            "Requests to models whose engines run only while they are asked for.",
+            width=THIRD,
+        ),
+        rows(
+            "Engines",
+            Query(f"meshserve_engine_info{{{CHOSEN}}}"),
+            "What each engine runs, and on what.",
+            unit=COUNT,
+            width=WHOLE,
+        ),
+    )

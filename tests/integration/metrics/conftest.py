@@ -1,0 +1,101 @@
+"""A mesh that has had traffic of all kinds, and a real Prometheus that scrapes it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import meshserve
+from tests.support.mesh import Mesh
+from tests.support.otlp import Receiver
+from tests.support.prometheus import Prometheus
+
+ACME, LIMITED = "acme-key", "limited-key"
+SETTINGS = {
+    "models": {
+        "smollm2-135m": {"price": {"prompt": 100.0, "cached_prompt": 10.0, "completion": 400.0}}
+    },
+    "gateway": {
+        "currency": "EUR",
+        "rate_limit": {"burst": 2},
+        "auth": {
+            "mode": "required",
+            "keys": [
+                {"name": "acme", "sha256": hashlib.sha256(ACME.encode()).hexdigest()},
+                {
+                    "name": "limited",
+                    "sha256": hashlib.sha256(LIMITED.encode()).hexdigest(),
+                    "requests_per_minute": 1,
+                },
+            ],
+        },
+    },
+    # So little that sequences which run at once must give way to each other.
+    "engine": {"kv_cache_bytes": 32 * 2**20},
+}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What tests ask."""
+
+    mesh: Mesh
+    prometheus: Prometheus
+    otlp: Receiver
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> Iterator[Watched]:
+    """The mesh after its traffic, which it still has while tests ask."""
+    otlp = Receiver()
+    directory = tmp_path_factory.mktemp("watched")
+    settings = {**SETTINGS, "telemetry": {"otlp_endpoint": otlp.endpoint}}
+    with Mesh(directory / "mesh", settings) as mesh:
+        targets = {name: f"127.0.0.1:{port}" for name, port in mesh.metrics_ports.items()}
+        with Prometheus(directory / "prometheus", targets) as prometheus:
+            with mesh.client(api_key=ACME) as client:
+                # More tokens side by side than the cache holds.
+                _streams(client, max_tokens=300)
+            # What begins with its first event is seen to grow from the second scrape on.
+            for _ in range(3):
+                _traffic(mesh)
+                time.sleep(1.5)
+            yield Watched(mesh, prometheus, otlp)
+    otlp.close()
+
+
+def _traffic(mesh: Mesh) -> None:
+    """Requests that end in all the ways that a healthy mesh knows."""
+    with mesh.client(api_key=ACME) as client:
+        _streams(client, max_tokens=40)
+        for _ in range(2):
+            client.chat("Say marmalade.", temperature=0, max_tokens=8)
+        client.generate("one two three four " * 12, temperature=0, max_tokens=40, ignore_eos=True)
+        client.chat("My card is 4111 1111 1111 1111, remember it.", max_tokens=4)
+        with contextlib.suppress(meshserve.MeshServeError):
+            client.generate("word " * 3000)
+    for key in (LIMITED, "nobody's"):
+        with mesh.client(api_key=key) as client:
+            for _ in range(4):
+                with contextlib.suppress(meshserve.MeshServeError):
+                    client.generate("Hello", max_tokens=2)
+
+
+def _streams(client: meshserve.Client, max_tokens: int) -> None:
+    """Six streams at the same time, with a beginning in common."""
+
+    def stream(number: int) -> None:
+        prompt = f"{'The harbour lay quiet under the morning fog. ' * 4}Story {number}:"
+        options = {"max_tokens": max_tokens, "ignore_eos": True, "seed": number}
+        with client.stream_generate(prompt, **options) as chunks:  # type: ignore[arg-type]
+            chunks.collect()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(stream, range(6)))

@@ -10,7 +10,7 @@ from services.runtime.settings.section import Fraction, Positive, Seconds, Secti
 
 DEMO_MODEL = "smollm2-135m"
 
-Price = Annotated[float, Field(ge=0, le=1e9)]
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class SamplingDefaults(Section):
@@ -34,8 +34,7 @@ class SamplingDefaults(Section):
 
 
 class PriceSettings(Section):
-    """What a million tokens of the model cost, in `gateway.currency`; counted by model and tenant.
-    Without this section nothing is counted."""
+    """What a million of its tokens cost, in `gateway.currency`; without it no cost is counted."""
 
     prompt: Price = Field(description="Price of a million prompt tokens.")
     cached_prompt: Price | None = Field(

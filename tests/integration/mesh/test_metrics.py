@@ -187,3 +187,49 @@ def test_tokens_are_counted_by_the_engine_as_by_the_gateway(mesh: Mesh) -> None:
     assert answer.choices[0].finish_reason == types_pb2.FINISH_REASON_STOP
     generated = mesh.metric("engine", "meshserve_engine_generated_tokens_total") - before
     assert generated == answer.usage.completion_tokens
+
+
+def test_the_pauses_of_a_stream_are_those_between_its_messages(mesh: Mesh) -> None:
+    """As many as messages with text but one, and together as long as the stream goes on for."""
+    name = "meshserve_gateway_inter_token_latency_seconds"
+    before = [mesh.metric("gateway", f"{name}_{part}") for part in ("count", "sum")]
+    request = gateway_pb2.StreamGenerateRequest()
+    request.request.text = "Once upon a time there was"
+    request.request.stopping.max_tokens = 60
+    request.request.stopping.ignore_eos = True
+    with mesh.channel() as channel:
+        arrived = [
+            time.monotonic()
+            for event in gateway_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(
+                request, timeout=60
+            )
+            if event.chunk.deltas and event.chunk.deltas[0].text
+        ]
+    count, total = (
+        mesh.metric("gateway", f"{name}_{part}") - was
+        for part, was in zip(("count", "sum"), before, strict=True)
+    )
+    assert count == len(arrived) - 1 > 1
+    assert total == pytest.approx(arrived[-1] - arrived[0], abs=0.1)
+
+
+def test_a_denied_call_is_counted_whatever_its_method(mesh: Mesh) -> None:
+    before = mesh.metric("gateway", "meshserve_gateway_denials_total", reason="API_KEY_INVALID")
+    with mesh.client(api_key="nobody's") as client:
+        for denied in (client.models, lambda: client.generate("Hello", max_tokens=1)):
+            with pytest.raises(meshserve.AuthenticationError):
+                denied()
+    after = mesh.metric("gateway", "meshserve_gateway_denials_total", reason="API_KEY_INVALID")
+    assert after - before == 2
+
+
+def test_the_process_that_computes_is_told_apart_from_its_front(mesh: Mesh) -> None:
+    front = mesh.process("engine")
+    (core,) = front.children()
+    for process, label in ((front, "main"), (core, "core")):
+        memory = mesh.metric("engine", "meshserve_process_resident_memory_bytes", process=label)
+        assert memory == pytest.approx(process.memory_info().rss, rel=0.1)
+        started = mesh.metric("engine", "meshserve_process_start_time_seconds", process=label)
+        assert started == pytest.approx(process.create_time(), abs=1)
+    used = mesh.metric("engine", "meshserve_process_cpu_seconds_total", process="core")
+    assert 0 < used <= sum(core.cpu_times()[:2])

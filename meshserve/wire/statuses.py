@@ -99,7 +99,9 @@ def _connection_failure(message: str, target: str) -> str:
     if "handshake failed" in message.lower():
         return f"no TLS connection to {target} can be made; is TLS spoken there, and by whom?"
     cause = message.rpartition(": ")[2].strip(" []") or "no reason given"
-    if message.startswith(("failed to connect", "errors resolving", "DNS resolution failed")):
+    if message.startswith(
+        ("failed to connect", "connections to all", "errors resolving", "DNS resolution failed")
+    ):
         return f"no MeshServe gateway answers at {target} ({cause})"
     return f"the connection to {target} broke ({cause})"
 

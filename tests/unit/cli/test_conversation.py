@@ -102,12 +102,12 @@ def test_a_failed_turn_leaves_no_trace_and_the_conversation_goes_on(
 ) -> None:
     def fail_once(request: Any, context: grpc.ServicerContext) -> Any:
         gateway.on("StreamChat", echoing)
-        context.abort(grpc.StatusCode.UNAVAILABLE, "the engine restarts")
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
 
     gateway.on("StreamChat", fail_once)
     conversation = talk("one", "two")
     assert [message.content for message in conversation.messages] == ["two", "You said two"]
-    assert "the engine restarts" in capsys.readouterr().err
+    assert "the queue is full" in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(

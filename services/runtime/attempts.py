@@ -32,6 +32,8 @@ class Attempts:
         only: the one replica to call, once and however it does. Default: any that serves.
     """
 
+    __slots__ = ("_count", "_give_up_at", "_only", "_peer", "_replicas", "_tried")
+
     def __init__(
         self,
         replicas: ReplicaSet,
@@ -43,7 +45,7 @@ class Attempts:
         self._peer = peer
         self._give_up_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
         self._only = only
-        self._tried: list[Replica] = []
+        self._tried: tuple[Replica, ...] = ()
         self._count = 0
 
     def remaining_s(self) -> float | None:
@@ -73,7 +75,7 @@ class Attempts:
             return False
         if replica is not None:
             replica.pause()
-            self._tried.append(replica)
+            self._tried = (*self._tried, replica)
         if self._count == MAX_ATTEMPTS:
             return False
         left_s = self._give_up_at - time.monotonic()

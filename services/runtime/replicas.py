@@ -137,9 +137,10 @@ class Replica:
         """It refused a call: for a moment others are preferred."""
         self._paused_until = time.monotonic() + PAUSE_S
 
-    def is_paused(self, now: float) -> bool:
-        """Whether others are preferred at a moment of the monotonic clock."""
-        return now < self._paused_until
+    @property
+    def is_paused(self) -> bool:
+        """Whether it refused a call a moment ago."""
+        return self._paused_until > 0 and time.monotonic() < self._paused_until
 
 
 class ReplicaSet:
@@ -193,6 +194,9 @@ class ReplicaSet:
         Those in `avoid` have been tried: they come last. One that connects is better than them, and
         a call to it waits for that.
         """
+        if len(self._replicas) == 1:
+            (only,) = self._replicas.values()
+            return only if _preference(only, avoid) < _NOBODY else None
         best: Replica | None = None
         best_rank = (_NOBODY, 0, 0)
         for replica in self._replicas.values():
@@ -255,8 +259,8 @@ def _preference(replica: Replica, avoid: Collection[Replica]) -> int:
         if replica in avoid:
             return 5
         if replica.is_leaving:
-            return 3 if replica.is_paused(time.monotonic()) else 2
-        return 1 if replica.is_paused(time.monotonic()) else 0
+            return 3 if replica.is_paused else 2
+        return 1 if replica.is_paused else 0
     if replica.state is ReplicaState.CONNECTING and not replica.is_leaving:
         return 5 if replica in avoid else 4
     return _NOBODY

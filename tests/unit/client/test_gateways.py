@@ -1,4 +1,4 @@
-"""Several gateways behind one target: calls are spread over them, and one that ends is not missed."""
+"""Several gateways behind one target: calls are spread over them, and none is missed."""
 
 from __future__ import annotations
 
@@ -73,9 +73,11 @@ def test_what_has_begun_is_not_asked_again(gateway: ScriptedGateway, client: Cli
         context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
 
     gateway.on("StreamGenerate", break_off)
-    with pytest.raises(meshserve.ServiceUnavailableError):
-        with client.stream_generate("The capital of France?") as stream:
-            list(stream)
+    with (
+        pytest.raises(meshserve.ServiceUnavailableError),
+        client.stream_generate("The capital of France?") as stream,
+    ):
+        list(stream)
     assert len(gateway.requests) == 1
 
 

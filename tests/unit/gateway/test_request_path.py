@@ -468,6 +468,7 @@ async def test_a_filter_that_is_away(tmp_path: Path, policy: str) -> None:
         async with asyncio.timeout(4):
             answer = await mesh.generate()
         assert answer.choices[0].text == "onetwo"
+        assert mesh.count("meshserve_gateway_unchecked_requests_total", model="scripted") == 1
 
 
 async def test_a_filter_that_goes_away_in_the_middle_is_waited_for_once(
@@ -489,6 +490,7 @@ async def test_a_filter_that_goes_away_in_the_middle_is_waited_for_once(
         async with asyncio.timeout(8):
             messages = await mesh.stream()
         assert text_of(messages) == "one 4111 " + "two" * 50
+        assert mesh.count("meshserve_gateway_unchecked_requests_total", model="scripted") == 1
 
 
 # --- the interval of streams

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from services.runtime.settings.section import Fraction, Positive, Seconds, Section
+from services.runtime.settings.section import Fraction, Positive, Seconds, Section, TargetText
 
 DEMO_MODEL = "smollm2-135m"
 
@@ -69,8 +69,8 @@ class ModelSettings(Section):
         description="Sampling of requests that leave it open. What is not set here comes from the "
         "catalogue or the model's own generation configuration.",
     )
-    engine_target: str | None = Field(
-        None, description="gRPC target of the engines that run it. Default: `engine.target`."
+    engine_target: TargetText | None = Field(
+        None, description="Target of the engines that run it. Default: `engine.target`."
     )
     activation_timeout_s: Seconds | None = Field(
         None,

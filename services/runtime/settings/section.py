@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from services.runtime.settings.addresses import UNIX_SOCKET, split_address
+from services.runtime.settings.targets import parse_target
 
 # Above any sensible value, and below what timers and gRPC's 32-bit options can hold.
 MAX_SECONDS = 1e6
@@ -17,6 +18,14 @@ MAX_INT64 = 2**63 - 1
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0, le=MAX_INT64)]
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+
+
+def _checked_target(value: str) -> str:
+    parse_target(value)
+    return value
+
+
+TargetText = Annotated[str, AfterValidator(_checked_target)]
 
 
 class Section(BaseModel):
@@ -46,10 +55,10 @@ class ServerSettings(Section):
     metrics_listen: str | None = Field(
         description="Address of the Prometheus port, `HOST:PORT`; null serves no metrics."
     )
-    target: str | None = Field(
+    target: TargetText | None = Field(
         None,
-        description="gRPC target under which other services find this one, for example "
-        "`dns:///tokenizer:50052`; all addresses that the name has are used. Default: `listen`.",
+        description="Target under which other services find all replicas of this one, for example "
+        "`dns:///tokenizer:50052`. Default: `listen`.",
     )
     max_message_bytes: Annotated[int, Field(gt=0, le=MAX_INT32)] = Field(
         64 * 2**20, description="Largest message taken or sent, in bytes."

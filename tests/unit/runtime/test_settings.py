@@ -257,6 +257,19 @@ def test_a_listening_address_is_a_target_for_the_others(listen: str, target: str
 
 
 @pytest.mark.parametrize(
+    "file",
+    [
+        {"tokenizer": {"target": "tokenizer"}},
+        {"tokenizer": {"target": "xds:///tokenizer:50052"}},
+        {"models": {"m": {"source": "m", "engine_target": "10.0.0.3:1,10.0.0.4"}}},
+    ],
+)
+def test_a_target_that_names_no_port_or_cannot_be_followed_is_refused(file: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=r"target: .* is not HOST:PORT"):
+        parse_settings(file, {})
+
+
+@pytest.mark.parametrize(
     ("address", "expected"),
     [
         ("127.0.0.1:1", True),

@@ -66,6 +66,7 @@ class Authenticator:
         PERMISSION_DENIED)."""
         tenant = self.tenant(authorization)
         if not tenant.operator:
+            self._denials.labels(Reason.NOT_AN_OPERATOR.value).inc()
             raise ServiceError(
                 Reason.NOT_AN_OPERATOR, f"the API key of {tenant.name!r} is not an operator's"
             )

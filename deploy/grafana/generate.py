@@ -27,7 +27,7 @@ def main() -> None:
     for board in BOARDS:
         built = board().build()
         # A provisioned dashboard is known by its uid; panels need numbers to be linked to.
-        for number, panel in enumerate(built.panels, start=1):
+        for number, panel in enumerate(built.panels or (), start=1):
             panel.id_val = number
         name = f"{board.__name__.replace('_', '-')}.json"
         (into / name).write_text(f"{encoder.encode(built)}\n", encoding="utf-8")

@@ -34,6 +34,7 @@ WARN = "orange"
 
 
 Panel = TypeVar("Panel", timeseries.Panel, stat.Panel)
+Panels = tuple[timeseries.Panel | stat.Panel | table.Panel, ...]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from panels import (
     THIRD,
     TOKENS_PER_SECOND,
     WHOLE,
+    Panels,
     Query,
     board,
     graph,
@@ -52,7 +53,7 @@ def engine() -> dashboard.Dashboard:
     )
 
 
-def _load():
+def _load() -> Panels:
     return (
         graph(
             "Queue",
@@ -78,7 +79,7 @@ def _load():
     )
 
 
-def _steps():
+def _steps() -> Panels:
     return (
         graph(
             "Step duration",
@@ -132,7 +133,7 @@ def _steps():
     )
 
 
-def _kv_cache():
+def _kv_cache() -> Panels:
     return (
         graph(
             "KV cache",
@@ -169,7 +170,7 @@ def _kv_cache():
     )
 
 
-def _speculation():
+def _speculation() -> Panels:
     return (
         graph(
             "Guesses that were right",
@@ -199,7 +200,7 @@ def _speculation():
     )
 
 
-def _core():
+def _core() -> Panels:
     return (
         graph(
             "Processors",

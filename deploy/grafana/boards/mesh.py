@@ -11,6 +11,7 @@ from panels import (
     SECONDS,
     THIRD,
     TOKENS_PER_SECOND,
+    Panels,
     Query,
     board,
     graph,
@@ -62,7 +63,7 @@ def mesh() -> dashboard.Dashboard:
     )
 
 
-def _calls():
+def _calls() -> Panels:
     return (
         graph(
             "Calls answered",
@@ -109,7 +110,7 @@ def _calls():
     )
 
 
-def _processes():
+def _processes() -> Panels:
     by_process = "job, instance, process"
     legend = "{{job}} {{instance}} {{process}}"
     return (

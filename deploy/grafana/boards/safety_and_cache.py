@@ -9,6 +9,7 @@ from panels import (
     SHARE,
     THIRD,
     TOKENS_PER_SECOND,
+    Panels,
     board,
     graph,
     laid_out,
@@ -36,7 +37,7 @@ def safety_and_cache() -> dashboard.Dashboard:
     )
 
 
-def _safety():
+def _safety() -> Panels:
     return (
         graph(
             "Verdicts",
@@ -101,7 +102,7 @@ def _safety():
     )
 
 
-def _cache():
+def _cache() -> Panels:
     return (
         graph(
             "Answered from the cache",

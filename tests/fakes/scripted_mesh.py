@@ -246,6 +246,13 @@ class Engine(engine_pb2_grpc.EngineServiceServicer):
             self.active -= 1
             self.calls_ended.set()
 
+    async def WatchLoad(
+        self, request: engine_pb2.WatchLoadRequest, context: Any
+    ) -> AsyncIterator[engine_pb2.WatchLoadResponse]:
+        while True:
+            yield engine_pb2.WatchLoadResponse(running_sequences=self.active)
+            await asyncio.sleep(request.interval_ms / 1000)
+
     async def GetModelInfo(self, request: Any, context: Any) -> Any:
         return engine_pb2.GetModelInfoResponse(
             model=MODEL,

@@ -10,7 +10,9 @@ import grpc
 import pytest
 
 from meshserve.v1 import engine_pb2, engine_pb2_grpc
+from services.gateway import engine_loads
 from services.gateway.engine_calls import EngineCall, EngineCalls
+from services.gateway.engine_loads import EngineLoads
 from services.runtime import deadline
 from services.runtime.channels import connect
 from services.runtime.errors import Reason, ServiceError
@@ -43,13 +45,18 @@ class Replicas:
     async def __aenter__(self) -> Replicas:
         for number in range(len(self.engines)):
             await self.start(number)
+        self.calls = self.gateway(*range(len(self.engines)))
+        return self
+
+    def gateway(self, *numbers: int) -> EngineCalls:
+        """The calls of a gateway that knows some of the engines."""
         channel = connect(
-            "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in self._ports),
+            ",".join(f"127.0.0.1:{self._ports[number]}" for number in numbers),
             peer="engine",
             health_service="meshserve.v1.EngineService",
             metrics=self.metrics,
         )
-        self.calls = EngineCalls(
+        calls = EngineCalls(
             channel.replicas,
             lambda replica: standing(
                 engine_pb2_grpc.EngineServiceStub(channel.at(replica)).GenerateMany
@@ -57,13 +64,17 @@ class Replicas:
             channel.instruments,
             2**20,
         )
-        self._stack.push_async_callback(self._stop)
+        loads = EngineLoads(channel)
         self._stack.push_async_callback(channel.close)
-        return self
+        self._stack.callback(loads.close)
+        self._stack.callback(calls.close)
+        return calls
 
     async def __aexit__(self, *_: object) -> None:
-        self.calls.close()
         await self._stack.aclose()
+        for number, server in enumerate(self._servers):
+            if server is not None:
+                await self.kill(number)
 
     async def start(self, number: int) -> None:
         server = grpc.aio.server(
@@ -79,11 +90,6 @@ class Replicas:
         assert server is not None
         self._servers[number] = None
         await server.stop(0)
-
-    async def _stop(self) -> None:
-        for number, server in enumerate(self._servers):
-            if server is not None:
-                await self.kill(number)
 
     def generate(self, name: str = "r") -> EngineCall:
         return self.calls.generate(EngineRequest(request_id=name))
@@ -125,6 +131,25 @@ async def test_requests_are_spread_over_all_replicas() -> None:
         for call in calls:
             call.cancel()
         await until(lambda: not any(engine.active for engine in replicas.engines))
+
+
+async def test_what_engines_do_for_other_gateways_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_loads, "REPORT_INTERVAL_MS", 10)
+    async with Replicas(2) as replicas:
+        for engine in replicas.engines:
+            engine.script = waits
+        other = replicas.gateway(0)
+        theirs = [other.generate(EngineRequest(request_id=f"o{number}")) for number in range(4)]
+        for call in theirs:
+            await anext(call)
+        await until(lambda: sum(each.elsewhere for each in replicas.calls.replicas) == 4)
+        ours = [replicas.generate(f"r{number}") for number in range(6)]
+        for call in ours:
+            await anext(call)
+        assert [engine.active for engine in replicas.engines] == [5, 5]
+        for call in [*theirs, *ours]:
+            call.cancel()
+        await until(lambda: not any(each.load for each in replicas.calls.replicas))
 
 
 async def test_a_replica_that_comes_later_gets_its_share() -> None:

@@ -51,6 +51,8 @@ def _ways_out(error: errors.MeshServeError) -> Iterator[str]:
         yield "start a mesh with `meshserve up`, or name one with --target HOST:PORT"
     elif isinstance(error, errors.AuthenticationError):
         yield "give a key with --api-key or in MESHSERVE_API_KEY"
+    elif error.reason == "NOT_AN_OPERATOR":
+        yield "give the key of an operator: `operator: true` in the gateway's `auth.keys`"
     elif isinstance(error, errors.DeadlineExceededError):
         yield "allow more time with --timeout SECONDS"
     elif isinstance(error, errors.NotFoundError):

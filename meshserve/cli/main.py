@@ -25,6 +25,7 @@ COMMANDS = {
     "up": "Start a mesh on this machine and serve until Ctrl-C.",
     "down": "Stop the mesh that runs on this machine.",
     "status": "Show the health of every service and the models.",
+    "top": "Show what the whole mesh does, live.",
     "probe": "Ask one service whether it can do its work now.",
     "chat": "Talk to a model.",
     "generate": "Complete a prompt.",

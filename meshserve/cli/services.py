@@ -20,6 +20,7 @@ from rich.progress import (
 
 from meshserve.cli.exits import EXIT_CONFIGURATION, CommandError
 from meshserve.cli.output import stderr_console
+from meshserve.supervisor.phoenix import export_environment
 from services.runtime.modelfiles import (
     CATALOGUE,
     ModelFileError,
@@ -61,6 +62,18 @@ def model_environment(model: str) -> dict[str, str]:
     models = yaml.safe_dump({name: {"source": source}}, default_flow_style=True)
     # A model that the file chose for the engine is not among these.
     return {"MESHSERVE_MODELS": models, "MESHSERVE_ENGINE__MODEL": "null"}
+
+
+def trace_environment(settings: Settings) -> dict[str, str]:
+    """The settings that send the traces to Phoenix. Raises CommandError where they go elsewhere."""
+    endpoint = settings.telemetry.otlp_endpoint
+    if endpoint is not None:
+        raise CommandError(
+            f"traces go to {endpoint} already (telemetry.otlp_endpoint)",
+            "look at them there, or remove that setting for Phoenix to get them",
+            exit_code=EXIT_CONFIGURATION,
+        )
+    return export_environment(settings)
 
 
 def check_models(settings: Settings) -> None:

@@ -17,6 +17,7 @@ from meshserve.cli.jsonify import write_json
 from meshserve.cli.output import print_error, print_table
 from meshserve.errors import MeshServeError
 from meshserve.health import Health, HealthChecker
+from meshserve.supervisor.probes import page_problem
 from meshserve.supervisor.statedir import ServiceEntry, StateDir
 from meshserve.transport import TLS, Endpoint, make_endpoint
 from meshserve.types import Model
@@ -46,8 +47,8 @@ def command(
 ) -> int:
     """Show the health of every service and the models.
 
-    Exits with 0 when all services are serving and a model is ready, else with 3. With --target only
-    that gateway is asked.
+    Exits with 0 when all services are serving and a model is ready, else with 3; what shows traces
+    may be away. With --target only that gateway is asked.
     """
     mesh = StateDir.default().running_mesh() if target is None else None
     connection = make_connection(target, api_key, timeout_s, tls, tls_ca)
@@ -57,6 +58,8 @@ def command(
     else:
         entries = {"gateway": _endpoint(connection.target, connection.tls)}
     services = asyncio.run(_check_all(entries, limit_s))
+    traces_url = mesh.traces_url if mesh is not None else None
+    traces = _check_traces(traces_url) if traces_url is not None else None
     models: list[Model] = []
     problem: MeshServeError | None = None
     if all(s.health is Health.SERVING for s in services if s.name == "gateway"):
@@ -67,10 +70,10 @@ def command(
             problem = error
     healthy = all(s.health is Health.SERVING for s in services) and any(m.ready for m in models)
     if as_json:
-        document = {"healthy": healthy, "services": services, "models": models}
+        document = {"healthy": healthy, "services": services, "models": models, "traces": traces}
         write_json(document, sys.stdout)
     else:
-        _print(services, models)
+        _print([*services, traces] if traces is not None else services, models)
     if problem is not None:
         print_error(f"the models cannot be listed: {problem.message}")
     elif not healthy and mesh is None and services[0].health is Health.UNREACHABLE:
@@ -91,6 +94,11 @@ async def _check_all(entries: dict[str, Endpoint], timeout_s: float) -> list[Ser
         return ServiceHealth(name, endpoint.target, health)
 
     return list(await asyncio.gather(*(check(*entry) for entry in entries.items())))
+
+
+def _check_traces(url: str) -> ServiceHealth:
+    health = Health.UNREACHABLE if page_problem(url) else Health.SERVING
+    return ServiceHealth("traces", url, health)
 
 
 def _entry_endpoint(entry: ServiceEntry) -> Endpoint:

@@ -32,9 +32,16 @@ from meshserve.supervisor.statedir import AlreadyRunningError, StateDir, StateEr
     metavar="NAME|PATH",
     help="Serve this model alone: a catalogue name, a .gguf file, a directory or a hub id.",
 )
+@click.option(
+    "--traces",
+    is_flag=True,
+    help="Record a trace of every request, and start Phoenix to show them.",
+)
 @click.option("--logs", is_flag=True, help="Show the logs of all services from the start.")
 @click.option("--no-greeting", is_flag=True, help="Do not ask the model for a first answer.")
-def command(config: Path | None, model: str | None, logs: bool, no_greeting: bool) -> int:
+def command(
+    config: Path | None, model: str | None, traces: bool, logs: bool, no_greeting: bool
+) -> int:
     """Start a mesh on this machine and serve until Ctrl-C.
 
     Pulls the model if it is missing, starts an embedded Valkey (unless valkey.url names a server)
@@ -43,6 +50,7 @@ def command(config: Path | None, model: str | None, logs: bool, no_greeting: boo
     started_s = time.monotonic()
     try:
         from meshserve.cli import services
+        from meshserve.supervisor.phoenix import PhoenixMissingError
         from services.runtime.valkey import EmbeddedValkeyError
     except ImportError as error:
         raise CommandError(
@@ -53,6 +61,8 @@ def command(config: Path | None, model: str | None, logs: bool, no_greeting: boo
     overrides = services.model_environment(model) if model is not None else {}
     environment = {**os.environ, **overrides}
     settings = services.read_settings(config, environment)
+    if traces:
+        environment.update(services.trace_environment(settings))
     state = StateDir.default(environment)
     try:
         state.acquire()
@@ -68,10 +78,14 @@ def command(config: Path | None, model: str | None, logs: bool, no_greeting: boo
             settings,
             state,
             environment,
-            UpOptions(show_logs=logs, greet=not no_greeting, started_s=started_s),
+            UpOptions(
+                show_logs=logs, show_traces=traces, greet=not no_greeting, started_s=started_s
+            ),
         )
     except EmbeddedValkeyError as error:
         raise CommandError(str(error), exit_code=EXIT_CONFIGURATION) from None
+    except PhoenixMissingError as error:
+        raise CommandError(str(error), error.way_out, exit_code=EXIT_CONFIGURATION) from None
     except StateError as error:
         raise CommandError(str(error)) from None
     finally:
@@ -90,12 +104,12 @@ def _run(
     from meshserve.supervisor.ports import AddressError, check_addresses
 
     check_models(settings)
-    specs = process_specs(settings, config, state, environment)
+    specs = process_specs(settings, config, state, environment, show_traces=options.show_traces)
     try:
         check_addresses(address for spec in specs for address in spec.addresses)
     except AddressError as error:
         raise CommandError(str(error), exit_code=EXIT_CONFIGURATION) from None
-    mesh_entry = running_mesh(settings)
+    mesh_entry = running_mesh(settings, show_traces=options.show_traces)
     state.write(mesh_entry)
     for model in settings.models.values():
         fetch_model(model.source, settings.model_cache)

@@ -38,6 +38,7 @@ class UpOptions:
     """What `meshserve up` was asked for."""
 
     show_logs: bool = False
+    show_traces: bool = False
     greet: bool = True
     started_s: float | None = None
     """Monotonic time from which the time to ready is counted. Default: the start of the run."""
@@ -178,7 +179,7 @@ class Mesh:
         )
 
     def _show_how_to_talk(self) -> None:
-        target = self._mesh.gateway.target
+        target, traces_url = self._mesh.gateway.target, self._mesh.traces_url
         plaintext = "" if self._mesh.gateway.ca_file else "-plaintext "
         tls = ", tls=True" if self._mesh.gateway.ca_file else ""
         service = "meshserve.v1.InferenceService"
@@ -190,6 +191,7 @@ class Mesh:
             f"{target} {service}/Generate",
             "  python -c 'import meshserve; "
             f'print(meshserve.Client("{target}"{tls}).chat("Hello"))\'',
+            *([f"Traces are shown at {traces_url}"] if traces_url else []),
             f"Logs are in {self._state.log_dir}. Stop with Ctrl-C or `meshserve down`.",
             "",
         ]

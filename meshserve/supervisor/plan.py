@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from meshserve.supervisor.phoenix import page_url, phoenix_spec
 from meshserve.supervisor.probes import GrpcProbe, ValkeyProbe
 from meshserve.supervisor.spec import ListenAddress, ProcessSpec
 from meshserve.supervisor.statedir import RunningMesh, ServiceEntry, StateDir
@@ -29,15 +30,20 @@ def process_specs(
     config: Path | None,
     state: StateDir,
     environment: Mapping[str, str] = os.environ,
+    *,
+    show_traces: bool = False,
 ) -> list[ProcessSpec]:
-    """The processes in the order of their start.
+    """The processes in the order of their start, one that shows traces among them on demand.
 
-    Raises EmbeddedValkeyError when Valkey is needed and cannot be set up.
+    Raises EmbeddedValkeyError when Valkey is needed and cannot be set up, and PhoenixMissingError.
     """
     child_environment = _child_environment(environment)
     specs = []
     if settings.valkey.url is None:
         specs.append(_valkey_spec(settings, state, child_environment))
+    if show_traces:
+        # Before the services, so that it outlives them and gets their last spans.
+        specs.append(phoenix_spec(settings.telemetry.phoenix, state, child_environment))
     for name in SERVICES:
         section = settings.server(name)
         command = [sys.executable, "-m", f"services.{name}"]
@@ -62,7 +68,7 @@ def process_specs(
     return specs
 
 
-def running_mesh(settings: Settings) -> RunningMesh:
+def running_mesh(settings: Settings, *, show_traces: bool = False) -> RunningMesh:
     """What other processes are told of this mesh."""
     services = tuple(
         ServiceEntry(
@@ -73,7 +79,12 @@ def running_mesh(settings: Settings) -> RunningMesh:
         for name in SERVICES
     )
     gateway = next(entry for entry in services if entry.name == "gateway")
-    return RunningMesh(pid=os.getpid(), gateway=gateway, services=services)
+    return RunningMesh(
+        pid=os.getpid(),
+        gateway=gateway,
+        services=services,
+        traces_url=page_url(settings.telemetry.phoenix) if show_traces else None,
+    )
 
 
 def service_tls(section: ServerSettings) -> TLS | bool:

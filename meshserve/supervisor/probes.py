@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import urllib.error
+import urllib.request
 
 from meshserve.health import Health, HealthChecker
 from meshserve.supervisor.spec import ProbeError
@@ -59,3 +61,30 @@ class ValkeyProbe:
             return await reader.readline()
         finally:
             writer.close()
+
+
+class PageProbe:
+    """Asks a server of pages whether it is healthy."""
+
+    """Asks the page whether it can be shown."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    async def __call__(self) -> None:
+        problem = await asyncio.to_thread(page_problem, self._url)
+        if problem:
+            raise ProbeError(problem, answered=False)
+
+
+def page_problem(url: str) -> str:
+    """Why the page cannot be shown now; empty if it can."""
+    # Not through a proxy: it is on this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url}/healthz", timeout=PROBE_TIMEOUT_S):
+            return ""
+    except urllib.error.HTTPError as error:
+        return f"answers {error.code}"
+    except OSError:
+        return "is unreachable"

@@ -50,6 +50,8 @@ class ProcessSpec:
     """How long it may take to end after SIGTERM."""
     unresponsive_timeout_s: float = 30.0
     """A process that answers no probe for this long is killed and started again."""
+    essential: bool = True
+    """Whether the mesh waits for it at the start, and ends when it is dead for good."""
     fatal_exit_codes: frozenset[int] = frozenset({78, 126})
     """Exit codes that another start cannot change: 78 is EX_CONFIG of sysexits.h."""
 

@@ -47,6 +47,8 @@ class RunningMesh:
     services: tuple[ServiceEntry, ...]
     """All services, the gateway among them."""
     ready: bool = False
+    traces_url: str | None = None
+    """Where traces are shown, if something shows them."""
 
 
 class StateDir:
@@ -73,6 +75,11 @@ class StateDir:
     def valkey_dir(self) -> Path:
         """Working directory of the embedded Valkey."""
         return self.path / "valkey"
+
+    @property
+    def phoenix_dir(self) -> Path:
+        """Where Phoenix keeps the traces that it was sent."""
+        return self.path / "phoenix"
 
     def acquire(self) -> None:
         """Takes the directory until this process ends. Raises AlreadyRunningError, StateError."""
@@ -141,7 +148,13 @@ class StateDir:
             fields = json.loads(self._state_path.read_text(encoding="utf-8"))
             services = tuple(ServiceEntry(**entry) for entry in fields["services"])
             gateway = ServiceEntry(**fields["gateway"])
-            return RunningMesh(int(fields["pid"]), gateway, services, bool(fields["ready"]))
+            return RunningMesh(
+                int(fields["pid"]),
+                gateway,
+                services,
+                bool(fields["ready"]),
+                fields.get("traces_url"),
+            )
         except (OSError, ValueError, TypeError, KeyError):
             return None
 

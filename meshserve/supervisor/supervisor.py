@@ -73,7 +73,7 @@ class Supervisor:
         return self._log_dir / f"{name}.log"
 
     async def start(self) -> None:
-        """Starts everything and returns once all of it is healthy.
+        """Starts everything and returns once all that is essential is healthy.
 
         Raises MeshFailedError when a process dies for good or is not healthy in time.
         """
@@ -93,7 +93,7 @@ class Supervisor:
                 raise MeshFailedError(self._failed.result())
 
     async def wait_for_failure(self) -> Failure:
-        """Returns when a process is dead for good."""
+        """Returns when an essential process is dead for good."""
         assert self._failed is not None, "start comes first"
         return await asyncio.shield(self._failed)
 
@@ -130,7 +130,8 @@ class Supervisor:
 
     async def _all_ready(self, specs: Sequence[ProcessSpec]) -> None:
         for spec in specs:
-            await self._ready[spec.name].wait()
+            if spec.essential:
+                await self._ready[spec.name].wait()
 
     async def _watch(self, spec: ProcessSpec) -> None:
         """Keeps one process; a defect in that must not leave it unwatched in silence."""
@@ -243,6 +244,8 @@ class Supervisor:
 
     def _give_up(self, spec: ProcessSpec, message: str, code: int | None) -> None:
         self._change(spec.name, ProcessState.FAILED, message)
+        if not spec.essential:
+            return
         path = self.log_path(spec.name)
         tail = tuple(last_lines(path, FAILURE_LOG_LINES))
         assert self._failed is not None

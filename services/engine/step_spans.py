@@ -123,7 +123,8 @@ class _Sequence:
             is_last = not end_ns
             end_ns = end_ns or timing.finished_ns or max(start_ns, ended_ns)
             span = tracer.start_span(name, context, attributes=attributes, start_time=start_ns)
-            for event, at_ns, details in self._events(timing, name):
+            events = sorted(self._events(timing, name), key=lambda event: event[1])
+            for event, at_ns, details in events:
                 if start_ns <= at_ns and (is_last or at_ns < end_ns):
                     span.add_event(event, details, min(at_ns, end_ns))
             if is_last and error is not None:
@@ -169,15 +170,6 @@ class _Sequence:
         if phase != "decode":
             return
         yield "first_token", timing.first_token_ns, {}
-        if timing.drafted_tokens:
-            yield (
-                "speculation",
-                timing.finished_ns,
-                {
-                    "meshserve.engine.drafted_tokens": timing.drafted_tokens,
-                    "meshserve.engine.accepted_draft_tokens": timing.accepted_draft_tokens,
-                },
-            )
         marks = [(timing.first_token_ns, 1), *self.progress]
         for (before_ns, before_tokens), (at_ns, tokens) in pairwise(marks):
             per_s = (tokens - before_tokens) * 1e9 / max(at_ns - before_ns, 1)
@@ -187,5 +179,14 @@ class _Sequence:
                 {
                     "meshserve.engine.completion_tokens": tokens,
                     "meshserve.engine.tokens_per_s": round(per_s, 1),
+                },
+            )
+        if timing.drafted_tokens:
+            yield (
+                "speculation",
+                timing.finished_ns,
+                {
+                    "meshserve.engine.drafted_tokens": timing.drafted_tokens,
+                    "meshserve.engine.accepted_draft_tokens": timing.accepted_draft_tokens,
                 },
             )

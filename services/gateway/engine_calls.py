@@ -208,6 +208,8 @@ class EngineCall:
                 metadata={"service": PEER},
             )
         self._replica = self._attempts.pick()
+        if self._span is not None:
+            self._calls.instruments.asked(self._span, self._replica)
         self._stream = self._calls.stream_to(self._replica)
         self._stream.open(message, self)
 
@@ -216,6 +218,8 @@ class EngineCall:
         if self._has_begun or not await self._attempts.may_go_on(failure, self._replica):
             self._end(failure)
             raise failure
+        if self._span is not None:
+            self._calls.instruments.retried(self._span, self._replica, failure)
         self._begin()
 
     def _expire(self) -> None:

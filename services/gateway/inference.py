@@ -17,9 +17,8 @@ from services.gateway.recent import RecentRequests
 from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import GatewaySettings
-from services.runtime.settings.addresses import UNIX_SOCKET, split_address
 from services.runtime.telemetry import Metrics, exemplar_of, get_tracer
-from services.runtime.telemetry.tracing import in_span, mark_failed
+from services.runtime.telemetry.tracing import in_span, mark_failed, server_attributes
 
 UNROUTED = "unknown"
 MAX_ATTRIBUTE_CHARS = 128
@@ -33,7 +32,7 @@ class Inference:
         self._pipeline = pipeline
         self.recent = RecentRequests()
         self._tracer = get_tracer()
-        self._server = _server_attributes(settings.listen)
+        self._server = server_attributes(settings.listen)
         self._requests = metrics.counter("meshserve_gateway_requests")
         self._duration = metrics.histogram("meshserve_gateway_request_duration_seconds")
 
@@ -55,8 +54,10 @@ class Inference:
         request_id = request.request_id or uuid.uuid4().hex
         span = self._tracer.start_span(
             f"{operation} {request.model[:MAX_ATTRIBUTE_CHARS]}".rstrip(),
-            attributes=self._server
-            | _request_attributes(request, operation, request_id, streaming),
+            attributes={
+                **self._server,
+                **_request_attributes(request, operation, request_id, streaming),
+            },
         )
         context = RequestContext(
             request=request,
@@ -114,13 +115,6 @@ class Inference:
         context.span.end()
         self._requests.labels(model, context.tenant.name, reason).inc()
         self._duration.labels(model).observe(time.perf_counter() - context.arrived_at, exemplar)
-
-
-def _server_attributes(listen: str) -> dict[str, str | int | float | bool]:
-    if listen.startswith(UNIX_SOCKET):
-        return {"server.address": listen.partition(":")[2]}
-    host, port = split_address(listen)
-    return {"server.address": host, "server.port": port}
 
 
 def _request_attributes(

@@ -44,7 +44,7 @@ def connect(
     """
     return MeshChannel(
         target,
-        Instruments(peer, target, metrics),
+        Instruments(peer, metrics),
         health_service,
         max_message_bytes,
         credentials,

@@ -25,7 +25,7 @@ from services.runtime.attempts import Attempts
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.replicas import Replica
 from services.runtime.telemetry import Metrics, get_tracer
-from services.runtime.telemetry.tracing import metadata_of
+from services.runtime.telemetry.tracing import metadata_of, server_attributes
 
 
 class Method:
@@ -83,23 +83,33 @@ class Method:
 class Instruments:
     """What is recorded of the calls to one peer."""
 
-    def __init__(self, peer: str, target: str, metrics: Metrics) -> None:
+    def __init__(self, peer: str, metrics: Metrics) -> None:
         self.peer = peer
-        self._target = target
         self._calls = metrics.counter("meshserve_rpc_client_calls")
         self._duration = metrics.histogram("meshserve_rpc_client_duration_seconds")
         self._tracer = get_tracer()
 
     def start(self, method: str) -> Span:
+        """The span of a call."""
         return self._tracer.start_span(
             method,
             kind=SpanKind.CLIENT,
             attributes={
                 "rpc.system.name": "grpc",
                 "rpc.method": method,
-                "server.address": self._target,
             },
         )
+
+    def asked(self, span: Span, replica: Replica) -> None:
+        """Records which replica is asked."""
+        if span.is_recording():
+            span.set_attributes(server_attributes(replica.address))
+
+    def retried(self, span: Span, replica: Replica | None, error: ServiceError) -> None:
+        """Records that a try failed, and that another follows."""
+        if span.is_recording():
+            where = server_attributes(replica.address) if replica is not None else {}
+            span.add_event("retried", {"error.type": error.reason.value, **where})
 
     def end(self, method: str, span: Span, started: float, error: BaseException | None) -> None:
         code, kind = _outcome(error)
@@ -188,6 +198,7 @@ def single_response(
                 replica = None
                 try:
                     replica = attempts.pick()
+                    instruments.asked(span, replica)
                     return await ask(replica, request, metadata, attempts)
                 except ServiceError as error:
                     # An iterator of requests cannot be gone through again.
@@ -195,6 +206,7 @@ def single_response(
                         raise
                     if not await attempts.may_go_on(error, replica):
                         raise
+                    instruments.retried(span, replica, error)
         except BaseException as error:
             failure = error
             raise

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, Self, cast
 
 import grpc
@@ -83,6 +84,7 @@ class ResponseStream:
         self._requests = requests
         self._metadata = metadata_of(span)
         self._instruments = instruments
+        self._note_replica = partial(instruments.asked, span)
         self._started = time.perf_counter()
         # What a standing stream carries is counted at its replica, it itself is not.
         self._is_standing = is_standing
@@ -166,6 +168,7 @@ class ResponseStream:
         """Raises ServiceError if there is nobody to call."""
         timeout_s = self._attempts.remaining_s()
         replica = self._attempts.pick()
+        self._note_replica(replica)
         self._call = self._rpc.start(
             replica, self._requests, timeout=timeout_s, metadata=self._metadata
         )
@@ -182,7 +185,11 @@ class ResponseStream:
         if self._has_begun or self._rpc.streams_requests:
             return False
         self._call = None
-        return await self._attempts.may_go_on(failure, replica)
+        if not await self._attempts.may_go_on(failure, replica):
+            return False
+        if self._span is not None:
+            self._instruments.retried(self._span, replica, failure)
+        return True
 
     def _release(self) -> None:
         """The call under way is over."""

@@ -121,9 +121,7 @@ async def _run(
     make_service: Callable[[Settings, Metrics], Service], name: str, settings: Settings
 ) -> None:
     stop_requested = _on_signals()
-    tracing = configure_tracing(
-        name, settings.telemetry.otlp_endpoint, settings.telemetry.sample_ratio
-    )
+    tracing = configure_tracing(name, settings.telemetry)
     try:
         await _serve(make_service, name, settings, stop_requested)
     finally:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,13 @@ START_TIMEOUT_S = 180.0
 
 
 class Mesh:
-    """Starts with `start`, or as a context manager. `overrides` are laid over the settings."""
+    """Starts with `start`, or as a context manager. `overrides` are laid over the settings, and
+    `flags` are those of `meshserve up`."""
 
-    def __init__(self, directory: Path, overrides: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, directory: Path, overrides: dict[str, Any] | None = None, flags: Sequence[str] = ()
+    ) -> None:
+        self.flags = tuple(flags)
         self.directory = directory
         self.state = directory / "state"
         ports = free_ports(2 * len(SERVICES) + 2)
@@ -79,7 +84,7 @@ class Mesh:
             self._process = subprocess.Popen(
                 [
                     *[sys.executable, "-m", "meshserve", "up"],
-                    *["--config", str(self.config), "--no-greeting"],
+                    *["--config", str(self.config), "--no-greeting", *self.flags],
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

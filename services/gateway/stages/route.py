@@ -34,6 +34,9 @@ class Route(Stage):
                 f"the model {name!r} has no {capability.removeprefix('MODEL_CAPABILITY_').lower()}",
                 metadata={"capability": capability},
             )
+        if not request.model:
+            context.span.update_name(f"{context.operation} {name}")
+            context.span.set_attribute("gen_ai.request.model", name)
         request.model = name
         _fill_in(request.sampling, model.info.default_sampling)
         context.model = model

@@ -14,6 +14,7 @@ from services.runtime.settings.section import ServerSettings, TlsSettings
 from services.runtime.settings.services import (
     CacheSettings,
     EngineSettings,
+    PhoenixSettings,
     SafetySettings,
     TelemetrySettings,
     TokenizerSettings,
@@ -27,6 +28,7 @@ __all__ = [
     "EngineSettings",
     "GatewaySettings",
     "ModelSettings",
+    "PhoenixSettings",
     "PriceSettings",
     "RateLimitSettings",
     "SafetySettings",

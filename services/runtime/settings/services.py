@@ -9,6 +9,8 @@ from pydantic import Field
 
 from services.runtime.settings.section import Fraction, Positive, Seconds, Section, ServerSettings
 
+Port = Annotated[int, Field(gt=0, le=65535)]
+
 
 class TokenizerSettings(ServerSettings):
     """The tokenizer service."""
@@ -171,9 +173,7 @@ class ValkeySettings(Section):
         description="`redis://`, `rediss://`, `unix://` or `redis+cluster://` URL. Default: the "
         "embedded Valkey that `meshserve up` starts.",
     )
-    embedded_port: Annotated[int, Field(gt=0, le=65535)] = Field(
-        50056, description="Loopback port of the embedded Valkey."
-    )
+    embedded_port: Port = Field(50056, description="Loopback port of the embedded Valkey.")
     embedded_max_bytes: Positive = Field(
         256 * 2**20, description="Memory of the embedded Valkey, in bytes."
     )
@@ -182,6 +182,20 @@ class ValkeySettings(Section):
     def effective_url(self) -> str:
         """The URL, or that of the embedded server."""
         return self.url or f"redis://127.0.0.1:{self.embedded_port}/0"
+
+
+class PhoenixSettings(Section):
+    """Arize Phoenix, which `meshserve up --traces` starts."""
+
+    command: Path | None = Field(
+        None,
+        description="Its executable. Default: `phoenix` beside MeshServe's own, in the environment "
+        "`phoenix` of the cache directory, or on the `PATH`.",
+    )
+    port: Port = Field(6006, description="Loopback port of its pages.")
+    otlp_port: Port = Field(
+        4317, description="Port that it takes spans on, on every address of the machine."
+    )
 
 
 class TelemetrySettings(Section):
@@ -199,6 +213,14 @@ class TelemetrySettings(Section):
         None,
         description="Where a person looks at a trace, with `{trace_id}` in it, for example "
         "`http://localhost:16686/trace/{trace_id}`. The console links to it. Default: no links.",
+    )
+    openinference: bool = Field(
+        False,
+        description="Whether spans also carry `openinference.span.kind`, which Phoenix shows; "
+        "`meshserve up --traces` sets it.",
+    )
+    phoenix: PhoenixSettings = Field(
+        default_factory=lambda: PhoenixSettings(), description="What `up --traces` starts."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log records written."

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 RPC_ATTRIBUTES = ("rpc.system.name", "rpc.method", "rpc.response.status_code")
-ERROR_ATTRIBUTES = ("error.type",)
+# What any span may carry: the first where it failed, the second where it is asked for.
+COMMON_ATTRIBUTES = ("error.type", "openinference.span.kind")
 
 
 @dataclass(frozen=True, slots=True)
 class SpanDeclaration:
-    """One row: a span's name, who makes it, and what it may carry beside `error.type`."""
+    """One row: a span's name, who makes it, and what it may carry beside COMMON_ATTRIBUTES."""
 
     name: str
     service: str
@@ -67,8 +68,8 @@ SPANS: tuple[SpanDeclaration, ...] = (
         "{package}.{Service}/{Method}",
         "every service",
         "client",
-        "A call made to another service.",
-        (*RPC_ATTRIBUTES, "server.address"),
+        "A call made to another service; the address is that of the replica that was asked.",
+        (*RPC_ATTRIBUTES, "server.address", "server.port"),
     ),
     SpanDeclaration(
         "{METHOD} {route}",
@@ -169,6 +170,7 @@ SPANS: tuple[SpanDeclaration, ...] = (
 )
 
 INFERENCE_SPAN = "{operation} {model}"
+CLIENT_SPAN = "{package}.{Service}/{Method}"
 
 EVENTS: tuple[EventDeclaration, ...] = (
     EventDeclaration(
@@ -188,6 +190,12 @@ EVENTS: tuple[EventDeclaration, ...] = (
         (INFERENCE_SPAN, "queue", "prefill", "decode"),
         "The caller gave it up. In the engine also: the gateway found a stop string, or the safety "
         "filter blocked the rest.",
+    ),
+    EventDeclaration(
+        "retried",
+        (CLIENT_SPAN,),
+        "A replica could not take the call, and another try follows.",
+        ("error.type", "server.address", "server.port"),
     ),
     EventDeclaration("first_chunk", (INFERENCE_SPAN,), "The first text was passed on."),
     EventDeclaration(

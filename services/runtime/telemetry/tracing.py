@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Token
 from functools import cache
 from importlib.metadata import version
@@ -19,12 +19,23 @@ from opentelemetry.propagators.composite import CompositePropagator
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import (
+    Decision,
+    ParentBased,
+    Sampler,
+    SamplingResult,
+    TraceIdRatioBased,
+)
+from opentelemetry.trace import Link, SpanKind, TraceState
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import Attributes
 
 from meshserve.v1 import types_pb2
 from services.runtime.errors import ServiceError
 from services.runtime.reasons import REASONS
+from services.runtime.settings import TelemetrySettings
+from services.runtime.settings.addresses import UNIX_SOCKET, split_address
+from services.runtime.telemetry.openinference import OpenInferenceKinds
 
 # The exporter retries by itself; its warnings at every failed batch say nothing new.
 EXPORTER_LOGGER = "opentelemetry.exporter.otlp.proto.grpc.exporter"
@@ -50,8 +61,39 @@ class Tracing:
         sending.join(SHUTDOWN_TIMEOUT_S)
 
 
-def configure_tracing(service: str, endpoint: str | None, sample_ratio: float) -> Tracing:
+class _TracesOfRequests(Sampler):
+    """Begins traces with what is asked of us, for a share of them. A call that we make for no
+    request, such as the look at what a peer serves, begins none: there are many of them, and they
+    would bury the rest."""
+
+    def __init__(self, ratio: float) -> None:
+        self._share = TraceIdRatioBased(ratio)
+
+    def should_sample(
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: Attributes = None,
+        links: Sequence[Link] | None = None,
+        trace_state: TraceState | None = None,
+    ) -> SamplingResult:
+        """Called by the SDK for a span that has no parent."""
+        if kind is SpanKind.CLIENT:
+            return SamplingResult(Decision.DROP)
+        return self._share.should_sample(
+            parent_context, trace_id, name, kind, attributes, links, trace_state
+        )
+
+    def get_description(self) -> str:
+        """Called by the SDK."""
+        return f"TracesOfRequests{{{self._share.rate}}}"
+
+
+def configure_tracing(service: str, settings: TelemetrySettings) -> Tracing:
     """Makes spans go to an OTLP receiver; without an endpoint only the context travels on."""
+    endpoint = settings.otlp_endpoint
     propagate.set_global_textmap(CompositePropagator([TraceContextTextMapPropagator()]))
     if endpoint is None:
         return Tracing(None)
@@ -66,9 +108,11 @@ def configure_tracing(service: str, endpoint: str | None, sample_ratio: float) -
     )
     provider = TracerProvider(
         resource=resource,
-        sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
+        sampler=ParentBased(_TracesOfRequests(settings.sample_ratio)),
         shutdown_on_exit=False,
     )
+    if settings.openinference:
+        provider.add_span_processor(OpenInferenceKinds())
     exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
     provider.add_span_processor(
         BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_INTERVAL_MS)
@@ -139,6 +183,14 @@ class in_span:  # noqa: N801 - reads as what it does: `with in_span(span):`
     def __exit__(self, *_: object) -> None:
         if self._token is not None:
             otel_context.detach(self._token)
+
+
+def server_attributes(address: str) -> dict[str, str | int]:
+    """What a span tells of where a server listens: `HOST:PORT`, or a unix socket."""
+    if address.startswith(UNIX_SOCKET):
+        return {"server.address": address.partition(":")[2]}
+    host, port = split_address(address)
+    return {"server.address": host, "server.port": port}
 
 
 def mark_failed(span: trace.Span, error: ServiceError, at_ns: int | None = None) -> None:

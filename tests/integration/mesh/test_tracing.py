@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from meshserve.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
-from services.runtime.telemetry.spans import EVENTS, SPANS, STAGES
+from services.runtime.telemetry.spans import COMMON_ATTRIBUTES, EVENTS, SPANS, STAGES
 from tests.support.mesh import Mesh
 from tests.support.otlp import ReceivedSpan, Receiver
 
@@ -451,7 +451,7 @@ def test_every_span_attribute_and_event_is_declared(mesh: Mesh, otlp: Receiver) 
             service, name = "gateway", "{operation} {model}"
         else:
             service, name = span.service.removeprefix("meshserve-"), span.name
-        undeclared = set(span.attributes) - declared[(service, name)] - {"error.type"}
+        undeclared = set(span.attributes) - declared[(service, name)] - set(COMMON_ATTRIBUTES)
         assert not undeclared, f"{span.service} {span.name}: {undeclared}"
         for event in span.events:
             event_row = events[event.name]

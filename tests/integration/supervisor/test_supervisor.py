@@ -94,6 +94,24 @@ async def test_a_process_that_keeps_crashing_is_given_up_with_its_last_words(
     assert supervisor.statuses["a"].state is ProcessState.FAILED
 
 
+async def test_the_mesh_goes_on_without_a_process_that_it_can_do_without(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    supervisor = supervise(
+        fake_spec("a", free_port()),
+        fake_spec("pages", free_port(), "--exit-at-once", "3", essential=False),
+        log_dir=tmp_path,
+    )
+    await supervisor.start()
+    failing = asyncio.create_task(supervisor.wait_for_failure())
+    await until(lambda: supervisor.statuses["pages"].state is ProcessState.FAILED)
+    assert supervisor.statuses["a"].state is ProcessState.HEALTHY
+    await asyncio.sleep(0)
+    assert not failing.done()
+    failing.cancel()
+    await supervisor.stop()
+
+
 async def test_a_configuration_error_is_not_tried_again(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:

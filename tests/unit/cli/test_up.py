@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from meshserve.cli.services import model_environment
+from meshserve.cli.exits import CommandError
+from meshserve.cli.services import model_environment, trace_environment
 from services.runtime.settings import parse_settings
 
 
@@ -20,6 +21,12 @@ def test_a_name_becomes_the_only_model(model: str) -> None:
     assert [(name, entry.source) for name, entry in settings.models.items()] == [(model, model)]
     assert settings.engine_model == model
     assert settings.engine.threads == 1
+
+
+def test_traces_that_go_elsewhere_are_not_taken_from_there() -> None:
+    settings = parse_settings({"telemetry": {"otlp_endpoint": "http://jaeger:4317"}}, {})
+    with pytest.raises(CommandError, match="traces go to http://jaeger:4317 already"):
+        trace_environment(settings)
 
 
 def test_a_path_is_named_after_its_file_and_made_absolute(

@@ -11,7 +11,6 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.wrappers_pb2 import StringValue
-from opentelemetry.trace import SpanKind
 
 from services.runtime import names
 from services.runtime.errors import Reason, ServiceError
@@ -252,7 +251,15 @@ async def test_a_retried_call_is_one_call_in_traces_and_metrics(
     await service.are_serving(2, 3)
     asking = asyncio.create_task(ask(service.stub, "sleep 0.4"))
     await until(lambda: first.shapes.calls + second.shapes.calls == 1)
+    asked_first = {first.shapes.calls: "127.0.0.2", second.shapes.calls: "127.0.0.3"}[1]
     await (first if first.shapes.calls else second).server.stop(0)
     assert await asking == "0.4"
-    assert len(spans.of(SpanKind.CLIENT)) == 1
+    span = spans.client
+    assert span.attributes["server.address"] == (
+        "127.0.0.3" if asked_first == "127.0.0.2" else "127.0.0.2"
+    )
+    (event,) = span.events
+    assert event.name == "retried"
+    assert event.attributes["server.address"] == asked_first
+    assert event.attributes["error.type"] == "SERVICE_UNAVAILABLE"
     assert counted(loopback.metrics, "client", "Unary", "OK") == 1

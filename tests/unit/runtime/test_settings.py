@@ -68,7 +68,7 @@ def test_nothing_given_is_the_demo_model_on_loopback() -> None:
         ),
         (
             {"telemetry": {"zzzz": 1}},
-            "known keys: otlp_endpoint, sample_ratio, trace_url, log_level, log_format",
+            "known keys: otlp_endpoint, sample_ratio, trace_url, openinference, phoenix, ",
         ),
     ],
 )

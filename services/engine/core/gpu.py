@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from services.engine.core.messages import GpuUse
@@ -14,20 +12,16 @@ def gpu_use(device: str) -> GpuUse | None:
     if not device.startswith("cuda"):
         return None
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    percent = torch.cuda.utilization(device) if _tells_utilization(device) else None
     return GpuUse(
         memory_used_bytes=total_bytes - free_bytes,
         memory_bytes=total_bytes,
-        utilization=None if percent is None else percent / 100,
+        utilization=_utilization(device),
     )
 
 
-@functools.cache
-def _tells_utilization(device: str) -> bool:
-    """Whether the driver's management library is there and knows the device: in some containers,
-    and for a slice of a GPU, it does not."""
+def _utilization(device: str) -> float | None:
     try:
-        torch.cuda.utilization(device)
-    except Exception:  # of the library's own many kinds
-        return False
-    return True
+        return torch.cuda.utilization(device) / 100
+    except Exception:  # of the driver's management library, which has many kinds
+        # In some containers it is not there, and of a slice of a GPU it does not tell.
+        return None

@@ -70,6 +70,7 @@ bench-start: ## Print the time from git clone to the first token, and of a secon
 
 docs: $(VENV)/.dev ## Regenerate the reference tables in docs/
 	$(BIN)/python docs/generate.py
+	$(BIN)/python deploy/helm/generate.py
 
 kernels: $(VENV)/.kernels ## Compile the C++ kernels of the CPU again after editing them
 

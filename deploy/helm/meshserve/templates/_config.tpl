@@ -1,0 +1,55 @@
+{{/* meshserve.yaml: what the chart knows laid over `settings`. */}}
+{{- define "meshserve.config" -}}
+{{- $root := . -}}
+{{- $host := .Values.listenHost -}}
+{{- $default := include "meshserve.defaultModel" . -}}
+{{- $ports := include "meshserve.ports" . | fromYaml -}}
+models:
+{{- range $name := prepend (without (keys .Values.models | sortAlpha) $default) $default }}
+{{- $engine := include "meshserve.engine" (dict "root" $root "model" $name) | fromJson }}
+{{- $model := omit (get $root.Values.models $name) "engine" }}
+{{- $target := printf "dns:///%s:50053" (include "meshserve.name" (dict "root" $root "service" "engine" "model" $name)) }}
+{{- $model = merge (dict "engine_target" $target) $model }}
+{{- if and (eq $engine.autoscaling.kind "keda") (eq (int $engine.autoscaling.minReplicas) 0) }}
+{{- $model = merge (dict "activation_timeout_s" $engine.autoscaling.activationSeconds) $model }}
+{{- end }}
+{{ dict $name $model | toYaml | indent 2 }}
+{{- end }}
+{{- $sections := dict }}
+{{- range $service, $own := $ports }}
+{{- $section := dict "listen" (printf "%s:%v" $host $own.grpc) "metrics_listen" (printf "%s:%v" $host $own.metrics) }}
+{{- if eq $service "gateway" }}
+{{- $_ := set $section "http_listen" (printf "%s:%v" $host $own.http) }}
+{{- $_ := set $section "auth" (dict "mode" $root.Values.gateway.auth.mode) }}
+{{- else }}
+{{- $model := ternary $default "" (eq $service "engine") }}
+{{- $name := include "meshserve.name" (dict "root" $root "service" $service "model" $model) }}
+{{- $_ := set $section "target" (printf "dns:///%s:%v" $name $own.grpc) }}
+{{- end }}
+{{- if $root.Values.tls.enabled }}
+{{- $folder := "/etc/meshserve/tls" }}
+{{- $tls := dict "certificate" (printf "%s/tls.crt" $folder) "private_key" (printf "%s/tls.key" $folder) "ca" (printf "%s/ca.crt" $folder) }}
+{{- if and $root.Values.tls.mutual (ne $service "gateway") }}
+{{- $_ := set $tls "client_ca" (printf "%s/ca.crt" $folder) }}
+{{- end }}
+{{- $_ := set $section "tls" $tls }}
+{{- end }}
+{{- if and (eq $service "safety") $root.Values.safety.policies }}
+{{- $policies := dict }}
+{{- range $name, $_ := $root.Values.safety.policies }}
+{{- $_ := set $policies $name (printf "/etc/meshserve/policies/%s.yaml" $name) }}
+{{- end }}
+{{- $_ := set $section "policies" $policies }}
+{{- end }}
+{{- $_ := set $sections $service (mergeOverwrite (deepCopy (get $root.Values.settings $service)) $section) }}
+{{- end }}
+{{ toYaml $sections }}
+{{- if not .Values.valkey.existingSecret }}
+valkey:
+  url: {{ default (printf "redis://%s:6379/0" (include "meshserve.name" (dict "root" . "service" "valkey"))) .Values.valkey.url }}
+{{- end }}
+{{- with .Values.settings.telemetry }}
+telemetry:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,117 @@
+{{/* The container of a service; takes what `meshserve.podTemplate` takes. */}}
+{{- define "meshserve.container" -}}
+{{- $root := .root -}}
+{{- $service := .service -}}
+{{- $ports := get (include "meshserve.ports" . | fromYaml) $service -}}
+{{- $image := $service -}}
+{{- if .engine -}}{{- $image = printf "engine-%s" .engine.device -}}{{- end -}}
+- name: {{ $service }}
+  image: {{ include "meshserve.image" (dict "root" $root "image" $image) }}
+  imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+  {{- with .args }}
+  args: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  env: {{- include "meshserve.environment" . | nindent 4 }}
+  ports:
+    {{- range $name, $number := $ports }}
+    - {name: {{ $name }}, containerPort: {{ $number }}}
+    {{- end }}
+  {{- $resources := deepCopy .values.resources }}
+  {{- if .engine }}
+  {{- if eq .engine.device "cuda" }}
+  {{- $limits := merge (dict "nvidia.com/gpu" .engine.gpus) (get $resources "limits" | default dict) }}
+  {{- $_ := set $resources "limits" $limits }}
+  {{- end }}
+  {{- end }}
+  resources: {{- toYaml $resources | nindent 4 }}
+  securityContext: {{- include "meshserve.containerSecurity" . | nindent 4 }}
+  lifecycle:
+    preStop:
+      sleep: {seconds: {{ dig "preStopSeconds" 2 .values }}}
+  {{- include "meshserve.probes" . | nindent 2 }}
+  volumeMounts:
+    - {name: settings, mountPath: /etc/meshserve/meshserve.yaml, subPath: meshserve.yaml, readOnly: true}
+    - {name: tmp, mountPath: /tmp}
+    {{- if has $service (list "engine" "tokenizer") }}
+    - {name: models, mountPath: /models, readOnly: true}
+    {{- end }}
+    {{- if $root.Values.tls.enabled }}
+    - {name: tls, mountPath: /etc/meshserve/tls, readOnly: true}
+    {{- end }}
+    {{- if and (eq $service "safety") $root.Values.safety.policies }}
+    - {name: policies, mountPath: /etc/meshserve/policies, readOnly: true}
+    {{- end }}
+{{- end -}}
+
+{{- define "meshserve.environment" -}}
+{{- $root := .root -}}
+- {name: MESHSERVE_CONFIG, value: /etc/meshserve/meshserve.yaml}
+{{- if has .service (list "engine" "tokenizer") }}
+- {name: MESHSERVE_CACHE, value: /models}
+{{- end }}
+{{- if .engine }}
+- {name: MESHSERVE_ENGINE__MODEL, value: {{ .model | toJson | quote }}}
+- {name: MESHSERVE_ENGINE__TARGET, value: {{ printf "dns:///%s:50053" (include "meshserve.name" .) }}}
+- {name: MESHSERVE_ENGINE__DEVICE, value: {{ ternary "cuda:0" "cpu" (eq .engine.device "cuda") }}}
+{{- range $key, $value := .engine.settings }}
+- {name: MESHSERVE_ENGINE__{{ upper $key }}, value: {{ $value | toJson | quote }}}
+{{- end }}
+{{- end }}
+{{- if and (eq .service "gateway") $root.Values.gateway.auth.existingSecret }}
+- name: MESHSERVE_GATEWAY__AUTH__KEYS
+  valueFrom:
+    secretKeyRef:
+      name: {{ $root.Values.gateway.auth.existingSecret }}
+      key: {{ $root.Values.gateway.auth.secretKey }}
+{{- end }}
+{{- if and (has .service (list "gateway" "cache")) $root.Values.valkey.existingSecret }}
+- name: MESHSERVE_VALKEY__URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ $root.Values.valkey.existingSecret }}
+      key: {{ $root.Values.valkey.secretKey }}
+{{- end }}
+{{- end -}}
+
+{{/* Ready is who takes work; alive is who answers. An engine answers once its model is loaded and
+warm. The kubelet's own probe speaks no TLS, ours does. */}}
+{{- define "meshserve.probes" -}}
+{{- $service := .service -}}
+{{- $port := (get (include "meshserve.ports" . | fromYaml) $service).grpc -}}
+{{- $health := get (include "meshserve.health" . | fromYaml) $service -}}
+{{- $startSeconds := 120 -}}
+{{- if .engine -}}{{- $startSeconds = int .engine.startupSeconds -}}{{- end -}}
+{{- if .root.Values.tls.enabled -}}
+startupProbe:
+  exec: {command: [meshserve, probe, --liveness, {{ $service }}]}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: {{ divf $startSeconds 5 | ceil }}
+readinessProbe:
+  exec: {command: [meshserve, probe, {{ $service }}]}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 2
+livenessProbe:
+  exec: {command: [meshserve, probe, --liveness, {{ $service }}]}
+  periodSeconds: 20
+  timeoutSeconds: 10
+  failureThreshold: 3
+{{- else -}}
+startupProbe:
+  grpc: {port: {{ $port }}, service: liveness}
+  periodSeconds: 2
+  timeoutSeconds: 2
+  failureThreshold: {{ divf $startSeconds 2 | ceil }}
+readinessProbe:
+  grpc: {port: {{ $port }}, service: {{ $health }}}
+  periodSeconds: 3
+  timeoutSeconds: 2
+  failureThreshold: 2
+livenessProbe:
+  grpc: {port: {{ $port }}, service: liveness}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,95 @@
+{{/* Names, labels and addresses of the services. */}}
+
+{{- define "meshserve.fullname" -}}
+{{- $name := .Values.fullnameOverride -}}
+{{- if not $name -}}
+{{- $name = ternary .Release.Name (printf "%s-meshserve" .Release.Name) (contains "meshserve" .Release.Name) -}}
+{{- end -}}
+{{- $name | trunc 30 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* A model's name as part of the names of objects. */}}
+{{- define "meshserve.slug" -}}
+{{- regexReplaceAll "[^a-z0-9]+" (lower .) "-" | trimAll "-" | trunc 24 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* The name of a service's objects: (dict "root" $ "service" "engine" "model" NAME). */}}
+{{- define "meshserve.name" -}}
+{{- include "meshserve.fullname" .root -}}-{{- .service -}}
+{{- with .model -}}-{{- include "meshserve.slug" . -}}{{- end -}}
+{{- end -}}
+
+{{/* By what the pods of a service are known; of all engines without a model. */}}
+{{- define "meshserve.selector" -}}
+app.kubernetes.io/name: meshserve
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .service }}
+{{- with .model }}
+meshserve/model: {{ include "meshserve.slug" . }}
+{{- end }}
+{{- end -}}
+
+{{- define "meshserve.labels" -}}
+{{ include "meshserve.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: meshserve
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end -}}
+
+{{/* Ports of all services, as a YAML mapping. */}}
+{{- define "meshserve.ports" -}}
+gateway: {grpc: 50051, http: 8080, metrics: 9451}
+tokenizer: {grpc: 50052, metrics: 9452}
+engine: {grpc: 50053, metrics: 9453}
+cache: {grpc: 50054, metrics: 9454}
+safety: {grpc: 50055, metrics: 9455}
+{{- end -}}
+
+{{/* Full names of their gRPC services, which their health goes by. */}}
+{{- define "meshserve.health" -}}
+gateway: meshserve.v1.InferenceService
+tokenizer: meshserve.v1.TokenizerService
+engine: meshserve.v1.EngineService
+cache: meshserve.v1.CacheService
+safety: meshserve.v1.SafetyService
+{{- end -}}
+
+{{- define "meshserve.image" -}}
+{{- .root.Values.image.registry -}}{{- .root.Values.image.prefix -}}{{- .image -}}:
+{{- default .root.Chart.AppVersion .root.Values.image.tag -}}
+{{- end -}}
+
+{{- define "meshserve.defaultModel" -}}
+{{- default (keys .Values.models | sortAlpha | first) .Values.defaultModel -}}
+{{- end -}}
+
+{{/* What holds for the engines of one model, as JSON: engineDefaults under its own `engine`. */}}
+{{- define "meshserve.engine" -}}
+{{- $own := get (get .root.Values.models .model) "engine" | default dict -}}
+{{- mergeOverwrite (deepCopy .root.Values.engineDefaults) $own | toJson -}}
+{{- end -}}
+
+{{/* How long a service may take to finish what it has, in seconds. */}}
+{{- define "meshserve.drainSeconds" -}}
+{{- $own := dict -}}
+{{- if .engine -}}{{- $own = .engine.settings -}}{{- end -}}
+{{- $shared := get .root.Values.settings .service -}}
+{{- ceil (dig "drain_timeout_s" (dig "drain_timeout_s" 30 $shared) $own) -}}
+{{- end -}}
+
+{{- define "meshserve.targetReference" -}}
+{{- if and .engine .engine.multiNode.enabled -}}
+apiVersion: leaderworkerset.x-k8s.io/v1
+kind: LeaderWorkerSet
+{{- else -}}
+apiVersion: apps/v1
+kind: Deployment
+{{- end }}
+name: {{ include "meshserve.name" . }}
+{{- end -}}
+
+{{- define "meshserve.embedsValkey" -}}
+{{- $valkey := .Values.valkey -}}
+{{- if and $valkey.embedded.enabled (not $valkey.url) (not $valkey.existingSecret) -}}yes{{- end -}}
+{{- end -}}

@@ -1,0 +1,170 @@
+"""The settings that the chart writes are those that the services read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from services.runtime.settings import Settings, parse_settings, split_address
+from tests.support.chart import Manifest, Values, example, of_kind, pod_templates, render, the
+from tests.unit.deploy.test_chart_manifests import EXAMPLES
+
+each_example = pytest.mark.parametrize("name", EXAMPLES)
+
+KEYS = "[{name: acme, sha256: '" + "a" * 64 + "'}]"
+SECRETS = {
+    "MESHSERVE_GATEWAY__AUTH__KEYS": KEYS,
+    "MESHSERVE_VALKEY__URL": "rediss://:word@valkey:6379/0",
+}
+
+
+def environment(template: Manifest) -> dict[str, str]:
+    """The variables of a pod, with what Secrets would hold."""
+    (container,) = template["spec"]["containers"]
+    return {
+        each["name"]: each["value"] if "value" in each else SECRETS[each["name"]]
+        for each in container.get("env", [])
+    }
+
+
+def settings_of(values: Values) -> dict[str, Settings]:
+    """What each pod reads, by the name of its workload without the release's."""
+    manifests = render(values)
+    document = yaml.safe_load(the(manifests, "ConfigMap", "")["data"]["meshserve.yaml"])
+    return {
+        where.split("demo-meshserve-")[1]: parse_settings(document, environment(template))
+        for where, template in pod_templates(manifests)
+        if not where.startswith("StatefulSet")
+    }
+
+
+@each_example
+def test_every_pod_can_start_with_them(name: str) -> None:
+    assert settings_of(example(name))
+
+
+@each_example
+def test_every_service_is_found_where_it_listens(name: str) -> None:
+    manifests = render(example(name))
+    ports = {
+        (each["metadata"]["name"], port["port"])
+        for each in of_kind(manifests, "Service")
+        if each["spec"].get("clusterIP") == "None"
+        for port in each["spec"]["ports"]
+    }
+    settings = settings_of(example(name))["gateway"]
+    targets = [settings.server(each).effective_target for each in ("tokenizer", "cache", "safety")]
+    targets += [model.engine_target or "" for model in settings.models.values()]
+    for target in targets:
+        host, port = split_address(target.removeprefix("dns:///"))
+        assert (host, port) in ports
+        assert target.startswith("dns:///")
+
+
+@each_example
+def test_every_container_opens_the_ports_that_its_service_listens_on(name: str) -> None:
+    by_workload = settings_of(example(name))
+    for where, template in pod_templates(render(example(name))):
+        if where.startswith("StatefulSet") or where.endswith(" worker"):
+            continue
+        (container,) = template["spec"]["containers"]
+        section = by_workload[where.split("demo-meshserve-")[1]].server(container["name"])
+        listens = {split_address(section.listen)[1], split_address(section.metrics_listen or "")[1]}
+        opened = {each["containerPort"] for each in container["ports"]}
+        assert listens <= opened
+
+
+def test_each_engine_runs_its_own_model_where_the_gateway_looks_for_it() -> None:
+    values = example("gpu")
+    by_workload = settings_of(values)
+    gateway = by_workload["gateway"]
+    for workload, model, device in (
+        ("engine-llama-3-1-8b", "llama-3.1-8b", "cuda:0"),
+        ("engine-smollm2-135m", "smollm2-135m", "cpu"),
+    ):
+        engine = by_workload[workload]
+        assert (engine.engine_model, engine.engine.device) == (model, device)
+        assert engine.engine.effective_target == gateway.models[model].engine_target
+    assert by_workload["engine-llama-3-1-8b"].engine.max_batch_tokens == 2048
+    assert by_workload["engine-llama-3-1-8b"].engine.speculation.draft_model == "smollm2-135m"
+    assert by_workload["engine-smollm2-135m"].engine.max_batch_tokens == 512
+
+
+def test_the_pods_that_read_models_pull_them_first() -> None:
+    manifests = render(example("gpu"))
+
+    def pulled(name: str) -> list[str]:
+        pod = the(manifests, "Deployment", name)["spec"]["template"]["spec"]
+        return [each["args"][-1] for each in pod["initContainers"]]
+
+    llama = "meta-llama/Llama-3.1-8B-Instruct"
+    assert pulled("engine-llama-3-1-8b") == [llama, "smollm2-135m"]
+    assert pulled("engine-smollm2-135m") == ["smollm2-135m"]
+    assert pulled("tokenizer") == [llama, "smollm2-135m"]
+    gateway = the(manifests, "Deployment", "gateway")["spec"]["template"]["spec"]
+    assert "initContainers" not in gateway
+
+
+def test_the_default_model_is_the_one_that_was_named() -> None:
+    assert settings_of(example("production"))["gateway"].default_model == "smollm2-360m"
+
+
+def test_requests_wait_for_the_engines_that_may_all_end_and_for_no_others() -> None:
+    models = settings_of(example("keda"))["gateway"].models
+    assert models["smollm2-360m"].activation_timeout_s == 300
+    assert models["smollm2-135m"].activation_timeout_s is None
+
+
+def test_with_tls_every_service_shows_a_certificate_and_asks_for_one_within() -> None:
+    settings = settings_of(example("tls"))["gateway"]
+    for service in ("gateway", "tokenizer", "engine", "cache", "safety"):
+        tls = settings.server(service).tls
+        assert tls is not None
+        assert tls.certificate == Path("/etc/meshserve/tls/tls.crt")
+        assert (tls.client_ca is None) == (service == "gateway")
+    for where, template in pod_templates(render(example("tls"))):
+        (container,) = template["spec"]["containers"]
+        (volume,) = (each for each in template["spec"]["volumes"] if each["name"] == "tls")
+        mounts = {each["mountPath"] for each in container["volumeMounts"]}
+        assert volume["secret"]["secretName"] == f"meshserve-{container['name']}-tls", where
+        assert "/etc/meshserve/tls" in mounts
+
+
+def test_secrets_are_read_by_who_needs_them_and_stand_nowhere_else() -> None:
+    manifests = render(example("production"))
+    readers: dict[str, set[str]] = {}
+    for where, template in pod_templates(manifests):
+        (container,) = template["spec"]["containers"]
+        for each in container["env"]:
+            if "valueFrom" in each:
+                secret = each["valueFrom"]["secretKeyRef"]["name"]
+                readers.setdefault(secret, set()).add(where.split("demo-meshserve-")[1])
+    assert readers == {"meshserve-keys": {"gateway"}, "meshserve-valkey": {"gateway", "cache"}}
+    assert of_kind(manifests, "Secret") == []
+    assert "valkey" not in yaml.safe_load(the(manifests, "ConfigMap", "")["data"]["meshserve.yaml"])
+
+
+def test_a_policy_is_read_where_it_is_mounted() -> None:
+    manifests = render(example("production"))
+    path = settings_of(example("production"))["safety"].safety.policies["default"]
+    pod = the(manifests, "Deployment", "safety")["spec"]["template"]["spec"]
+    (mount,) = (each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "policies")
+    assert str(path.parent) == mount["mountPath"]
+    written = yaml.safe_load(the(manifests, "ConfigMap", "policies")["data"][path.name])
+    assert written == example("production")["safety"]["policies"]["default"]
+
+
+def test_new_settings_are_new_pods() -> None:
+    def checksums(values: Values) -> list[str]:
+        return [
+            template["metadata"]["annotations"]["checksum/settings"]
+            for where, template in pod_templates(render(values))
+            if not where.startswith("StatefulSet")
+        ]
+
+    before = checksums(example("trial"))
+    after = checksums(example("trial") | {"settings": {"cache": {"default_ttl_s": 60}}})
+    assert before == checksums(example("trial"))
+    assert not set(before) & set(after)

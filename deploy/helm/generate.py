@@ -94,14 +94,14 @@ class SettingsSchemas:
 
 
 def _without_noise(schema: Any) -> Any:
-    """Without titles, formats and defaults, which say nothing about what is allowed here."""
+    """Without what says nothing about what is allowed here."""
     if isinstance(schema, dict):
         return {
             key: {name: _without_noise(each) for name, each in value.items()}
             if key == "properties"
             else _without_noise(value)
             for key, value in schema.items()
-            if key not in ("title", "format", "default")
+            if key not in ("title", "format", "default", "description")
         }
     if isinstance(schema, list):
         return [_without_noise(each) for each in schema]

@@ -116,22 +116,33 @@ class Stack:
         for service in (*SERVICES, "valkey"):
             wait_until(lambda name=service: self.is_healthy(name), timeout_s, f"{service} is ill")
 
-    def kill_process(self, service: str, pattern: str) -> None:
-        """Kills the process of a service's container as the kernel would, by SIGKILL: Docker takes
-        `docker kill` for somebody's wish and starts nothing again."""
-        (container,) = self.containers(service)
+    def kill_process(self, container: str, word: str) -> None:
+        """Kills the processes in a container that have a word on their command line as the kernel
+        would: Docker takes `docker kill` for somebody's wish and starts nothing again."""
         script = (
             "import os, pathlib\n"
             "for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):\n"
             "    words = path.read_bytes().decode().split(chr(0))\n"
-            f"    if int(path.parent.name) not in (1, os.getpid()) and {pattern!r} in words:\n"
+            f"    if int(path.parent.name) not in (1, os.getpid()) and {word!r} in words:\n"
             "        os.kill(int(path.parent.name), 9)\n"
         )
-        self.docker("exec", container, "python3", "-c", script)
+        # Detached: it ends with the container.
+        self.docker("exec", "--detach", container, "python3", "-c", script)
 
-    def restarts(self, service: str) -> int:
-        (container,) = self.containers(service)
+    def restarts(self, container: str) -> int:
+        """How often the engine has started it again."""
         return int(self.inspect(container)["RestartCount"])
+
+    def page(self, path: str) -> tuple[int, str]:
+        """The status and the content type of a page of the gateway's HTTP port."""
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{self._first_published('gateway', 8080)}{path}", timeout=10
+        ) as response:
+            return response.status, response.headers.get_content_type()
+
+    def _first_published(self, service: str, port: int) -> int:
+        container = self.containers(service)[0]
+        return int(self.docker("port", container, f"{port}/tcp").rpartition(":")[2])
 
     def trace(self, trace_id: str) -> list[dict[str, str]]:
         """The spans of a trace that the receiver was sent."""

@@ -31,6 +31,11 @@ def test_the_published_port_answers(stack: Stack) -> None:
         assert "Paris" in client.chat("What is the capital of France?", temperature=0).text
 
 
+def test_the_console_is_published_beside_it(stack: Stack) -> None:
+    assert stack.page("/") == (200, "text/html")
+    assert stack.page("/readyz")[0] == 200
+
+
 def test_a_request_is_one_trace_over_all_services(stack: Stack) -> None:
     trace_id = secrets.token_hex(16)
     parent = f"00-{trace_id}-{secrets.token_hex(8)}-01"
@@ -93,14 +98,15 @@ def test_engines_and_tokenizers_are_taken_away_under_load(stack: Stack) -> None:
 
 @pytest.mark.parametrize("victim", SERVICES)
 def test_a_killed_service_is_started_again(stack: Stack, victim: str) -> None:
-    restarts = stack.restarts(victim)
+    (container,) = stack.containers(victim)
+    restarts = stack.restarts(container)
     with Load(stack) as load:
         load.wait_for_more()
-        stack.kill_process(victim, f"services.{victim}")
-        wait_until(lambda: stack.restarts(victim) > restarts, 60, f"{victim} stays away")
+        stack.kill_process(container, f"services.{victim}")
+        wait_until(lambda: stack.restarts(container) > restarts, 60, f"{victim} stays away")
         stack.wait_until_healthy()
         load.wait_for_more()
-    print(victim, dict(load.outcomes))
+    print(victim, dict(load.outcomes), load.failures[:1])
 
 
 def test_requests_do_not_need_valkey(stack: Stack) -> None:

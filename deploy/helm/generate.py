@@ -1,8 +1,9 @@
-"""Writes `meshserve/values.schema.json`: what the chart's values may be.
+"""Writes `meshserve/values.schema.json`, what the chart's values may be, and docs/helm-values.md,
+what they mean, from the comments of values.yaml.
 
 The parts that are settings of the mesh come from the code that reads these settings, so that a key
-which a service would refuse is refused before anything is installed. The file is written by
-`python deploy/helm/generate.py`; a test fails while it differs from what would be written.
+which a service would refuse is refused before anything is installed. Both files are written by
+`python deploy/helm/generate.py`; a test fails while one differs from what would be written.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 CHART = Path(__file__).parent / "meshserve"
 sys.path.insert(0, str(CHART.parents[2]))
 
+import yaml  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 
 from services.runtime.settings import (  # noqa: E402
@@ -284,12 +287,82 @@ def _referred_to(schema: Any, definitions: dict[str, Schema]) -> set[str]:
     return found
 
 
-def rendered() -> str:
-    """The text of the file."""
+def schema_text() -> str:
+    """The text of values.schema.json."""
     return json.dumps(values_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
+def page_text() -> str:
+    """The text of docs/helm-values.md."""
+    lines = [
+        "# Values of the Helm chart",
+        "",
+        "What `helm install` takes with `--values FILE` or `--set KEY=VALUE`. The chart refuses",
+        "other keys. [kubernetes.md](kubernetes.md) says how they go together, and",
+        "`deploy/helm/examples` has files that a test renders. Made from the comments in",
+        "`deploy/helm/meshserve/values.yaml`.",
+        "",
+        "| Key | Default | Meaning |",
+        "|---|---|---|",
+    ]
+    for key, default, meaning in _described_values():
+        lines.append(f"| `{key}` | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _described_values() -> Iterator[tuple[str, str, str]]:
+    """(path, default, meaning) of every value that has a comment."""
+    text = (CHART / "values.yaml").read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    path: list[tuple[int, str]] = []
+    comment: list[str] = []
+    for line in text.splitlines():
+        bare = line.strip()
+        if bare.startswith("#"):
+            comment.append(bare.removeprefix("#").strip())
+            continue
+        found = re.match(r"( *)([A-Za-z0-9./-]+):", line)
+        if found is not None:
+            path = [each for each in path if each[0] < len(found[1])]
+            path.append((len(found[1]), found[2]))
+            if comment:
+                keys = [key for _, key in path]
+                yield (
+                    ".".join(keys),
+                    _shown(_at(values, keys)),
+                    " ".join(comment).replace("|", "\\|"),
+                )
+        comment = []
+
+
+def _at(values: Any, keys: list[str]) -> Any:
+    for key in keys:
+        values = values[key]
+    return values
+
+
+def _shown(value: Any) -> str:
+    """A default in a cell of a table; a mapping whose keys have rows of their own shows nothing."""
+    if isinstance(value, dict) and any(isinstance(each, dict) for each in value.values()):
+        is_flat = all(
+            not isinstance(inner, dict)
+            for each in value.values()
+            if isinstance(each, dict)
+            for inner in each.values()
+        )
+        return f"`{json.dumps(value)}`" if is_flat and "requests" in value else ""
+    return f"`{json.dumps(value, ensure_ascii=False)}`"
+
+
+def main() -> None:
+    """Writes both files."""
+    for path, text in (
+        (CHART / "values.schema.json", schema_text()),
+        (CHART.parents[2] / "docs/helm-values.md", page_text()),
+    ):
+        path.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"{path} written\n")
+
+
 if __name__ == "__main__":
-    path = CHART / "values.schema.json"
-    path.write_text(rendered(), encoding="utf-8")
-    sys.stdout.write(f"{path} written\n")
+    main()

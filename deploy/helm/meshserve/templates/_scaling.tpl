@@ -101,7 +101,7 @@ spec:
         serverAddress: {{ $url }}
         query: {{ printf "100 * sum(meshserve_engine_kv_blocks_used%s) / sum(meshserve_engine_kv_blocks%s) or vector(0)" $of $of | quote }}
         threshold: {{ $scaling.kvCachePercent | quote }}
-        # A cache that is full of what may be used again keeps no engine awake.
+        # How full the cache is keeps no engine awake.
         activationThreshold: "100"
     {{- end }}
     {{- if $scaling.timeToFirstTokenSeconds }}

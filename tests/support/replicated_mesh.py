@@ -152,19 +152,21 @@ class ReplicatedMesh:
 
     @property
     def target(self) -> str:
-        return self.replicas["gateway"][0].address
+        """Of all gateways."""
+        return "ipv4:" + ",".join(replica.address for replica in self.replicas["gateway"])
 
     def start(self, **counts: int) -> None:
-        """So many replicas of each service, one where nothing is said, and the gateway last."""
-        started = [self.begin(service) for service in PEERS for _ in range(counts.get(service, 1))]
+        """So many replicas of each service, one where nothing is said."""
+        started = [
+            self.begin(service) for service in MODULES for _ in range(counts.get(service, 1))
+        ]
         self.publish()
-        started.append(self.begin("gateway"))
         for replica in started:
             replica.wait_until_healthy()
 
-    def begin(self, service: str) -> Replica:
-        """Starts one replica more, which no name has yet."""
-        replica = Replica(self, service, f"127.0.0.{next(self._hosts[service])}")
+    def begin(self, service: str, host: str | None = None) -> Replica:
+        """Starts one replica more, which no name has yet. Default: at an address of its own."""
+        replica = Replica(self, service, host or f"127.0.0.{next(self._hosts[service])}")
         self.replicas[service].append(replica)
         self._started.append(replica)
         return replica

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import uuid
 from collections import Counter
 from typing import Self
 
@@ -21,6 +22,7 @@ class Load:
         self._target = target
         self._clients = clients
         self._max_tokens = max_tokens
+        self._name = uuid.uuid4().hex
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self.answered = 0
@@ -55,13 +57,14 @@ class Load:
             turn += 1
             has_begun = False
             try:
+                # Half of the clients ask everything twice, and are answered by the cache then.
+                topic = turn // 2 if number % 2 else turn
                 async with client.stream_chat(
-                    f"Tell me something about {turn % 5}.",
+                    f"{self._name}: tell client {number} about {topic}.",
                     max_tokens=self._max_tokens,
                     temperature=0,
                     ignore_eos=True,
                     cache=bool(number % 2),
-                    seed=turn,
                 ) as stream:
                     async for _ in stream:
                         has_begun = True

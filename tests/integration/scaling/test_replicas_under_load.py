@@ -19,7 +19,7 @@ def mesh(
     tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path
 ) -> Iterator[ReplicatedMesh]:
     with ReplicatedMesh(tmp_path_factory.mktemp("replicated")) as started:
-        started.start(tokenizer=2, safety=2, cache=2, engine=2)
+        started.start(tokenizer=2, safety=2, cache=2, engine=2, gateway=2)
         yield started
 
 
@@ -89,6 +89,23 @@ def test_only_what_a_killed_engine_had_begun_may_fail(mesh: ReplicatedMesh, serv
         assert sum(load.failures.values()) <= 12
     else:
         assert not load.failures
+    assert not load.wrong
+
+
+def test_gateways_are_replaced_without_an_error(mesh: ReplicatedMesh) -> None:
+    with Load(mesh.target) as load:
+        for old in list(mesh.replicas["gateway"]):
+            old.stop()
+            assert old.ended() == 0
+            mesh.forget(old)
+            load.go_on(30)
+            new = mesh.begin("gateway", old.host)
+            new.wait_until_healthy()
+            give_up_at = time.monotonic() + 10
+            while not new.calls("StreamChat"):
+                assert time.monotonic() < give_up_at, "the clients do not come back"
+                time.sleep(0.1)
+    assert not load.failures
     assert not load.wrong
 
 

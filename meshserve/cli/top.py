@@ -85,10 +85,14 @@ def command(
 
 async def _first_measured(connection: Connection, interval_s: float) -> mesh_pb2.MeshSnapshot:
     """The first picture whose rates cover some time."""
-    async with aclosing(watch(connection, interval_s)) as pictures:
-        async for mesh in pictures:
-            if mesh.window_ms >= REPORT_WINDOW_MS:
-                return mesh
+    try:
+        async with asyncio.timeout(connection.timeout_s):
+            async with aclosing(watch(connection, interval_s)) as pictures:
+                async for mesh in pictures:
+                    if mesh.window_ms >= REPORT_WINDOW_MS:
+                        return mesh
+    except TimeoutError:
+        raise errors.DeadlineExceededError("no report within the timeout") from None
     raise errors.ServiceUnavailableError("the gateway ended the stream")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import grpc
 
@@ -61,9 +62,11 @@ class Collector:
             self._ask_valkey(),
             *(self._ask(place, authorization) for place in self._places.all()),
         )
-        # A gateway may find itself under the target of all gateways.
-        replicas = [own, *(each for each in answers if not _is_same(each, own))]
-        known = {(each.service, each.address) for each in replicas}
+        # Under the target of all gateways it finds itself, by the address that others know it by.
+        same = [each for each in answers if each.instance_id == own.instance_id]
+        replicas = [each for each in answers if each not in same]
+        replicas.append(replace(own, address=same[0].address) if same else own)
+        known = {(each.service, each.address) for each in (own, *replicas)}
         self._histories = {key: kept for key, kept in self._histories.items() if key in known}
         return snapshot(sorted(replicas, key=lambda each: each.address), self._settings)
 
@@ -99,10 +102,6 @@ class Collector:
     def _take_in(self, service: str, address: str, status: monitor_pb2.GetStatusResponse) -> Window:
         history = self._histories.setdefault((service, address), History())
         return history.add(Reading(time.monotonic(), status))
-
-
-def _is_same(replica: Replica, own: Replica) -> bool:
-    return replica.instance_id == own.instance_id
 
 
 def _why(error: grpc.aio.AioRpcError) -> str:

@@ -310,6 +310,23 @@ def test_a_replica_that_dies_or_hangs_is_shown_as_such_and_delays_nobody(
             assert others_serve(back)
 
 
+def test_a_gateway_that_shuts_down_sends_its_watchers_away(mesh: Mesh, tmp_path: Path) -> None:
+    settings = gateway_settings(mesh)
+    with ServiceProcess("gateway", tmp_path / "gateway", settings) as process:
+        process.wait_until_healthy()
+        with grpc.insecure_channel(process.address) as channel:
+            watching = mesh_pb2_grpc.MeshServiceStub(channel).WatchMesh(WATCH, timeout=60)
+            next(watching)
+            began = time.monotonic()
+            os.kill(process.pid, signal.SIGTERM)
+            with pytest.raises(grpc.RpcError) as caught:
+                for _ in watching:
+                    pass
+        assert failure_of(caught.value).reason == "DRAINING"
+        assert process.wait() == 0
+        assert time.monotonic() - began < 8, "it does not wait for them"
+
+
 def test_top_shows_the_mesh_on_a_small_terminal(mesh: Mesh) -> None:
     with (
         Terminal(["top", "--target", mesh.target, "--interval", "0.5"], 80, 24) as terminal,

@@ -221,6 +221,14 @@ def test_a_mesh_that_is_down_is_said_with_the_way_out(meshserve: Run) -> None:
     assert "meshserve up" in result.err
 
 
+def test_a_mesh_that_is_down_is_said_on_a_terminal_too() -> None:
+    (port,) = free_ports(1)
+    with Terminal(["top", "--target", f"127.0.0.1:{port}"], columns=80, rows=24) as terminal:
+        assert terminal.wait_for_end(60) == 3
+        after = terminal.output.rpartition("\x1b[?1049l")[2]
+        assert "meshserve up" in after, "below what was there before"
+
+
 def test_on_a_terminal_it_lives_until_it_is_quit(service: ScriptedMeshService) -> None:
     arguments = ["top", "--target", service.target, "--interval", "0.25"]
     with Terminal(arguments, columns=80, rows=24) as terminal:

@@ -15,6 +15,7 @@ from aiohttp import web
 
 PAGES = Path(__file__).parent / "pages"
 INDEX = "index.html"
+ICON = "icon.svg"
 # Stands in the first page for the path of the other files.
 ASSETS_MARK = "ASSETS"
 CONTENT_TYPES = {
@@ -58,11 +59,16 @@ class Assets:
         """The first page, and the files that it asks for."""
         return [
             web.get("/", self._get_index),
+            web.get("/favicon.ico", self._get_icon),
             web.get(f"{self.base}/{{name:.+}}", self._get_file),
         ]
 
     async def _get_index(self, request: web.Request) -> web.Response:
         return _answer(request, self._index, ASK_EACH_TIME)
+
+    async def _get_icon(self, request: web.Request) -> web.Response:
+        """Asked for by browsers that show an answer which is no page."""
+        return _answer(request, self._files[ICON], ASK_EACH_TIME)
 
     async def _get_file(self, request: web.Request) -> web.Response:
         asset = self._files.get(request.match_info["name"])

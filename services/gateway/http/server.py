@@ -68,7 +68,8 @@ class HttpServer:
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=IDLE_TIMEOUT_S,
-            shutdown_timeout=settings.drain_timeout_s,
+            # The library waits as long twice: for answers to end, and for their connections.
+            shutdown_timeout=settings.drain_timeout_s / 2,
         )
         self._closing: asyncio.Task[None] | None = None
 

@@ -70,7 +70,16 @@ function frame() {
 }
 
 addEventListener("hashchange", () => {
-  // The link that skips the bar is no page.
-  if (session !== null && location.hash !== "#main") show();
+  if (session !== null) show();
+});
+// A page that the browser keeps for going back must not keep what it watches, or a chat, going.
+addEventListener("pagehide", () => leave());
+addEventListener("pageshow", (event) => {
+  if (event.persisted) enter();
+});
+// The link that skips the bar must not change the address, which names the page.
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  main.focus();
 });
 enter();

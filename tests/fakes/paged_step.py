@@ -145,7 +145,7 @@ def reference(pool: Pool, step: Step, texts: Sequence[Text]) -> Tensor:
         slots += positions % shape.block_size
         paged.flatten(1, 2)[:, slots] = torch.stack(cache.read(0, slots)).double()
     queries = torch.cat([text.queries[rows] for text, rows in pool._rows(step, texts)])
-    if pool.kernels.isa == "avx512bf16":  # the others multiply floats
+    if pool.kernels.isa in ("amx", "avx512bf16"):  # the others multiply floats
         queries = queries.bfloat16().double()
     metadata = AttentionMetadata(tuple(lengths), tuple(contexts), tables, shape.block_size)
     heads = queries.double().view(len(queries), shape.heads, shape.head_dim)

@@ -22,7 +22,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_format: Literal["auto", "int8"] = "auto"  # "auto": as the dtype
     threads: int | None = None  # CPU threads of one step; None: see processors.py
     # Instruction set of the C++ kernels; "auto" is the best the machine has, "off" plain torch.
-    cpu_kernels: Literal["auto", "avx512bf16", "avx512", "avx2", "off"] = "auto"
+    cpu_kernels: Literal["auto", "amx", "avx512bf16", "avx512", "avx2", "off"] = "auto"
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None  # None: kv_cache_memory_fraction of what is free
     kv_cache_memory_fraction: float = 0.5

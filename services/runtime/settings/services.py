@@ -63,7 +63,7 @@ class EngineSettings(ServerSettings):
         None,
         description="Compute threads on a CPU. Default: one per core, within the quota of the container.",
     )
-    cpu_kernels: Literal["auto", "avx512bf16", "avx512", "avx2", "off"] = Field(
+    cpu_kernels: Literal["auto", "amx", "avx512bf16", "avx512", "avx2", "off"] = Field(
         "auto",
         description="Instruction set of the C++ kernels on a CPU: `auto` is the best that the "
         "machine has, `off` is plain torch.",

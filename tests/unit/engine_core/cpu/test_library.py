@@ -56,6 +56,7 @@ def test_the_instruction_sets_are_those_that_the_kernel_reports(path: Path) -> N
     avx512 = avx2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
     needed = {"avx2": avx2, "avx512": avx512}
     needed["avx512bf16"] = avx512 | {"avx512_bf16", "avx512vbmi"}
+    needed["amx"] = needed["avx512bf16"] | {"amx_tile", "amx_int8", "amx_bf16"}
     has = [name for name in reversed(build.INSTRUCTION_SETS) if needed[name] <= flags]
     assert library.isa_names(path) == has
 
@@ -132,8 +133,8 @@ def test_a_damaged_library_is_compiled_again(
 ) -> None:
     installed = tmp_path / "package"
     installed.mkdir()
-    monkeypatch.setattr(library, "PACKAGE", installed)
     (installed / library.find_or_build().name).write_bytes(b"not a library")
+    monkeypatch.setattr(library, "PACKAGE", installed)
     monkeypatch.setattr(library, "build", lambda into, recipe: into / "built")
     assert library.find_or_build(tmp_path / "cache") == tmp_path / "cache" / "kernels" / "built"
 

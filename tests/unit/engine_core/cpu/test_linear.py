@@ -20,10 +20,10 @@ from services.engine.core.kernels.cpu.packing import (
     pack_grouped,
 )
 from services.engine.core.kernels.cpu.program import Epilogue
+from tests.fakes.amx_processor import libraries_with_amx
 from tests.fakes.native_linear import Norm, random_grouped, run
-from tests.fakes.paged_step import libraries
 
-KERNELS = libraries()
+KERNELS = libraries_with_amx()
 pytestmark = pytest.mark.skipif(not KERNELS, reason="no native kernels on this machine")
 
 each_isa = pytest.mark.parametrize("kernels", KERNELS, ids=lambda each: each.isa)
@@ -66,7 +66,7 @@ def activations(kernels: Library, weight_format: str, rows: Tensor) -> Tensor:
         inverse = torch.where(largest > 0, torch.tensor(127.0) / largest, torch.zeros(()))
         levels = (groups * inverse).round()  # half to even
         return (levels.double() * (largest / 127).double()).view(rows.shape)
-    return (rows.bfloat16() if kernels.isa == "avx512bf16" else rows).double()
+    return (rows.bfloat16() if kernels.isa in ("amx", "avx512bf16") else rows).double()
 
 
 def sums(
@@ -159,7 +159,7 @@ def test_the_input_of_a_layer_is_normed(kernels: Library, inputs: int) -> None:
 
     values = rows.dequantize().double()
     expected = values / (values.square().mean(-1, keepdim=True) + 0.03).sqrt() * weight
-    rounding = 2**-8 if kernels.isa == "avx512bf16" else 2**-20
+    rounding = 2**-8 if kernels.isa in ("amx", "avx512bf16") else 2**-20
     torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=1e-30)
 
 

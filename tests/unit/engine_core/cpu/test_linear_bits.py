@@ -14,10 +14,10 @@ from services.engine.core.kernels.cpu.packing import (
     quantize_8,
 )
 from services.engine.core.kernels.cpu.program import Epilogue
+from tests.fakes.amx_processor import libraries_with_amx
 from tests.fakes.native_linear import Norm, random_grouped, run
-from tests.fakes.paged_step import libraries
 
-KERNELS = libraries()
+KERNELS = libraries_with_amx()
 pytestmark = pytest.mark.skipif(not KERNELS, reason="no native kernels on this machine")
 
 each_isa = pytest.mark.parametrize("kernels", KERNELS, ids=lambda each: each.isa)

@@ -20,10 +20,10 @@ from services.engine.core.kernels.cpu.packing import (
     quantize_4,
     quantize_8,
 )
+from tests.fakes.amx_processor import libraries_with_amx
 from tests.fakes.native_linear import random_grouped, run
-from tests.fakes.paged_step import libraries
 
-KERNELS = libraries()
+KERNELS = libraries_with_amx()
 pytestmark = pytest.mark.skipif(not KERNELS, reason="no native kernels on this machine")
 
 each_isa = pytest.mark.parametrize("kernels", KERNELS, ids=lambda each: each.isa)
@@ -42,7 +42,7 @@ each_size = pytest.mark.parametrize(
 
 def operands(kernels: Library, values: Tensor) -> Tensor:
     """What the machine multiplies: some sets have products of bf16 alone."""
-    return values.bfloat16().float() if kernels.isa == "avx512bf16" else values
+    return values.bfloat16().float() if kernels.isa in ("amx", "avx512bf16") else values
 
 
 @each_isa

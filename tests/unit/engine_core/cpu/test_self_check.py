@@ -7,9 +7,9 @@ import pytest
 from services.engine.core.kernels import paged_attention
 from services.engine.core.kernels.cpu import self_check
 from services.engine.core.kernels.cpu.library import Library
-from tests.fakes.paged_step import libraries
+from tests.fakes.amx_processor import libraries_with_amx
 
-KERNELS = libraries()
+KERNELS = libraries_with_amx()
 
 pytestmark = [
     pytest.mark.skipif(not KERNELS, reason="no native kernels on this machine"),
@@ -26,7 +26,7 @@ def test_weights_that_are_not_the_packed_ones_are_noticed(
     kernels: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = self_check._rounded
-    monkeypatch.setattr(self_check, "_rounded", lambda weight, bits: right(weight, bits).flip(0))
+    monkeypatch.setattr(self_check, "_rounded", lambda weight, how: right(weight, how).flip(0))
     assert not self_check.multiplies_correctly(kernels)
 
 

@@ -28,11 +28,13 @@ SOURCES = PACKAGE / "src"
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+_AVX512BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vbmi")
 # From the narrowest to the widest: each runs wherever a later one does.
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "avx512": _AVX512,
-    "avx512bf16": (*_AVX512, "-mavx512bf16", "-mavx512vbmi"),
+    "avx512bf16": _AVX512BF16,
+    "amx": (*_AVX512BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
 BASELINE_SOURCES = ("dispatch.cpp",)
 # No contraction: where two operations become one fused one must not depend on how the compiler

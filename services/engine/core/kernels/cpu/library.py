@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from services.runtime.modelfiles import default_cache_dir
 
 logger = logging.getLogger(__name__)
 
-Choice: TypeAlias = Literal["auto", "avx512bf16", "avx512", "avx2", "off"]
+Choice: TypeAlias = Literal["auto", "amx", "avx512bf16", "avx512", "avx2", "off"]
 
 
 class KernelTable(ctypes.Structure):
@@ -120,8 +121,15 @@ def activate(choice: Choice = "auto", cache_dir: Path | None = None) -> Library 
         names = isa_names(path)
         if not names:
             raise UnavailableError("this processor has no AVX2", "nothing is to be done about it")
-        for name in names if choice == "auto" else [choice]:
-            library = load(path, name)
+        candidates = names if choice == "auto" else [choice]
+        for name in candidates:
+            try:
+                library = load(path, name)
+            except UnavailableError as error:
+                if name == candidates[-1]:
+                    raise
+                logger.warning("CPU kernels: %s; %s", error.problem, error.way_out)
+                continue
             failed = self_check(library)
             if not failed:
                 _active = library
@@ -177,19 +185,32 @@ def load(path: Path, isa: str) -> Library:
     """Return the kernels of an instruction set by its name.
 
     Raises:
-        UnavailableError: the library cannot be loaded, or the machine lacks the instruction set.
+        UnavailableError: the library cannot be loaded, the machine lacks the instruction set, or
+            the operating system does not give it to this process.
     """
-    table = _open(path).meshserve_kernels(isa.encode())
-    if not table:
-        has = ", ".join(isa_names(path)) or "none of the instruction sets that the kernels use"
+    names = isa_names(path)
+    if isa not in names:
+        has = ", ".join(names) or "none of the instruction sets that the kernels use"
         raise UnavailableError(
             f"this processor lacks {isa}; it has {has}", "set engine.cpu_kernels to auto"
         )
+    if error := _open(path).meshserve_request(isa.encode()):
+        raise UnavailableError(
+            f"the operating system refuses {isa}: {os.strerror(error)}",
+            "engine.cpu_kernels takes another instruction set",
+        )
+    return Library(isa, path, table_of(path, isa))
+
+
+def table_of(path: Path, isa: str) -> KernelTable:
+    """Return what a library has for an instruction set, whether or not this machine can run it."""
+    table = _open(path).meshserve_kernels(isa.encode())
     if table.contents.size != ctypes.sizeof(KernelTable):
         raise UnavailableError(
             f"{path} and library.py disagree about the table of kernels", "please report this"
         )
-    return Library(isa, path, table.contents)
+    contents: KernelTable = table.contents
+    return contents
 
 
 @cache
@@ -198,6 +219,8 @@ def _open(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         library.meshserve_isa_names.restype = ctypes.c_char_p
         library.meshserve_isa_names.argtypes = ()
+        library.meshserve_request.restype = ctypes.c_int
+        library.meshserve_request.argtypes = (ctypes.c_char_p,)
         library.meshserve_kernels.restype = ctypes.POINTER(KernelTable)
         library.meshserve_kernels.argtypes = (ctypes.c_char_p,)
     except (OSError, AttributeError) as error:

@@ -1,10 +1,15 @@
-// Chooses among the instruction sets that were compiled those that this machine has.
+// Hands out the kernels of the instruction sets that were compiled, and says which this machine
+// has.
 #include <cpuid.h>
+#include <errno.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
-#include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "kernels.h"
+#include "processor.h"
 
 namespace meshserve {
 
@@ -15,6 +20,9 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 namespace avx512bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
 extern const Kernels kernels;
 }
 
@@ -31,35 +39,24 @@ Registers cpuid(uint32_t leaf, uint32_t subleaf) {
   return read;
 }
 
-// Which register files the operating system saves when it switches threads (XCR0).
-uint64_t saved_state() {
-  uint32_t low, high;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (uint64_t{high} << 32) | low;
+Processor this_processor() {
+  const Registers leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0);
+  Processor processor{leaf1.ecx, leaf7.ebx, leaf7.ecx, leaf7.edx, cpuid(7, 1).eax, 0};
+  constexpr uint32_t osxsave = 1u << 27;
+  if (leaf1.ecx & osxsave) {
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    processor.saved = (uint64_t{high} << 32) | low;
+  }
+  return processor;
 }
 
-constexpr bool has(uint64_t word, uint64_t bits) { return (word & bits) == bits; }
-constexpr uint32_t bit(int index) { return uint32_t{1} << index; }
-
-// Bits as in Intel's Software Developer's Manual, volume 2, CPUID, and volume 1, chapter 13.
-struct Machine {
-  bool avx2 = false, avx512 = false, avx512bf16 = false;
-
-  Machine() {
-    const Registers basic = cpuid(1, 0);
-    constexpr uint32_t fma = bit(12), osxsave = bit(27), avx = bit(28), f16c = bit(29);
-    if (!has(basic.ecx, fma | osxsave | avx | f16c)) return;
-    const uint64_t saved = saved_state();
-    const Registers extended = cpuid(7, 0);
-    constexpr uint64_t ymm = 0x6, zmm = 0xe6;
-    avx2 = has(saved, ymm) && has(extended.ebx, bit(5));
-    constexpr uint32_t foundation = bit(16), dq = bit(17), bw = bit(30), vl = bit(31);
-    constexpr uint32_t vbmi = bit(1), vnni = bit(11);
-    avx512 = avx2 && has(saved, zmm) && has(extended.ebx, foundation | dq | bw | vl) &&
-             has(extended.ecx, vnni);
-    avx512bf16 = avx512 && has(extended.ecx, vbmi) && has(cpuid(7, 1).eax, bit(5));
-  }
-};
+// Linux gives a process tiles on request alone, all its threads at once: they are 8 KiB more to be
+// saved for each (Documentation/arch/x86/xstate.rst).
+int request_tiles() {
+  constexpr long arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;
+  return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0 ? 0 : errno;
+}
 
 }  // namespace
 }  // namespace meshserve
@@ -68,18 +65,21 @@ extern "C" {
 
 // The instruction sets that this machine has, the best one first, separated by spaces.
 [[gnu::visibility("default")]] const char* meshserve_isa_names() {
-  const meshserve::Machine machine;
-  if (machine.avx512bf16) return "avx512bf16 avx512 avx2";
-  if (machine.avx512) return "avx512 avx2";
-  return machine.avx2 ? "avx2" : "";
+  return meshserve::isa_names(meshserve::this_processor());
 }
 
-// The kernels of a named instruction set; null where the machine lacks it or nobody knows it.
+// Asks the operating system for what an instruction set needs of it. Returns 0, or its error.
+[[gnu::visibility("default")]] int meshserve_request(const char* isa) {
+  return std::strcmp(isa, "amx") ? 0 : meshserve::request_tiles();
+}
+
+// The kernels of a named instruction set, which the machine may not have; null where nobody knows
+// it.
 [[gnu::visibility("default")]] const meshserve::Kernels* meshserve_kernels(const char* isa) {
-  const meshserve::Machine machine;
-  if (machine.avx2 && !std::strcmp(isa, "avx2")) return &meshserve::avx2::kernels;
-  if (machine.avx512 && !std::strcmp(isa, "avx512")) return &meshserve::avx512::kernels;
-  if (machine.avx512bf16 && !std::strcmp(isa, "avx512bf16")) return &meshserve::avx512bf16::kernels;
+  for (const meshserve::Kernels* each : {&meshserve::amx::kernels, &meshserve::avx512bf16::kernels,
+                                         &meshserve::avx512::kernels, &meshserve::avx2::kernels}) {
+    if (!std::strcmp(each->isa, isa)) return each;
+  }
   return nullptr;
 }
 

@@ -19,7 +19,7 @@ struct StepInput;
 
 struct Kernels {
   size_t size;      // sizeof(Kernels), for the caller to compare with its own idea of it
-  const char* isa;  // "avx2", "avx512", "avx512bf16"
+  const char* isa;  // a name of build.py's INSTRUCTION_SETS
   // attention_calls.h
   Team* (*make_team)(int32_t threads, const int32_t* processors);
   void (*free_team)(Team* team);

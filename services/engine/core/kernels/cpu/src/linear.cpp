@@ -3,6 +3,9 @@
 #include <algorithm>
 
 #include "linear_blocks.h"
+#if defined(__AMX_TILE__)
+#include "linear_tiles.h"
+#endif
 
 namespace meshserve::MESHSERVE_ISA {
 
@@ -85,6 +88,21 @@ void compute_range(const LinearArgs& args, int first_strip, int last_strip) {
   }
 }
 
+template <typename Layout>
+void compute(const LinearArgs& args, int first_strip, int last_strip) {
+#if defined(__AMX_TILE__)
+  if constexpr (!Layout::quantised) {
+    compute_range_of_bf16(args, first_strip, last_strip, prefetch_bytes);
+  } else if (args.rows >= fewest_rows_of_bytes) {
+    compute_range_of_bytes<Layout>(args, first_strip, last_strip);
+  } else {
+    compute_range<Layout>(args, first_strip, last_strip);
+  }
+#else
+  compute_range<Layout>(args, first_strip, last_strip);
+#endif
+}
+
 }  // namespace
 
 int linear_tasks(const LinearArgs& args) {
@@ -94,14 +112,14 @@ int linear_tasks(const LinearArgs& args) {
 void linear_run(const LinearArgs& args, int first_strip, int last_strip) {
   switch (args.weights->format) {
     case WeightFormat::bf16:
-      return compute_range<Layout<WeightFormat::bf16, false>>(args, first_strip, last_strip);
+      return compute<Layout<WeightFormat::bf16, false>>(args, first_strip, last_strip);
     case WeightFormat::q8:
       if (args.weights->has_minima) {
-        return compute_range<Layout<WeightFormat::q8, true>>(args, first_strip, last_strip);
+        return compute<Layout<WeightFormat::q8, true>>(args, first_strip, last_strip);
       }
-      return compute_range<Layout<WeightFormat::q8, false>>(args, first_strip, last_strip);
+      return compute<Layout<WeightFormat::q8, false>>(args, first_strip, last_strip);
     case WeightFormat::q4:
-      return compute_range<Layout<WeightFormat::q4, true>>(args, first_strip, last_strip);
+      return compute<Layout<WeightFormat::q4, true>>(args, first_strip, last_strip);
   }
 }
 

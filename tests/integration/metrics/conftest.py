@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from tests.support.mesh import Mesh
 from tests.support.otlp import Receiver
 from tests.support.prometheus import Prometheus
 
+HARBOUR = "The harbour lay quiet under the morning fog. "
 ACME, LIMITED = "acme-key", "limited-key"
 SETTINGS = {
     "models": {
@@ -37,7 +39,7 @@ SETTINGS = {
             ],
         },
     },
-    # So little that sequences which run at once must give way to each other.
+    # 45 blocks, so that a sequence has to give way to another.
     "engine": {"kv_cache_bytes": 32 * 2**20},
 }
 
@@ -61,8 +63,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> 
         targets = {name: f"127.0.0.1:{port}" for name, port in mesh.metrics_ports.items()}
         with Prometheus(directory / "prometheus", targets) as prometheus:
             with mesh.client(api_key=ACME) as client:
-                # More tokens side by side than the cache holds.
-                _streams(client, max_tokens=300)
+                _preemption(client)
             # What begins with its first event is seen to grow from the second scrape on.
             for _ in range(3):
                 _traffic(mesh)
@@ -74,7 +75,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> 
 def _traffic(mesh: Mesh) -> None:
     """Requests that end in all the ways that a healthy mesh knows."""
     with mesh.client(api_key=ACME) as client:
-        _streams(client, max_tokens=40)
+        _streams(client)
         for _ in range(2):
             client.chat("Say marmalade.", temperature=0, max_tokens=8)
         client.generate("one two three four " * 12, temperature=0, max_tokens=40, ignore_eos=True)
@@ -88,14 +89,32 @@ def _traffic(mesh: Mesh) -> None:
                     client.generate("Hello", max_tokens=2)
 
 
-def _streams(client: meshserve.Client, max_tokens: int) -> None:
-    """Six streams at the same time, with a beginning in common."""
+def _streams(client: meshserve.Client) -> None:
+    """Three streams side by side, with a beginning in common."""
 
-    def stream(number: int) -> None:
-        prompt = f"{'The harbour lay quiet under the morning fog. ' * 4}Story {number}:"
-        options = {"max_tokens": max_tokens, "ignore_eos": True, "seed": number}
-        with client.stream_generate(prompt, **options) as chunks:  # type: ignore[arg-type]
-            chunks.collect()
+    def read(number: int) -> None:
+        prompt = f"{HARBOUR * 4}Story {number}:"
+        with client.stream_generate(prompt, max_tokens=24, ignore_eos=True) as stream:
+            stream.collect()
 
-    with ThreadPoolExecutor(6) as pool:
-        list(pool.map(stream, range(6)))
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(read, range(3)))
+
+
+def _preemption(client: meshserve.Client) -> None:
+    """Streams that nearly fill the KV cache give way to a prompt of a higher priority."""
+    begun = threading.Barrier(3)
+
+    def read(number: int) -> None:
+        prompt = f"Story {number}: {HARBOUR * 24}"
+        with client.stream_generate(prompt, max_tokens=150, ignore_eos=True) as stream:
+            next(iter(stream))
+            begun.wait(60)
+            stream.collect()
+
+    with ThreadPoolExecutor(2) as pool:
+        reading = [pool.submit(read, number) for number in range(2)]
+        begun.wait(60)
+        client.generate("A very long tale. " * 60, max_tokens=2, priority=1)
+        for each in reading:
+            each.result()

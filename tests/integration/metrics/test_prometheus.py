@@ -57,7 +57,6 @@ def test_what_the_traffic_must_have_counted_was_counted(watched: Watched) -> Non
         "meshserve_engine_drafted_tokens_total > 0",
         'meshserve_process_cpu_seconds_total{job="engine", process="core"} > 0',
         'meshserve_engine_info{model="smollm2-135m", dtype="float32", device="cpu"} == 1',
-        "max_over_time(meshserve_engine_waiting_sequences[5m]) > 0",
     ):
         assert watched.prometheus.last(expression), expression
 
@@ -138,10 +137,33 @@ def test_exemplars_of_the_dashboards_lead_to_traces_that_were_sent(watched: Watc
             assert any(span.name.startswith(("chat", "text_completion")) for span in spans), title
 
 
-def test_no_alert_fires_for_a_healthy_mesh(watched: Watched) -> None:
-    firing = {
+def firing(watched: Watched) -> set[str]:
+    return {
         alert["labels"]["alertname"]
         for alert in watched.prometheus.get("alerts")["alerts"]
         if alert["state"] == "firing"
     }
-    assert firing == set()
+
+
+def test_no_alert_fires_for_a_healthy_mesh(watched: Watched) -> None:
+    assert firing(watched) == set()
+
+
+def test_an_alert_fires_when_the_core_of_an_engine_is_killed(watched: Watched) -> None:
+    """Last, for the mesh is not healthy any more."""
+    (core,) = watched.mesh.process("engine").children()
+    core.kill()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if "MeshServeCoreRestarting" in firing(watched) and cores(watched) > 1:
+            break
+        time.sleep(0.5)
+    assert "MeshServeCoreRestarting" in firing(watched)
+    assert cores(watched) > 1, "the new core is not told of"
+
+
+def cores(watched: Watched) -> int:
+    """How many processes have been the core, one after another."""
+    started = 'meshserve_process_start_time_seconds{process="core"}'
+    series = watched.prometheus.last(started, 300)
+    return len({value for each in series for _, value in each["values"]})

@@ -6,6 +6,13 @@ from typing import Any
 
 import pytest
 
+from services.cache.service import CacheService
+from services.engine.service import EngineService
+from services.gateway.service import GatewayService
+from services.runtime.health import LIVENESS
+from services.runtime.server import Service
+from services.safety.service import SafetyService
+from services.tokenizer.service import TokenizerService
 from tests.support.chart import Manifest, example, of_kind, pod_templates, problems, render, the
 from tests.unit.deploy.test_chart_manifests import EXAMPLES
 
@@ -134,23 +141,28 @@ def test_a_scaler_has_the_number_of_replicas_to_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("service", "health"),
+    ("service", "kind"),
     [
-        ("gateway", "meshserve.v1.InferenceService"),
-        ("tokenizer", "meshserve.v1.TokenizerService"),
-        ("engine-smollm2-135m", "meshserve.v1.EngineService"),
-        ("cache", "meshserve.v1.CacheService"),
-        ("safety", "meshserve.v1.SafetyService"),
+        ("gateway", GatewayService),
+        ("tokenizer", TokenizerService),
+        ("engine-smollm2-135m", EngineService),
+        ("cache", CacheService),
+        ("safety", SafetyService),
     ],
 )
-def test_probes_ask_for_the_names_that_services_answer_to(service: str, health: str) -> None:
+def test_probes_ask_for_the_names_that_services_answer_to(
+    service: str, kind: type[Service]
+) -> None:
     deployment = the(render(example("trial")), "Deployment", service)
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     (port,) = (each for each in container["ports"] if each["name"] == "grpc")
     number = port["containerPort"]
-    assert container["readinessProbe"]["grpc"] == {"port": number, "service": health}
+    assert container["readinessProbe"]["grpc"] == {
+        "port": number,
+        "service": kind.grpc_services[0],
+    }
     for probe in ("startupProbe", "livenessProbe"):
-        assert container[probe]["grpc"] == {"port": number, "service": "liveness"}
+        assert container[probe]["grpc"] == {"port": number, "service": LIVENESS}
 
 
 def test_with_tls_the_probes_are_our_own() -> None:

@@ -1,0 +1,88 @@
+"""The pods of the chart start, find each other by its names, answer, and end within their grace."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.runtime.modelfiles import default_cache_dir, pull
+from tests.support.chart import Values, example, render
+from tests.support.programs import require_program
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[3]
+SERVICES = {"gateway", "tokenizer", "engine-smollm2-135m", "cache", "safety"}
+
+
+Events = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> Events:
+    """What happened to the pods of the trial, in order."""
+    return run(tmp_path_factory.mktemp("cluster"), example("trial"))
+
+
+def run(folder: Path, values: Values, *options: str) -> Events:
+    unshare = [require_program("unshare", "util-linux"), "--net", "--mount"]
+    if subprocess.run([*unshare, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this user may not make namespaces")
+    pull("smollm2-135m")
+    (folder / "manifests.json").write_text(json.dumps(render(values)))
+    module = "tests.integration.deploy.cluster"
+    ran = subprocess.run(
+        [*unshare, sys.executable, "-m", module, str(folder), *options],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "MESHSERVE_CACHE": str(default_cache_dir())},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    logs = "".join(
+        f"--- {log.name}\n{log.read_text()[-2000:]}" for log in sorted(folder.glob("*.log"))
+    )
+    assert ran.returncode == 0, f"{ran.stdout}{ran.stderr}{logs}"
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+def test_every_pod_becomes_ready_by_its_own_probes(events: Events) -> None:
+    ready = {each["ready"]: each["alive"] for each in events if "ready" in each}
+    assert ready == {f"demo-meshserve-{each}": True for each in SERVICES}
+
+
+def test_the_gateway_is_ready_after_the_engine(events: Events) -> None:
+    order = [each["ready"] for each in events if "ready" in each]
+    assert order.index("demo-meshserve-gateway") > order.index("demo-meshserve-engine-smollm2-135m")
+
+
+def test_a_request_goes_through_all_of_them(events: Events) -> None:
+    (answer,) = (each["answered"] for each in events if "answered" in each)
+    assert "Paris" in answer
+
+
+def test_every_pod_ends_by_itself_within_its_grace(events: Events) -> None:
+    ended = {each["ended"]: each["code"] for each in events if "ended" in each}
+    assert ended == {f"demo-meshserve-{each}": 0 for each in SERVICES}
+
+
+def test_an_engine_that_is_started_when_it_is_asked_for_answers_who_has_waited(
+    tmp_path: Path,
+) -> None:
+    values = example("trial") | {
+        "engineDefaults": {"autoscaling": {"kind": "keda", "minReplicas": 0}}
+    }
+    events = run(tmp_path, values, "--idle")
+    happened = [next(iter(each)) for each in events]
+    # The gateway is ready without an engine; a request waits; the engine comes; it is answered.
+    first, second = happened.index("awaited"), happened.index("answered")
+    assert "demo-meshserve-gateway" in [each.get("ready") for each in events[:first]]
+    assert [each.get("ready") for each in events[first + 1 : second]] == [
+        "demo-meshserve-engine-smollm2-135m"
+    ]
+    assert "Paris" in events[second]["answered"]

@@ -42,12 +42,14 @@ def replica_table(mesh: mesh_pb2.MeshSnapshot, glyphs: Glyphs) -> Table:
     """Every replica of every service that is used."""
 
     def name(row: mesh_pb2.ReplicaOverview) -> str:
-        return f"{glyphs.marks.get(state_word(row.state), '?')} {row.service}"
+        return f"{glyphs.marks.get(state_word(row.state), '-')} {row.service}"
 
     def style(row: mesh_pb2.ReplicaOverview) -> str:
         return STATE_STYLES.get(state_word(row.state), "")
 
     def remark(row: mesh_pb2.ReplicaOverview) -> str:
+        if not row.address:
+            return "no replica is known"
         word = state_word(row.state)
         return "" if word == "serving" else joined([word, printable(row.problem)], glyphs)
 
@@ -65,7 +67,12 @@ def replica_table(mesh: mesh_pb2.MeshSnapshot, glyphs: Glyphs) -> Table:
         measured("UP", 7, 8, "uptime_ms", age),
         named("VERSION", 8, 10, lambda row: row.version),
     ]
-    rows = [replica for service in mesh.services if service.enabled for replica in service.replicas]
+    rows = [
+        replica
+        for service in mesh.services
+        if service.enabled
+        for replica in service.replicas or [mesh_pb2.ReplicaOverview(service=service.service)]
+    ]
     return Table(columns, rows, remark)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from meshserve.v1 import mesh_pb2, monitor_pb2
 from services.gateway.overview.picture import snapshot
@@ -85,9 +86,11 @@ class Collector:
             metadata.append(("authorization", authorization))
         try:
             answer = await place.get_status(_REQUEST, timeout=ANSWER_TIMEOUT_S, metadata=metadata)
-        except grpc.aio.AioRpcError as error:
+            status = monitor_pb2.GetStatusResponse.FromString(answer)
+        except (grpc.RpcError, grpc.aio.UsageError, DecodeError, asyncio.CancelledError) as error:
+            if _is_ours_to_end(error):
+                raise
             return Replica(place.service, place.address, None, _why(error), place.models)
-        status = monitor_pb2.GetStatusResponse.FromString(answer)
         window = self._take_in(place.service, place.address, status)
         return Replica(place.service, place.address, window, models=place.models)
 
@@ -104,8 +107,19 @@ class Collector:
         return history.add(Reading(time.monotonic(), status))
 
 
-def _why(error: grpc.aio.AioRpcError) -> str:
+def _is_ours_to_end(error: BaseException) -> bool:
+    """Whether the poll is given up, in contrast to a connection that was closed while it was under
+    way because its replica has left."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+def _why(error: BaseException) -> str:
     """Why a replica has not answered, in a few words."""
+    if isinstance(error, DecodeError):
+        return "answers with something else; is it a replica at all?"
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return "its connection was closed"
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"no answer within {ANSWER_TIMEOUT_S:g} s"

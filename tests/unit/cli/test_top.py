@@ -138,6 +138,14 @@ def test_a_replica_that_does_not_answer_says_why_in_the_place_of_its_numbers() -
     )
 
 
+def test_a_service_without_replicas_is_not_left_out() -> None:
+    mesh = picture(3)
+    del mesh.services[2].replicas[:]
+    shown = Screen("gateway:50051", 1.0, UNICODE)
+    shown.take(mesh)
+    assert any(re.match("- engine +no replica is known", line) for line in lines(shown, 80, 24))
+
+
 def test_sparklines_tell_of_what_happened_between_two_pictures() -> None:
     shown = screen(engines=2)
     assert list(shown.trends.requests) == [20, 20]

@@ -8,9 +8,11 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTOS := $(shell find protos -name '*.proto')
 KERNELS := services/engine/core/kernels/cpu
 KERNEL_SOURCES := $(wildcard $(KERNELS)/src/*) $(KERNELS)/build.py
+# Where `meshserve up --traces` looks for it.
+PHOENIX := $(or $(MESHSERVE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/meshserve)/phoenix
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help up down test test-slow test-compose test-sanitized test-gpu lint format bench bench-peers bench-start docs kernels stubs baseline lock clean
+.PHONY: help up down test test-slow test-compose test-sanitized test-gpu lint format bench bench-peers bench-start phoenix docs kernels stubs baseline lock clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +69,9 @@ bench-peers: $(VENV)/.bench $(VENV)/.kernels ## Measure MeshServe beside vLLM, l
 
 bench-start: ## Print the time from git clone to the first token, and of a second start
 	$(PYTHON) benchmarks/first_token.py
+
+phoenix: ## Install Phoenix, which shows traces, in an environment of its own (850 MB)
+	@test -x $(PHOENIX)/bin/phoenix || { $(PYTHON) -m venv $(PHOENIX) && $(PHOENIX)/bin/pip --disable-pip-version-check --quiet install arize-phoenix==20.26.1; }
 
 docs: $(VENV)/.dev ## Regenerate the reference tables in docs/
 	$(BIN)/python docs/generate.py

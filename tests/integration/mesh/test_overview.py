@@ -264,6 +264,7 @@ def test_gateways_that_have_a_common_target_are_counted_together(
         assert reporting == {own: True, mesh.target: False}
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_or_hangs_is_shown_as_such_and_delays_nobody(
     mesh: Mesh, tmp_path: Path
 ) -> None:

@@ -87,6 +87,8 @@ class Instruments:
         self.peer = peer
         self._calls = metrics.counter("meshserve_rpc_client_calls")
         self._duration = metrics.histogram("meshserve_rpc_client_duration_seconds")
+        # By method and code; looking them up by their labels would take longer than the rest.
+        self._series: dict[tuple[str, str], tuple[Any, Any]] = {}
         self._tracer = get_tracer()
 
     def start(self, method: str) -> Span:
@@ -118,8 +120,13 @@ class Instruments:
             span.set_status(Status(StatusCode.ERROR, kind))
         span.set_attribute("rpc.response.status_code", code)
         span.end()
-        self._calls.labels(method, code).inc()
-        self._duration.labels(method).observe(time.perf_counter() - started)
+        series = self._series.get((method, code))
+        if series is None:
+            series = (self._calls.labels(method, code), self._duration.labels(method))
+            self._series[method, code] = series
+        calls, duration = series
+        calls.inc()
+        duration.observe(time.perf_counter() - started)
 
 
 def _outcome(error: BaseException | None) -> tuple[str, str]:

@@ -27,6 +27,8 @@ from meshserve.v1 import (
 )
 from services.gateway.service import GatewayService
 from services.runtime.errors import Reason, ServiceError, to_session_status
+from services.runtime.health import HealthMonitor
+from services.runtime.monitor import Monitor
 from services.runtime.multiplex import SessionHost
 from services.runtime.server_calls import CallInterceptor
 from services.runtime.settings import Settings
@@ -345,6 +347,8 @@ class ScriptedMesh:
             {"models": {MODEL: {"source": MODEL, "aliases": ["alias"]}}, **sections}
         )
         gateway = GatewayService(settings, self.gateway_metrics)
+        health = HealthMonitor(gateway.grpc_services, gateway.probe, self.gateway_metrics)
+        gateway.monitor = Monitor(health, self.gateway_metrics, gateway.draining)
         await gateway.start()
         server = grpc.aio.server(interceptors=[CallInterceptor(self.gateway_metrics)])
         gateway.register(server)

@@ -146,7 +146,7 @@ export function panel(title, headings, rows, empty = "Nothing yet.") {
   const columns = headings.map((heading) => (Array.isArray(heading) ? heading : [heading, ""]));
   return h(
     "section",
-    { class: "card panel scroll", "aria-label": title },
+    { class: "card panel scroll", "aria-label": title, tabindex: 0 },
     h("h2", {}, title),
     rows.length
       ? h(

@@ -95,7 +95,7 @@ export function mount(main, session) {
     };
     const button = h(
       "button",
-      { class: "quiet expander", "aria-expanded": String(isOpen), "data-number": request.number, onclick: toggle, "aria-label": `Stages of request ${request.request_id}` },
+      { class: "quiet expander", "aria-expanded": String(isOpen), "data-number": request.number, onclick: toggle, "aria-label": `${clock(request.arrived_unix_ms)}, stages of request ${request.request_id}` },
       icon(isOpen ? "down" : "right"),
       h("span", { class: "number" }, clock(request.arrived_unix_ms)),
     );

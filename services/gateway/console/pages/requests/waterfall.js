@@ -91,7 +91,7 @@ export function waterfall(request) {
         h(
           "tr",
           {},
-          h("th", { scope: "row" }, stage.name.replace("_", " "), h("span", { class: "muted meaning" }, MEANINGS[stage.name])),
+          h("th", { scope: "row" }, stage.name.replace("_", " "), " ", h("span", { class: "muted meaning" }, MEANINGS[stage.name])),
           h("td", { class: "lane" }, h("span", { class: "unseen" }, `after ${duration(stage.begin_s)}`), bar(stage), first()),
           h("td", { class: "right" }, duration(stage.end_s - stage.begin_s)),
         ),

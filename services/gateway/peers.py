@@ -18,7 +18,6 @@ from services.gateway.engine_calls import EngineCalls
 from services.gateway.engine_loads import EngineLoads
 from services.runtime.channels import MeshChannel, connect
 from services.runtime.exchanges import SessionPool
-from services.runtime.replicas import ReplicaStatus
 from services.runtime.response_streams import standing
 from services.runtime.server import StartupError
 from services.runtime.settings import Settings, TlsSettings
@@ -38,7 +37,11 @@ class Engines:
 
 
 class Peers:
-    """Owns the channels; `close` ends them."""
+    """Owns the channels; `close` ends them.
+
+    `channels` leads to every replica of every peer: each has `replicas`, and `at` makes a channel
+    to one of them for stubs, whatever its state.
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
@@ -93,15 +96,6 @@ class Peers:
             )
             self._engines[target] = Engines(stub, calls, EngineLoads(channel))
         return self._engines[target]
-
-    def replicas(self) -> list[ReplicaStatus]:
-        """Every replica of every peer as it is now, by service, target and address.
-
-        `channels` leads to each of them for calls of its own, whatever its state:
-        `for channel in peers.channels: for replica in channel.replicas: channel.at(replica)` is a
-        channel for generated stubs.
-        """
-        return [status for channel in self.channels for status in channel.statuses()]
 
     async def close(self) -> None:
         """Ends the shared streams and closes all channels."""

@@ -18,7 +18,7 @@ from services.runtime.attempts import Attempts
 from services.runtime.carrier import Carrier
 from services.runtime.client_calls import Instruments, MakeAttempts, Method, single_response
 from services.runtime.connections import Connection, channel_options
-from services.runtime.replicas import Replica, ReplicaSet, ReplicaStatus
+from services.runtime.replicas import Replica, ReplicaSet
 from services.runtime.response_streams import ResponseStream, response_stream, standing
 from services.runtime.settings.targets import grpc_target, parse_target
 from services.runtime.telemetry import Metrics
@@ -151,18 +151,3 @@ class MeshChannel(Stubs):
             return standing(stub.CarryCalls)
 
         return Carrier(instruments.peer, self.replicas, open_stream)
-
-    def statuses(self) -> list[ReplicaStatus]:
-        """The replicas as they are now, by address."""
-        return [
-            ReplicaStatus(
-                service=self.instruments.peer,
-                target=self.target,
-                address=replica.address,
-                state=replica.state,
-                is_leaving=replica.is_leaving,
-                in_flight=replica.in_flight,
-                elsewhere=replica.elsewhere,
-            )
-            for replica in sorted(self.replicas, key=lambda replica: replica.address)
-        ]

@@ -13,7 +13,6 @@ import asyncio
 import enum
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 # How long a replica that refused a call although it is healthy gets none that another can take.
@@ -33,25 +32,6 @@ class ReplicaState(enum.Enum):
     """There is no connection to it; another is tried every second."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaStatus:
-    """One replica at one moment, for whoever shows the mesh."""
-
-    service: str
-    """The service's name, for example `engine`."""
-    target: str
-    """Under which target it was found, as the settings have it."""
-    address: str
-    """`IP:PORT`, `[IPV6]:PORT` or `unix:PATH`."""
-    state: ReplicaState
-    is_leaving: bool
-    """Whether its address has left the name: it finishes what it has, then it is forgotten."""
-    in_flight: int
-    """Calls, sessions and generations of this process that are under way there."""
-    elsewhere: int
-    """What it says it does for other callers; 0 where it says nothing of it."""
-
-
 class Link(Protocol):
     """The connection to a replica."""
 
@@ -66,6 +46,13 @@ class Link(Protocol):
 
 class Replica:
     """One address of a service. What is under way there is told by `begin` and `end`.
+
+    Attributes:
+        address: `IP:PORT`, `[IPV6]:PORT` or `unix:PATH`.
+        name: the `NAME:PORT` it was found by; None for an address of the target itself.
+        state: how it does.
+        is_leaving: whether its address has left the name: it finishes what it has.
+        in_flight: calls, sessions and generations of this process that are under way there.
 
     Invariant: `in_flight` is the number of begins without an end, and a replica is not closed while
     it is above 0, unless its whole set is.

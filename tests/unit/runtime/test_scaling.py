@@ -105,8 +105,8 @@ async def test_a_replica_that_leaves_the_name_ends_what_it_has_and_gets_no_more(
     await service.remove(2)
     await service.are_serving(3)
     assert await service.spread() == {"3": 30}
-    (status,) = (each for each in service.channel.statuses() if each.is_leaving)
-    assert (status.address, status.in_flight) == (f"127.0.0.2:{service.port}", 1)
+    (left,) = (each for each in service.channel.replicas if each.is_leaving)
+    assert (left.address, left.in_flight) == (f"127.0.0.2:{service.port}", 1)
     assert await begun == "0.3"
     assert len(service.channel.replicas) == 1
 
@@ -199,9 +199,7 @@ async def test_states_are_told_apart(loopback, addresses: list[str]) -> None:
     addresses.append(absent)
 
     def states() -> dict[str, ReplicaState]:
-        return {
-            status.address.partition(":")[0]: status.state for status in service.channel.statuses()
-        }
+        return {each.address.partition(":")[0]: each.state for each in service.channel.replicas}
 
     await until(
         lambda: (

@@ -123,8 +123,10 @@ def sparkline(values: Sequence[float], width: int, glyphs: Glyphs) -> str:
 
 
 def bar(share: float, width: int, glyphs: Glyphs) -> str:
-    """A share of a whole as a bar; the least share that is not nothing shows."""
-    filled = min(width, max(round(share * width), 1 if share > 0 else 0))
+    """A share of a whole as a bar: none is empty but of nothing, none is full but of all of it."""
+    filled = round(share * width)
+    if 0 < share < 1:
+        filled = max(1, min(filled, width - 1))
     return glyphs.full * filled + glyphs.empty * (width - filled)
 
 

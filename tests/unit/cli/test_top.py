@@ -16,7 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from meshserve.cli.top_format import ASCII, UNICODE, Glyphs
+from meshserve.cli.top_format import (
+    ASCII,
+    UNICODE,
+    Glyphs,
+    bar,
+    duration,
+    number,
+    percent,
+    size,
+)
 from meshserve.cli.top_screen import VIEWS, Screen
 from meshserve.v1 import mesh_pb2, monitor_pb2
 from services.runtime.errors import Reason, ServiceError
@@ -44,8 +53,8 @@ def lines(screen: Screen, width: int, height: int) -> list[str]:
 
 def screen(view: str = "replicas", glyphs: Glyphs = UNICODE, engines: int = 1) -> Screen:
     shown = Screen("gateway:50051", 1.0, glyphs, view)
-    for number in (1, 2, 3):
-        shown.take(picture(number, engines))
+    for time in (1, 2, 3):
+        shown.take(picture(time, engines))
     return shown
 
 
@@ -144,6 +153,22 @@ def test_a_service_without_replicas_is_not_left_out() -> None:
     shown = Screen("gateway:50051", 1.0, UNICODE)
     shown.take(mesh)
     assert any(re.match("- engine +no replica is known", line) for line in lines(shown, 80, 24))
+
+
+def test_a_bar_is_full_only_when_all_is_used() -> None:
+    assert bar(0, 5, ASCII) == "....."
+    assert bar(0.001, 5, ASCII) == "#...."
+    assert bar(0.6, 5, ASCII) == "###.."
+    assert bar(0.999, 5, ASCII) == "####."
+    assert bar(1, 5, ASCII) == "#####"
+
+
+@given(st.floats(min_value=0, max_value=9e11))
+def test_numbers_keep_to_their_columns(value: float) -> None:
+    assert len(number(value)) <= 5
+    assert len(size(value)) <= 5
+    assert len(duration(min(value, 5e6))) <= 6
+    assert len(percent(min(value, 1))) <= 5
 
 
 def test_sparklines_tell_of_what_happened_between_two_pictures() -> None:

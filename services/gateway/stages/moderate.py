@@ -14,7 +14,7 @@ from services.gateway.context import RequestContext
 from services.gateway.events import ChoiceEnd, Event, TextDelta
 from services.gateway.peers import CheckPool
 from services.gateway.pipeline import Stage
-from services.gateway.safety_attributes import UNCHECKED, safety_attributes
+from services.gateway.safety_notes import note_unchecked, note_verdicts
 from services.gateway.sessions import Session
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import SafetySettings
@@ -75,11 +75,9 @@ class Moderate(Stage):
             for check in checks:
                 check.cancel()
             if context.unchecked:
-                span.set_attributes(UNCHECKED)
+                note_unchecked(span)
             else:
-                span.set_attributes(
-                    safety_attributes(check.verdict for check in checks if check.verdict)
-                )
+                note_verdicts(span, (check.verdict for check in checks if check.verdict))
 
 
 class _ChoiceCheck:

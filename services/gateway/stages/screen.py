@@ -20,7 +20,7 @@ from services.gateway.field_paths import renamed_fields
 from services.gateway.pipeline import Stage
 from services.gateway.policy import PolicyWatch
 from services.gateway.prompt_texts import PromptText, prompt_texts
-from services.gateway.safety_attributes import UNCHECKED, safety_attributes
+from services.gateway.safety_notes import note_unchecked, note_verdicts
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import SafetySettings
 
@@ -67,10 +67,10 @@ class Screen(Stage):
                 raise
             log.warning("a prompt is not checked: %s", error.message)
             context.unchecked = True
-            trace.get_current_span().set_attributes(UNCHECKED)
+            note_unchecked(trace.get_current_span())
             return
         verdict = response.verdict
-        trace.get_current_span().set_attributes(safety_attributes([verdict]))
+        note_verdicts(trace.get_current_span(), [verdict])
         self._policy.seen(verdict.policy_revision)
         if verdict.findings:
             context.prompt_safety = verdict

@@ -6,8 +6,9 @@ import pytest
 
 from services.engine.core.admission import ConcurrencyLimit, QueueLimits
 from services.engine.core.block_pool import BlockPool
+from services.engine.core.clock import now_ns
 from services.engine.core.errors import QueueFullError
-from services.engine.core.messages import SequenceRequest, Stopping
+from services.engine.core.messages import MAX_INTERRUPTIONS, SequenceRequest, Stopping
 from services.engine.core.plan import SequenceOutput, StepOutputs
 from services.engine.core.preemption import choose_victim, victims_for
 from services.engine.core.scheduler import Scheduler
@@ -165,6 +166,33 @@ def test_who_comes_back_finds_most_of_what_it_had_computed() -> None:
     for _ in range(3):
         assert step(scheduler).keys() == {1}
     assert step(scheduler) == {0: 22 - 20}
+
+
+def test_when_a_sequence_was_preempted_and_resumed_is_known_of_it() -> None:
+    scheduler = make_scheduler(max_running_sequences=1, num_blocks=32)
+    scheduler.add([request(0, 4, 30)])
+    began_ns = now_ns()
+    step(scheduler)
+    (sequence,) = scheduler.schedule().sequences
+    assert sequence.timing().interruptions_ns == []
+    for number in range(1, 3):
+        scheduler.add([request(number, 4, 2, priority=1)])
+        for _ in range(3):
+            step(scheduler)
+    timing = sequence.timing()
+    assert timing.preemptions == 2
+    assert len(timing.interruptions_ns) == 4
+    assert [began_ns, *timing.interruptions_ns] == sorted([began_ns, *timing.interruptions_ns])
+
+
+def test_of_many_interruptions_the_first_are_kept() -> None:
+    (sequence,) = running(BlockPool(16, BLOCK_SIZE), 3)
+    for number in range(MAX_INTERRUPTIONS + 5):
+        sequence.interrupt(2 * number)
+        sequence.resume(2 * number + 1)
+    timing = sequence.timing()
+    assert timing.preemptions == MAX_INTERRUPTIONS + 5
+    assert timing.interruptions_ns == list(range(2 * MAX_INTERRUPTIONS))
 
 
 def test_all_finish_however_tight_the_pool() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -182,3 +184,31 @@ def test_nothing_is_kept_of_sequences_that_have_ended(monkeypatch: pytest.Monkey
     engine.abort([0, 1])
     assert made
     assert not speculator._states
+
+
+def test_each_sequence_knows_what_became_of_its_guesses() -> None:
+    requests = [
+        SequenceRequest(
+            index,
+            [3, 4, 5, 6] * 4,
+            Sampling(temperature=0.0, logit_bias={7 + index: 100.0}),
+            Stopping(max_tokens=20, ignore_eos=True),
+        )
+        for index in range(2)
+    ]
+    engine = make_engine(num_blocks=32, speculator=NgramSpeculator())
+    engine.add(requests)
+    ends = [
+        delta.timing
+        for delta in iter_deltas(engine)
+        if delta.finish is not None and delta.timing is not None
+    ]
+    load = engine.load()
+    assert all(0 < end.accepted_draft_tokens <= end.drafted_tokens for end in ends)
+    assert sum(end.drafted_tokens for end in ends) == load.drafted_tokens
+    assert sum(end.accepted_draft_tokens for end in ends) == load.accepted_draft_tokens
+
+
+def iter_deltas(engine: EngineCore) -> Iterator[Delta]:
+    while engine.has_work:
+        yield from engine.step().deltas

@@ -121,13 +121,9 @@ class Loopback:
         addresses = ",".join(f"127.0.0.1:{replica.port}" for replica in replicas)
         return self.channel_to(f"ipv4:{addresses}", carries_calls=carries_calls)
 
-    def channel_to(self, target: str, carries_calls: bool = False) -> MeshChannel:
+    def channel_to(self, target: str, **options: Any) -> MeshChannel:
         channel = connect(
-            target,
-            peer="shapes",
-            health_service=SERVICE,
-            metrics=self.metrics,
-            carries_calls=carries_calls,
+            target, peer="shapes", health_service=SERVICE, metrics=self.metrics, **options
         )
         self.stack.push_async_callback(channel.close)
         return channel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -150,9 +151,8 @@ async def test_a_call_waits_for_the_first_answer_about_its_name(
     monkeypatch.setattr(names, "resolve", slow)
     service = Service(loopback, addresses)
     await service.add(2)
+    assert not service.channel.replicas.is_known
     assert await ask(service.stub, "name") == "2"
-    responses = Service(loopback, [], False)
-    assert not responses.channel.replicas.is_known
 
 
 async def test_a_stream_waits_for_it_too(loopback, addresses: list[str]) -> None:
@@ -239,6 +239,39 @@ async def test_ipv6_is_an_address_as_any_other(loopback, addresses: list[str]) -
     assert await ask(ShapesStub(loopback.channel_to(f"[::1]:{port}")), "name") == "six"
     addresses.append("::1")
     assert await ask(ShapesStub(loopback.channel_to(f"shapes.test:{port}")), "name") == "six"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """Key and certificate of shapes.test."""
+    directory = tmp_path_factory.mktemp("tls")
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
+        "-subj /CN=shapes.test -addext subjectAltName=DNS:shapes.test "
+        f"-keyout {directory}/key.pem -out {directory}/certificate.pem"
+    )
+    subprocess.run(command.split(), check=True, capture_output=True)
+    return (directory / "key.pem").read_bytes(), (directory / "certificate.pem").read_bytes()
+
+
+async def test_a_certificate_must_be_for_the_name_that_a_replica_was_found_by(
+    loopback, addresses: list[str], certificate: tuple[bytes, bytes]
+) -> None:
+    server = grpc.aio.server()
+    Shapes("tls").add_to(server)
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([certificate]))
+    await server.start()
+    loopback.stack.push_async_callback(server.stop, 0)
+    addresses.append("127.0.0.1")
+
+    def stub(name: str) -> ShapesStub:
+        trusted = grpc.ssl_channel_credentials(certificate[1])
+        return ShapesStub(loopback.channel_to(f"{name}:{port}", credentials=trusted))
+
+    assert await ask(stub("shapes.test"), "name") == "tls"
+    with pytest.raises(ServiceError) as caught:
+        await ask(stub("other.test"), "name")
+    assert caught.value.reason is Reason.SERVICE_UNAVAILABLE
 
 
 async def test_a_retried_call_is_one_call_in_traces_and_metrics(

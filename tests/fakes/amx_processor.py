@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 from services.engine.core.kernels.cpu import library
 from services.engine.core.kernels.cpu.build import SANITIZER_FLAGS, find_compiler
 from services.engine.core.kernels.cpu.library import Library
@@ -87,3 +89,18 @@ def libraries_with_amx() -> list[Library]:
     if emulated() is not None:
         found.insert(0, Library("amx", path, library.table_of(path, "amx")))
     return found
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, granted: bool = True) -> None:
+    """Have this machine's processor say that it has AMX, where it is emulated.
+
+    granted: whether the operating system says so too. It is asked itself otherwise.
+    """
+    if emulated() is None:
+        return
+    native = library.isa_names
+    monkeypatch.setattr(library, "isa_names", lambda path: ["amx", *native(path)])
+    if granted:
+        opened = library._open(library.find_or_build())
+        monkeypatch.setattr(opened, "meshserve_request", lambda isa: 0)
+    library.load.cache_clear()

@@ -14,6 +14,7 @@ from services.engine.core.kernels.cpu import library
 from services.engine.core.messages import Sampling, SequenceRequest, Stopping
 from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
+from tests.fakes.amx_processor import pretend
 from tests.fakes.paged_step import libraries
 from tests.fakes.small_llama import VOCAB_SIZE, save_small_llama
 
@@ -137,6 +138,24 @@ def test_neither_do_quantised_weights_and_caches(engine: Any, weights: str, cach
     expected = one_by_one(engine(prefix_cache=False, speculation="off", **stored), made)
     arrivals = {step: made[8 * step : 8 * step + 8] for step in range(4)}
     assert answers(engine(max_batch_tokens=70, **stored), arrivals) == expected
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+def test_nor_does_company_on_amx(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    pretend(monkeypatch)
+    if "amx" not in library.isa_names(library.find_or_build()):
+        pytest.skip("AMX cannot be run here, nor in software without AVX512-BF16")
+    made = requests(seed=5)[:8]
+    alone = engine(cpu_kernels="amx", weights=weights, prefix_cache=False, speculation="off")
+    expected = one_by_one(alone, made)
+    together = engine(cpu_kernels="amx", weights=weights, max_batch_tokens=70, threads=2)
+    assert answers(together, {0: made}) == expected
+    if weights != "bfloat16":
+        # Sums of bytes are exact, on tiles and off.
+        without = engine(cpu_kernels="avx512bf16", weights=weights)
+        assert answers(without, {0: made}) == expected
 
 
 def test_nor_does_another_run_or_what_ran_before(engine: Any) -> None:

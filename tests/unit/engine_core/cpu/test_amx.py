@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from services.engine.core.kernels.cpu import library, self_check
 from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.packing import PackedLinear, pack_bf16, pack_grouped
 from services.engine.core.kernels.cpu.program import Epilogue
-from tests.fakes.amx_processor import AmxProcessor, emulated, libraries_with_amx
+from tests.fakes.amx_processor import AmxProcessor, emulated, libraries_with_amx, pretend
 from tests.fakes.native_linear import random_grouped, run
 
 KERNELS = {each.isa: each for each in libraries_with_amx()}
@@ -173,24 +172,11 @@ def whatever_was_active(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def a_processor_with_amx(monkeypatch: pytest.MonkeyPatch, processor: AmxProcessor) -> None:
-    """This machine's processor says that it has AMX, which is emulated."""
-    native = library.isa_names
-
-    def names(path: Path) -> list[str]:
-        return ["amx", *native(path)]
-
-    monkeypatch.setattr(library, "isa_names", names)
-    library.load.cache_clear()
+def a_machine_with_amx(monkeypatch: pytest.MonkeyPatch, processor: AmxProcessor) -> None:
+    pretend(monkeypatch)
 
 
-@pytest.fixture
-def an_operating_system_that_gives_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = library._open(library.find_or_build())
-    monkeypatch.setattr(opened, "meshserve_request", lambda isa: 0)
-
-
-@pytest.mark.usefixtures("a_processor_with_amx", "an_operating_system_that_gives_tiles")
+@pytest.mark.usefixtures("a_machine_with_amx")
 def test_a_processor_that_has_amx_uses_it(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     chosen = library.activate()
@@ -202,11 +188,11 @@ def test_a_processor_that_has_amx_uses_it(caplog: pytest.LogCaptureFixture) -> N
     assert forbidden.isa == "avx512bf16"
 
 
-@pytest.mark.usefixtures("a_processor_with_amx")
 def test_where_the_operating_system_refuses_tiles_the_next_set_is_taken(
-    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, processor: AmxProcessor, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The real one is asked here: it has none to give."""
+    pretend(monkeypatch, granted=False)
     caplog.set_level(logging.INFO)
     chosen = library.activate()
     assert chosen is not None
@@ -216,7 +202,7 @@ def test_where_the_operating_system_refuses_tiles_the_next_set_is_taken(
     assert "the operating system refuses amx" in (library.why_not() or "")
 
 
-@pytest.mark.usefixtures("a_processor_with_amx", "an_operating_system_that_gives_tiles")
+@pytest.mark.usefixtures("a_machine_with_amx")
 @pytest.mark.parametrize("fault", SHOWN_BY)
 def test_a_processor_that_computes_wrongly_is_found_out_at_the_start(
     processor: AmxProcessor, fault: str, caplog: pytest.LogCaptureFixture

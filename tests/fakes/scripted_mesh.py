@@ -360,12 +360,18 @@ class ScriptedMesh:
         self.stub = gateway_pb2_grpc.InferenceServiceStub(channel)
         self._stack.push_async_callback(self.stop_all)
         self._stack.push_async_callback(gateway.stop)
+        self._stack.push_async_callback(until, self._is_idle)
         self._stack.push_async_callback(server.stop, 0)
         self._stack.push_async_callback(channel.close)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
+
+    def _is_idle(self) -> bool:
+        """Whether the gateway holds nothing at any replica, as it must after its last call."""
+        channels = self.gateway._peers.channels
+        return not any(replica.in_flight for each in channels for replica in each.replicas)
 
     async def start(self, name: str, port: int | None = None) -> None:
         """A replica of a peer, on the port that it had before."""

@@ -33,6 +33,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import meshserve
 
 SETTINGS_PATH = "/etc/meshserve/meshserve.yaml"
+TLS_PATH = "/etc/meshserve/tls"
 READY_WITHIN_S = 90.0
 MS_BIND = 4096
 SIOCSIFFLAGS = 0x8914
@@ -46,26 +47,35 @@ class Pod:
         (container,) = template["spec"]["containers"]
         self.name = name
         self.probes = {
-            kind: container[kind]["grpc"]
-            for kind in ("startupProbe", "readinessProbe", "livenessProbe")
+            kind: container[kind] for kind in ("startupProbe", "readinessProbe", "livenessProbe")
         }
         self.grace_s = template["spec"]["terminationGracePeriodSeconds"]
-        # A mount of the settings and of the models, by another path.
-        places = {SETTINGS_PATH: str(folder / "meshserve.yaml"), "/models": cache}
+        # What is mounted lies elsewhere here: settings, models, the Secret with certificates.
+        settings = (folder / "meshserve.yaml").read_text()
+        own = folder / f"{name}.yaml"
+        own.write_text(settings.replace(TLS_PATH, str(folder / "tls" / container["name"])))
+        places = {SETTINGS_PATH: str(own), "/models": cache}
         variables = {each["name"]: each["value"] for each in container["env"]}
-        environment = {name: places.get(value, value) for name, value in variables.items()}
+        self.environment = os.environ | {
+            name: places.get(value, value) for name, value in variables.items()
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"services.{container['name']}"],
-            env=os.environ | environment,
+            env=self.environment,
             stderr=(folder / f"{name}.log").open("w"),
         )
 
     def passes(self, kind: str) -> bool:
-        """What the kubelet makes of a gRPC probe."""
+        """What the kubelet makes of a probe."""
         probe = self.probes[kind]
-        with grpc.insecure_channel(f"127.0.0.1:{probe['port']}") as channel:
+        if "exec" in probe:
+            command, *arguments = probe["exec"]["command"]
+            program = Path(sys.executable).parent / command
+            ran = subprocess.run([program, *arguments], env=self.environment, capture_output=True)
+            return ran.returncode == 0
+        with grpc.insecure_channel(f"127.0.0.1:{probe['grpc']['port']}") as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
-            request = health_pb2.HealthCheckRequest(service=probe["service"])
+            request = health_pb2.HealthCheckRequest(service=probe["grpc"]["service"])
             try:
                 answer = stub.Check(request, timeout=1)
             except grpc.RpcError:
@@ -108,7 +118,7 @@ def main(folder: Path, *, is_idle: bool) -> None:
     pods = start_pods(templates.keys() - idle.keys(), templates, folder)
     try:
         wait_until_ready(pods)
-        asking = ThreadPoolExecutor().submit(ask)
+        asking = ThreadPoolExecutor().submit(ask, folder)
         if idle:
             wait_until_awaited()
             say(awaited=True)
@@ -131,9 +141,12 @@ def start_pods(
     return [Pod(name, templates[name], folder, cache) for name in sorted(names)]
 
 
-def ask() -> str:
-    """What a model says."""
-    with meshserve.Client("127.0.0.1:50051") as client:
+def ask(folder: Path) -> str:
+    """What a model says to a caller who knows the name of the gateway's Service."""
+    ca = folder / "tls/gateway/ca.crt"
+    (gateway,) = (each.stem for each in folder.glob("*-gateway.yaml"))
+    tls = meshserve.TLS(ca_file=ca) if ca.exists() else False
+    with meshserve.Client(f"{gateway}:50051", tls=tls) as client:
         return client.generate("The capital of France is", max_tokens=8, temperature=0).text
 
 

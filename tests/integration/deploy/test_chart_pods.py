@@ -86,3 +86,36 @@ def test_an_engine_that_is_started_when_it_is_asked_for_answers_who_has_waited(
         "demo-meshserve-engine-smollm2-135m"
     ]
     assert "Paris" in events[second]["answered"]
+
+
+def test_with_tls_they_trust_each_other_by_the_names_of_their_services(tmp_path: Path) -> None:
+    tls = example("tls")["tls"]
+    for service in tls["secrets"]:
+        model = "-smollm2-135m" if service == "engine" else ""
+        sign(tmp_path / "tls", service, f"demo-meshserve-{service}{model}")
+    events = run(tmp_path, example("trial") | {"tls": tls})
+    assert {each["ready"] for each in events if "ready" in each} == {
+        f"demo-meshserve-{each}" for each in SERVICES
+    }
+    (answer,) = (each["answered"] for each in events if "answered" in each)
+    assert "Paris" in answer
+
+
+def sign(folder: Path, service: str, name: str) -> None:
+    """What the Secret of a service holds: a certificate for one name, and the CA of all."""
+    openssl = require_program("openssl")
+    own = folder / service
+    own.mkdir(parents=True)
+    new = [openssl, "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    ca = [folder / "ca.crt", folder / "ca.key"]
+    if not ca[0].exists():
+        run_quietly([*new, "-x509", "-subj", "/CN=mesh", "-out", ca[0], "-keyout", ca[1]])
+    signed = ["-x509", "-CA", ca[0], "-CAkey", ca[1], "-addext", f"subjectAltName=DNS:{name}"]
+    usage = ["-addext", "extendedKeyUsage=serverAuth,clientAuth"]
+    files = ["-out", own / "tls.crt", "-keyout", own / "tls.key"]
+    run_quietly([*new, *signed, *usage, "-subj", f"/CN={service}", *files])
+    (own / "ca.crt").write_bytes(ca[0].read_bytes())
+
+
+def run_quietly(command: list[str | Path]) -> None:
+    subprocess.run(command, check=True, capture_output=True)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from services.runtime.settings import Settings, parse_settings, split_address
+from services.safety.policy import parse_policy
 from tests.support.chart import Manifest, Values, example, of_kind, pod_templates, render, the
 from tests.unit.deploy.test_chart_manifests import EXAMPLES
 
@@ -154,6 +155,7 @@ def test_a_policy_is_read_where_it_is_mounted() -> None:
     assert str(path.parent) == mount["mountPath"]
     written = yaml.safe_load(the(manifests, "ConfigMap", "policies")["data"][path.name])
     assert written == example("production")["safety"]["policies"]["default"]
+    assert parse_policy(the(manifests, "ConfigMap", "policies")["data"][path.name]).categories
 
 
 def test_new_settings_are_new_pods() -> None:

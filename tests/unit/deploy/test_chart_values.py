@@ -198,3 +198,15 @@ def test_values_that_contradict_each_other_are_refused_with_the_way_out(
     with pytest.raises(helm_python.HelmError) as error:
         render(values)
     assert words in str(error.value)
+
+
+def test_the_values_in_the_documentation_are_values() -> None:
+    page = (DEPLOY.parent / "docs/kubernetes.md").read_text()
+    blocks = [yaml.safe_load(each) for each in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    values = [each for each in blocks if "apiVersion" not in each]
+    assert len(values) >= 2
+    for each in values:
+        assert render(NO_KEYS | each)
+    described = (DEPLOY.parent / "docs/helm-values.md").read_text()
+    for key in re.findall(r"--set ([\w.]+)=", page):
+        assert f"| `{key}` |" in described

@@ -21,6 +21,9 @@ models:
 {{- if eq $service "gateway" }}
 {{- $_ := set $section "http_listen" (printf "%s:%v" $host $own.http) }}
 {{- $_ := set $section "auth" (dict "mode" $root.Values.gateway.auth.mode) }}
+{{- /* Nobody in the mesh calls it; its certificate carries this name. */}}
+{{- $name := include "meshserve.name" (dict "root" $root "service" $service) }}
+{{- $_ := set $section "target" (printf "dns:///%s:%v" $name $root.Values.gateway.service.grpcPort) }}
 {{- else }}
 {{- $model := ternary $default "" (eq $service "engine") }}
 {{- $name := include "meshserve.name" (dict "root" $root "service" $service "model" $model) }}

@@ -18,7 +18,7 @@ from meshserve.cli.output import print_error, print_table
 from meshserve.errors import MeshServeError
 from meshserve.health import Health, HealthChecker
 from meshserve.supervisor.probes import page_problem
-from meshserve.supervisor.statedir import ServiceEntry, StateDir
+from meshserve.supervisor.statedir import RunningMesh, ServiceEntry, StateDir
 from meshserve.transport import TLS, Endpoint, make_endpoint
 from meshserve.types import Model
 
@@ -58,6 +58,7 @@ def command(
     else:
         entries = {"gateway": _endpoint(connection.target, connection.tls)}
     services = asyncio.run(_check_all(entries, limit_s))
+    console = _console(mesh, services) if mesh is not None else None
     traces_url = mesh.traces_url if mesh is not None else None
     traces = _check_traces(traces_url) if traces_url is not None else None
     models: list[Model] = []
@@ -70,10 +71,16 @@ def command(
             problem = error
     healthy = all(s.health is Health.SERVING for s in services) and any(m.ready for m in models)
     if as_json:
-        document = {"healthy": healthy, "services": services, "models": models, "traces": traces}
+        document = {
+            "healthy": healthy,
+            "services": services,
+            "models": models,
+            "console": console,
+            "traces": traces,
+        }
         write_json(document, sys.stdout)
     else:
-        _print([*services, traces] if traces is not None else services, models)
+        _print([*services, *(page for page in (console, traces) if page is not None)], models)
     if problem is not None:
         print_error(f"the models cannot be listed: {problem.message}")
     elif not healthy and mesh is None and services[0].health is Health.UNREACHABLE:
@@ -94,6 +101,14 @@ async def _check_all(entries: dict[str, Endpoint], timeout_s: float) -> list[Ser
         return ServiceHealth(name, endpoint.target, health)
 
     return list(await asyncio.gather(*(check(*entry) for entry in entries.items())))
+
+
+def _console(mesh: RunningMesh, services: list[ServiceHealth]) -> ServiceHealth | None:
+    """The web console, which is as well as the gateway that serves it."""
+    if mesh.console_url is None:
+        return None
+    gateway = next(each for each in services if each.name == "gateway")
+    return ServiceHealth("console", mesh.console_url, gateway.health)
 
 
 def _check_traces(url: str) -> ServiceHealth:

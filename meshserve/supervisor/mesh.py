@@ -180,6 +180,7 @@ class Mesh:
 
     def _show_how_to_talk(self) -> None:
         target, traces_url = self._mesh.gateway.target, self._mesh.traces_url
+        console_url = self._mesh.console_url
         plaintext = "" if self._mesh.gateway.ca_file else "-plaintext "
         tls = ", tls=True" if self._mesh.gateway.ca_file else ""
         service = "meshserve.v1.InferenceService"
@@ -191,6 +192,7 @@ class Mesh:
             f"{target} {service}/Generate",
             "  python -c 'import meshserve; "
             f'print(meshserve.Client("{target}"{tls}).chat("Hello"))\'',
+            *([f"Or open the console: {console_url}"] if console_url else []),
             *([f"Traces are shown at {traces_url}"] if traces_url else []),
             f"Logs are in {self._state.log_dir}. Stop with Ctrl-C or `meshserve down`.",
             "",

@@ -84,6 +84,7 @@ def running_mesh(settings: Settings, *, show_traces: bool = False) -> RunningMes
         gateway=gateway,
         services=services,
         traces_url=page_url(settings.telemetry.phoenix) if show_traces else None,
+        console_url=_console_url(settings.gateway),
     )
 
 
@@ -96,6 +97,15 @@ def service_tls(section: ServerSettings) -> TLS | bool:
         certificate_file=section.tls.certificate if section.tls.client_ca else None,
         private_key_file=section.tls.private_key if section.tls.client_ca else None,
     )
+
+
+def _console_url(gateway: GatewaySettings) -> str | None:
+    """Where a browser on this machine finds the console."""
+    if gateway.http_listen is None:
+        return None
+    # The address as one to call: what listens on all of them is found on loopback.
+    address = _own_target(gateway.model_copy(update={"listen": gateway.http_listen}))
+    return f"http{'s' if gateway.tls is not None else ''}://{address}"
 
 
 def _own_target(section: ServerSettings) -> str:

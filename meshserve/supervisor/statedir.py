@@ -49,6 +49,8 @@ class RunningMesh:
     ready: bool = False
     traces_url: str | None = None
     """Where traces are shown, if something shows them."""
+    console_url: str | None = None
+    """Where the gateway serves the web console; None where it serves none."""
 
 
 class StateDir:
@@ -154,6 +156,7 @@ class StateDir:
                 services,
                 bool(fields["ready"]),
                 fields.get("traces_url"),
+                fields.get("console_url"),
             )
         except (OSError, ValueError, TypeError, KeyError):
             return None

@@ -142,3 +142,25 @@ def test_the_services_are_told_to_send_their_spans_to_phoenix() -> None:
     assert telemetry.otlp_endpoint == "http://127.0.0.1:7317"
     assert telemetry.openinference
     assert telemetry.trace_url == "http://127.0.0.1:7006/redirects/traces/{trace_id}"
+
+
+@pytest.mark.parametrize(
+    ("gateway", "url"),
+    [
+        ({}, "http://127.0.0.1:8080"),
+        ({"http_listen": "0.0.0.0:9000"}, "http://127.0.0.1:9000"),
+        ({"http_listen": "[::1]:9000"}, "http://[::1]:9000"),
+        ({"tls": {"certificate": "a", "private_key": "b"}}, "https://127.0.0.1:8080"),
+        ({"http_listen": None}, None),
+    ],
+)
+def test_others_are_told_where_the_console_is(gateway: dict[str, Any], url: str | None) -> None:
+    assert running_mesh(parse_settings({"gateway": gateway}, {})).console_url == url
+
+
+def test_the_port_of_the_console_is_checked_before_anything_starts(tmp_path: Path) -> None:
+    gateway = plan({"gateway": {"http_listen": "127.0.0.1:9000"}}, tmp_path)[-1]
+    assert ("gateway.http_listen", "127.0.0.1:9000") in [
+        (each.setting, each.address) for each in gateway.addresses
+    ]
+    assert len(plan({"gateway": {"http_listen": None}}, tmp_path)[-1].addresses) == 2

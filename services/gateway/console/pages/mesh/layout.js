@@ -15,10 +15,11 @@ const NARROW = { width: 400, left: 30 };
 export const CLIENTS = "clients";
 
 /** Boxes by service, each with its replicas' rows, and the size of the whole. */
-export function layout(services, narrow) {
+export function layout(services, links, narrow) {
   const shown = ORDER.map((name) => services.find((each) => each.service === name)).filter(Boolean);
   const boxes = new Map(shown.map((service) => [service.service, box(service)]));
-  const size = narrow ? stack(boxes) : spread(boxes);
+  const below = links.some((link) => link.from_service === "gateway" && link.to_service === "valkey");
+  const size = narrow ? stack(boxes) : spread(boxes, below);
   for (const each of boxes.values()) for (const row of each.rows) row.y += each.y;
   return { boxes, narrow, ...size };
 }
@@ -34,7 +35,7 @@ function box(service) {
   return { service: service.service, rows, height: height + PAD - 4 + (rows.length ? 0 : 12), x: 0, y: 0, width: 0 };
 }
 
-function spread(boxes) {
+function spread(boxes, below) {
   const columns = [[], [], [], []];
   for (const each of boxes.values()) columns[COLUMNS[each.service]].push(each);
   const heightOf = (column) => column.reduce((sum, each) => sum + each.height + GAP, -GAP);
@@ -49,8 +50,8 @@ function spread(boxes) {
     }
   });
   boxes.set(CLIENTS, { service: CLIENTS, rows: [], x: 0, y: height / 2 - 24, width: WIDE.widths[0], height: 48 });
-  // Room for the line that runs below everything.
-  return { width: WIDE.width, height: height + 26 };
+  // Room for the line that runs below everything, where there is one.
+  return { width: WIDE.width, height: height + (below ? 26 : 0) };
 }
 
 function stack(boxes) {

@@ -16,7 +16,7 @@ export const ground = (mesh, narrow) =>
 
 /** Draws a snapshot; `update` of the result shows another one on the same ground. */
 export function drawMap(mesh, narrow) {
-  const plan = layout(mesh.services ?? [], narrow);
+  const plan = layout(mesh.services ?? [], linksOf(mesh), narrow);
   const updates = [];
   const links = linksOf(mesh).filter((link) => plan.boxes.has(link.from_service) && plan.boxes.has(link.to_service));
   const lines = links.map((link) => lineOf(plan, link, updates));

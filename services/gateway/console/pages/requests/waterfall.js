@@ -83,6 +83,7 @@ export function waterfall(request) {
     "table",
     { class: "waterfall" },
     h("caption", { class: "unseen" }, `Stages of the request: ${sentence(request)}`),
+    h("colgroup", {}, h("col", { class: "stage-name" }), h("col"), h("col", { class: "stage-time" })),
     h("thead", { class: "unseen" }, h("tr", {}, ["Stage", "Begin", "Time"].map((label) => h("th", { scope: "col" }, label)))),
     h(
       "tbody",

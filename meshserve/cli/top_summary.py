@@ -90,7 +90,8 @@ def summary_lines(
 ) -> list[Text]:
     """Five lines."""
     facts = _Facts(mesh, glyphs)
-    trend_width = min(40, max(_LEAST_TREND_WIDTH, width - 68))
+    # A report on its own has none.
+    trend_width = min(40, max(_LEAST_TREND_WIDTH, width - 68)) if trends.requests else 0
     requests = joined([facts.active, facts.failed, facts.denied], glyphs)
     tokens = joined([facts.tokens_in, facts.tokens_total], glyphs)
     lines: list[list[str | tuple[str, str]]] = [

@@ -11,6 +11,7 @@ import grpc
 
 from meshserve.accumulators import ChatAccumulator, CompletionAccumulator
 from meshserve.async_streams import AsyncStream
+from meshserve.attempts import Attempts
 from meshserve.options import (
     ChatOptions,
     CountOptions,
@@ -102,8 +103,8 @@ class AsyncClient:
         accumulator = CompletionAccumulator(
             request.request.sampling.n or 1, request.request.request_id
         )
-        call = self._open("StreamGenerate", request, timeout, metadata)
-        return AsyncStream(call, accumulator, self._endpoint.target)
+        attempts = self._attempts("StreamGenerate", request, timeout, metadata)
+        return AsyncStream(attempts, accumulator, self._endpoint.target)
 
     async def chat(
         self,
@@ -129,8 +130,8 @@ class AsyncClient:
         """Answers a conversation as the answer is generated."""
         request = requests.stream_chat_request(messages, options, min_interval_ms)
         accumulator = ChatAccumulator(request.request.sampling.n or 1, request.request.request_id)
-        call = self._open("StreamChat", request, timeout, metadata)
-        return AsyncStream(call, accumulator, self._endpoint.target)
+        attempts = self._attempts("StreamChat", request, timeout, metadata)
+        return AsyncStream(attempts, accumulator, self._endpoint.target)
 
     async def count_tokens(
         self,
@@ -199,27 +200,28 @@ class AsyncClient:
     async def _call(
         self, method: str, request: Any, timeout: Timeout, metadata: Mapping[str, str] | None
     ) -> Any:
-        call = self._connect(method)
-        try:
-            return await call(
-                request,
-                timeout=self._endpoint.deadline(timeout),
-                metadata=self._endpoint.call_metadata(metadata),
-            )
-        except grpc.RpcError as error:
-            raise error_from_rpc(
-                error,
-                target=self._endpoint.target,
-                request_id=requests.request_id_of(request),
-            ) from error
+        attempts = self._attempts(method, request, timeout, metadata)
+        while True:
+            try:
+                return await attempts.begin()
+            except grpc.RpcError as error:
+                pause_s = attempts.pause_s(error)
+                if pause_s is None:
+                    raise error_from_rpc(
+                        error,
+                        target=self._endpoint.target,
+                        request_id=requests.request_id_of(request),
+                    ) from error
+            await asyncio.sleep(pause_s)
 
-    def _open(
+    def _attempts(
         self, method: str, request: Any, timeout: Timeout, metadata: Mapping[str, str] | None
-    ) -> Any:
-        return self._connect(method)(
-            request,
-            timeout=self._endpoint.deadline(timeout),
-            metadata=self._endpoint.call_metadata(metadata),
+    ) -> Attempts:
+        call = self._connect(method)
+        headers = self._endpoint.call_metadata(metadata)
+        return Attempts(
+            lambda timeout_s: call(request, timeout=timeout_s, metadata=headers),
+            self._endpoint.deadline(timeout),
         )
 
     def _connect(self, method: str) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import grpc
 
 from meshserve.accumulators import Accumulator, ChunkT, ResponseT, ResultT
+from meshserve.attempts import Attempts
 from meshserve.streams import StreamState
 
 
@@ -22,12 +23,12 @@ class AsyncStream(StreamState[ResponseT, ChunkT, ResultT]):
 
     def __init__(
         self,
-        call: Any,
+        attempts: Attempts,
         accumulator: Accumulator[ResponseT, ChunkT, ResultT],
         target: str,
     ) -> None:
-        super().__init__(call, accumulator, target)
-        self._messages: AsyncIterator[ResponseT] = call.__aiter__()
+        super().__init__(attempts, accumulator, target)
+        self._messages: AsyncIterator[ResponseT] = self._call.__aiter__()
 
     def __aiter__(self) -> AsyncIterator[ChunkT]:
         return self
@@ -74,7 +75,14 @@ class AsyncStream(StreamState[ResponseT, ChunkT, ResultT]):
         except StopAsyncIteration:
             self._end()
         except grpc.RpcError as error:
-            raise self._fail(error) from error
+            pause_s = self._pause_s(error)
+            if pause_s is None:
+                raise self._fail(error) from error
+            await asyncio.sleep(pause_s)
+            # Closed meanwhile, perhaps by another task.
+            if self._failure is None:
+                self._call = self._attempts.begin()
+                self._messages = self._call.__aiter__()
         except asyncio.CancelledError:
             # Either our own close, seen by a reader in another task, or the reading task's own
             # cancellation, which is not ours to swallow.

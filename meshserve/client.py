@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -9,6 +10,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from meshserve.accumulators import ChatAccumulator, CompletionAccumulator
+from meshserve.attempts import Attempts
 from meshserve.options import (
     ChatOptions,
     CountOptions,
@@ -105,8 +107,8 @@ class Client:
         accumulator = CompletionAccumulator(
             request.request.sampling.n or 1, request.request.request_id
         )
-        call = self._open(self._stub.StreamGenerate, request, timeout, metadata)
-        return Stream(call, accumulator, self._endpoint.target)
+        attempts = self._attempts(self._stub.StreamGenerate, request, timeout, metadata)
+        return Stream(attempts, accumulator, self._endpoint.target)
 
     def chat(
         self,
@@ -132,8 +134,8 @@ class Client:
         """Answers a conversation as the answer is generated."""
         request = requests.stream_chat_request(messages, options, min_interval_ms)
         accumulator = ChatAccumulator(request.request.sampling.n or 1, request.request.request_id)
-        call = self._open(self._stub.StreamChat, request, timeout, metadata)
-        return Stream(call, accumulator, self._endpoint.target)
+        attempts = self._attempts(self._stub.StreamChat, request, timeout, metadata)
+        return Stream(attempts, accumulator, self._endpoint.target)
 
     def count_tokens(
         self,
@@ -198,28 +200,28 @@ class Client:
     def _call(
         self, method: Any, request: Any, timeout: Timeout, metadata: Mapping[str, str] | None
     ) -> Any:
-        self._check_open()
-        try:
-            return method(
-                request,
-                timeout=self._endpoint.deadline(timeout),
-                metadata=self._endpoint.call_metadata(metadata),
-            )
-        except grpc.RpcError as error:
-            raise error_from_rpc(
-                error,
-                target=self._endpoint.target,
-                request_id=requests.request_id_of(request),
-            ) from error
+        attempts = self._attempts(method, request, timeout, metadata)
+        while True:
+            try:
+                return attempts.begin()
+            except grpc.RpcError as error:
+                pause_s = attempts.pause_s(error)
+                if pause_s is None:
+                    raise error_from_rpc(
+                        error,
+                        target=self._endpoint.target,
+                        request_id=requests.request_id_of(request),
+                    ) from error
+            time.sleep(pause_s)
 
-    def _open(
+    def _attempts(
         self, method: Any, request: Any, timeout: Timeout, metadata: Mapping[str, str] | None
-    ) -> Any:
+    ) -> Attempts:
         self._check_open()
-        return method(
-            request,
-            timeout=self._endpoint.deadline(timeout),
-            metadata=self._endpoint.call_metadata(metadata),
+        headers = self._endpoint.call_metadata(metadata)
+        return Attempts(
+            lambda timeout_s: method(request, timeout=timeout_s, metadata=headers),
+            self._endpoint.deadline(timeout),
         )
 
     def _check_open(self) -> None:

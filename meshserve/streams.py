@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Generic, Self
+from typing import Generic, Self
 
 import grpc
 
 from meshserve.accumulators import Accumulator, ChunkT, ResponseT, ResultT
+from meshserve.attempts import Attempts
 from meshserve.errors import MeshServeError, RequestCancelledError
 from meshserve.types import Usage
 from meshserve.wire.statuses import error_from_rpc
@@ -20,16 +22,18 @@ class StreamState(Generic[ResponseT, ChunkT, ResultT]):
 
     def __init__(
         self,
-        call: Any,
+        attempts: Attempts,
         accumulator: Accumulator[ResponseT, ChunkT, ResultT],
         target: str,
     ) -> None:
-        self._call = call
+        self._attempts = attempts
+        self._call = attempts.begin()
         self._accumulator = accumulator
         self._target = target
         self._pending: deque[ChunkT] = deque()
         self._failure: MeshServeError | None = None
         self._ended = False
+        self._has_begun = False
 
     @property
     def text(self) -> str:
@@ -62,6 +66,7 @@ class StreamState(Generic[ResponseT, ChunkT, ResultT]):
         return self._accumulator.cached
 
     def _take(self, message: ResponseT) -> None:
+        self._has_begun = True
         try:
             self._pending.extend(self._accumulator.feed(message))
         except MeshServeError as error:
@@ -76,6 +81,10 @@ class StreamState(Generic[ResponseT, ChunkT, ResultT]):
         except MeshServeError as error:
             self._failure = error
             raise
+
+    def _pause_s(self, error: grpc.RpcError) -> float | None:
+        """How long to wait before asking again; None if the failure is to stand."""
+        return None if self._has_begun or self._failure else self._attempts.pause_s(error)
 
     def _fail(self, error: grpc.RpcError) -> MeshServeError:
         if self._failure is None:
@@ -104,12 +113,12 @@ class Stream(StreamState[ResponseT, ChunkT, ResultT]):
 
     def __init__(
         self,
-        call: Any,
+        attempts: Attempts,
         accumulator: Accumulator[ResponseT, ChunkT, ResultT],
         target: str,
     ) -> None:
-        super().__init__(call, accumulator, target)
-        self._messages: Iterator[ResponseT] = iter(call)
+        super().__init__(attempts, accumulator, target)
+        self._messages: Iterator[ResponseT] = iter(self._call)
 
     def __iter__(self) -> Iterator[ChunkT]:
         return self
@@ -156,6 +165,11 @@ class Stream(StreamState[ResponseT, ChunkT, ResultT]):
         except StopIteration:
             self._end()
         except grpc.RpcError as error:
-            raise self._fail(error) from error
+            pause_s = self._pause_s(error)
+            if pause_s is None:
+                raise self._fail(error) from error
+            time.sleep(pause_s)
+            self._call = self._attempts.begin()
+            self._messages = iter(self._call)
         else:
             self._take(message)

@@ -21,28 +21,8 @@ DEFAULT_TIMEOUT_S = 300.0
 MAX_MESSAGE_BYTES = 64 * 2**20
 API_KEY_VARIABLE = "MESHSERVE_API_KEY"
 
-# Calls are spread over all gateways that the target stands for. What has not been heard of is tried
-# again: it met a gateway that went away (CANCELLED is how gRPC refuses what reaches it too late),
-# or one whose engines did.
-_SERVICE_CONFIG = json.dumps(
-    {
-        "loadBalancingConfig": [{"round_robin": {}}],
-        "methodConfig": [
-            {
-                "name": [{"service": "meshserve.v1.InferenceService"}],
-                "retryPolicy": {
-                    "maxAttempts": 3,
-                    "initialBackoff": "0.1s",
-                    "maxBackoff": "1s",
-                    "backoffMultiplier": 3,
-                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
-                },
-            }
-        ],
-        # While many calls fail none is tried again.
-        "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.5},
-    }
-)
+# Calls are spread over all gateways that the target stands for.
+_SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _VISIBLE_ASCII = re.compile(r"[\x20-\x7e]+")
 _HEADER_NAME = re.compile(r"[0-9a-z_.-]+")
@@ -128,8 +108,6 @@ def make_endpoint(
     tls_settings = TLS() if tls is True else tls
     options: list[tuple[str, Any]] = [
         ("grpc.service_config", _SERVICE_CONFIG),
-        # A request that is not kept cannot be tried again.
-        ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         # A gateway that restarts is back within a second or two; do not sit out gRPC's minutes.

@@ -188,8 +188,9 @@ def _route(match: Manifest) -> Manifest:
 
 
 # No package has schemas of these: the fields that the chart uses, after the CRDs of
-# kubernetes-sigs/lws 0.8 (leaderworkerset.x-k8s.io_leaderworkersets.yaml) and of Gateway API 1.1
-# (GRPCRoute and HTTPRoute of the standard channel). Pods within are held against their own schema.
+# kubernetes-sigs/lws (config/crd/bases/leaderworkerset.x-k8s.io_leaderworkersets.yaml, v1) and of
+# Gateway API 1.1 (GRPCRoute and HTTPRoute of the standard channel). Pods within are held against
+# their own schema.
 DESCRIBED: dict[tuple[str, str], Manifest] = {
     ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): _described(
         _strict(

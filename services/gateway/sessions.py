@@ -18,8 +18,8 @@ from services.runtime.errors import Reason, ServiceError, from_session_status
 from services.runtime.exchanges import ExchangeStream, SessionPool, StreamLostError
 from services.runtime.replicas import Replica
 
-# A session survives a lost stream this often in a row, which covers the restart of a replica.
-MAX_REOPENINGS = 8
+# For so long a session looks for a replica that takes it, which covers the restart of the only one.
+REOPEN_FOR_S = 10.0
 REOPEN_DELAY_S = 0.1
 REOPEN_MAX_DELAY_S = 1.0
 NO_DEADLINE_TIMEOUT_S = 60.0
@@ -75,9 +75,10 @@ class Session(Generic[Input, Output]):
     async def _exchange(self, payload: Any, timeout_s: float) -> Output:
         """Raises TimeoutError, and ServiceError."""
         give_up_at = time.monotonic() + timeout_s
+        reopen_until: float | None = None
         delay_s = REOPEN_DELAY_S
         tried: list[Replica] = []
-        for attempt in range(MAX_REOPENINGS + 1):
+        while True:
             opening = self._leaves()
             stream = self._enter(tried) if opening else self._stream
             if stream is not None:
@@ -98,7 +99,8 @@ class Session(Generic[Input, Output]):
                 stream.replica.pause()
                 tried.append(stream.replica)
                 self._leave()
-            if attempt < MAX_REOPENINGS and not self._pool.replicas.has_other(tried):
+            reopen_until = reopen_until or time.monotonic() + REOPEN_FOR_S
+            if not self._pool.replicas.has_other(tried):
                 left_s = give_up_at - time.monotonic()
                 await self._pool.replicas.wait_for_other(tried, min(delay_s, left_s))
                 delay_s = min(2 * delay_s, REOPEN_MAX_DELAY_S)
@@ -107,7 +109,8 @@ class Session(Generic[Input, Output]):
             timeout_s = give_up_at - time.monotonic()
             if timeout_s <= 0:
                 raise TimeoutError
-        raise unreachable(self._pool.peer)
+            if time.monotonic() > reopen_until:
+                raise unreachable(self._pool.peer)
 
     def _leaves(self) -> bool:
         """Whether the session has to be opened: it is on no stream, or its replica drains while

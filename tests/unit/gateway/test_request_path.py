@@ -474,7 +474,7 @@ async def test_a_filter_that_is_away(tmp_path: Path, policy: str) -> None:
 async def test_a_filter_that_goes_away_in_the_middle_is_waited_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.sessions.MAX_REOPENINGS", 2)
+    monkeypatch.setattr("services.gateway.sessions.REOPEN_FOR_S", 0.3)
     async with ScriptedMesh(tmp_path, safety={"when_unavailable": "allow"}) as mesh:
 
         async def script(request: EngineRequest) -> AsyncIterator[EngineResponse]:

@@ -61,7 +61,7 @@ async def test_sessions_go_on_where_they_were_when_their_replica_is_killed(loopb
 async def test_a_replica_that_stays_away_is_an_error_with_a_time_to_retry(
     loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "MAX_REOPENINGS", 2)
+    monkeypatch.setattr(sessions, "REOPEN_FOR_S", 0.3)
     replica, pool = await start(loopback, EchoHost())
     decoding = Decoding(pool)
     await decoding.feed(1)
@@ -222,7 +222,7 @@ async def test_a_large_batch_goes_in_several_messages(
 async def test_a_defect_in_reading_answers_hangs_nobody(
     loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "MAX_REOPENINGS", 1)
+    monkeypatch.setattr(sessions, "REOPEN_FOR_S", 0.3)
     _, pool = await start(loopback, EchoHost())
     pool._outputs_of = lambda response: response.nonsense
     async with asyncio.timeout(3):

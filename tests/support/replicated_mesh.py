@@ -172,10 +172,10 @@ class ReplicatedMesh:
         return replica
 
     def add(self, service: str) -> Replica:
-        """One replica more, once it is healthy."""
+        """One replica more, once it is healthy. Its name has it at once, as in Compose."""
         replica = self.begin(service)
-        replica.wait_until_healthy()
         self.publish()
+        replica.wait_until_healthy()
         return replica
 
     def forget(self, replica: Replica) -> None:

@@ -35,6 +35,7 @@ def docker_engine() -> Iterator[dict[str, str]]:
     try:
         yield from _own_engine(folder)
     finally:
+        _unmount_below(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -63,6 +64,13 @@ def _own_engine(folder: Path) -> Iterator[dict[str, str]]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _unmount_below(folder: Path) -> None:
+    """dockerd leaves the name of its own network namespace mounted."""
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    for mount in sorted((each for each in mounts if each.startswith(f"{folder}/")), reverse=True):
+        subprocess.run(["umount", mount], check=False, capture_output=True)
 
 
 def _answers(environment: dict[str, str]) -> bool:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from aiohttp import web
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace import SpanKind, use_span
 
 from services.gateway.context import Tenant
 from services.gateway.http.errors import error_response, from_aiohttp, http_status
@@ -24,7 +24,7 @@ from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import GatewaySettings
 from services.runtime.telemetry import get_tracer
-from services.runtime.telemetry.tracing import extract_context, in_span
+from services.runtime.telemetry.tracing import extract_context, mark_failed
 
 log = logging.getLogger(__name__)
 
@@ -101,14 +101,14 @@ class Calls:
             )
             status = 499
             try:
-                with in_span(span):
+                # Also where it is not recorded: what is done for it is not recorded either.
+                with use_span(span, record_exception=False, set_status_on_exception=False):
                     response = await answer(Call(request, tenant))
                 status = response.status
                 return response
             except ServiceError as error:
                 status = http_status(error.reason)
-                span.set_attribute("error.type", error.reason.value)
-                span.set_status(Status(StatusCode.ERROR, error.reason.value))
+                mark_failed(span, error)
                 raise
             finally:
                 span.set_attribute("http.response.status_code", status)

@@ -80,7 +80,7 @@ class _TracesOfRequests(Sampler):
         trace_state: TraceState | None = None,
     ) -> SamplingResult:
         """Called by the SDK for a span that has no parent."""
-        if kind is SpanKind.CLIENT:
+        if kind is not SpanKind.SERVER:
             return SamplingResult(Decision.DROP)
         return self._share.should_sample(
             parent_context, trace_id, name, kind, attributes, links, trace_state

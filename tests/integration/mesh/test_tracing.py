@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from google.protobuf import json_format
 
 from meshserve.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.runtime.telemetry.spans import COMMON_ATTRIBUTES, EVENTS, SPANS, STAGES
@@ -435,6 +438,31 @@ def test_a_passed_deadline_is_an_error_down_to_the_phase_it_ended(
     assert {event.name for event in decode.events} & {"exception", "cancelled"}
 
 
+def test_a_chat_by_http_is_one_trace_as_its_caller_chose(mesh: Mesh, otlp: Receiver) -> None:
+    message = gateway_pb2.StreamChatRequest(request=chat_request(fresh_prompt()))
+    body = json_format.MessageToJson(message).encode()
+    callers = [Caller(), Caller()]
+    for caller, flags in zip(callers, ("01", "00"), strict=True):
+        headers = {
+            "content-type": "application/json",
+            "traceparent": f"00-{caller.trace_id}-{caller.span_id}-{flags}",
+        }
+        url = f"http://127.0.0.1:{mesh.http_port}/api/chat"
+        with urllib.request.urlopen(
+            urllib.request.Request(url, body, headers), timeout=60
+        ) as answer:
+            assert answer.read()
+    recorded, unrecorded = callers
+    spans = otlp.wait_for(recorded.trace_id, lambda spans: "POST /api/chat" in names(spans))
+    root = only(spans, "POST /api/chat")
+    assert root.parent_id == recorded.span_id
+    assert only(spans, "chat demo").parent_id == root.span_id
+    before = len({span.trace_id for span in otlp.spans})
+    time.sleep(2)
+    assert otlp.trace(unrecorded.trace_id) == []
+    assert len({span.trace_id for span in otlp.spans}) == before
+
+
 def test_every_span_attribute_and_event_is_declared(mesh: Mesh, otlp: Receiver) -> None:
     with mesh.client() as client:
         client.chat(fresh_prompt(), temperature=0, max_tokens=4)
@@ -447,6 +475,8 @@ def test_every_span_attribute_and_event_is_declared(mesh: Mesh, otlp: Receiver) 
     for span in list(otlp.spans):
         if span.name.startswith("meshserve.v1."):
             service, name = "", "{package}.{Service}/{Method}"
+        elif "http.route" in span.attributes:
+            service, name = "gateway", "{METHOD} {route}"
         elif span.name.split(" ")[0] in ("chat", "text_completion"):
             service, name = "gateway", "{operation} {model}"
         else:

@@ -91,7 +91,7 @@ def test_spans_have_a_kind_where_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, name: str, attributes: dict[str, str], kind: str | None
 ) -> None:
     recorded = Recorded(monkeypatch, openinference=True)
-    recorded.tracer.start_span(name, attributes=attributes).end()
+    recorded.tracer.start_span(name, kind=SpanKind.SERVER, attributes=attributes).end()
     assert (recorded.only().attributes or {}).get("openinference.span.kind") == kind
     recorded.provider.shutdown()
 
@@ -99,7 +99,7 @@ def test_spans_have_a_kind_where_it_is_asked_for(
 def test_a_failed_span_tells_the_meaning_of_its_error_and_not_its_message(
     recorded: Recorded,
 ) -> None:
-    span = recorded.tracer.start_span("answer")
+    span = recorded.tracer.start_span("answer", kind=SpanKind.SERVER)
     mark_failed(
         span,
         ServiceError(

@@ -34,7 +34,7 @@ import meshserve
 
 SETTINGS_PATH = "/etc/meshserve/meshserve.yaml"
 TLS_PATH = "/etc/meshserve/tls"
-READY_WITHIN_S = 90.0
+READY_WITHIN_S = 150.0
 MS_BIND = 4096
 SIOCSIFFLAGS = 0x8914
 IFF_UP = 1
@@ -168,17 +168,20 @@ def wait_until_awaited() -> None:
 
 
 def wait_until_ready(pods: list[Pod]) -> None:
-    """Says what each probe said before its service was ready, and after."""
+    """Says of each pod that it is ready, and whether it is alive."""
     give_up_at = time.monotonic() + READY_WITHIN_S
+    started: set[str] = set()
     waiting = {pod.name: pod for pod in pods}
     while waiting:
+        assert time.monotonic() < give_up_at, f"not ready: {', '.join(waiting)}"
         for pod in list(waiting.values()):
             # Restarted by the kubelet otherwise, and so an error here.
             assert pod.process.poll() is None, f"{pod.name} has ended"
-            if pod.passes("startupProbe") and pod.passes("readinessProbe"):
+            if pod.name not in started and pod.passes("startupProbe"):
+                started.add(pod.name)
+            if pod.name in started and pod.passes("readinessProbe"):
                 say(ready=pod.name, alive=pod.passes("livenessProbe"))
                 del waiting[pod.name]
-        assert time.monotonic() < give_up_at, f"not ready: {', '.join(waiting)}"
         time.sleep(0.2)
 
 

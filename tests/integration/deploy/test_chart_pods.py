@@ -42,7 +42,7 @@ def run(folder: Path, values: Values, *options: str) -> Events:
         env={"PATH": "/usr/bin:/bin", "MESHSERVE_CACHE": str(default_cache_dir())},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
     logs = "".join(
         f"--- {log.name}\n{log.read_text()[-2000:]}" for log in sorted(folder.glob("*.log"))

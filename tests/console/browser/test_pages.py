@@ -131,6 +131,8 @@ def test_the_map_shows_replicas_and_turns_one_that_is_killed_red(demo: Demo) -> 
 
 
 def test_models_and_what_tenants_use_are_listed(demo: Demo) -> None:
+    with demo.mesh.client() as client:
+        client.chat("Hello", max_tokens=2)
     page = demo.page
     page.open("models")
     card = page.until(

@@ -130,6 +130,7 @@ def test_a_wheel_holds_the_generated_stubs_and_the_compiled_kernels(tmp_path: Pa
         for suffix in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi"):
             assert f"meshserve/v1/{stem}{suffix}" in names
     assert "services/safety/policies/default.yaml" in names
+    assert "services/gateway/console/pages/index.html" in names
     assert "meshserve/py.typed" in names
     assert not any(name.startswith("tests/") for name in names)
     # The kernels, and what an engine needs to compile them where the library does not fit.

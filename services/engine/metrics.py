@@ -1,4 +1,4 @@
-"""What the core says of itself, as Prometheus metrics. An engine runs one model, which labels all."""
+"""What the core says of itself, as Prometheus metrics, labelled with the one model it runs."""
 
 from __future__ import annotations
 

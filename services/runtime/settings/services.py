@@ -61,7 +61,8 @@ class EngineSettings(ServerSettings):
     )
     threads: Positive | None = Field(
         None,
-        description="Compute threads on a CPU. Default: one per core, within the quota of the container.",
+        description="Compute threads on a CPU. Default: one per core, within the quota of the "
+        "container.",
     )
     cpu_kernels: Literal["auto", "amx", "avx512bf16", "avx512", "avx2", "off"] = Field(
         "auto",

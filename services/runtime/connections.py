@@ -23,9 +23,9 @@ def channel_options(authority: str | None, max_message_bytes: int) -> list[tuple
     """gRPC channel arguments for one replica. Its certificate must be for `authority`, the
     `NAME:PORT` that it was found by; None means its address."""
     options: list[tuple[str, Any]] = [
-        # Which replica a call goes to and whether it is tried again is decided above. What never
-        # left this process gRPC itself sends again, and must have kept.
-        ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
+        # Which replica a call goes to and whether it is tried again is decided above. With gRPC's
+        # own retries a call whose connection breaks may wait on beyond its deadline.
+        ("grpc.enable_retries", 0),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),

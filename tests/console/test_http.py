@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import ssl
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -305,3 +307,28 @@ async def test_what_is_in_flight_ends_well_and_nothing_new_is_taken(
                 pass
         go_on.set()
         assert [event async for event, _ in events][-1] == "done"
+
+
+# --- TLS
+
+
+async def test_it_serves_https_with_the_certificates_of_the_grpc_port(tmp_path: Path) -> None:
+    certificate, private_key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    subprocess.run(
+        [
+            *["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"],
+            *["-keyout", private_key, "-out", certificate],
+            *["-subj", "/CN=gateway", "-addext", "subjectAltName=IP:127.0.0.1"],
+        ],
+        check=True,
+        capture_output=True,
+    )
+    (port,) = free_ports(1)
+    tls = {"certificate": certificate, "private_key": private_key}
+    gateway = {"http_listen": f"127.0.0.1:{port}", "tls": tls}
+    trust = ssl.create_default_context(cafile=certificate)
+    async with ScriptedMesh(tmp_path, gateway=gateway), aiohttp.ClientSession() as http:
+        async with http.get(f"https://127.0.0.1:{port}/healthz", ssl=trust) as response:
+            assert response.status == 200
+        with pytest.raises(aiohttp.ClientError):
+            await http.get(f"http://127.0.0.1:{port}/healthz")

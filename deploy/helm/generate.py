@@ -174,7 +174,9 @@ def gateway() -> Schema:
         ingress=fields(
             enabled=BOOLEAN, className=TEXT, annotations=LABELS, host=TEXT, tlsSecret=NAME
         ),
-        gatewayApi=fields(enabled=BOOLEAN, parentRefs=OBJECTS, hostnames=TEXTS),
+        gatewayApi=fields(
+            enabled=BOOLEAN, parentRefs=OBJECTS, grpcHostnames=TEXTS, httpHostnames=TEXTS
+        ),
     )
 
 

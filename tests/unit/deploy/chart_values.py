@@ -26,7 +26,7 @@ CERTIFICATES = {
     "cache": "cache-tls",
     "safety": "safety-tls",
 }
-ROUTES = {"enabled": True, "parentRefs": [{"name": "one"}]}
+ROUTES = {"enabled": True, "parentRefs": [{"name": "one"}], "grpcHostnames": ["b.example"]}
 BALANCED = {"type": "LoadBalancer"}
 HPA = {"kind": "hpa"}
 KEDA = {"kind": "keda", "minReplicas": 0}
@@ -43,9 +43,7 @@ BESIDE: dict[str, Values] = {
     "storage.sizeLimit": {},
     "gateway.autoscaling.": {"gateway": NO_AUTH | {"autoscaling": {"enabled": True}}},
     "gateway.ingress.": {"gateway": NO_AUTH | {"ingress": {"enabled": True, "host": "a.example"}}},
-    "gateway.gatewayApi.": {
-        "gateway": NO_AUTH | {"gatewayApi": {"enabled": True, "parentRefs": [{"name": "one"}]}}
-    },
+    "gateway.gatewayApi.": {"gateway": NO_AUTH | {"gatewayApi": ROUTES}},
     "gateway.service.loadBalancerSourceRanges": {
         "gateway": NO_AUTH | {"service": {"type": "LoadBalancer"}}
     },
@@ -122,7 +120,8 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "gateway.ingress.tlsSecret": ("cert", "secretName: cert"),
     "gateway.gatewayApi.enabled": (True, "kind: GRPCRoute"),
     "gateway.gatewayApi.parentRefs": ([{"name": "two"}], "name: two"),
-    "gateway.gatewayApi.hostnames": (["c.example"], "- c.example"),
+    "gateway.gatewayApi.grpcHostnames": (["c.example"], "- c.example"),
+    "gateway.gatewayApi.httpHostnames": (["d.example"], "kind: HTTPRoute"),
     "safety.policies": (
         {"strict": {"categories": {}}},
         "/etc/meshserve/policies/strict.yaml",

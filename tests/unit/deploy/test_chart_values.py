@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.support.chart import CHART, DEPLOY, Values, render
-from tests.unit.deploy.chart_values import BESIDE, HPA, NO_KEYS, OTHERS
+from tests.unit.deploy.chart_values import BESIDE, HPA, NO_KEYS, OTHERS, ROUTES
 
 
 def at(path: str, value: Any, base: Values = NO_KEYS) -> Values:
@@ -189,6 +189,14 @@ def test_what_no_value_may_be_is_refused_with_its_place(path: str, value: Any, w
         ),
         (at("engineDefaults.maxSurge", 0), "no engine could ever be replaced"),
         (at("tls.enabled", True), "tls.secrets.gateway is empty"),
+        (
+            at("gateway.gatewayApi", {"enabled": True, "httpHostnames": ["a.example"]}),
+            "set grpcHostnames too",
+        ),
+        (
+            at("gateway.gatewayApi", ROUTES | {"httpHostnames": ["b.example"]}),
+            "b.example is among grpcHostnames and httpHostnames",
+        ),
         (at("valkey.embedded.enabled", False), "set url or existingSecret"),
     ],
 )

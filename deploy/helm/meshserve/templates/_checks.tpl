@@ -41,6 +41,17 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- $routes := $values.gateway.gatewayApi -}}
+{{- if and $routes.enabled $routes.httpHostnames -}}
+{{- if not $routes.grpcHostnames -}}
+{{- fail "gateway.gatewayApi: with httpHostnames set grpcHostnames too: a GRPCRoute and an HTTPRoute may not answer to the same names" -}}
+{{- end -}}
+{{- range $routes.httpHostnames -}}
+{{- if has . $routes.grpcHostnames -}}
+{{- fail (printf "gateway.gatewayApi: %s is among grpcHostnames and httpHostnames; a GRPCRoute and an HTTPRoute may not answer to the same names" .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if not (or $values.valkey.url $values.valkey.existingSecret $values.valkey.embedded.enabled) -}}
 {{- fail "valkey: set url or existingSecret, or leave embedded.enabled true" -}}
 {{- end -}}

@@ -1,4 +1,9 @@
-"""The Docker engine that the tests use: the one that runs, or where none does, one of their own."""
+"""The Docker engine that the tests use: the one that runs, or where none does, one of their own.
+
+    python -m tests.compose.docker_engine
+
+says whether there is one, or why not.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -76,3 +82,11 @@ def _unmount_below(folder: Path) -> None:
 def _answers(environment: dict[str, str]) -> bool:
     command = ["docker", "version", "--format", "{{.Server.Version}}"]
     return subprocess.run(command, env=environment, capture_output=True).returncode == 0
+
+
+if __name__ == "__main__":
+    try:
+        with docker_engine():
+            pass
+    except NoEngineError as error:
+        sys.exit(str(error))

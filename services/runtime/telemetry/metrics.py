@@ -24,7 +24,7 @@ from prometheus_client import (
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from services.runtime.telemetry.processes import watch_processes
+from services.runtime.telemetry.processes import process_readings
 
 # A second series per counter that says when it began; Prometheus knows by itself.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -221,7 +221,8 @@ class Metrics:
                 self.registry.register(self._read[row.name])
             else:
                 self._collectors[row.name] = self._make(row)
-        watch_processes(self)
+        for name, readings in process_readings(self.processes).items():
+            self.read(name, readings)
 
     def counter(self, name: str) -> Counter:
         """A declared counter; KeyError for a name that is not in the table."""

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 import psutil
 
-if TYPE_CHECKING:
-    from services.runtime.telemetry.metrics import Metrics, Reading
+Readings: TypeAlias = Callable[[], Iterable[tuple[tuple[str, ...], float]]]
+"""What a metric is now: its label values, and its value."""
 
 
-def watch_processes(metrics: Metrics) -> None:
-    """Has the metrics `meshserve_process_*` tell of `metrics.processes`."""
+def process_readings(processes: Mapping[str, Callable[[], int | None]]) -> dict[str, Readings]:
+    """By name, the metrics `meshserve_process_*` of processes, which are ids by a name of their
+    own; None for one that does not run."""
+    return {
+        f"meshserve_process_{name}": _readings(processes, measure)
+        for name, measure in _MEASURES.items()
+    }
 
-    def read(measure: Callable[[psutil.Process], float]) -> Callable[[], Iterable[Reading]]:
-        def readings() -> Iterator[Reading]:
-            for name, pid_of in metrics.processes.items():
-                pid = pid_of()
-                if pid is None:
-                    continue
-                try:
-                    value = measure(psutil.Process(pid))
-                except psutil.Error:
-                    # It has ended since, or the system does not tell.
-                    continue
-                yield (name,), value
 
-        return readings
+def _readings(
+    processes: Mapping[str, Callable[[], int | None]], measure: Callable[[psutil.Process], float]
+) -> Readings:
+    def read() -> Iterator[tuple[tuple[str, ...], float]]:
+        for name, pid_of in processes.items():
+            pid = pid_of()
+            if pid is None:
+                continue
+            try:
+                value = measure(psutil.Process(pid))
+            except psutil.Error:
+                # It has ended since, or the system does not tell.
+                continue
+            yield (name,), value
 
-    for name, measure in _MEASURES.items():
-        metrics.read(f"meshserve_process_{name}", read(measure))
+    return read
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

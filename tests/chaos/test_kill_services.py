@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import meshserve
+from tests.support.load import Load, wait_until
 from tests.support.mesh import SERVICES, Mesh
 
 pytestmark = pytest.mark.slow
@@ -27,78 +26,22 @@ def mesh(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> Ite
         yield started
 
 
-class Load:
-    """Clients that chat all the time, and what came of it."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
-        self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._chat, args=(number,)) for number in range(CLIENTS)
-        ]
-        self.outcomes: Counter[str] = Counter()
-        self.unexpected: list[str] = []
-        self.truncated: list[str] = []
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(timeout=90)
-        assert not any(thread.is_alive() for thread in self._threads), "a stream hangs"
-
-    def _chat(self, number: int) -> None:
-        turn = 0
-        with self._mesh.client(timeout=60) as client:
-            while not self._stop.is_set():
-                turn += 1
-                try:
-                    with client.stream_chat(
-                        f"Count to {turn % 7 + 3}, client {number}.",
-                        max_tokens=12,
-                        temperature=0,
-                        ignore_eos=True,
-                        cache=bool(turn % 2),
-                    ) as stream:
-                        answer = stream.collect()
-                except CLEAN as error:
-                    self.outcomes[f"{type(error).__name__} {error.reason}"] += 1
-                    time.sleep(0.1)
-                except meshserve.MeshServeError as error:
-                    self.unexpected.append(f"{type(error).__name__} {error.reason}: {error}")
-                else:
-                    self.outcomes["answered"] += 1
-                    if answer.usage.completion_tokens != 12:
-                        self.truncated.append(answer.text)
-
-
-def wait_until(condition: object, timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("victim", [*SERVICES, "valkey"])
 def test_the_mesh_survives_the_death_of(mesh: Mesh, victim: str) -> None:
     others = {name: mesh.process(name).pid for name in SERVICES if name != victim}
     killed = mesh.process(victim).pid
-    with Load(mesh) as load:
-        wait_until(lambda: load.outcomes["answered"] >= 3, 60, "no load")
+    with Load(lambda: mesh.client(timeout=60), clients=CLIENTS) as load:
+        load.wait_for_more(CLIENTS)
         mesh.process(victim).send_signal(signal.SIGKILL)
         wait_until(lambda: _came_back(mesh, victim, killed), 90, f"{victim} stays away")
         mesh.wait_until_ready(timeout_s=90)
-        before = load.outcomes["answered"]
-        wait_until(lambda: load.outcomes["answered"] >= before + CLIENTS, 60, "no more answers")
-    assert not load.unexpected, f"{load.unexpected[:5]}\n{mesh.logs()}"
+        load.wait_for_more()
+    unexpected = [error for error in load.failures if not isinstance(error, CLEAN)]
+    assert not unexpected, f"{unexpected[:5]}\n{mesh.logs()}"
     assert not load.truncated, "a failed stream looked like a finished one"
     assert {name: mesh.process(name).pid for name in others} == others, "another service died too"
-    print(victim, dict(load.outcomes))
+    print(f"{victim}: {load.answered} answers, {len(load.failures)} failures")
 
 
 def _came_back(mesh: Mesh, victim: str, killed: int) -> bool:

@@ -1,22 +1,19 @@
-"""A whole stack of Compose in a project of its own, and load on it."""
+"""A whole stack of Compose in a project of its own."""
 
 from __future__ import annotations
 
 import json
 import socket
 import subprocess
-import threading
-import time
 import urllib.parse
 import urllib.request
 import uuid
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import meshserve
 from tests.compose.images import TAG
+from tests.support.load import wait_until
 from tests.support.ports import free_ports
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -25,7 +22,6 @@ SERVICES = ("gateway", "tokenizer", "engine", "cache", "safety")
 # Everything but what cannot be stood in for.
 STARTED = (*SERVICES, "valkey", "collector", "prometheus")
 GATEWAY_PORTS = 3
-CLIENTS = 4
 
 
 class Stack:
@@ -158,71 +154,10 @@ class Stack:
         return self.compose("logs", "--tail=15", "--no-color", *SERVICES)
 
 
-class Load:
-    """Clients that chat all the time, and what came of it. Nothing is tried again."""
-
-    def __init__(self, stack: Stack) -> None:
-        self._stack = stack
-        self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._chat, args=(number,)) for number in range(CLIENTS)
-        ]
-        self.outcomes: Counter[str] = Counter()
-        self.failures: list[str] = []
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(timeout=90)
-        assert not any(thread.is_alive() for thread in self._threads), "a stream hangs"
-
-    @property
-    def answered(self) -> int:
-        return self.outcomes["answered"]
-
-    def wait_for_more(self, count: int = 2 * CLIENTS, timeout_s: float = 60.0) -> None:
-        """Waits until so many more requests have been answered."""
-        before = self.answered
-        wait_until(lambda: self.answered >= before + count, timeout_s, "no more answers")
-
-    def _chat(self, number: int) -> None:
-        turn = 0
-        with self._stack.client(timeout=60) as client:
-            while not self._stop.is_set():
-                turn += 1
-                try:
-                    with client.stream_chat(
-                        f"Count to {turn % 7 + 3}, client {number}, turn {turn}.",
-                        max_tokens=8,
-                        temperature=0,
-                        ignore_eos=True,
-                    ) as stream:
-                        answer = stream.collect()
-                except meshserve.MeshServeError as error:
-                    self.outcomes["failed"] += 1
-                    self.failures.append(f"{type(error).__name__} {error.reason}: {error}")
-                    time.sleep(0.1)
-                else:
-                    assert answer.usage.completion_tokens == 8, answer
-                    self.outcomes["answered"] += 1
-
-
 def compose_program() -> list[str]:
     """Compose 2 where it is installed, else 1.29."""
     plugin = subprocess.run(["docker", "compose", "version"], capture_output=True)
     return ["docker", "compose"] if plugin.returncode == 0 else ["docker-compose"]
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.3)
 
 
 def _get_json(url: str) -> Any:

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.compose.stack import SERVICES, STARTED, Load, Stack, wait_until
+import meshserve
+from tests.compose.stack import SERVICES, STARTED, Stack
+from tests.support.load import Load, wait_until
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3000)]
 
@@ -62,7 +64,7 @@ def test_an_answer_is_kept_and_found_again(stack: Stack) -> None:
 
 
 def test_engines_and_tokenizers_are_added_under_load(stack: Stack) -> None:
-    with Load(stack) as load:
+    with Load(lambda: stack.client(timeout=60)) as load:
         load.wait_for_more()
         stack.up(**REPLICAS)
         stack.wait_until_healthy()
@@ -70,7 +72,7 @@ def test_engines_and_tokenizers_are_added_under_load(stack: Stack) -> None:
         load.wait_for_more()
     assert not load.failures, load.failures[:5]
     assert len(stack.containers("tokenizer")) == 2
-    print(dict(load.outcomes))
+    print(f"{load.answered} answers")
 
 
 def test_prometheus_finds_every_replica(stack: Stack) -> None:
@@ -88,7 +90,7 @@ def test_prometheus_finds_every_replica(stack: Stack) -> None:
 def test_engines_and_tokenizers_are_taken_away_under_load(stack: Stack) -> None:
     stack.up(**REPLICAS)
     stack.wait_until_healthy()
-    with Load(stack) as load:
+    with Load(lambda: stack.client(timeout=60)) as load:
         load.wait_for_more()
         stack.up(engine=1, tokenizer=1)
         load.wait_for_more()
@@ -100,17 +102,19 @@ def test_engines_and_tokenizers_are_taken_away_under_load(stack: Stack) -> None:
 def test_a_killed_service_is_started_again(stack: Stack, victim: str) -> None:
     (container,) = stack.containers(victim)
     restarts = stack.restarts(container)
-    with Load(stack) as load:
+    with Load(lambda: stack.client(timeout=60)) as load:
         load.wait_for_more()
         stack.kill_process(container, f"services.{victim}")
         wait_until(lambda: stack.restarts(container) > restarts, 60, f"{victim} stays away")
         stack.wait_until_healthy()
         load.wait_for_more()
-    print(victim, dict(load.outcomes), load.failures[:1])
+    assert all(isinstance(error, meshserve.ServiceUnavailableError) for error in load.failures)
+    assert not load.truncated, "a failed stream looked like a finished one"
+    print(f"{victim}: {load.answered} answers, {len(load.failures)} failures {load.failures[:1]}")
 
 
 def test_requests_do_not_need_valkey(stack: Stack) -> None:
-    with Load(stack) as load:
+    with Load(lambda: stack.client(timeout=60)) as load:
         load.wait_for_more()
         stack.compose("restart", "valkey")
         stack.wait_until_healthy()
@@ -121,13 +125,13 @@ def test_requests_do_not_need_valkey(stack: Stack) -> None:
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_service_is_replaced_under_load(stack: Stack, service: str) -> None:
     before = set(stack.containers(service))
-    with Load(stack) as load:
+    with Load(lambda: stack.client(timeout=60)) as load:
         load.wait_for_more()
         stack.roll(service)
         load.wait_for_more()
     assert not load.failures, load.failures[:5]
     assert not before & set(stack.containers(service))
-    print(service, dict(load.outcomes))
+    print(f"{service}: {load.answered} answers")
 
 
 def test_started_again_nothing_is_pulled_again(stack: Stack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "patient")
 
 def pytest_sessionstart() -> None:
     """Compile the CPU kernels if they have changed, so that no test waits for that at its start."""
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and with them all
+    # programs that they start and then interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     subprocess.run([sys.executable, str(BUILD_KERNELS)], check=False, stdout=subprocess.DEVNULL)
 
 

@@ -41,7 +41,9 @@ def mesh(folder: Path) -> Iterator[Mesh]:
     started = Mesh(folder)
     engine = started.settings["engine"]
     engine["target"] = f"ipv4:{engine['listen']},127.0.0.1:{port}"
-    started.settings["models"]["smollm2-135m"]["price"] = {"prompt": 0.1, "completion": 0.4}
+    price = {"prompt": 0.1, "completion": 0.4}
+    # As it is served by default, not as the tests have it.
+    started.settings["models"]["smollm2-135m"] |= {"dtype": "auto", "price": price}
     with started:
         settings = copy.deepcopy(started.settings)
         settings["engine"] |= {"listen": f"127.0.0.1:{port}", "metrics_listen": None}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -200,6 +203,21 @@ def test_where_the_operating_system_refuses_tiles_the_next_set_is_taken(
     assert "CPU kernels: the operating system refuses amx: " in caplog.text
     assert library.activate("amx") is None
     assert "the operating system refuses amx" in (library.why_not() or "")
+
+
+def test_a_machine_that_shows_tiles_and_traps_them_is_found_out_in_a_child() -> None:
+    path = library.find_or_build()
+    # Another process, which has no AMX in software.
+    code = f"import ctypes; print(ctypes.CDLL({str(path)!r}).meshserve_try_tiles())"
+    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    has_tiles = "amx" in library.isa_names(path)
+    assert int(tried.stdout) == (0 if has_tiles else errno.ENOTSUP)
+
+
+def test_a_machine_whose_tiles_work_is_found_to_have_them(processor: AmxProcessor) -> None:
+    before = processor.executed()["LDTILECFG"]
+    assert library._open(library.find_or_build()).meshserve_try_tiles() == 0
+    assert processor.executed()["LDTILECFG"] == before, "they are tried in a child"
 
 
 @pytest.mark.usefixtures("a_machine_with_amx")

@@ -2,7 +2,9 @@
 // has.
 #include <cpuid.h>
 #include <errno.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -58,6 +60,27 @@ int request_tiles() {
   return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0 ? 0 : errno;
 }
 
+// Some hypervisors show AMX and stop what uses it. So a child tries one tile, and ends for it.
+int try_tiles() {
+  const pid_t child = fork();
+  if (child < 0) return errno;
+  if (child == 0) {
+    prctl(PR_SET_DUMPABLE, 0);
+    alignas(64) uint8_t shapes[64] = {1};  // as tiles.h has them: one tile of 16 rows of 64 bytes
+    shapes[16] = 64;
+    shapes[48] = 16;
+    asm volatile("ldtilecfg %0" ::"m"(shapes));
+    asm volatile("tilezero %tmm0");
+    asm volatile("tilerelease");
+    _exit(0);
+  }
+  int status = 0;
+  while (waitpid(child, &status, 0) < 0) {
+    if (errno != EINTR) return errno;
+  }
+  return status == 0 ? 0 : ENOTSUP;
+}
+
 }  // namespace
 }  // namespace meshserve
 
@@ -70,8 +93,13 @@ extern "C" {
 
 // Asks the operating system for what an instruction set needs of it. Returns 0, or its error.
 [[gnu::visibility("default")]] int meshserve_request(const char* isa) {
-  return std::strcmp(isa, "amx") ? 0 : meshserve::request_tiles();
+  if (std::strcmp(isa, "amx")) return 0;
+  const int refused = meshserve::request_tiles();
+  return refused ? refused : meshserve::try_tiles();
 }
+
+// Whether tiles can be used, found out by using one. Returns 0, or ENOTSUP.
+[[gnu::visibility("default")]] int meshserve_try_tiles() { return meshserve::try_tiles(); }
 
 // The kernels of a named instruction set, which the machine may not have; null where nobody knows
 // it.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from services.engine.core.layers.rotary import RopeConfig, RopeScaling
+from services.engine.core.models.fields import Fields, read_json
 from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.gguf import GGUFFile
 
@@ -102,7 +100,7 @@ def config_from_hf(directory: Path) -> ModelConfig:
     Raises ModelFileError for a file that is missing, no JSON, or without a needed number.
     """
     path = directory / "config.json"
-    fields = _Fields(path, _read_json(path))
+    fields = Fields(path, read_json(path))
     architectures = fields.raw.get("architectures")
     if not (isinstance(architectures, list) and architectures):
         raise ModelFileError(path, "names no architecture", what="architectures")
@@ -111,8 +109,8 @@ def config_from_hf(directory: Path) -> ModelConfig:
     bias = fields.flag("attention_bias")
     max_context_tokens = fields.integer("max_position_embeddings", 2048)
     generation_path = directory / "generation_config.json"
-    generation = _Fields(
-        generation_path, _read_json(generation_path) if generation_path.exists() else {}
+    generation = Fields(
+        generation_path, read_json(generation_path) if generation_path.exists() else {}
     )
     config = ModelConfig(
         architecture=str(architectures[0]),
@@ -136,12 +134,12 @@ def config_from_hf(directory: Path) -> ModelConfig:
     return check_config(path, config)
 
 
-def _rope_from_hf(fields: _Fields, head_dim: int, max_context_tokens: int) -> RopeConfig:
+def _rope_from_hf(fields: Fields, head_dim: int, max_context_tokens: int) -> RopeConfig:
     # `rope_parameters` is the newer name of `rope_scaling`, and holds theta as well.
     found = fields.raw.get("rope_parameters") or fields.raw.get("rope_scaling") or {}
     if not isinstance(found, dict):
         raise ModelFileError(fields.path, "is not a table", what="rope_parameters")
-    rope = _Fields(fields.path, found)
+    rope = Fields(fields.path, found)
     theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
     kind = found.get("rope_type", found.get("type", "default"))
     rotary = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
@@ -260,66 +258,3 @@ def _read_divisors(file: GGUFFile) -> tuple[float, ...] | None:
         problem = f"is {info.type.name} {list(info.shape)}, not a vector of F32"
         raise ModelFileError(file.path, problem, what="tensor 'rope_freqs.weight'")
     return tuple(file.tensor_bytes(info.name).view("<f4").tolist())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelFileError(path, "no such file") from None
-    except OSError as error:
-        raise ModelFileError(path, f"cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(path, f"is not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise ModelFileError(path, "is not a JSON object")
-    return parsed
-
-
-class _Fields:
-    """Typed look-up in a JSON object; null counts as absent, as HF writes it."""
-
-    def __init__(self, path: Path, raw: Mapping[str, Any]) -> None:
-        self.path = path
-        self.raw = raw
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        return int(self._value(name, int, "an integer", default))
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._value(name, (int, float), "a number", default)
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise ModelFileError(self.path, "is not a finite number", what=name)
-        return number
-
-    def optional_number(self, name: str) -> float | None:
-        return None if self.raw.get(name) is None else self.number(name)
-
-    def flag(self, name: str, *, default: bool = False) -> bool:
-        value = self.raw.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise ModelFileError(self.path, f"{value!r} is not true or false", what=name)
-        return value
-
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        value = self.raw.get(name)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(each, int) and each >= 0 for each in ids):
-            raise ModelFileError(self.path, f"{value!r} is not a token id or a list", what=name)
-        return tuple(dict.fromkeys(ids))
-
-    def _value(self, name: str, kind: type | tuple[type, ...], says: str, default: Any) -> Any:
-        value = self.raw.get(name)
-        if value is None:
-            if default is None:
-                raise ModelFileError(self.path, "is missing", what=name)
-            return default
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise ModelFileError(self.path, f"{value!r} is not {says}", what=name)
-        return value

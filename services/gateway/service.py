@@ -8,6 +8,7 @@ import logging
 import grpc
 
 from meshserve.v1 import gateway_pb2_grpc, mesh_pb2_grpc
+from services.gateway.api_keys import ApiKeys
 from services.gateway.console.routes import Console
 from services.gateway.http.calls import Calls
 from services.gateway.http.server import HttpServer
@@ -58,7 +59,8 @@ class GatewayService(Service):
         self._peers = Peers(settings, metrics)
         self._models = ModelDirectory(settings, self._peers, metrics)
         authenticator = Authenticator(gateway, metrics)
-        if authenticator.required and not gateway.auth.keys:
+        self._keys = ApiKeys(settings, authenticator, metrics)
+        if authenticator.required and not self._keys.settings.gateway.auth.keys:
             raise StartupError(
                 f"callers on {gateway.listen} need an API key, but gateway.auth.keys is empty",
                 "add a key as docs/configuration.md shows, or set gateway.auth.mode: off",
@@ -88,7 +90,9 @@ class GatewayService(Service):
             gateway, self._inference, self._models, authenticator, tokenizer
         )
         places = Places(settings, self._peers, metrics)
-        collector = Collector(settings, lambda: self.monitor.status(), self._valkey, places)
+        collector = Collector(
+            lambda: self._keys.settings, lambda: self.monitor.status(), self._valkey, places
+        )
         watch = MeshWatch(collector.picture, collector.close, self.draining)
         self._mesh_servicer = MeshServicer(watch, authenticator)
         self._http = self._http_server(authenticator)
@@ -106,6 +110,7 @@ class GatewayService(Service):
     async def start(self) -> None:
         """Begins to ask the engines what they serve, and the filter for its policy. Raises
         StartupError."""
+        self._keys.start()
         self._models.start()
         self._policy.start()
         if self._http is not None:
@@ -134,6 +139,7 @@ class GatewayService(Service):
                 await self._inference.drain()
         except TimeoutError:
             log.warning("requests are still on their way out; their answers may not be kept")
+        await self._keys.stop()
         self._models.stop()
         self._policy.stop()
         await self._peers.close()

@@ -31,6 +31,7 @@ class Collector:
     """Takes pictures of the mesh.
 
     Args:
+        settings: gives them as they are now: API keys may change.
         own_status: of this gateway.
         valkey: the client of what replicas share.
         places: where the other replicas are.
@@ -38,7 +39,7 @@ class Collector:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: Callable[[], Settings],
         own_status: Callable[[], monitor_pb2.GetStatusResponse],
         valkey: ValkeyClient,
         places: Places,
@@ -69,14 +70,14 @@ class Collector:
         replicas.append(replace(own, address=same[0].address) if same else own)
         known = {(each.service, each.address) for each in (own, *replicas)}
         self._histories = {key: kept for key, kept in self._histories.items() if key in known}
-        return snapshot(sorted(replicas, key=lambda each: each.address), self._settings)
+        return snapshot(sorted(replicas, key=lambda each: each.address), self._settings())
 
     async def close(self) -> None:
         """Looks no further until the next picture."""
         await self._places.close()
 
     def _own(self) -> Replica:
-        address = self._settings.gateway.listen
+        address = self._settings().gateway.listen
         window = self._take_in("gateway", address, self._own_status())
         return Replica("gateway", address, window, reporting=True)
 

@@ -37,4 +37,6 @@ class MeshServicer(mesh_pb2_grpc.MeshServiceServicer):
         watching = self._watch.snapshots(interval_ms / 1000, authorization)
         async with aclosing(watching) as snapshots:
             async for mesh in snapshots:
+                # The key may have been taken away since.
+                self._authenticator.operator(authorization)
                 yield mesh_pb2.WatchMeshResponse(mesh=mesh)

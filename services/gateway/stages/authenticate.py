@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 from services.gateway.context import ANONYMOUS, RequestContext, Tenant
 from services.gateway.pipeline import Stage
 from services.runtime.errors import Reason, ServiceError
-from services.runtime.settings import GatewaySettings
+from services.runtime.settings import ApiKeySettings, GatewaySettings
 from services.runtime.telemetry import Metrics
 
 SCHEME = "bearer "
@@ -20,6 +21,11 @@ class Authenticator:
         auth = settings.auth
         self._denials = metrics.counter("meshserve_gateway_denials")
         self.required = auth.mode == "required" or (auth.mode == "auto" and settings.is_public)
+        self.use(auth.keys)
+        self._anonymous = Tenant(ANONYMOUS, operator=True)
+
+    def use(self, keys: Iterable[ApiKeySettings]) -> None:
+        """Knows these keys from now on, and no others."""
         self._tenants = {
             key.sha256: Tenant(
                 key.name,
@@ -28,9 +34,8 @@ class Authenticator:
                 # Where no key is asked for everybody is, with a key as well as without.
                 operator=key.operator or not self.required,
             )
-            for key in auth.keys
+            for key in keys
         }
-        self._anonymous = Tenant(ANONYMOUS, operator=True)
 
     def tenant(self, authorization: str | None) -> Tenant:
         """The tenant of an `authorization` header. Raises ServiceError (UNAUTHENTICATED).

@@ -7,7 +7,12 @@ from services.runtime.settings.gateway import (
     GatewaySettings,
     RateLimitSettings,
 )
-from services.runtime.settings.load import SettingsError, load_settings, parse_settings
+from services.runtime.settings.load import (
+    SettingsError,
+    load_settings,
+    parse_keys,
+    parse_settings,
+)
 from services.runtime.settings.models import ModelSettings, PriceSettings, SamplingDefaults
 from services.runtime.settings.schema import Settings
 from services.runtime.settings.section import ServerSettings, TlsSettings
@@ -42,6 +47,7 @@ __all__ = [
     "ValkeySettings",
     "is_loopback",
     "load_settings",
+    "parse_keys",
     "parse_settings",
     "split_address",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -38,6 +39,11 @@ class AuthSettings(Section):
         "keys are asked for and none is configured, the gateway does not start.",
     )
     keys: tuple[ApiKeySettings, ...] = Field((), description="The keys.")
+    keys_file: Path | None = Field(
+        None,
+        description="File with more keys, a YAML list in the form of `keys`. A change of it takes "
+        "effect within seconds, without a restart.",
+    )
 
 
 class RateLimitSettings(Section):

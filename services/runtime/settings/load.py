@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from services.runtime.settings.gateway import ApiKeySettings
 from services.runtime.settings.schema import Settings
 
 ENVIRONMENT_PREFIX = "MESHSERVE_"
@@ -39,6 +40,8 @@ KUBERNETES_SERVICE_LINK = re.compile(
 # Values that an error message must not repeat: a key pasted for its digest, a URL's password.
 SECRET_KEYS = frozenset({"sha256", "url"})
 LONGEST_VALUE_SHOWN = 80
+KEYS_PATH = ("gateway", "auth", "keys")
+_KEYS = TypeAdapter(tuple[ApiKeySettings, ...])
 
 
 class SettingsError(Exception):
@@ -80,6 +83,25 @@ def parse_settings(
             f"{_origin(path, overrides, source)}: {line}" for path, line in _describe(error)
         )
         raise SettingsError(problems) from None
+
+
+def parse_keys(text: bytes, settings: Settings, *, source: str) -> tuple[ApiKeySettings, ...]:
+    """The API keys of `gateway.auth.keys_file`, which go with those of the settings. Raises
+    SettingsError, whose text repeats no digest."""
+    try:
+        document = _read_yaml(text.decode(), f"{source}: not valid YAML")
+        if not isinstance(document, list):
+            raise SettingsError(f"{source}: expected a list of keys; that of none is []")
+        keys = _KEYS.validate_python(document)
+        settings.check_keys([*settings.gateway.auth.keys, *keys])
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{source}: cannot be read: {error.reason}") from error
+    except ValidationError as error:
+        problems = _describe(error, below=KEYS_PATH)
+        raise SettingsError("\n".join(f"{source}: {line}" for _, line in problems)) from None
+    except ValueError as error:
+        raise SettingsError(f"{source}: {error}") from None
+    return keys
 
 
 def _is_override(name: str) -> bool:
@@ -146,18 +168,23 @@ def _read_yaml(text: str, problem: str) -> Any:
         return yaml.load(text, _UniqueKeysLoader)
     except RecursionError as error:
         raise SettingsError(f"{problem}: nested too deeply") from error
+    except yaml.MarkedYAMLError as error:
+        # Its own text shows the line, which may hold a password.
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise SettingsError(f"{problem}: {error.problem}{where}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         # A ValueError comes of scalars that look like numbers or dates and are none.
         raise SettingsError(f"{problem}: {error}") from error
 
 
-def _describe(error: ValidationError) -> Iterator[tuple[str, str]]:
-    """The path and the text of each problem."""
+def _describe(error: ValidationError, below: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """The path and the text of each problem in what stands at a place in the file."""
     for problem in error.errors(include_url=False):
         location = tuple(problem["loc"])
         path = ".".join(str(part) for part in location)
         if problem["type"] == "extra_forbidden":
-            known = _keys_at(location[:-1])
+            known = _keys_at((*below, *location[:-1]))
             near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             yield path, f"{path}: unknown key; {hint}"

@@ -5,12 +5,13 @@ docs/configuration.md is generated from it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
 
-from services.runtime.settings.gateway import GatewaySettings
+from services.runtime.settings.gateway import ApiKeySettings, GatewaySettings
 from services.runtime.settings.models import DEMO_MODEL, ModelSettings
 from services.runtime.settings.section import Section, ServerSettings
 from services.runtime.settings.services import (
@@ -62,20 +63,25 @@ class Settings(Section):
                 owner[alias] = name
         if self.engine.model is not None and self.engine.model not in self.models:
             raise ValueError(f"engine.model: {self.engine.model!r} is not among models")
+        self.check_keys(self.gateway.auth.keys)
+        return self
+
+    def check_keys(self, keys: Sequence[ApiKeySettings]) -> None:
+        """Raises ValueError where API keys contradict one another or the models."""
+        models = {alias for name, model in self.models.items() for alias in (name, *model.aliases)}
         digests: dict[str, str] = {}
-        for key in self.gateway.auth.keys:
+        for key in keys:
             if key.sha256 in digests:
                 raise ValueError(
                     f"gateway.auth.keys: {digests[key.sha256]!r} and {key.name!r} have the same key"
                 )
             digests[key.sha256] = key.name
             for model_name in key.models:
-                if model_name not in owner:
+                if model_name not in models:
                     raise ValueError(
                         f"gateway.auth.keys: key {key.name!r} names the unknown model "
                         f"{model_name!r}"
                     )
-        return self
 
     @property
     def default_model(self) -> str:

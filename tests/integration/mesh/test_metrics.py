@@ -75,6 +75,7 @@ ALLOWED: dict[str, Callable[[str], bool]] = {
     "subject": lambda value: value in ("prompt", "completion"),
     "action": lambda value: value in ("allow", "flag", "redact", "block"),
     "category": re.compile(r"[a-z_]+(\.[a-z_]+)?").fullmatch,  # type: ignore[dict-item]
+    "what": lambda value: value in ("api_keys", "certificate", "trust", "valkey"),
     "process": lambda value: value in ("main", "core"),
     "device": lambda value: value == "cpu",
     "dtype": lambda value: value == "float32",

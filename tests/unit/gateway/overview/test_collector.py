@@ -78,7 +78,7 @@ class Found:
 def collector(*places: Place) -> Collector:
     settings = parse_settings({}, {})
     return Collector(
-        settings,
+        lambda: settings,
         lambda: status("gateway", "own"),
         cast(ValkeyClient, NoValkey()),
         cast(Places, Found(list(places))),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -45,17 +47,30 @@ class Checkpoint(Protocol):
         """Give back the memory through which a file was read."""
 
 
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What a model calls the tensors of a HF checkpoint."""
+
+    of: Callable[[str], str | None]  # None: the model has none of this name
+    is_needless: Callable[[str], bool]  # of those: whether nothing is missed without it
+
+
+DECODER_NAMES = Names(lambda source: model_name(source, FROM_HF), is_derived)
+
+
 class SafetensorsCheckpoint:
     """A HF directory with one model.safetensors or shards and their index."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, names: Names = DECODER_NAMES) -> None:
         self.path = directory
+        self._names = names
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.unknown: list[str] = []
         self._where: dict[str, tuple[Path, str]] = {}
         for file in _safetensors_files(directory):
             self._add_file(file)
-        _check_index(directory, {source: file.name for file, source in self._where.values()})
+        found = {source: file.name for file, source in self._where.values()}
+        _check_index(directory, found, names)
 
     def _add_file(self, file: Path) -> None:
         try:
@@ -69,9 +84,9 @@ class SafetensorsCheckpoint:
             raise ModelFileError(file, f"is not a readable safetensors file: {error}") from None
 
     def _add(self, file: Path, source: str, shape: tuple[int, ...], dtype: str) -> None:
-        name = model_name(source, FROM_HF)
+        name = self._names.of(source)
         if name is None:
-            if not is_derived(source):
+            if not self._names.is_needless(source):
                 self.unknown.append(source)
             return
         if name in self._where:
@@ -206,10 +221,10 @@ def _read_index(directory: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(directory: Path, found: dict[str, str]) -> None:
+def _check_index(directory: Path, found: dict[str, str], names: Names) -> None:
     if not (directory / INDEX_NAME).exists():
         return
     for source, file in _read_index(directory).items():
-        if model_name(source, FROM_HF) is not None and found.get(source) != file:
+        if names.of(source) is not None and found.get(source) != file:
             problem = f"is not in {file}, where {INDEX_NAME} has it"
             raise ModelFileError(directory, problem, what=f"tensor {source!r}")

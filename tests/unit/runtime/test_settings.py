@@ -166,6 +166,16 @@ def test_the_environment_lies_over_the_file(tmp_path: Path) -> None:
     assert settings.default_model == "m"
 
 
+def test_on_and_off_are_words_where_words_are_asked_for_and_else_switches(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.yaml"
+    file.write_text("engine: {plan_ahead: on}\ncache: {enabled: off}\nsafety: {enabled: true}\n")
+    settings = load_settings(file, {"MESHSERVE_GATEWAY__AUTH__MODE": "off"})
+    assert settings.engine.plan_ahead == "on"
+    assert settings.gateway.auth.mode == "off"
+    assert not settings.cache.enabled
+    assert settings.safety.enabled
+
+
 def test_a_mistake_in_the_environment_names_the_variable() -> None:
     text = problem({}, {"MESHSERVE_ENGINE__TREADS": "4"})
     assert text == ("MESHSERVE_ENGINE__TREADS: engine.treads: unknown key; did you mean 'threads'?")

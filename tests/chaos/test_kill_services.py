@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import meshserve
-from tests.support.load import Load, wait_until
+from tests.support.load import Load
 from tests.support.mesh import SERVICES, Mesh
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +35,7 @@ def test_the_mesh_survives_the_death_of(mesh: Mesh, victim: str) -> None:
     with Load(lambda: mesh.client(timeout=60), clients=CLIENTS) as load:
         load.wait_for_more(CLIENTS)
         mesh.process(victim).send_signal(signal.SIGKILL)
-        wait_until(lambda: _came_back(mesh, victim, killed), 90, f"{victim} stays away")
+        wait_until(lambda: _came_back(mesh, victim, killed), f"{victim} comes back", 90)
         mesh.wait_until_ready(timeout_s=90)
         load.wait_for_more()
     unexpected = [error for error in load.failures if not isinstance(error, CLEAN)]
@@ -56,14 +57,14 @@ def test_a_stalled_engine_core_turns_unhealthy_and_is_not_waited_for(mesh: Mesh)
     (core,) = mesh.process("engine").children()
     core.suspend()
     try:
-        wait_until(lambda: not mesh.healthy("engine"), 10, "a stalled core passes for healthy")
+        wait_until(lambda: not mesh.healthy("engine"), "a stalled core is noticed")
         started = time.monotonic()
         with mesh.client(timeout=30) as client, pytest.raises(CLEAN):
             client.chat("Hello", max_tokens=4, cache=False)
         assert time.monotonic() - started < 10, "the caller was kept waiting"
     finally:
         core.resume()
-    wait_until(lambda: mesh.healthy("engine"), 20, "the engine does not come back")
+    wait_until(lambda: mesh.healthy("engine"), "the engine comes back")
     with mesh.client() as client:
         assert client.chat("Hello", max_tokens=4, temperature=0, cache=False).text
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import meshserve
 from tests.compose.images import TAG
-from tests.support.load import wait_until
 from tests.support.ports import free_ports
+from tests.support.waiting import wait_until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OVERLAY = Path(__file__).parent / "compose.test.yaml"
@@ -110,7 +110,7 @@ class Stack:
 
     def wait_until_healthy(self, timeout_s: float = 180.0) -> None:
         for service in (*SERVICES, "valkey"):
-            wait_until(lambda name=service: self.is_healthy(name), timeout_s, f"{service} is ill")
+            wait_until(lambda name=service: self.is_healthy(name), f"{service} is well", timeout_s)
 
     def kill_process(self, container: str, word: str) -> None:
         """Kills the processes in a container that have a word on their command line as the kernel

@@ -11,7 +11,8 @@ import pytest
 
 import meshserve
 from tests.compose.stack import SERVICES, STARTED, Stack
-from tests.support.load import Load, wait_until
+from tests.support.load import Load
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3000)]
 
@@ -49,7 +50,7 @@ def test_a_request_is_one_trace_over_all_services(stack: Stack) -> None:
     def services() -> set[str]:
         return {span["service"].removeprefix("meshserve-") for span in stack.trace(trace_id)}
 
-    wait_until(lambda: len(services()) == len(SERVICES), 30, f"spans of {services()} alone")
+    wait_until(lambda: len(services()) == len(SERVICES), "spans of all services")
     assert services() == set(SERVICES)
     spans = {span["id"] for span in stack.trace(trace_id)}
     orphans = [span for span in stack.trace(trace_id) if span["parent"] not in spans]
@@ -68,7 +69,7 @@ def test_engines_and_tokenizers_are_added_under_load(stack: Stack) -> None:
         load.wait_for_more()
         stack.up(**REPLICAS)
         stack.wait_until_healthy()
-        wait_until(lambda: len(_engines_at_work(stack)) == 3, 90, "an engine has nothing to do")
+        wait_until(lambda: len(_engines_at_work(stack)) == 3, "all engines are at work", 90)
         load.wait_for_more()
     assert not load.failures, load.failures[:5]
     assert len(stack.containers("tokenizer")) == 2
@@ -83,7 +84,7 @@ def test_prometheus_finds_every_replica(stack: Stack) -> None:
         up = stack.query("sum by (job) (up)")
         return {each["metric"]["job"]: int(float(each["value"][1])) for each in up}
 
-    wait_until(lambda: wanted.items() <= found().items(), 90, f"not all targets are up: {found()}")
+    wait_until(lambda: wanted.items() <= found().items(), "all targets are up", 90)
     assert not stack.query("up == 0")
 
 
@@ -105,7 +106,7 @@ def test_a_killed_service_is_started_again(stack: Stack, victim: str) -> None:
     with Load(lambda: stack.client(timeout=60)) as load:
         load.wait_for_more()
         stack.kill_process(container, f"services.{victim}")
-        wait_until(lambda: stack.restarts(container) > restarts, 60, f"{victim} stays away")
+        wait_until(lambda: stack.restarts(container) > restarts, f"{victim} comes back", 60)
         stack.wait_until_healthy()
         load.wait_for_more()
     assert all(isinstance(error, meshserve.ServiceUnavailableError) for error in load.failures)
@@ -139,7 +140,7 @@ def test_started_again_nothing_is_pulled_again(stack: Stack) -> None:
     started = time.monotonic()
     stack.up()
     with stack.client(timeout=60) as client:
-        wait_until(lambda: stack.is_healthy("gateway"), 120, "the gateway is ill")
+        wait_until(lambda: stack.is_healthy("gateway"), "the gateway is well", 120)
         client.chat("Hello.", max_tokens=1, cache=False)
     print(f"{time.monotonic() - started:.1f} s from `up` to the first token")
     assert "downloading" not in stack.compose("logs", "--no-color", "--tail=1", "model")

@@ -22,9 +22,9 @@ from tests.fakes.scripted_mesh import (
     ScriptedMesh,
     chunk,
     complete,
-    until,
 )
 from tests.support.ports import free_ports
+from tests.support.waiting import until
 
 KEY = "a key"
 

@@ -34,6 +34,7 @@ from services.runtime.server_calls import CallInterceptor
 from services.runtime.settings import Settings
 from services.runtime.telemetry import Metrics
 from services.safety.service import SafetyService
+from tests.support.waiting import until
 
 WORDS = ("STOP", "one", "two", " three", "END", "4111 1111", " 1111 1111", "bad", "ger")
 POLICY = """
@@ -428,9 +429,3 @@ def generation(text: str = "hello", **fields: Any) -> gateway_pb2.GenerateReques
         else:
             raise KeyError(name)
     return request
-
-
-async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.005)

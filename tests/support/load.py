@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Self
 
 import meshserve
+from tests.support.waiting import wait_until
 
 
 class Load:
@@ -27,6 +28,8 @@ class Load:
         ]
         self.answered = 0
         self.failures: list[meshserve.MeshServeError] = []
+        # Those of the failures before which there had been no text.
+        self.refused: list[meshserve.MeshServeError] = []
         # Answers that ended as if they were whole and are not.
         self.truncated: list[str] = []
 
@@ -44,13 +47,14 @@ class Load:
     def wait_for_more(self, answers: int | None = None, timeout_s: float = 60.0) -> None:
         """Returns after so many more answers, two for each client unless told otherwise."""
         goal = self.answered + (2 * len(self._threads) if answers is None else answers)
-        wait_until(lambda: self.answered >= goal, timeout_s, f"no more answers: {self.failures}")
+        wait_until(lambda: self.answered >= goal, f"more answers; {self.failures}", timeout_s)
 
     def _chat(self, number: int) -> None:
         turn = 0
         with self._connect() as client:
             while not self._stop.is_set():
                 turn += 1
+                has_begun = False
                 try:
                     with client.stream_chat(
                         f"Count to {turn % 7 + 3}, client {number}.",
@@ -59,19 +63,15 @@ class Load:
                         ignore_eos=True,
                         cache=bool(turn % 2),
                     ) as stream:
+                        for _ in stream:
+                            has_begun = True
                         answer = stream.collect()
                 except meshserve.MeshServeError as error:
                     self.failures.append(error)
+                    if not has_begun:
+                        self.refused.append(error)
                     time.sleep(0.1)
                 else:
                     self.answered += 1
                     if answer.usage.completion_tokens != self._max_tokens:
                         self.truncated.append(answer.text)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    """Returns once a condition holds. Fails after a time."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)

@@ -15,6 +15,15 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
 class ServiceProcess:
     """`python -m services.NAME` with the given settings; ends with the `with` block."""
 

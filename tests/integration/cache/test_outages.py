@@ -41,7 +41,7 @@ async def outage_of(call) -> ServiceError:
 
 async def seconds_until_served(cache) -> float:
     started = time.monotonic()
-    while time.monotonic() - started < 10:
+    while time.monotonic() - started < 60:
         try:
             await look_up(cache)
         except grpc.aio.AioRpcError:
@@ -60,11 +60,11 @@ async def test_a_dead_server_costs_milliseconds_and_comes_back_by_itself(cache, 
     for _ in range(50):
         await outage_of(look_up(cache))
         await outage_of(store(cache))
-    assert (time.monotonic() - started) / 100 < 0.02
+    assert (time.monotonic() - started) / 100 < 0.2
     await outage_of(cache.Invalidate(cache_pb2.InvalidateRequest(all=True)))
     await outage_of(cache.GetStats(cache_pb2.GetStatsRequest()))
     valkey.start()
-    assert await seconds_until_served(cache) < 1.0
+    assert await seconds_until_served(cache) < 10
     assert (await look_up(cache)).outcome == MISS
     assert (await store(cache)).stored
     assert (await look_up(cache)).outcome == HIT
@@ -78,14 +78,14 @@ async def test_a_hanging_server_costs_one_timeout_then_milliseconds(cache, valke
     try:
         started = time.monotonic()
         await asyncio.gather(*(outage_of(look_up(cache)) for _ in range(20)))
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 8, "one after another would take 20 s"
         started = time.monotonic()
         for _ in range(20):
             await outage_of(look_up(cache))
-        assert (time.monotonic() - started) / 20 < 0.02
+        assert (time.monotonic() - started) / 20 < 0.2
     finally:
         valkey.resume()
-    assert await seconds_until_served(cache) < 1.5
+    assert await seconds_until_served(cache) < 10
     assert (await look_up(cache)).outcome == HIT
 
 
@@ -105,7 +105,7 @@ async def test_waiting_callers_hear_of_the_outage_at_once(cache, valkey):
     started = time.monotonic()
     valkey.kill()
     await asyncio.gather(*(outage_of(waiter) for waiter in waiters))
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 8, "they would have waited for 15 s"
 
 
 async def test_a_cache_that_starts_first_serves_once_the_server_is_there(make_cache, valkey):
@@ -113,7 +113,7 @@ async def test_a_cache_that_starts_first_serves_once_the_server_is_there(make_ca
     async with make_cache() as cache:
         await outage_of(look_up(cache))
         valkey.start()
-        assert await seconds_until_served(cache) < 1.0
+        assert await seconds_until_served(cache) < 10
 
 
 async def test_a_full_server_refuses_answers_and_nothing_else_breaks(cache, client):

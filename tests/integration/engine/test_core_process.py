@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
 
 import pytest
 
@@ -38,6 +37,7 @@ from tests.fakes.hash_model import (
     SLOW_TOKEN_ID,
     STALLING_TOKEN_ID,
 )
+from tests.support.waiting import until
 
 
 def request(
@@ -67,12 +67,6 @@ async def read_to_end(stream: RequestStream) -> tuple[list[int], Finish]:
     return tokens, finish
 
 
-async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def is_healthy(client: CoreClient) -> bool:
     try:
         client.check_health()
@@ -90,7 +84,7 @@ async def generates(client: CoreClient) -> None:
 
 async def test_a_sequence_streams_from_the_process(client: CoreClient) -> None:
     await generates(client)
-    await eventually(lambda: client.load.used_blocks == 0)
+    await until(lambda: client.load.used_blocks == 0)
 
 
 async def test_the_first_token_comes_alone_and_later_ones_accrue(client: CoreClient) -> None:
@@ -128,7 +122,7 @@ async def test_32_streams_with_joins_and_cancellations_equal_those_alone(
     finished = await asyncio.gather(*(one(number) for number in range(32)))
     assert sum(finished) == 24
     brake.close()
-    await eventually(lambda: client.load.used_blocks == 0)
+    await until(lambda: client.load.used_blocks == 0)
     assert client.load.running_sequences == client.load.waiting_sequences == 0
     assert client.load.preemptions > 0
 
@@ -138,7 +132,7 @@ async def test_leaving_a_stream_frees_its_blocks_within_a_step(client: CoreClien
         await stream.read()
         assert client.load.used_blocks > 0
         steps = client.load.steps
-    await eventually(lambda: client.load.used_blocks == 0)
+    await until(lambda: client.load.used_blocks == 0)
     assert client.load.steps <= steps + 2  # the step under way, and one whose frame was on its way
 
 
@@ -175,7 +169,7 @@ async def test_a_poisoned_sequence_fails_alone(client: CoreClient, poison: int, 
         tokens, _ = await read_to_end(stream)
         assert tokens == reference_output(sequence, CONTEXT_TOKENS)
     assert client.core_pid == pid
-    await eventually(lambda: client.load.used_blocks == 0)
+    await until(lambda: client.load.used_blocks == 0)
 
 
 async def test_a_killed_core_fails_what_it_had_and_comes_back(client: CoreClient) -> None:
@@ -188,18 +182,18 @@ async def test_a_killed_core_fails_what_it_had_and_comes_back(client: CoreClient
     with pytest.raises(CoreUnavailableError):
         client.submit([request(client, [1])])
     assert not is_healthy(client)
-    await eventually(lambda: is_healthy(client))
+    await until(lambda: is_healthy(client))
     await generates(client)
 
 
 async def test_a_core_that_hangs_turns_unhealthy_and_is_replaced(client: CoreClient) -> None:
     first_pid = client.core_pid
     stream = client.submit([request(client, [STALLING_TOKEN_ID])])
-    await eventually(lambda: not is_healthy(client), within_s=2)
+    await until(lambda: not is_healthy(client))
     assert client.core_pid == first_pid  # noticed long before it is given up
     with pytest.raises(CoreLostError):
         await read_to_end(stream)
-    await eventually(lambda: is_healthy(client))
+    await until(lambda: is_healthy(client))
     assert client.core_pid != first_pid
     await generates(client)
 
@@ -254,7 +248,7 @@ async def test_draining_finishes_what_there_is_and_refuses_the_rest(client: Core
     stream = client.submit([sequence])
     await stream.read()
     draining = asyncio.create_task(client.drain(10))
-    await eventually(lambda: client.load.draining)
+    await until(lambda: client.load.draining)
     with pytest.raises(RefusedError) as refused:
         await client.submit([request(client, [1])]).read()
     assert refused.value.kind == "DrainingError"

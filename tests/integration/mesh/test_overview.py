@@ -325,7 +325,7 @@ def test_a_gateway_that_shuts_down_sends_its_watchers_away(mesh: Mesh, tmp_path:
                     pass
         assert failure_of(caught.value).reason == "DRAINING"
         assert process.wait() == 0
-        assert time.monotonic() - began < 8, "it does not wait for them"
+        assert time.monotonic() - began < 20, "it does not wait for them"
 
 
 def test_top_shows_the_mesh_on_a_small_terminal(mesh: Mesh) -> None:

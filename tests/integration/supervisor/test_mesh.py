@@ -21,7 +21,8 @@ import pytest
 
 from meshserve.cli.main import run
 from meshserve.supervisor.statedir import StateDir
-from tests.fakes.waiting import is_running, wait_until
+from tests.support.process import is_running
+from tests.support.waiting import wait_until
 
 FAKE_MESH = Path(__file__).parents[2] / "fakes" / "fake_mesh.py"
 REPOSITORY = Path(__file__).parents[3]

@@ -14,15 +14,10 @@ from meshserve.supervisor.restarts import RestartLimits
 from meshserve.supervisor.spec import ProbeError, ProcessSpec, ProcessState, ProcessStatus
 from meshserve.supervisor.supervisor import MeshFailedError, Supervisor
 from tests.fakes.fake_mesh import fake_spec
-from tests.fakes.waiting import is_running
+from tests.support.process import is_running
+from tests.support.waiting import until
 
 QUICK = RestartLimits(first_delay_s=0.05, max_crashes=3)
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 def supervise(*specs: ProcessSpec, log_dir: Path) -> Supervisor:

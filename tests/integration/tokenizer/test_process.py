@@ -7,7 +7,6 @@ import contextlib
 import signal
 import socket
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ async def tokenizer_process(
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     config = tmp_path / "meshserve.yaml"
-    section = {"listen": address, "metrics_listen": None, "drain_timeout_s": 10} | section
+    section = {"listen": address, "metrics_listen": None, "drain_timeout_s": 100} | section
     config.write_text(
         yaml.safe_dump({"models": {"demo": {"source": source}}, "tokenizer": section})
     )
@@ -92,9 +91,7 @@ async def test_it_serves_the_demo_model_and_lets_streams_finish(
         await stream.write(tokenizer_pb2.StreamDecodeRequest(inputs=[ending]))
         text += (await stream.read()).outputs[0].text
         assert text == "Bonjour, 世界!"
-        began = time.monotonic()
-        assert await asyncio.wait_for(process.wait(), 15) == 0
-        assert time.monotonic() - began < 8
+        assert await asyncio.wait_for(process.wait(), 60) == 0
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
@@ -38,7 +37,7 @@ async def test_all_waiters_get_the_answer_from_one_watch():
     waiters = [asyncio.create_task(watches.until_settled(KEY, 5)) for _ in range(100)]
     await asyncio.sleep(0.05)
     alone = entry.reads
-    assert alone <= 12
+    assert alone <= 12, "however many wait"
     entry.reading = ANSWERED
     watches.nudge(KEY)
     assert await asyncio.gather(*waiters) == [ANSWERED] * 100
@@ -51,9 +50,9 @@ async def test_an_answer_is_found_without_a_nudge():
     waiter = asyncio.create_task(watches.until_settled(KEY, 5))
     await asyncio.sleep(0.2)
     entry.reading = ANSWERED
-    started = time.monotonic()
+    reads = entry.reads
     assert await waiter == ANSWERED
-    assert time.monotonic() - started < 0.1
+    assert entry.reads == reads + 1
 
 
 async def test_a_waiter_that_gives_up_leaves_the_others_waiting():

@@ -9,6 +9,7 @@ import pytest
 from services.engine.core.messages import Delta, Finish, FinishReason, Timing
 from services.engine.pacing import BASE_INTERVAL_S, INTERVAL_PER_SEQUENCE_S, Pacer
 from services.engine.request_stream import CoreLostError, RequestStream
+from tests.support.virtual_time import in_virtual_time
 
 TIMING = Timing(received_ns=0, queued_ns=0)
 HOUR_S = 3600.0
@@ -42,6 +43,7 @@ def test_the_interval_grows_with_the_sequences_up_to_its_bound() -> None:
     ]
 
 
+@in_virtual_time
 async def test_all_who_wait_are_told_at_one_moment_and_no_more_than_once_an_interval() -> None:
     pacer = Pacer(0.05)
     pacer.set_running(1000)
@@ -60,9 +62,9 @@ async def test_all_who_wait_are_told_at_one_moment_and_no_more_than_once_an_inte
     assert [number for number, _ in told] == [0, 1, 2, 3, 4, 5]
     times = [time for _, time in told]
     for first, second in ((0, 1), (2, 3), (4, 5)):
-        assert times[second] - times[first] < 0.04
-    assert times[2] - times[0] >= 0.049
-    assert times[4] - times[2] >= 0.049
+        assert times[second] == times[first]
+    assert times[2] - times[0] == pytest.approx(0.05)
+    assert times[4] - times[2] == pytest.approx(0.05)
 
 
 async def test_first_tokens_and_ends_are_told_at_once_and_what_lies_between_waits() -> None:

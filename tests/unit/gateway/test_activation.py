@@ -9,9 +9,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.fakes.scripted_mesh import MODEL, ScriptedMesh, until
+from tests.fakes.scripted_mesh import MODEL, ScriptedMesh
 from tests.support.errors import failure_of
 from tests.support.ports import free_ports
+from tests.support.waiting import until
 
 WAITING = "meshserve_gateway_requests_awaiting_engine"
 
@@ -53,7 +54,7 @@ async def test_a_model_that_is_not_started_on_demand_fails_at_once(tmp_path: Pat
         started = time.monotonic()
         with pytest.raises(grpc.RpcError):
             await mesh.generate()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 10, "it has 20 s"
 
 
 async def test_a_cached_answer_needs_no_engine(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ from tests.fakes.scripted_mesh import (
     EngineResponse,
     chunk,
     complete,
-    until,
 )
 from tests.support.ports import free_ports
+from tests.support.waiting import until
 
 METHOD = "meshserve.v1.EngineService/Generate"
 

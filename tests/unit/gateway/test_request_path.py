@@ -24,9 +24,9 @@ from tests.fakes.scripted_mesh import (
     generation,
     says,
     token_bytes,
-    until,
 )
 from tests.support.errors import Failure, failure_of
+from tests.support.waiting import until
 
 CARD = "4111 1111 1111 1111"
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH

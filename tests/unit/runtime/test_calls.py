@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from prometheus_client import generate_latest
 from services.runtime import deadline
 from services.runtime.errors import Reason, ServiceError
 from tests.fakes.shapes import SECRET, Shapes, ShapesStub
+from tests.support.waiting import until
 
 SHAPES = {"unary": "Unary", "fan_out": "FanOut", "collect": "Collect", "exchange": "Exchange"}
 
@@ -37,12 +38,6 @@ async def call(stub: ShapesStub, shape: str, *commands: str, **options: Any) -> 
     request = StringValue(value=";".join(commands)) if shape == "fan_out" else each(*commands)
     async with method(request, **options) as responses:
         return [response.value async for response in responses]
-
-
-async def until(condition: Callable[[], bool], within_s: float = 2.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

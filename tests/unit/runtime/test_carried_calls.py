@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from opentelemetry.trace import SpanKind
 from services.runtime import carrier, deadline
 from services.runtime.errors import Reason, ServiceError
 from tests.fakes.shapes import SECRET, Shapes, ShapesStub
+from tests.support.waiting import until
 
 CARRY = "meshserve.v1.CallService/CarryCalls"
 UNARY = "test.Shapes/Unary"
@@ -27,12 +27,6 @@ async def start(loopback: Any, shapes: Shapes | None = None) -> tuple[Any, Shape
 
 async def ask(stub: ShapesStub, command: str, **options: Any) -> str:
     return str((await stub.unary(StringValue(value=command), **options)).value)
-
-
-async def until(condition: Callable[[], bool], within_s: float = 3.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def streams(replica: Any) -> float:

@@ -12,6 +12,7 @@ from services.gateway import sessions
 from services.runtime import deadline, exchanges
 from services.runtime.errors import Reason, ServiceError
 from tests.fakes.decoding import POISON, SILENCE, Decoding, EchoHost, pool_over
+from tests.support.waiting import until
 
 
 async def start(loopback: Any, host: EchoHost, *, health: str = "") -> tuple[Any, Any]:
@@ -20,12 +21,6 @@ async def start(loopback: Any, host: EchoHost, *, health: str = "") -> tuple[Any
     pool = pool_over(loopback.channel(replica))
     loopback.stack.callback(pool.close)
     return replica, pool
-
-
-async def until(condition: Any, within_s: float = 3.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_what_sessions_say_at_one_moment_goes_in_one_message(loopback) -> None:

@@ -72,10 +72,10 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_malicious_template_ends_soon_and_says_why(name: str) -> None:
-    began = time.monotonic()
+    began_s = time.process_time()
     with pytest.raises(ChatTemplateError) as caught:
         render(BOMBS[name])
-    assert time.monotonic() - began < 3
+    assert time.process_time() - began_s < 3
     assert 5 < len(str(caught.value)) < 1000
 
 
@@ -206,9 +206,9 @@ def test_ten_megabytes_of_content_pass_in_good_time() -> None:
     source = (
         "{% for m in messages %}<a>{{ m['role'] + '\n' + m['content'] | trim + '<b>' }}{% endfor %}"
     )
-    began = time.monotonic()
+    began_s = time.process_time()
     text = render(source, TemplateInput([{"role": "user", "content": content}]), RenderLimits())
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began_s < 1
     assert len(text) == len(content.strip()) + len("<a>user\n<b>")
 
 

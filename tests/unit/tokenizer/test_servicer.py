@@ -282,16 +282,17 @@ async def test_text_that_is_not_utf8_is_refused(running: Running) -> None:
 
 async def test_a_large_prompt_does_not_hold_up_the_others(running: Running) -> None:
     large = pb.EncodeRequest(model="bytes", texts=["The quick brown fox. " * 500_000])
+    began = time.monotonic()
     encoding = asyncio.ensure_future(running.stub.Encode(large))
-    await asyncio.sleep(0.1)
-    slowest = 0.0
+    pauses: list[float] = []
     while not encoding.done():
-        began = time.monotonic()
+        asked = time.monotonic()
         await running.stub.Encode(pb.EncodeRequest(model="bytes", texts=["x"]))
-        slowest = max(slowest, time.monotonic() - began)
-        await asyncio.sleep(0.01)
+        pauses.append(time.monotonic() - asked)
+    took_s = time.monotonic() - began
     assert len((await encoding).encoded[0].token_ids) > 500_000
-    assert slowest < 1.0
+    assert len(pauses) > 10
+    assert max(pauses) < took_s / 2
 
 
 def decode_input(session_id: int, **fields: Any) -> pb.DecodeInput:

@@ -39,7 +39,7 @@ def process_specs(
     """
     child_environment = _child_environment(environment)
     specs = []
-    if settings.valkey.url is None:
+    if settings.valkey.is_embedded:
         specs.append(_valkey_spec(settings, state, child_environment))
     if show_traces:
         # Before the services, so that it outlives them and gets their last spans.

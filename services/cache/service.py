@@ -10,7 +10,7 @@ from services.cache.servicer import CacheServicer
 from services.runtime.server import Service, StartupError
 from services.runtime.settings import Settings
 from services.runtime.telemetry import Metrics
-from services.runtime.valkey import ValkeyUrlError, connect
+from services.runtime.valkey import ValkeyUrlError, connect_as_set
 
 
 class CacheService(Service):
@@ -23,9 +23,9 @@ class CacheService(Service):
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         super().__init__(settings, metrics)
         try:
-            self._client = connect(settings.valkey.effective_url)
+            self._client = connect_as_set(settings.valkey, metrics)
         except ValkeyUrlError as error:
-            raise StartupError(str(error), "mend valkey.url") from error
+            raise StartupError(str(error), "mend valkey.url, or its file") from error
         durations = metrics.histogram("meshserve_cache_backend_duration_seconds")
         self._backend = Backend(self._client, durations)
         self._servicer = CacheServicer(settings.cache, self._backend, metrics)
@@ -33,6 +33,10 @@ class CacheService(Service):
     def register(self, server: grpc.aio.Server) -> None:
         """Adds the cache's RPCs."""
         cache_pb2_grpc.add_CacheServiceServicer_to_server(self._servicer, server)
+
+    async def start(self) -> None:
+        """Begins to look for another URL or password."""
+        self._client.start()
 
     async def probe(self) -> None:
         """Raises while the Redis-protocol server is away."""

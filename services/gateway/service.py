@@ -53,9 +53,9 @@ class GatewayService(Service):
         super().__init__(settings, metrics)
         gateway = settings.gateway
         try:
-            self._valkey = valkey.connect(settings.valkey.effective_url)
+            self._valkey = valkey.connect_as_set(settings.valkey, metrics)
         except valkey.ValkeyUrlError as error:
-            raise StartupError(str(error), "mend valkey.url") from error
+            raise StartupError(str(error), "mend valkey.url, or its file") from error
         self._peers = Peers(settings, metrics)
         self._models = ModelDirectory(settings, self._peers, metrics)
         authenticator = Authenticator(gateway, metrics)
@@ -110,6 +110,7 @@ class GatewayService(Service):
     async def start(self) -> None:
         """Begins to ask the engines what they serve, and the filter for its policy. Raises
         StartupError."""
+        self._valkey.start()
         self._keys.start()
         self._models.start()
         self._policy.start()

@@ -83,9 +83,8 @@ class FileWatch:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    async def look(self, *, twice: bool = True) -> bool:
-        """Reads the files and offers what has changed; says whether it is in use now. Without
-        `twice` it is offered at the first sight."""
+    async def look(self, *, twice: bool = True) -> None:
+        """Reads the files and offers what has changed; without `twice` at the first sight."""
         async with self._one_at_a_time:
             found: Contents | str
             try:
@@ -99,8 +98,7 @@ class FileWatch:
             elif has_settled and isinstance(found, str):
                 self._note(found)
             elif has_settled and not isinstance(found, str):
-                return await self._offer(found)
-            return False
+                await self._offer(found)
 
     async def _watch(self) -> None:
         while True:
@@ -110,17 +108,16 @@ class FileWatch:
             except Exception:
                 log.exception("%s: a change of the files could not be looked at", self._what)
 
-    async def _offer(self, contents: Contents) -> bool:
+    async def _offer(self, contents: Contents) -> None:
         try:
             await self._take(contents)
         except FilesRefusedError as error:
             self._note(str(error))
-            return False
+            return
         self._in_use = contents
         self._note("")
         self._reloads.labels(self._what, "taken").inc()
         log.info("%s: what the files hold now is in use", self._what)
-        return True
 
     def _note(self, problem: str) -> None:
         """Says once what is wrong."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from services.runtime.settings.section import Fraction, Positive, Seconds, Section, ServerSettings
 
@@ -174,14 +174,37 @@ class ValkeySettings(Section):
         description="`redis://`, `rediss://`, `unix://` or `redis+cluster://` URL. Default: the "
         "embedded Valkey that `meshserve up` starts.",
     )
+    url_file: Path | None = Field(
+        None,
+        description="File with that URL. A change of it takes effect within seconds, without a "
+        "restart, as soon as the server that it names answers.",
+    )
+    password_file: Path | None = Field(
+        None,
+        description="File with the password that goes with the URL, where that has none; it may "
+        "change in the same way.",
+    )
     embedded_port: Port = Field(50056, description="Loopback port of the embedded Valkey.")
     embedded_max_bytes: Positive = Field(
         256 * 2**20, description="Memory of the embedded Valkey, in bytes."
     )
 
+    @model_validator(mode="after")
+    def _one_url(self) -> Self:
+        if self.url is not None and self.url_file is not None:
+            raise ValueError("url and url_file exclude each other")
+        if self.password_file is not None and self.is_embedded:
+            raise ValueError("password_file goes with url or url_file")
+        return self
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether no server is named."""
+        return self.url is None and self.url_file is None
+
     @property
     def effective_url(self) -> str:
-        """The URL, or that of the embedded server."""
+        """The URL of the settings themselves, or that of the embedded server."""
         return self.url or f"redis://127.0.0.1:{self.embedded_port}/0"
 
 

@@ -13,6 +13,7 @@ from services.runtime.valkey.errors import (
     ValkeyUrlError,
 )
 from services.runtime.valkey.ratelimit import Decision, RateLimiter
+from services.runtime.valkey.renewal import connect_as_set
 from services.runtime.valkey.script import Script
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "ValkeyUnavailableError",
     "ValkeyUrlError",
     "connect",
+    "connect_as_set",
     "embedded_server_command",
 ]

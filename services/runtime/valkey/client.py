@@ -9,20 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, Protocol, TypeVar
 
-import redis.asyncio as redis
 from redis import exceptions as redis_errors
-from redis.asyncio.cluster import ClusterNode, RedisCluster
-from redis.asyncio.connection import BlockingConnectionPool, parse_url
-from redis.asyncio.retry import Retry
-from redis.backoff import ConstantBackoff, NoBackoff
+from redis.asyncio.cluster import RedisCluster
 
+from services.runtime.valkey.backends import (
+    CONNECT_TIMEOUT_S,
+    MAX_CONCURRENT_CALLS,
+    Backend,
+    close,
+    make_backend,
+    ping,
+)
 from services.runtime.valkey.errors import (
     ValkeyRefusedError,
     ValkeyUnavailableError,
-    ValkeyUrlError,
     redacted,
 )
 from services.runtime.valkey.script import Script
@@ -30,24 +32,11 @@ from services.runtime.valkey.script import Script
 logger = logging.getLogger(__name__)
 
 COMMAND_TIMEOUT_S = 1.0
-CONNECT_TIMEOUT_S = 0.5
 RECOVERY_INTERVAL_S = 0.25
-IDLE_CHECK_S = 15
-# Calls beyond this many queue here, where waiting is not taken for a server that does not answer.
-MAX_CONCURRENT_CALLS = 64
 # A command that takes this share of its time makes us ask the server, for that share of the time at
 # most: when the command's own time is up, it is known whether others should still be sent.
 _SUSPECT_AFTER_SHARE = 0.4
 _ASK_FOR_SHARE = 0.5
-# A call on a cluster can need two connections of one node; one more is for asking after an outage.
-_MAX_CONNECTIONS = 2 * MAX_CONCURRENT_CALLS + 1
-DEFAULT_PORT = 6379
-
-_PLAIN_SCHEMES = ("redis", "rediss", "unix")
-_CLUSTER_SCHEMES = ("redis+cluster", "rediss+cluster")
-# A command is sent again at most once, and only when the connection broke: a connection that went
-# stale while it lay in the pool must not cost a request. All our scripts bear being run twice.
-_RETRIES = 1
 
 # Server answers that pass by themselves: a replica being promoted, data being loaded, slots moving.
 _PASSING_ERRORS = (
@@ -67,6 +56,22 @@ T = TypeVar("T")
 Argument = bytes | str | int | float
 
 
+class Renewal(Protocol):
+    """Tells a client which URL to use, as file_watch.FileWatch does."""
+
+    def start(self) -> None:
+        """Looks for another from time to time."""
+        ...
+
+    async def stop(self) -> None:
+        """Looks no more."""
+        ...
+
+    async def look(self, *, twice: bool = True) -> object:
+        """Looks now."""
+        ...
+
+
 class ValkeyClient:
     """Commands and scripts on one server or cluster. Answers are bytes, never decoded.
 
@@ -78,7 +83,7 @@ class ValkeyClient:
 
     def __init__(
         self,
-        backend: redis.Redis | RedisCluster,
+        backend: Backend,
         *,
         name: str,
         command_timeout_s: float = COMMAND_TIMEOUT_S,
@@ -89,7 +94,15 @@ class ValkeyClient:
         self._turn = asyncio.Semaphore(MAX_CONCURRENT_CALLS)
         self._outage: str | None = None
         self._recovery: asyncio.Task[None] | None = None
+        self._replaced: set[asyncio.Task[None]] = set()
         self._closed = False
+        # Where another URL may come from.
+        self.renewal: Renewal | None = None
+
+    def start(self) -> None:
+        """Looks for another URL from now on, where one may come."""
+        if self.renewal is not None:
+            self.renewal.start()
 
     @property
     def name(self) -> str:
@@ -143,19 +156,41 @@ class ValkeyClient:
 
     async def ping(self) -> None:
         """Returns if the server answers."""
-        await self._guarded(self._ping)
+        await self._guarded(lambda: ping(self._backend))
+
+    async def use(self, url: str) -> None:
+        """Goes on with another URL; what is under way ends where it is.
+
+        Raises ValkeyUrlError or ValkeyRefusedError where it cannot be used now, and has changed
+        nothing then.
+        """
+        backend, name = make_backend(url, self._command_timeout_s), redacted(url)
+        try:
+            async with asyncio.timeout(self._command_timeout_s):
+                await ping(backend)
+        except BaseException as error:
+            await close(backend, name)
+            if not isinstance(error, (*_PASSING_ERRORS, redis_errors.RedisError)):
+                raise
+            raise ValkeyRefusedError(f"{name}: {_describe(error)}") from error
+        task = asyncio.create_task(self._close_replaced(self._backend, self._name))
+        self._replaced.add(task)
+        task.add_done_callback(self._replaced.discard)
+        self._backend, self._name = backend, name
 
     async def close(self) -> None:
         """Closes all connections; later calls raise ValkeyUnavailableError."""
         self._closed = True
+        if self.renewal is not None:
+            await self.renewal.stop()
         if self._recovery is not None:
             self._recovery.cancel()
             await asyncio.gather(self._recovery, return_exceptions=True)
             self._recovery = None
-        try:
-            await self._backend.aclose()
-        except (redis_errors.RedisError, OSError) as error:
-            logger.debug("closing the connections to %s failed: %s", self._name, error)
+        for task in self._replaced:
+            task.cancel()
+        await asyncio.gather(*self._replaced, return_exceptions=True)
+        await close(self._backend, self._name)
 
     async def __aenter__(self) -> ValkeyClient:
         return self
@@ -180,7 +215,13 @@ class ValkeyClient:
         )
         try:
             async with asyncio.timeout(self._command_timeout_s):
-                return await call()
+                backend = self._backend
+                try:
+                    return await call()
+                except (redis_errors.ConnectionError, redis_errors.RedisClusterException) as error:
+                    if not (_is_denial(error) and await self._has_another(backend)):
+                        raise
+                    return await call()
         except _PASSING_ERRORS as error:
             reason = _describe(error)
             # One slow command is its own caller's bad luck: whether the server is away, the
@@ -192,6 +233,19 @@ class ValkeyClient:
             raise ValkeyRefusedError(f"{self._name} refused: {error}") from error
         finally:
             suspicion.cancel()
+
+    async def _has_another(self, denied: Any) -> bool:
+        """Whether another backend is there than one that has denied us."""
+        if self._backend is denied and self.renewal is not None:
+            await self.renewal.look(twice=False)
+        return self._backend is not denied
+
+    async def _close_replaced(self, backend: Any, name: str) -> None:
+        """Closes a backend once nothing can be under way on it any more."""
+        try:
+            await asyncio.sleep(2 * self._command_timeout_s)
+        finally:
+            await close(backend, name)
 
     def _unavailable(self, reason: str) -> ValkeyUnavailableError:
         return ValkeyUnavailableError(
@@ -213,22 +267,19 @@ class ValkeyClient:
         timeout_s = min(CONNECT_TIMEOUT_S, _ASK_FOR_SHARE * self._command_timeout_s)
         while True:
             try:
+                backend = self._backend
                 async with asyncio.timeout(timeout_s):
-                    await self._ping()
+                    await ping(self._backend)
             except (*_PASSING_ERRORS, redis_errors.RedisError) as error:
                 self._open_circuit(_describe(error))
+                if _is_denial(error) and await self._has_another(backend):
+                    continue
                 await asyncio.sleep(RECOVERY_INTERVAL_S)
                 continue
             if self._outage is not None:
                 self._outage = None
                 logger.info("%s is available again", self._name)
             return
-
-    async def _ping(self) -> None:
-        if self.is_cluster:
-            await self._backend.execute_command("PING", target_nodes=RedisCluster.RANDOM)
-        else:
-            await self._backend.execute_command("PING")
 
 
 def connect(url: str, *, command_timeout_s: float = COMMAND_TIMEOUT_S) -> ValkeyClient:
@@ -240,78 +291,17 @@ def connect(url: str, *, command_timeout_s: float = COMMAND_TIMEOUT_S) -> Valkey
 
     Raises ValkeyUrlError when the URL cannot be used.
     """
-    options: dict[str, Any] = {
-        "protocol": 2,
-        "decode_responses": False,
-        "socket_connect_timeout": min(CONNECT_TIMEOUT_S, command_timeout_s),
-        # Commands are timed here; of redis-py's own timeouts only that of connecting is left.
-        "socket_timeout": None,
-        "health_check_interval": IDLE_CHECK_S,
-        "driver_info": None,
-    }
-    scheme = url.partition("://")[0]
-    try:
-        backend: redis.Redis | RedisCluster
-        if scheme in _PLAIN_SCHEMES:
-            backend = _connect_plain(url, options, command_timeout_s)
-        elif scheme in _CLUSTER_SCHEMES:
-            backend = _connect_cluster(url, options)
-        else:
-            schemes = ", ".join(f"{known}://" for known in (*_PLAIN_SCHEMES, *_CLUSTER_SCHEMES))
-            raise ValkeyUrlError(f"the URL of the Redis-protocol server must begin with {schemes}")
-    except ValkeyUrlError:
-        raise
-    except (TypeError, ValueError, redis_errors.RedisError, OSError) as error:
-        raise ValkeyUrlError(f"{redacted(url)}: not a usable URL: {error}") from error
+    backend = make_backend(url, command_timeout_s)
     return ValkeyClient(backend, name=redacted(url), command_timeout_s=command_timeout_s)
 
 
-def _connect_plain(url: str, options: dict[str, Any], timeout_s: float) -> redis.Redis:
-    parts = urlsplit(url)
-    if parts.scheme == "unix" and not parts.path:
-        raise ValkeyUrlError("a unix:// URL needs the path of a socket, unix:///path/to.sock")
-    if parts.scheme != "unix":
-        if not parts.hostname:
-            raise ValkeyUrlError(f"{redacted(url)}: a host is missing")
-        if parts.path not in ("", "/") and not parts.path[1:].isdigit():
-            raise ValkeyUrlError(f"{redacted(url)}: {parts.path[1:]!r} is not a database number")
-    retry = Retry(NoBackoff(), _RETRIES, supported_errors=(redis_errors.ConnectionError,))
-    pool = BlockingConnectionPool.from_url(
-        url, max_connections=_MAX_CONNECTIONS, timeout=timeout_s, retry=retry, **options
-    )
-    # Options that no connection takes show only when one is made; better now than on a request.
-    pool.make_connection()  # type: ignore[no-untyped-call]
-    return redis.Redis.from_pool(pool)
-
-
-def _connect_cluster(url: str, options: dict[str, Any]) -> RedisCluster:
-    parts = urlsplit(url)
-    if parts.path not in ("", "/", "/0"):
-        raise ValkeyUrlError(f"{redacted(url)}: a cluster has database 0 alone")
-    credentials, _, hosts = parts.netloc.rpartition("@")
-    first = hosts.split(",")[0]
-    netloc = f"{credentials}@{first}" if credentials else first
-    scheme = parts.scheme.removesuffix("+cluster")
-    from_url: dict[str, Any] = dict(parse_url(urlunsplit((scheme, netloc, "", parts.query, ""))))
-    for given_by_node in ("host", "port", "connection_class"):
-        from_url.pop(given_by_node, None)
-    # Cluster members name each other by address, so a failed node is asked for a new map of slots.
-    retry = Retry(ConstantBackoff(0.05), _RETRIES + 1)
-    return RedisCluster(
-        startup_nodes=[_cluster_node(address, url) for address in hosts.split(",")],
-        ssl=scheme == "rediss",
-        retry=retry,
-        max_connections=_MAX_CONNECTIONS,
-        **{**options, **from_url},
-    )
-
-
-def _cluster_node(address: str, url: str) -> ClusterNode:
-    parts = urlsplit(f"//{address}")
-    if not parts.hostname:
-        raise ValkeyUrlError(f"{redacted(url)}: a host is missing")
-    # redis-py looks `localhost` up itself when it makes the node, and only for IPv4.
-    return ClusterNode(parts.hostname, parts.port or DEFAULT_PORT)
+def _is_denial(error: BaseException | None) -> bool:
+    """Whether the server does not know our password. A cluster's client tells of it as a cause."""
+    while error is not None:
+        if isinstance(error, redis_errors.AuthenticationError):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _describe(error: BaseException) -> str:

@@ -101,11 +101,12 @@ MakeCache = Callable[..., "contextlib.AbstractAsyncContextManager[cache_pb2_grpc
 
 @pytest.fixture
 def make_cache(valkey: ValkeyProcess) -> MakeCache:
-    """Makes replicas of the cache; keywords are settings of its section."""
+    """Makes replicas of the cache; keywords are settings of its section. Instead of a URL it takes
+    the settings of the section `valkey`."""
 
     @contextlib.asynccontextmanager
-    async def make(url: str = valkey.url, **section: object):
-        document = {"cache": section, "valkey": {"url": url}}
+    async def make(url: str | dict[str, str] = valkey.url, **section: object):
+        document = {"cache": section, "valkey": {"url": url} if isinstance(url, str) else url}
         settings: Settings = parse_settings(document, {})
         metrics = Metrics("cache")
         service = CacheService(settings, metrics)

@@ -26,6 +26,7 @@ COMMANDS = {
     "down": "Stop the mesh that runs on this machine.",
     "status": "Show the health of every service and the models.",
     "top": "Show what the whole mesh does, live.",
+    "doctor": "Say what is wrong, and what to do about it.",
     "probe": "Ask one service whether it can do its work now.",
     "chat": "Talk to a model.",
     "generate": "Complete a prompt.",

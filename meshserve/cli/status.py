@@ -54,10 +54,10 @@ def command(
     connection = make_connection(target, api_key, timeout_s, tls, tls_ca)
     limit_s = min(connection.timeout_s or CHECK_TIMEOUT_S, CHECK_TIMEOUT_S)
     if mesh is not None:
-        entries = {entry.name: _entry_endpoint(entry) for entry in mesh.services}
+        services = asyncio.run(check_services(mesh, limit_s))
     else:
-        entries = {"gateway": _endpoint(connection.target, connection.tls)}
-    services = asyncio.run(_check_all(entries, limit_s))
+        gateway = {"gateway": _endpoint(connection.target, connection.tls)}
+        services = asyncio.run(_check_all(gateway, limit_s))
     console = _console(mesh, services) if mesh is not None else None
     traces_url = mesh.traces_url if mesh is not None else None
     traces = _check_traces(traces_url) if traces_url is not None else None
@@ -89,6 +89,12 @@ def command(
             "start a mesh with `meshserve up`, or name one with --target HOST:PORT",
         )
     return 0 if healthy else EXIT_UNAVAILABLE
+
+
+async def check_services(mesh: RunningMesh, timeout_s: float) -> list[ServiceHealth]:
+    """The health of every service of a mesh on this machine."""
+    entries = {entry.name: _entry_endpoint(entry) for entry in mesh.services}
+    return await _check_all(entries, timeout_s)
 
 
 async def _check_all(entries: dict[str, Endpoint], timeout_s: float) -> list[ServiceHealth]:

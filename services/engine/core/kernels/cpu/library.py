@@ -153,21 +153,33 @@ def find_or_build(cache_dir: Path | None = None) -> Path:
     Raises:
         UnavailableError: there is none and it cannot be compiled.
     """
-    recipe = Recipe()
-    cached = (cache_dir or default_cache_dir()) / "kernels"
+    cached = _kept_in(cache_dir)
     try:
         check_machine()
-        found = [*recipe.find(PACKAGE), *recipe.find(cached)]
-        for path in found:
-            try:
-                isa_names(path)
-            except UnavailableError:
-                continue  # built where the C library is newer; this machine's own will do
+        path = find(cache_dir)
+        if path is not None:
             return path
         logger.info("CPU kernels: compiling them into %s, once, for a minute or so", cached)
-        return build(cached, recipe)
+        return build(cached, Recipe())
     except BuildError as error:
         raise UnavailableError(error.problem, error.way_out) from None
+
+
+def find(cache_dir: Path | None = None) -> Path | None:
+    """Return the library of the present sources, the installed or the cached; None if neither is
+    there."""
+    recipe = Recipe()
+    for path in (*recipe.find(PACKAGE), *recipe.find(_kept_in(cache_dir))):
+        try:
+            isa_names(path)
+        except UnavailableError:
+            continue  # built where the C library is newer; this machine's own will do
+        return path
+    return None
+
+
+def _kept_in(cache_dir: Path | None) -> Path:
+    return (cache_dir or default_cache_dir()) / "kernels"
 
 
 def isa_names(path: Path) -> list[str]:

@@ -1,0 +1,98 @@
+"""Whether a mesh can be started with the settings, and who could get in."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+from meshserve.cli.doctor.findings import Finding, ok, problem, warning
+from meshserve.supervisor.plan import SERVICES, process_specs
+from meshserve.supervisor.ports import AddressError, check_addresses
+from meshserve.supervisor.statedir import StateDir
+from services.gateway.stages.authenticate import Authenticator
+from services.runtime.settings import Settings
+from services.runtime.telemetry import Metrics
+from services.runtime.valkey import EmbeddedValkeyError
+from services.safety.policy import PolicyError, load_policy
+
+
+def addresses(settings: Settings, config: Path | None, state: StateDir) -> Iterator[Finding]:
+    """Whether all ports are free. To be asked while no mesh runs here."""
+    try:
+        specs = process_specs(settings, config, state)
+    except EmbeddedValkeyError as error:
+        yield problem(str(error), "or set valkey.url to a server that runs already")
+        return
+    wanted = [address for spec in specs for address in spec.addresses]
+    try:
+        check_addresses(wanted)
+    except AddressError as error:
+        for line in str(error).splitlines():
+            what, _, way_out = line.partition("; ")
+            yield problem(what, way_out)
+    else:
+        yield ok(f"all {len(wanted)} ports of the mesh are free")
+
+
+def access(settings: Settings) -> Iterator[Finding]:
+    """Who may call the gateway."""
+    gateway = settings.gateway
+    required = Authenticator(gateway, Metrics("gateway")).required
+    if not gateway.is_public:
+        yield ok("the gateway listens on this machine alone")
+        return
+    listening = " and ".join(filter(None, (gateway.listen, gateway.http_listen)))
+    if required and not gateway.auth.keys:
+        yield problem(
+            f"callers on {listening} need an API key, and none is configured",
+            "add one to gateway.auth.keys, as docs/configuration.md shows",
+        )
+    elif not required:
+        yield warning(
+            f"whoever reaches {listening} may use the models and see the whole mesh",
+            "set gateway.auth.mode to required and add keys, unless something before it asks",
+        )
+    else:
+        yield ok(f"callers on {listening} need one of {len(gateway.auth.keys)} API keys")
+    if gateway.tls is None:
+        yield warning(
+            f"prompts, answers and keys reach {listening} in the clear",
+            "set gateway.tls, or put a proxy before it that ends TLS",
+        )
+
+
+def certificates(settings: Settings) -> Iterator[Finding]:
+    """Whether each service's certificate and key can be read and belong together."""
+    for name in SERVICES:
+        tls = settings.server(name).tls
+        if tls is None:
+            continue
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                tls.certificate, tls.private_key
+            )
+            for file in filter(None, (tls.ca, tls.client_ca)):
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+        except (OSError, ssl.SSLError) as error:
+            files = ", ".join(map(str, filter(None, (tls.certificate, tls.private_key, tls.ca))))
+            yield problem(
+                f"{name}.tls cannot be used: {error}", f"look at {files}: PEM files of one pair?"
+            )
+        else:
+            yield ok(f"the {name}'s certificate and key belong together")
+
+
+def policies(settings: Settings) -> Iterator[Finding]:
+    """Whether the safety filter's policies can be read."""
+    if not settings.safety.enabled:
+        yield warning("the safety filter is off", "set safety.enabled to true unless that is meant")
+        return
+    for name, path in settings.safety.policies.items():
+        try:
+            load_policy(name, path)
+        except PolicyError as error:
+            for line in str(error).splitlines():
+                yield problem(line, "docs/safety.md describes what a policy is made of")
+        else:
+            yield ok(f"the safety policy {name!r} can be read")

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 
 from services.runtime.modelfiles import default_cache_dir, pull
-from tests.support.chart import Values, example, render
+from tests.support.chart import Values, example, of_kind, render
 from tests.support.programs import require_program
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
-SERVICES = {"gateway", "tokenizer", "engine-smollm2-135m", "cache", "safety"}
-
+SERVICES = ("gateway", "tokenizer", "engine-smollm2-135m", "cache", "safety")
+# Two gateways, one of all else.
+PODS = {f"demo-meshserve-{each}-0" for each in SERVICES} | {"demo-meshserve-gateway-1"}
+TWO_GATEWAYS = {"gateway": {"replicas": 2, "auth": {"mode": "off"}}}
 
 Events = list[dict[str, Any]]
 
@@ -26,7 +28,7 @@ Events = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def events(tmp_path_factory: pytest.TempPathFactory) -> Events:
     """What happened to the pods of the trial, in order."""
-    return run(tmp_path_factory.mktemp("cluster"), example("trial"))
+    return run(tmp_path_factory.mktemp("cluster"), example("trial") | TWO_GATEWAYS)
 
 
 def run(folder: Path, values: Values, *options: str) -> Events:
@@ -53,12 +55,13 @@ def run(folder: Path, values: Values, *options: str) -> Events:
 
 def test_every_pod_becomes_ready_by_its_own_probes(events: Events) -> None:
     ready = {each["ready"]: each["alive"] for each in events if "ready" in each}
-    assert ready == {f"demo-meshserve-{each}": True for each in SERVICES}
+    assert ready == dict.fromkeys(PODS, True)
 
 
 def test_the_gateway_is_ready_after_the_engine(events: Events) -> None:
     order = [each["ready"] for each in events if "ready" in each]
-    assert order.index("demo-meshserve-gateway") > order.index("demo-meshserve-engine-smollm2-135m")
+    engine = order.index("demo-meshserve-engine-smollm2-135m-0")
+    assert order.index("demo-meshserve-gateway-0") > engine
 
 
 def test_a_request_goes_through_all_of_them(events: Events) -> None:
@@ -66,9 +69,14 @@ def test_a_request_goes_through_all_of_them(events: Events) -> None:
     assert "Paris" in answer
 
 
+def test_an_operator_sees_both_gateways_whichever_answers(events: Events) -> None:
+    (seen,) = (each["gateways_seen"] for each in events if "gateways_seen" in each)
+    assert len(seen) == 2
+
+
 def test_every_pod_ends_by_itself_within_its_grace(events: Events) -> None:
     ended = {each["ended"]: each["code"] for each in events if "ended" in each}
-    assert ended == {f"demo-meshserve-{each}": 0 for each in SERVICES}
+    assert ended == dict.fromkeys(PODS, 0)
 
 
 def test_an_engine_that_is_started_when_it_is_asked_for_answers_who_has_waited(
@@ -81,39 +89,40 @@ def test_an_engine_that_is_started_when_it_is_asked_for_answers_who_has_waited(
     happened = [next(iter(each)) for each in events]
     # The gateway is ready without an engine; a request waits; the engine comes; it is answered.
     first, second = happened.index("awaited"), happened.index("answered")
-    assert "demo-meshserve-gateway" in [each.get("ready") for each in events[:first]]
+    assert "demo-meshserve-gateway-0" in [each.get("ready") for each in events[:first]]
     assert [each.get("ready") for each in events[first + 1 : second]] == [
-        "demo-meshserve-engine-smollm2-135m"
+        "demo-meshserve-engine-smollm2-135m-0"
     ]
     assert "Paris" in events[second]["answered"]
 
 
 def test_with_tls_they_trust_each_other_by_the_names_of_their_services(tmp_path: Path) -> None:
-    tls = example("tls")["tls"]
-    for service in tls["secrets"]:
-        model = "-smollm2-135m" if service == "engine" else ""
-        sign(tmp_path / "tls", service, f"demo-meshserve-{service}{model}")
-    events = run(tmp_path, example("trial") | {"tls": tls})
-    assert {each["ready"] for each in events if "ready" in each} == {
-        f"demo-meshserve-{each}" for each in SERVICES
-    }
+    values = example("trial") | TWO_GATEWAYS | {"tls": example("tls")["tls"]}
+    for certificate in of_kind(render(values), "Certificate"):
+        spec = certificate["spec"]
+        sign(tmp_path / "secrets", spec["secretName"], spec["dnsNames"])
+    events = run(tmp_path, values)
+    assert {each["ready"] for each in events if "ready" in each} == PODS
     (answer,) = (each["answered"] for each in events if "answered" in each)
     assert "Paris" in answer
+    (seen,) = (each["gateways_seen"] for each in events if "gateways_seen" in each)
+    assert len(seen) == 2
 
 
-def sign(folder: Path, service: str, name: str) -> None:
-    """What the Secret of a service holds: a certificate for one name, and the CA of all."""
+def sign(folder: Path, secret: str, names: list[str]) -> None:
+    """A Secret of cert-manager: a certificate for some names, and the CA of all."""
     openssl = require_program("openssl")
-    own = folder / service
+    own = folder / secret
     own.mkdir(parents=True)
     new = [openssl, "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    ca = [folder / "ca.crt", folder / "ca.key"]
+    ca = [folder.parent / "ca.crt", folder.parent / "ca.key"]
     if not ca[0].exists():
         run_quietly([*new, "-x509", "-subj", "/CN=mesh", "-out", ca[0], "-keyout", ca[1]])
-    signed = ["-x509", "-CA", ca[0], "-CAkey", ca[1], "-addext", f"subjectAltName=DNS:{name}"]
+    named = f"subjectAltName={','.join(f'DNS:{name}' for name in names)}"
+    signed = ["-x509", "-CA", ca[0], "-CAkey", ca[1], "-addext", named]
     usage = ["-addext", "extendedKeyUsage=serverAuth,clientAuth"]
     files = ["-out", own / "tls.crt", "-keyout", own / "tls.key"]
-    run_quietly([*new, *signed, *usage, "-subj", f"/CN={service}", *files])
+    run_quietly([*new, *signed, *usage, "-subj", f"/CN={names[0]}", *files])
     (own / "ca.crt").write_bytes(ca[0].read_bytes())
 
 

@@ -26,6 +26,8 @@ CERTIFICATES = {
     "cache": "cache-tls",
     "safety": "safety-tls",
 }
+ISSUER = {"certManager": {"issuerRef": {"name": "one"}}}
+MADE = ISSUER["certManager"] | {"enabled": True}
 ROUTES = {"enabled": True, "parentRefs": [{"name": "one"}], "grpcHostnames": ["b.example"]}
 BALANCED = {"type": "LoadBalancer"}
 HPA = {"kind": "hpa"}
@@ -54,6 +56,8 @@ BESIDE: dict[str, Values] = {
     "valkey.secretKey": {"valkey": {"existingSecret": "one"}},
     "valkey.embedded.enabled": {"valkey": {"url": ""}},
     "tls.": {"tls": {"enabled": True, "secrets": CERTIFICATES}},
+    "tls.certManager.": {"tls": {"enabled": True, "certManager": MADE}},
+    "tls.certManager.enabled": {"tls": {"enabled": True, "secrets": CERTIFICATES} | ISSUER},
     "tls.enabled": {"tls": {"secrets": CERTIFICATES}},
     "networkPolicy.collectorNamespaces": {
         "settings": {"telemetry": {"otlp_endpoint": "http://collector:4317"}}
@@ -111,8 +115,8 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "gateway.service.httpPort": (81, "port: 81"),
     "gateway.service.loadBalancerSourceRanges": (["10.1.0.0/16"], "- 10.1.0.0/16"),
     "gateway.auth.mode": ("off", 'mode: "off"'),
-    "gateway.auth.existingSecret": ("digests", "name: digests"),
-    "gateway.auth.secretKey": ("list", "key: list"),
+    "gateway.auth.existingSecret": ("digests", "secretName: digests"),
+    "gateway.auth.secretKey": ("list", "keys_file: /etc/meshserve/keys/list"),
     "gateway.ingress.enabled": (True, "kind: Ingress"),
     "gateway.ingress.className": ("nginx", "ingressClassName: nginx"),
     "gateway.ingress.annotations": ({"of": "ingress"}, "of: ingress"),
@@ -133,6 +137,9 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "valkey.embedded.maxMemory": ("99mb", "- 99mb"),
     "tls.enabled": (True, "certificate: /etc/meshserve/tls/tls.crt"),
     "tls.mutual": (False, "!client_ca:"),
+    "tls.certManager.enabled": (True, "kind: Certificate"),
+    "tls.certManager.issuerRef": ({"name": "two"}, "name: two"),
+    "tls.certManager.gatewayNames": (["llm.example"], "- llm.example"),
     "listenHost": ("[::]", "listen: '[::]:50051'"),
     "networkPolicy.enabled": (False, "!kind: NetworkPolicy"),
     "networkPolicy.callerNamespaces": (LABELS, "team: search"),

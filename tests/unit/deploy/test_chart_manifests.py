@@ -19,7 +19,7 @@ from tests.support.chart import (
     render,
 )
 
-EXAMPLES = ("trial", "production", "gpu", "keda", "tls", "multinode")
+EXAMPLES = ("trial", "production", "gpu", "keda", "tls", "routes", "multinode")
 each_example = pytest.mark.parametrize("name", EXAMPLES)
 
 
@@ -45,8 +45,10 @@ def test_every_manifest_is_valid(name: str, version: str) -> None:
 
 def test_the_schemas_find_what_is_wrong() -> None:
     manifests = render(example("keda") | {"monitoring": {"serviceMonitor": True, "rules": True}})
-    manifests += render(example("multinode")) + render(example("tls"))
-    for kind in ("Deployment", "ScaledObject", "ServiceMonitor", "LeaderWorkerSet", "GRPCRoute"):
+    manifests += render(example("multinode")) + render(example("routes"))
+    manifests += render(example("tls"))
+    kinds = "Deployment ScaledObject ServiceMonitor LeaderWorkerSet GRPCRoute Certificate"
+    for kind in kinds.split():
         (manifest, *_) = of_kind(manifests, kind)
         assert problems(manifest | {"spec": manifest["spec"] | {"misspelt": 1}}), kind
 

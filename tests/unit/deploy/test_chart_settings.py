@@ -8,17 +8,14 @@ import pytest
 import yaml
 
 from services.runtime.settings import Settings, parse_settings, split_address
+from services.runtime.settings.schema import SERVICE_NAMES
 from services.safety.policy import parse_policy
 from tests.support.chart import Manifest, Values, example, of_kind, pod_templates, render, the
 from tests.unit.deploy.test_chart_manifests import EXAMPLES
 
 each_example = pytest.mark.parametrize("name", EXAMPLES)
 
-KEYS = "[{name: acme, sha256: '" + "a" * 64 + "'}]"
-SECRETS = {
-    "MESHSERVE_GATEWAY__AUTH__KEYS": KEYS,
-    "MESHSERVE_VALKEY__URL": "rediss://:word@valkey:6379/0",
-}
+SECRETS = {"MESHSERVE_VALKEY__URL": "rediss://:word@valkey:6379/0"}
 
 
 def environment(template: Manifest) -> dict[str, str]:
@@ -56,7 +53,7 @@ def test_every_service_is_found_where_it_listens(name: str) -> None:
         for port in each["spec"]["ports"]
     }
     settings = settings_of(example(name))["gateway"]
-    targets = [settings.server(each).effective_target for each in ("tokenizer", "cache", "safety")]
+    targets = [settings.server(each).effective_target for each in SERVICE_NAMES]
     targets += [model.engine_target or "" for model in settings.models.values()]
     for target in targets:
         host, port = split_address(target.removeprefix("dns:///"))
@@ -129,22 +126,54 @@ def test_with_tls_every_service_shows_a_certificate_and_asks_for_one_within() ->
         (container,) = template["spec"]["containers"]
         (volume,) = (each for each in template["spec"]["volumes"] if each["name"] == "tls")
         mounts = {each["mountPath"] for each in container["volumeMounts"]}
-        assert volume["secret"]["secretName"] == f"meshserve-{container['name']}-tls", where
+        assert volume["secret"]["secretName"] == f"demo-meshserve-{container['name']}-tls", where
         assert "/etc/meshserve/tls" in mounts
+
+
+def test_cert_manager_makes_certificates_for_the_names_by_which_services_are_found() -> None:
+    certificates = {
+        each["metadata"]["labels"]["app.kubernetes.io/component"]: each["spec"]
+        for each in of_kind(render(example("tls")), "Certificate")
+    }
+    settings = settings_of(example("tls"))["gateway"]
+    for service in SERVICE_NAMES:
+        spec = certificates[service]
+        assert spec["secretName"] == f"demo-meshserve-{service}-tls"
+        targets = [settings.server(service).effective_target]
+        if service == "engine":
+            targets = [model.engine_target or "" for model in settings.models.values()]
+        found = {split_address(each.removeprefix("dns:///"))[0] for each in targets}
+        assert found <= set(spec["dnsNames"])
+    own = {"demo-meshserve-gateway", "demo-meshserve-gateway-replicas", "mesh.example.com"}
+    assert set(certificates["gateway"]["dnsNames"]) == own
 
 
 def test_secrets_are_read_by_who_needs_them_and_stand_nowhere_else() -> None:
     manifests = render(example("production"))
     readers: dict[str, set[str]] = {}
     for where, template in pod_templates(manifests):
-        (container,) = template["spec"]["containers"]
-        for each in container["env"]:
-            if "valueFrom" in each:
-                secret = each["valueFrom"]["secretKeyRef"]["name"]
-                readers.setdefault(secret, set()).add(where.split("demo-meshserve-")[1])
+        pod = template["spec"]
+        secrets = [each["secret"]["secretName"] for each in pod["volumes"] if "secret" in each]
+        secrets += [
+            each["valueFrom"]["secretKeyRef"]["name"]
+            for each in pod["containers"][0].get("env", [])
+            if "valueFrom" in each
+        ]
+        for secret in secrets:
+            readers.setdefault(secret, set()).add(where.split("demo-meshserve-")[1])
     assert readers == {"meshserve-keys": {"gateway"}, "meshserve-valkey": {"gateway", "cache"}}
     assert of_kind(manifests, "Secret") == []
     assert "valkey" not in yaml.safe_load(the(manifests, "ConfigMap", "")["data"]["meshserve.yaml"])
+
+
+def test_keys_are_read_where_a_changed_secret_reaches_the_pod() -> None:
+    path = settings_of(example("production"))["gateway"].gateway.auth.keys_file
+    assert path is not None
+    pod = the(render(example("production")), "Deployment", "gateway")["spec"]["template"]["spec"]
+    (mount,) = (each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "keys")
+    assert mount["mountPath"] == str(path.parent)
+    # The kubelet changes no file that is mounted by itself.
+    assert "subPath" not in mount
 
 
 def test_a_policy_is_read_where_it_is_mounted() -> None:

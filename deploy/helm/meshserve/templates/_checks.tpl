@@ -34,10 +34,14 @@
 {{- fail (printf "models.%s: with maxSurge and maxUnavailable both 0 no engine could ever be replaced" $name) -}}
 {{- end -}}
 {{- end -}}
-{{- if $values.tls.enabled -}}
+{{- if and $values.tls.enabled $values.tls.certManager.enabled -}}
+{{- if not $values.tls.certManager.issuerRef.name -}}
+{{- fail "tls.certManager.issuerRef is empty: name the Issuer or ClusterIssuer that signs the certificates" -}}
+{{- end -}}
+{{- else if $values.tls.enabled -}}
 {{- range $service := list "gateway" "tokenizer" "engine" "cache" "safety" -}}
 {{- if not (get $values.tls.secrets $service) -}}
-{{- fail (printf "tls.secrets.%s is empty: with tls.enabled every service needs a Secret with tls.crt, tls.key and ca.crt" $service) -}}
+{{- fail (printf "tls.secrets.%s is empty: with tls.enabled every service needs a Secret with tls.crt, tls.key and ca.crt; or set tls.certManager.enabled" $service) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -20,15 +20,15 @@ models:
 {{- $section := dict "listen" (printf "%s:%v" $host $own.grpc) "metrics_listen" (printf "%s:%v" $host $own.metrics) }}
 {{- if eq $service "gateway" }}
 {{- $_ := set $section "http_listen" (printf "%s:%v" $host $own.http) }}
-{{- $_ := set $section "auth" (dict "mode" $root.Values.gateway.auth.mode) }}
-{{- /* Nobody in the mesh calls it; its certificate carries this name. */}}
-{{- $name := include "meshserve.name" (dict "root" $root "service" $service) }}
-{{- $_ := set $section "target" (printf "dns:///%s:%v" $name $root.Values.gateway.service.grpcPort) }}
-{{- else }}
-{{- $model := ternary $default "" (eq $service "engine") }}
-{{- $name := include "meshserve.name" (dict "root" $root "service" $service "model" $model) }}
-{{- $_ := set $section "target" (printf "dns:///%s:%v" $name $own.grpc) }}
+{{- $auth := dict "mode" $root.Values.gateway.auth.mode }}
+{{- if $root.Values.gateway.auth.existingSecret }}
+{{- $_ := set $auth "keys_file" (printf "/etc/meshserve/keys/%s" $root.Values.gateway.auth.secretKey) }}
 {{- end }}
+{{- $_ := set $section "auth" $auth }}
+{{- end }}
+{{- $model := ternary $default "" (eq $service "engine") }}
+{{- $name := include "meshserve.headlessName" (dict "root" $root "service" $service "model" $model) }}
+{{- $_ := set $section "target" (printf "dns:///%s:%v" $name $own.grpc) }}
 {{- if $root.Values.tls.enabled }}
 {{- $folder := "/etc/meshserve/tls" }}
 {{- $tls := dict "certificate" (printf "%s/tls.crt" $folder) "private_key" (printf "%s/tls.key" $folder) "ca" (printf "%s/ca.crt" $folder) }}

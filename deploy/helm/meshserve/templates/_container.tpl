@@ -30,10 +30,15 @@
       sleep: {seconds: {{ dig "preStopSeconds" 2 .values }}}
   {{- include "meshserve.probes" . | nindent 2 }}
   volumeMounts:
+    # A file by itself, which stays as it is while the pod lives: settings are read at the start, and
+    # the probe is to read the same. What is read again is mounted as a folder.
     - {name: settings, mountPath: /etc/meshserve/meshserve.yaml, subPath: meshserve.yaml, readOnly: true}
     - {name: tmp, mountPath: /tmp}
     {{- if has $service (list "engine" "tokenizer") }}
     - {name: models, mountPath: /models, readOnly: true}
+    {{- end }}
+    {{- if and (eq $service "gateway") $root.Values.gateway.auth.existingSecret }}
+    - {name: keys, mountPath: /etc/meshserve/keys, readOnly: true}
     {{- end }}
     {{- if $root.Values.tls.enabled }}
     - {name: tls, mountPath: /etc/meshserve/tls, readOnly: true}
@@ -56,13 +61,6 @@
 {{- range $key, $value := .engine.settings }}
 - {name: MESHSERVE_ENGINE__{{ upper $key }}, value: {{ $value | toJson | quote }}}
 {{- end }}
-{{- end }}
-{{- if and (eq .service "gateway") $root.Values.gateway.auth.existingSecret }}
-- name: MESHSERVE_GATEWAY__AUTH__KEYS
-  valueFrom:
-    secretKeyRef:
-      name: {{ $root.Values.gateway.auth.existingSecret }}
-      key: {{ $root.Values.gateway.auth.secretKey }}
 {{- end }}
 {{- if and (has .service (list "gateway" "cache")) $root.Values.valkey.existingSecret }}
 - name: MESHSERVE_VALKEY__URL

@@ -19,6 +19,12 @@
 {{- with .model -}}-{{- include "meshserve.slug" . -}}{{- end -}}
 {{- end -}}
 
+{{/* The name that all replicas of a service have together; the gateway's own is that of the Service
+that callers use. */}}
+{{- define "meshserve.headlessName" -}}
+{{- include "meshserve.name" . -}}{{- if eq .service "gateway" -}}-replicas{{- end -}}
+{{- end -}}
+
 {{/* By what the pods of a service are known; of all engines without a model. */}}
 {{- define "meshserve.selector" -}}
 app.kubernetes.io/name: meshserve
@@ -37,6 +43,11 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end -}}
 
+{{/* The Secret with the certificate of a service. */}}
+{{- define "meshserve.tlsSecret" -}}
+{{- default (printf "%s-%s-tls" (include "meshserve.fullname" .root) .service) (get .root.Values.tls.secrets .service) -}}
+{{- end -}}
+
 {{/* Ports of all services, as a YAML mapping. */}}
 {{- define "meshserve.ports" -}}
 gateway: {grpc: 50051, http: 8080, metrics: 9451}
@@ -44,6 +55,11 @@ tokenizer: {grpc: 50052, metrics: 9452}
 engine: {grpc: 50053, metrics: 9453}
 cache: {grpc: 50054, metrics: 9454}
 safety: {grpc: 50055, metrics: 9455}
+{{- end -}}
+
+{{/* What is spoken on their gRPC ports. */}}
+{{- define "meshserve.grpcProtocol" -}}
+{{- ternary "https" "kubernetes.io/h2c" .Values.tls.enabled -}}
 {{- end -}}
 
 {{/* Full names of their gRPC services, which their health goes by. */}}

@@ -84,9 +84,15 @@ spec:
       emptyDir: {sizeLimit: {{ $root.Values.storage.sizeLimit }}}
       {{- end }}
     {{- end }}
+    {{- if eq $service "gateway" }}
+    {{- with $root.Values.gateway.auth.existingSecret }}
+    - name: keys
+      secret: {secretName: {{ . }}, defaultMode: 0440}
+    {{- end }}
+    {{- end }}
     {{- if $root.Values.tls.enabled }}
     - name: tls
-      secret: {secretName: {{ get $root.Values.tls.secrets $service }}}
+      secret: {secretName: {{ include "meshserve.tlsSecret" (dict "root" $root "service" $service) }}, defaultMode: 0440}
     {{- end }}
     {{- if and (eq $service "safety") $root.Values.safety.policies }}
     - name: policies

@@ -6,8 +6,7 @@
 apiVersion: v1
 kind: Service
 metadata:
-  # The gateway's own name is that of the Service that callers use.
-  name: {{ include "meshserve.name" . }}{{ if eq .service "gateway" }}-replicas{{ end }}
+  name: {{ include "meshserve.headlessName" . }}
   labels: {{- include "meshserve.labels" . | nindent 4 }}
 spec:
   clusterIP: None
@@ -19,7 +18,7 @@ spec:
     {{- end }}{{ end }}
   ports:
     {{- range $name, $number := $ports }}
-    - {name: {{ $name }}, port: {{ $number }}, targetPort: {{ $name }}{{ if eq $name "grpc" }}, appProtocol: kubernetes.io/h2c{{ end }}}
+    - {name: {{ $name }}, port: {{ $number }}, targetPort: {{ $name }}{{ if eq $name "grpc" }}, appProtocol: {{ include "meshserve.grpcProtocol" $.root }}{{ end }}}
     {{- end }}
 {{- end -}}
 

@@ -10,7 +10,9 @@ from meshserve.cli.doctor.findings import Finding, ok, problem, warning
 from meshserve.supervisor.plan import SERVICES, process_specs
 from meshserve.supervisor.ports import AddressError, check_addresses
 from meshserve.supervisor.statedir import StateDir
+from services.gateway.api_keys import ApiKeys
 from services.gateway.stages.authenticate import Authenticator
+from services.runtime.server import StartupError
 from services.runtime.settings import Settings
 from services.runtime.telemetry import Metrics
 from services.runtime.valkey import EmbeddedValkeyError
@@ -37,13 +39,19 @@ def addresses(settings: Settings, config: Path | None, state: StateDir) -> Itera
 
 def access(settings: Settings) -> Iterator[Finding]:
     """Who may call the gateway."""
-    gateway = settings.gateway
-    required = Authenticator(gateway, Metrics("gateway")).required
+    gateway, metrics = settings.gateway, Metrics("gateway")
+    authenticator = Authenticator(gateway, metrics)
+    required = authenticator.required
+    try:
+        keys = ApiKeys(settings, authenticator, metrics).settings.gateway.auth.keys
+    except StartupError as error:
+        yield problem(error.message, error.hint)
+        return
     if not gateway.is_public:
         yield ok("the gateway listens on this machine alone")
         return
     listening = " and ".join(filter(None, (gateway.listen, gateway.http_listen)))
-    if required and not gateway.auth.keys:
+    if required and not keys:
         yield problem(
             f"callers on {listening} need an API key, and none is configured",
             "add one to gateway.auth.keys, as docs/configuration.md shows",
@@ -54,7 +62,7 @@ def access(settings: Settings) -> Iterator[Finding]:
             "set gateway.auth.mode to required and add keys, unless something before it asks",
         )
     else:
-        yield ok(f"callers on {listening} need one of {len(gateway.auth.keys)} API keys")
+        yield ok(f"callers on {listening} need one of {len(keys)} API keys")
     if gateway.tls is None:
         yield warning(
             f"prompts, answers and keys reach {listening} in the clear",

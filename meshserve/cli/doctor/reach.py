@@ -11,7 +11,8 @@ from meshserve.cli.doctor.findings import Finding, ok, problem, warning
 from meshserve.supervisor.plan import SERVICES
 from services.runtime.settings import Settings
 from services.runtime.settings.targets import parse_target
-from services.runtime.valkey import ValkeyError, ValkeyUrlError, connect
+from services.runtime.telemetry import Metrics
+from services.runtime.valkey import ValkeyError, ValkeyUrlError, connect_as_set
 
 TIMEOUT_S = 3.0
 
@@ -33,7 +34,7 @@ async def valkey(settings: Settings) -> AsyncIterator[Finding]:
     except ValkeyError as error:
         yield problem(
             f"Valkey cannot be used: {error}",
-            "start it, or mend valkey.url; limits, quotas and cached answers are kept there",
+            "start it, or mend valkey.url or its file; limits and cached answers are kept there",
         )
     else:
         yield ok(f"Valkey answers at {client.name}")

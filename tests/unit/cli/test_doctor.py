@@ -121,6 +121,20 @@ def test_a_gateway_that_everybody_reaches_is_warned_of(
     assert any("in the clear" in each for each in warnings)
 
 
+def test_a_file_of_keys_counts_and_a_broken_one_is_told(
+    meshserve: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f"[{{name: team, sha256: {'a' * 64}}}]")
+    monkeypatch.setenv("MESHSERVE_GATEWAY__LISTEN", f"0.0.0.0:{free_ports(1)[0]}")
+    monkeypatch.setenv("MESHSERVE_GATEWAY__AUTH__KEYS_FILE", str(keys))
+    assert "need one of 1 API keys" in meshserve("doctor").out
+    keys.write_text("[{name: team}]")
+    (broken,) = findings(meshserve("doctor").out, "problem")
+    assert "keys.yaml" in broken
+    assert "gateway.auth.keys_file" in broken
+
+
 def test_a_certificate_without_its_key_is_found_out(
     meshserve: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

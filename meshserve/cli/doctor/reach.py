@@ -19,14 +19,13 @@ TIMEOUT_S = 3.0
 
 async def valkey(settings: Settings) -> AsyncIterator[Finding]:
     """The server that replicas share, where it is not the embedded one."""
-    url = settings.valkey.url
-    if url is None:
+    if settings.valkey.is_embedded:
         return
     try:
-        client = connect(url)
+        client = connect_as_set(settings.valkey, Metrics("cache"))
     except ValkeyUrlError as error:
         yield problem(
-            f"valkey.url cannot be used: {error}", "docs/configuration.md shows its forms"
+            f"the URL of Valkey cannot be used: {error}", "docs/configuration.md shows its forms"
         )
         return
     try:

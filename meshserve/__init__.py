@@ -1,95 +1,23 @@
-"""MeshServe: the Python client, the command line and the generated stubs."""
+"""MeshServe: the Python client, the command line and the generated stubs.
 
-from meshserve.async_client import AsyncChatStream, AsyncClient, AsyncCompletionStream
-from meshserve.client import ChatStream, Client, CompletionStream
-from meshserve.errors import (
-    AuthenticationError,
-    ConfigurationError,
-    ConflictError,
-    ConnectError,
-    DeadlineExceededError,
-    FailedPreconditionError,
-    FieldViolation,
-    IncompleteStreamError,
-    InvalidRequestError,
-    MeshServeError,
-    NotFoundError,
-    PermissionDeniedError,
-    PromptBlockedError,
-    QuotaViolation,
-    RateLimitError,
-    RequestCancelledError,
-    ServerError,
-    ServiceUnavailableError,
-    UnsupportedError,
-)
-from meshserve.options import CacheControl
-from meshserve.transport import TLS
-from meshserve.types import (
-    ChatChoice,
-    ChatChunk,
-    ChatCompletion,
-    Choice,
-    Completion,
-    CompletionChunk,
-    FinishReason,
-    Message,
-    Model,
-    PositionLogprobs,
-    SafetyAction,
-    SafetyFinding,
-    SafetyVerdict,
-    TokenCount,
-    TokenLogprob,
-    Tool,
-    ToolCall,
-    Usage,
-)
+What is public stands in public.py and is imported when it is first used: the services need the
+stubs alone, and a health check none of it.
+"""
 
-__all__ = [
-    "TLS",
-    "AsyncChatStream",
-    "AsyncClient",
-    "AsyncCompletionStream",
-    "AuthenticationError",
-    "CacheControl",
-    "ChatChoice",
-    "ChatChunk",
-    "ChatCompletion",
-    "ChatStream",
-    "Choice",
-    "Client",
-    "Completion",
-    "CompletionChunk",
-    "CompletionStream",
-    "ConfigurationError",
-    "ConflictError",
-    "ConnectError",
-    "DeadlineExceededError",
-    "FailedPreconditionError",
-    "FieldViolation",
-    "FinishReason",
-    "IncompleteStreamError",
-    "InvalidRequestError",
-    "MeshServeError",
-    "Message",
-    "Model",
-    "NotFoundError",
-    "PermissionDeniedError",
-    "PositionLogprobs",
-    "PromptBlockedError",
-    "QuotaViolation",
-    "RateLimitError",
-    "RequestCancelledError",
-    "SafetyAction",
-    "SafetyFinding",
-    "SafetyVerdict",
-    "ServerError",
-    "ServiceUnavailableError",
-    "TokenCount",
-    "TokenLogprob",
-    "Tool",
-    "ToolCall",
-    "UnsupportedError",
-    "Usage",
-]
+TYPE_CHECKING = False  # as type checkers know it, without the import of `typing`
+
+if TYPE_CHECKING:
+    from meshserve.public import *  # noqa: F403
+else:
+
+    def __getattr__(name):
+        import meshserve.public as public
+
+        # With it come the modules that it is made of.
+        for names in (vars(public), globals()):
+            if name in names:
+                return names[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return [*globals(), *__getattr__("__all__")]

@@ -1,22 +1,24 @@
-"""`meshserve probe`: whether one service can do its work now, for whatever watches over it."""
+"""`meshserve probe`: whether one service can do its work now, for whatever watches over it.
+
+In a container `meshserve/__main__.py` answers most of these before this file is imported.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from meshserve.cli.exits import EXIT_UNAVAILABLE, CommandError
-from meshserve.transport import TLS, Endpoint, make_endpoint
+from meshserve.transport import normalize_target
 
 if TYPE_CHECKING:
-    from services.runtime.settings import ServerSettings
+    from services.runtime.health_check import Endpoint
 
-# As services/runtime/health.py, which the client library comes without.
-LIVENESS = "liveness"
+PEM_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+NAME_SCHEMES = ("dns:///", "dns:", "ipv4:", "ipv6:")
+LONGEST_TIMEOUT_S = 86400.0
 
 
 @click.command("probe")
@@ -31,11 +33,17 @@ LIVENESS = "liveness"
 @click.option(
     "--liveness", is_flag=True, help="Ask whether it answers at all, also while it takes no work."
 )
-@click.option("--timeout", "timeout_s", type=float, default=3.0, show_default=True)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(0, LONGEST_TIMEOUT_S, min_open=True),
+    default=3.0,
+    show_default=True,
+)
 @click.option("--tls", is_flag=True, help="Talk TLS.")
-@click.option("--tls-ca", type=click.Path(path_type=Path), help="PEM file of the CA to trust.")
-@click.option("--tls-certificate", type=click.Path(path_type=Path), help="PEM file to show.")
-@click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key.")
+@click.option("--tls-ca", type=PEM_FILE, help="PEM file of the CA to trust.")
+@click.option("--tls-certificate", type=PEM_FILE, help="PEM file to show.")
+@click.option("--tls-key", type=PEM_FILE, help="Its private key.")
 def command(
     what: str,
     config: Path | None,
@@ -51,61 +59,38 @@ def command(
     The name of a service stands for the one on this machine: address and certificates come from its
     settings. For an address, the options say how to talk to it.
     """
-    if ":" in what:
-        address = what
-        given = tls or tls_ca or tls_certificate
-        trust = TLS(tls_ca, tls_certificate, tls_key) if given else False
+    from services.runtime.health_check import LIVENESS, Endpoint, ask
+
+    if ":" not in what:
+        endpoint = _endpoint_by_settings(what, config)
+    elif (tls_certificate is None) != (tls_key is None):
+        raise click.UsageError("--tls-certificate and --tls-key go together")
     else:
-        address, trust = _listening(_section(what, config))
-    endpoint = make_endpoint(address, api_key="", timeout=timeout_s, tls=trust, metadata=None)
-    problem = _problem(endpoint, LIVENESS if liveness else "")
+        endpoint = Endpoint(
+            _address(what),
+            tls=tls or tls_ca is not None or tls_certificate is not None,
+            ca=str(tls_ca or ""),
+            certificate=str(tls_certificate or ""),
+            private_key=str(tls_key or ""),
+        )
+    problem = ask(endpoint, LIVENESS if liveness else "", timeout_s)
     if problem:
         raise CommandError(f"{what} {problem}", exit_code=EXIT_UNAVAILABLE)
     click.echo(f"{what} is serving")
 
 
-def _listening(section: ServerSettings) -> tuple[str, TLS | bool]:
-    """Where a service with these settings listens, and how to talk to it there."""
-    address = section.model_copy(update={"target": None}).effective_target
-    if section.tls is None:
-        return address, False
-    files = section.tls
-    shows = files.client_ca is not None
-    # The certificate carries the name by which others find the service.
-    name = section.target.rpartition("/")[2].rpartition(":")[0] if section.target else None
-    return address, TLS(
-        ca_file=files.ca or files.certificate,
-        certificate_file=files.certificate if shows else None,
-        private_key_file=files.private_key if shows else None,
-        server_name=name,
-    )
+def _address(target: str) -> str:
+    """The one address that a gRPC target stands for."""
+    for scheme in NAME_SCHEMES:
+        target = target.removeprefix(scheme)
+    return normalize_target(target)
 
 
-def _problem(endpoint: Endpoint, health_name: str) -> str:
-    """Why the service is not healthy, by a name of its health service; empty if it is."""
-    with (
-        grpc.insecure_channel(endpoint.target, endpoint.channel_options)
-        if endpoint.credentials is None
-        else grpc.secure_channel(endpoint.target, endpoint.credentials, endpoint.channel_options)
-    ) as channel:
-        try:
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            answer = stub.Check(
-                health_pb2.HealthCheckRequest(service=health_name), timeout=endpoint.timeout_s
-            )
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                return f"did not answer within {endpoint.timeout_s:g} s"
-            return f"cannot be asked: {error.details()}"
-    if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        return "is not serving"
-    return ""
-
-
-def _section(service: str, config: Path | None) -> ServerSettings:
-    """The settings of a service; the schema comes with the services."""
+def _endpoint_by_settings(service: str, config: Path | None) -> Endpoint:
+    """How a service on this machine is asked; the schema comes with the services."""
     try:
         from meshserve.cli.services import read_settings
+        from services.runtime.own_endpoint import own_endpoint
         from services.runtime.settings.schema import SERVICE_NAMES
     except ImportError as error:
         raise CommandError(
@@ -116,4 +101,4 @@ def _section(service: str, config: Path | None) -> ServerSettings:
         raise click.UsageError(
             f"{service!r} is neither HOST:PORT nor one of {', '.join(SERVICE_NAMES)}"
         )
-    return read_settings(config).server(service)
+    return own_endpoint(read_settings(config).server(service))

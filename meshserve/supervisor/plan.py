@@ -12,6 +12,7 @@ from meshserve.supervisor.probes import GrpcProbe, ValkeyProbe
 from meshserve.supervisor.spec import ListenAddress, ProcessSpec
 from meshserve.supervisor.statedir import RunningMesh, ServiceEntry, StateDir
 from meshserve.transport import TLS
+from services.runtime.own_endpoint import own_endpoint
 from services.runtime.settings import GatewaySettings, ServerSettings, Settings
 from services.runtime.valkey import EmbeddedValkey
 
@@ -58,7 +59,7 @@ def process_specs(
             ProcessSpec(
                 name=name,
                 command=tuple(command),
-                probe=GrpcProbe(_own_target(section), service_tls(section)),
+                probe=GrpcProbe(own_endpoint(section).address, service_tls(section)),
                 environment=child_environment,
                 addresses=tuple(addresses),
                 stage=1,
@@ -73,7 +74,7 @@ def running_mesh(settings: Settings, *, show_traces: bool = False) -> RunningMes
     services = tuple(
         ServiceEntry(
             name,
-            _own_target(section := settings.server(name)),
+            own_endpoint(section := settings.server(name)).address,
             str(section.tls.certificate.absolute()) if section.tls is not None else None,
         )
         for name in SERVICES
@@ -89,13 +90,15 @@ def running_mesh(settings: Settings, *, show_traces: bool = False) -> RunningMes
 
 
 def service_tls(section: ServerSettings) -> TLS | bool:
-    """How the supervisor, on the same machine, trusts a service: by the certificate itself."""
-    if section.tls is None:
+    """How the supervisor, on the same machine, talks to a service; False without TLS."""
+    endpoint = own_endpoint(section)
+    if not endpoint.tls:
         return False
     return TLS(
-        ca_file=section.tls.certificate,
-        certificate_file=section.tls.certificate if section.tls.client_ca else None,
-        private_key_file=section.tls.private_key if section.tls.client_ca else None,
+        ca_file=endpoint.ca,
+        certificate_file=endpoint.certificate or None,
+        private_key_file=endpoint.private_key or None,
+        server_name=endpoint.server_name or None,
     )
 
 
@@ -104,13 +107,8 @@ def _console_url(gateway: GatewaySettings) -> str | None:
     if gateway.http_listen is None:
         return None
     # The address as one to call: what listens on all of them is found on loopback.
-    address = _own_target(gateway.model_copy(update={"listen": gateway.http_listen}))
+    address = own_endpoint(gateway.model_copy(update={"listen": gateway.http_listen})).address
     return f"http{'s' if gateway.tls is not None else ''}://{address}"
-
-
-def _own_target(section: ServerSettings) -> str:
-    """Where this machine reaches the service: `target` may be a name that only peers know."""
-    return section.model_copy(update={"target": None}).effective_target.removeprefix("dns:///")
 
 
 def _valkey_spec(

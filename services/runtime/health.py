@@ -11,6 +11,7 @@ from typing import TypeAlias
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.runtime.health_check import LIVENESS
 from services.runtime.telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -20,9 +21,6 @@ PROBE_TIMEOUT_S = 2.0
 ServingStatus: TypeAlias = int  # its stubs have no name for it
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-# SERVING for as long as the process answers at all: for what restarts a process that does not,
-# which would not help one that drains or misses another service.
-LIVENESS = "liveness"
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):

@@ -28,8 +28,10 @@ from meshserve.v1 import calls_pb2, calls_pb2_grpc, monitor_pb2_grpc
 from services.runtime.call_host import CallHost
 from services.runtime.connections import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
 from services.runtime.health import HealthMonitor
+from services.runtime.health_check import announce
 from services.runtime.monitor import GRPC_SERVICE as MONITOR_SERVICE
 from services.runtime.monitor import Metadata, Monitor, MonitorServicer
+from services.runtime.own_endpoint import own_endpoint
 from services.runtime.server_calls import CallInterceptor
 from services.runtime.settings import ServerSettings, Settings, SettingsError, load_settings
 from services.runtime.settings.addresses import split_address
@@ -143,6 +145,7 @@ async def _serve(
     calls = CallInterceptor(metrics)
     server = grpc.aio.server(interceptors=[calls], options=_server_options(section))
     _bind(server, section, name)
+    _announce(section, name)
     health = HealthMonitor(service.grpc_services, service.probe, metrics)
     service.monitor = Monitor(health, metrics, service.draining)
     carried = _register(service, server)
@@ -268,6 +271,13 @@ def _bind(server: grpc.aio.Server, section: ServerSettings, name: str) -> None:
             f"the address {section.listen} cannot be listened on; is it in use?",
             f"stop what uses it, or set {name}.listen to another address",
         ) from error
+
+
+def _announce(section: ServerSettings, name: str) -> None:
+    try:
+        announce(name, own_endpoint(section))
+    except OSError as error:
+        log.warning("probes read the settings each time", extra={"reason": str(error)})
 
 
 def _server_credentials(section: ServerSettings) -> grpc.ServerCredentials | None:

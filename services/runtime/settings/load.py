@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from services.runtime.health_check import PROBE_FILE_VARIABLE
 from services.runtime.settings.gateway import ApiKeySettings
 from services.runtime.settings.schema import Settings
 
@@ -29,6 +30,7 @@ RESERVED_VARIABLES = frozenset(
         "MESHSERVE_TARGET",
         "MESHSERVE_API_KEY",
         "MESHSERVE_TLS_CA",
+        PROBE_FILE_VARIABLE,
     }
 )
 

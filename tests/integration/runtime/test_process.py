@@ -229,6 +229,18 @@ def test_a_mistake_in_the_settings_is_said_without_a_traceback(start: Start) -> 
     assert "Traceback" not in process.output()
 
 
+def test_a_probe_asks_a_service_as_it_has_noted(start: Start, tmp_path: Path) -> None:
+    environ = {"MESHSERVE_PROBE_FILE": str(tmp_path / "probe")}
+    start(environ).ready()
+    probe = [sys.executable, "-m", "meshserve", "probe", "cache"]
+    asked = subprocess.run(probe, env={**os.environ, **environ}, capture_output=True, text=True)
+    assert (asked.returncode, asked.stdout) == (0, "cache is serving\n")
+
+
+def test_a_place_where_nothing_can_be_noted_keeps_no_service_from_starting(start: Start) -> None:
+    assert start({"MESHSERVE_PROBE_FILE": "/nowhere/probe"}).ready()
+
+
 def test_health_turns_with_the_probe(start: Start, tmp_path: Path) -> None:
     sick = tmp_path / "sick"
     process = start({"SHAPES_SICK": str(sick)}).ready()

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from services.runtime.health_check import PROBE_FILE_VARIABLE, announce
+from services.runtime.own_endpoint import own_endpoint
+from services.runtime.settings import parse_settings
 from tests.support.ports import free_ports
+
+# Each of these takes longer to import than the question to ask.
+HEAVY = {"grpc", "google.protobuf", "click", "rich", "pydantic", "yaml", "asyncio", "ssl", "json"}
 
 
 @pytest.fixture
@@ -89,9 +100,9 @@ def test_a_service_by_its_name_is_found_where_its_settings_say(
     assert (result.code, result.out) == (0, "engine is serving\n")
 
 
-def test_a_service_with_mutual_tls_is_asked_with_its_own_certificate(
-    serve: Callable[..., int], tmp_path: Path, meshserve: Callable
-) -> None:
+@pytest.fixture
+def mutual_tls(serve: Callable[..., int], tmp_path: Path) -> dict[str, Any]:
+    """The settings of a safety filter that takes calls of those with its own certificate alone."""
     certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"
     command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
@@ -109,17 +120,147 @@ def test_a_service_with_mutual_tls_is_asked_with_its_own_certificate(
         "private_key": str(key),
         "client_ca": str(certificate),
     }
-    settings = {
-        "safety": {"listen": f"127.0.0.1:{port}", "target": "dns:///safety:50055", "tls": tls}
-    }
+    return {"listen": f"127.0.0.1:{port}", "target": "dns:///safety:50055", "tls": tls}
+
+
+def test_a_service_with_mutual_tls_is_asked_with_its_own_certificate(
+    mutual_tls: dict[str, Any], tmp_path: Path, meshserve: Callable
+) -> None:
     config = tmp_path / "mesh.yaml"
-    config.write_text(yaml.safe_dump(settings))
+    config.write_text(yaml.safe_dump({"safety": mutual_tls}))
     assert meshserve("probe", "safety", "--config", str(config)).code == 0
 
-    address = f"localhost:{port}"
+    address = mutual_tls["listen"].replace("127.0.0.1", "localhost")
     assert meshserve("probe", address, "--timeout", "1").code == 3
-    trusting = ("--tls-ca", str(certificate))
-    assert meshserve("probe", address, "--timeout", "1", *trusting).code == 3
+    trusting = ("--tls-ca", mutual_tls["tls"]["certificate"])
+    refused = meshserve("probe", address, "--timeout", "1", *trusting)
+    assert refused.code == 3
+    assert "certificate is not valid for 'localhost'" in refused.err
+
+
+def test_a_certificate_that_is_missing_is_named(
+    mutual_tls: dict[str, Any], tmp_path: Path, meshserve: Callable
+) -> None:
+    Path(mutual_tls["tls"]["private_key"]).unlink()
+    config = tmp_path / "mesh.yaml"
+    config.write_text(yaml.safe_dump({"safety": mutual_tls}))
+    result = meshserve("probe", "safety", "--config", str(config))
+    assert result.code == 3
+    assert "tls.key: No such file or directory" in result.err
+
+
+def test_who_takes_the_call_and_says_nothing_is_exit_code_3_in_time(meshserve: Callable) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        result = meshserve("probe", f"127.0.0.1:{silent.getsockname()[1]}", "--timeout", "0.3")
+    assert result.code == 3
+    assert "did not answer within 0.3 s" in result.err
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it does not speak gRPC"),
+        (b"", "the connection was closed"),
+        # A response that ends with its headers: the status is an error.
+        (b"\0\0\0\4\0\0\0\0\0\0\0\0\1\5\0\0\0\1", "the call was refused"),
+    ],
+)
+def test_what_does_not_tell_of_its_health_is_exit_code_3(
+    answer: bytes, why: str, meshserve: Callable
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, futures.ThreadPoolExecutor() as pool:
+
+        def serve_once() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        pool.submit(serve_once)
+        result = meshserve("probe", f"127.0.0.1:{server.getsockname()[1]}")
+    assert result.code == 3
+    assert result.err.strip().endswith(f"cannot be asked: {why}")
+
+
+def test_a_service_on_a_unix_socket_is_asked(
+    servicer: health.HealthServicer, tmp_path: Path, meshserve: Callable
+) -> None:
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    server.add_insecure_port(f"unix:{tmp_path}/socket")
+    server.start()
+    assert meshserve("probe", f"unix:{tmp_path}/socket").code == 0
+    server.stop(0)
+
+
+class Announced:
+    """A container in which a service has noted how it is asked, and nobody has its settings."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(PROBE_FILE_VARIABLE, str(folder / "probe"))
+
+    def note(self, service: str, **settings: Any) -> None:
+        announce(service, own_endpoint(parse_settings({service: settings}, {}).server(service)))
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`meshserve ARGUMENTS` with what it has imported on the last line."""
+        script = (
+            "import atexit, sys\n"
+            "atexit.register(lambda: print(*sys.modules))\n"
+            "from meshserve.__main__ import main\n"
+            "main()"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            env={**os.environ, "MESHSERVE_CONFIG": "/nowhere"},
+            capture_output=True,
+            text=True,
+        )
+
+
+@pytest.fixture
+def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Announced:
+    return Announced(tmp_path, monkeypatch)
+
+
+def test_a_service_that_has_noted_how_it_is_asked_is_asked_with_next_to_nothing_imported(
+    serve: Callable[..., int], container: Announced
+) -> None:
+    container.note("engine", listen=f"0.0.0.0:{serve()}", target="dns:///engine.invalid:50053")
+    result = container.run("probe", "engine")
+    said, imported = result.stdout.splitlines()
+    assert (result.returncode, said, result.stderr) == (0, "engine is serving", "")
+    assert not HEAVY.intersection(imported.split())
+
+
+def test_its_illness_is_told_in_the_same_words(
+    serve: Callable[..., int], servicer: health.HealthServicer, container: Announced
+) -> None:
+    servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    servicer.set("liveness", health_pb2.HealthCheckResponse.SERVING)
+    container.note("engine", listen=f"127.0.0.1:{serve()}")
+    ill = container.run("probe", "engine")
+    assert (ill.returncode, ill.stderr) == (3, "error: engine is not serving\n")
+    assert container.run("probe", "--liveness", "engine").returncode == 0
+
+
+def test_what_it_needs_for_mutual_tls_is_noted_too(
+    mutual_tls: dict[str, Any], container: Announced
+) -> None:
+    container.note("safety", **mutual_tls)
+    assert container.run("probe", "safety").returncode == 0
+
+
+def test_of_another_service_the_settings_are_read(
+    serve: Callable[..., int], container: Announced
+) -> None:
+    container.note("engine", listen=f"127.0.0.1:{serve()}")
+    for arguments in (["cache"], ["engine", "--config", "/nowhere"]):
+        result = container.run("probe", *arguments)
+        assert result.returncode == 78
+        assert "/nowhere" in result.stderr
 
 
 def test_settings_that_are_wrong_are_exit_code_78(tmp_path: Path, meshserve: Callable) -> None:

@@ -84,7 +84,7 @@ def test_a_service_with_tls_is_trusted_by_its_certificate(tmp_path: Path) -> Non
     settings = parse_settings({"gateway": {"tls": tls}}, {})
     trust = service_tls(settings.gateway)
     assert not isinstance(trust, bool)
-    assert trust.ca_file == tmp_path / "c.pem"
+    assert trust.ca_file == str(tmp_path / "c.pem")
     assert running_mesh(settings).gateway.ca_file == str(tmp_path / "c.pem")
     assert service_tls(settings.engine) is False
 

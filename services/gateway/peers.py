@@ -49,8 +49,15 @@ class Peers:
         self.channels: list[MeshChannel] = []
         self._engines: dict[str, Engines] = {}
         tokenizer = self._connect("tokenizer", "meshserve.v1.TokenizerService", carries_calls=True)
-        cache = self._connect("cache", "meshserve.v1.CacheService")
-        safety = self._connect("safety", "meshserve.v1.SafetyService", carries_calls=True)
+        cache = self._connect(
+            "cache", "meshserve.v1.CacheService", may_be_away=not settings.cache.enabled
+        )
+        safety = self._connect(
+            "safety",
+            "meshserve.v1.SafetyService",
+            carries_calls=True,
+            may_be_away=not settings.safety.enabled,
+        )
         self.tokenizer: tokenizer_pb2_grpc.TokenizerServiceAsyncStub = (
             tokenizer_pb2_grpc.TokenizerServiceStub(tokenizer.stubs)
         )
@@ -82,7 +89,13 @@ class Peers:
     def engines(self, target: str) -> Engines:
         """The engines at a target; one channel per target."""
         if target not in self._engines:
-            channel = self._connect("engine", "meshserve.v1.EngineService", target)
+            models = self._settings.models_at(target).values()
+            channel = self._connect(
+                "engine",
+                "meshserve.v1.EngineService",
+                target,
+                may_be_away=all(each.activation_timeout_s is not None for each in models),
+            )
             calls = EngineCalls(
                 channel.replicas,
                 lambda replica: standing(
@@ -114,6 +127,7 @@ class Peers:
         target: str | None = None,
         *,
         carries_calls: bool = False,
+        may_be_away: bool = False,
     ) -> MeshChannel:
         section = self._settings.server(peer)
         channel = connect(
@@ -124,6 +138,7 @@ class Peers:
             max_message_bytes=section.max_message_bytes,
             credentials=self.credentials(section.tls),
             carries_calls=carries_calls,
+            may_be_away=may_be_away,
         )
         self.channels.append(channel)
         return channel

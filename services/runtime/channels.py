@@ -8,6 +8,7 @@ client_calls.py and response_streams.py.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, Self, cast
 
 import grpc
@@ -22,6 +23,7 @@ from services.runtime.replicas import Replica, ReplicaSet
 from services.runtime.response_streams import ResponseStream, response_stream, standing
 from services.runtime.settings.targets import grpc_target, parse_target
 from services.runtime.telemetry import Metrics
+from services.runtime.telemetry.metrics import Reading
 
 
 def connect(
@@ -33,6 +35,7 @@ def connect(
     max_message_bytes: int = 64 * 2**20,
     credentials: grpc.ChannelCredentials | None = None,
     carries_calls: bool = False,
+    may_be_away: bool = False,
 ) -> MeshChannel:
     """A channel to the service named `peer`, whose replicas are at a target (see parse_target).
 
@@ -40,15 +43,18 @@ def connect(
     has. A replica is used while it says that `health_service`, the full name of a gRPC service, is
     SERVING. With `carries_calls` short unary calls travel together on one stream for each replica;
     they must do no harm if they are answered twice, since a call that was under way when its stream
-    was lost is made again. Needs a running event loop.
+    was lost is made again. With `may_be_away` it is nothing unusual that no replica serves, and
+    then none are counted. Needs a running event loop.
     """
     return MeshChannel(
         target,
-        Instruments(peer, metrics),
+        peer,
         health_service,
+        metrics,
         max_message_bytes,
         credentials,
         carries_calls=carries_calls,
+        may_be_away=may_be_away,
     )
 
 
@@ -89,14 +95,19 @@ class MeshChannel(Stubs):
     def __init__(
         self,
         target: str,
-        instruments: Instruments,
+        peer: str,
         health_service: str,
+        metrics: Metrics,
         max_message_bytes: int,
         credentials: grpc.ChannelCredentials | None,
         *,
         carries_calls: bool,
+        may_be_away: bool,
     ) -> None:
         self.target = target
+        # A service that looks at its own replicas calls none of them.
+        self._is_counted = peer != metrics.service
+        self._may_be_away = may_be_away
         self._connections: list[Connection] = []
 
         def connection(replica: Replica) -> Connection:
@@ -106,6 +117,7 @@ class MeshChannel(Stubs):
                 credentials,
                 health_service,
                 replica.became,
+                replica.is_instance,
             )
             self._connections = [each for each in self._connections if not each.has_ended]
             self._connections.append(made)
@@ -114,8 +126,10 @@ class MeshChannel(Stubs):
         self.replicas = ReplicaSet(connection)
         self._names = names.NameWatch(parse_target(target), self.replicas.update, names.resolve)
         self._names.start()
+        self._uncount = metrics.read("meshserve_rpc_client_replicas", self._counts)
+        instruments = Instruments(peer, metrics)
         super().__init__(
-            functools.partial(Attempts, self.replicas, instruments.peer),
+            functools.partial(Attempts, self.replicas, peer),
             instruments,
             self._carrier_of(instruments) if carries_calls else None,
         )
@@ -133,6 +147,7 @@ class MeshChannel(Stubs):
 
     async def close(self) -> None:
         """Cancels what is in flight and closes the connections."""
+        self._uncount()
         self._names.close()
         self.replicas.close()
         for connection in self._connections:
@@ -144,6 +159,13 @@ class MeshChannel(Stubs):
         peer = self.instruments.peer
         attempts = functools.partial(Attempts, self.replicas, peer, only=replica)
         return cast(grpc.aio.Channel, Stubs(attempts, self.instruments))
+
+    def _counts(self) -> Iterable[Reading]:
+        counts = self.replicas.counts()
+        if not self._is_counted or (self._may_be_away and not counts["serving"]):
+            return
+        for state, number in counts.items():
+            yield (self.instruments.peer, self.target, state), number
 
     def _carrier_of(self, instruments: Instruments) -> Carrier:
         def open_stream(replica: Replica) -> ResponseStream:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.runtime.health import INSTANCE_HEADER
 from services.runtime.replicas import ReplicaState
 
 KEEPALIVE_TIME_MS = 20_000
@@ -56,6 +57,7 @@ class Connection:
         credentials: None for a connection without TLS.
         health_service: full name of the gRPC service whose health is asked for.
         on_state: called when the replica's state may have changed.
+        on_instance: called with what tells the replica's process from others, once it has answered.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Connection:
         credentials: grpc.ChannelCredentials | None,
         health_service: str,
         on_state: Callable[[ReplicaState], None],
+        on_instance: Callable[[str], None],
     ) -> None:
         self._channel = (
             grpc.aio.insecure_channel(target, options=options)
@@ -73,6 +76,7 @@ class Connection:
         )
         self._health_service = health_service
         self._on_state = on_state
+        self._on_instance = on_instance
         self._rpcs: dict[str, Callable[..., Any]] = {}
         # Not in the context of a request that happens to be under way.
         self._task = asyncio.create_task(self._watch(), context=contextvars.Context())
@@ -110,7 +114,9 @@ class Connection:
         delay_ms = FIRST_RECONNECT_DELAY_MS
         while True:
             try:
-                async for response in watch(request):
+                call = watch(request)
+                await self._tell_instance(call)
+                async for response in call:
                     delay_ms = FIRST_RECONNECT_DELAY_MS
                     is_serving = response.status == health_pb2.HealthCheckResponse.SERVING
                     self._on_state(ReplicaState.SERVING if is_serving else ReplicaState.NOT_SERVING)
@@ -123,3 +129,8 @@ class Connection:
                 self._on_state(ReplicaState.UNREACHABLE)
             await asyncio.sleep(delay_ms / 1000)
             delay_ms = min(2 * delay_ms, LONGEST_RECONNECT_DELAY_MS)
+
+    async def _tell_instance(self, call: Any) -> None:
+        for key, value in await call.initial_metadata() or ():
+            if key == INSTANCE_HEADER:
+                self._on_instance(str(value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeAlias
 
@@ -21,13 +22,20 @@ PROBE_TIMEOUT_S = 2.0
 ServingStatus: TypeAlias = int  # its stubs have no name for it
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# Metadata that watchers get first: one replica may be found under several addresses.
+INSTANCE_HEADER = "meshserve-instance-id"
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
     """Answers what `set` was told last. Watchers are sent away at the end: a server that stops
-    waits for its calls, and theirs would never end."""
+    waits for its calls, and theirs would never end.
+
+    Attributes:
+        instance_id: tells this process from all others.
+    """
 
     def __init__(self) -> None:
+        self.instance_id = uuid.uuid4().hex
         self._statuses: dict[str, ServingStatus] = {LIVENESS: SERVING}
         self._shut_down = False
         self._changed = asyncio.Event()
@@ -65,6 +73,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         ],
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """The status of a service and its changes."""
+        await context.send_initial_metadata(((INSTANCE_HEADER, self.instance_id),))
         told: ServingStatus | None = None
         while True:
             changed = self._changed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any
@@ -33,7 +32,6 @@ class Monitor:
         self._health = health
         self._metrics = metrics
         self._draining = draining
-        self._instance_id = uuid.uuid4().hex
         self._version = version("meshserve")
 
     def status(self) -> monitor_pb2.GetStatusResponse:
@@ -43,7 +41,7 @@ class Monitor:
         return monitor_pb2.GetStatusResponse(
             service=self._metrics.service,
             version=self._version,
-            instance_id=self._instance_id,
+            instance_id=self._health.servicer.instance_id,
             state=state,
             problem=self._health.problem if unhealthy else "",
             metrics=[

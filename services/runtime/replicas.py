@@ -32,6 +32,10 @@ class ReplicaState(enum.Enum):
     """There is no connection to it; another is tried every second."""
 
 
+# What replicas are counted by, the best first.
+STANDINGS = ("serving", "leaving", "not_serving", "connecting", "unreachable")
+
+
 class Link(Protocol):
     """The connection to a replica."""
 
@@ -51,6 +55,8 @@ class Replica:
         address: `IP:PORT`, `[IPV6]:PORT` or `unix:PATH`.
         name: the `NAME:PORT` it was found by; None for an address of the target itself.
         state: how it does.
+        instance_id: tells its process from others; empty until it has answered. Who is found under
+            two addresses is there twice.
         is_leaving: whether its address has left the name: it finishes what it has.
         in_flight: calls, sessions and generations of this process that are under way there.
 
@@ -64,6 +70,7 @@ class Replica:
         "_paused_until",
         "address",
         "in_flight",
+        "instance_id",
         "is_leaving",
         "link",
         "name",
@@ -77,6 +84,7 @@ class Replica:
         self.address = address
         self.name = name
         self.state = ReplicaState.CONNECTING
+        self.instance_id = ""
         self.is_leaving = False
         self.in_flight = 0
         # When it was chosen last, counted in choices.
@@ -100,6 +108,13 @@ class Replica:
         """Whether it is meant to be given new work."""
         return self.state is ReplicaState.SERVING and not self.is_leaving
 
+    @property
+    def standing(self) -> str:
+        """One of STANDINGS: its state, or `leaving` while it serves on without an address."""
+        if self.state is ReplicaState.SERVING and self.is_leaving:
+            return "leaving"
+        return self.state.value
+
     def begin(self) -> None:
         """Something is under way there."""
         self.in_flight += 1
@@ -115,6 +130,10 @@ class Replica:
         if state is not self.state:
             self.state = state
             self._on_change()
+
+    def is_instance(self, instance_id: str) -> None:
+        """Takes note of which process answers."""
+        self.instance_id = instance_id
 
     def report(self, total: int) -> None:
         """Takes note of what it says it does for all its callers together."""
@@ -173,6 +192,16 @@ class ReplicaSet:
         for address, replica in self._replicas.items():
             replica.is_leaving = address not in addresses
         self._note_change()
+
+    def counts(self) -> dict[str, int]:
+        """How many there are of each of STANDINGS. One with two addresses is one, as good as the
+        better of them. May be called from any thread."""
+        best: dict[str, int] = {}
+        for replica in list(self._replicas.values()):
+            key, rank = replica.instance_id or replica.address, STANDINGS.index(replica.standing)
+            best[key] = min(best.get(key, rank), rank)
+        ranks = list(best.values())
+        return {standing: ranks.count(rank) for rank, standing in enumerate(STANDINGS)}
 
     def pick(self, avoid: Collection[Replica] = ()) -> Replica | None:
         """Who gets the next call: of those that serve the one with the least under way, and of

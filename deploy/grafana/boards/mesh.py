@@ -56,10 +56,31 @@ def mesh() -> dashboard.Dashboard:
     )
     return laid_out(
         made,
+        *_replicas(),
         dashboard.Row("Calls"),
         *_calls(),
         dashboard.Row("Processes"),
         *_processes(),
+    )
+
+
+def _replicas() -> Panels:
+    return (
+        graph(
+            "Replicas as callers see them",
+            present("meshserve_rpc_client_replicas", CHOSEN, "peer, state", "{{peer}} {{state}}"),
+            "By service and state, summed over the callers that are chosen: with two gateways each "
+            "is counted twice.",
+        ),
+        graph(
+            "Replicas to call",
+            Query(
+                "min by (peer, target) "
+                f'(meshserve_rpc_client_replicas{{{CHOSEN}, state="serving"}})',
+                "{{peer}} {{target}}",
+            ),
+            "By target, of the caller that knows the fewest that serve. With none, its calls fail.",
+        ),
     )
 
 
@@ -163,6 +184,30 @@ def _processes() -> Panels:
             "Sequences whose tokens a replica of the tokenizer turns into text.",
             width=THIRD,
             stacked=True,
+        ),
+        graph(
+            "Files read again",
+            [
+                rate(
+                    "meshserve_file_reloads_total", CHOSEN, "what, outcome", "{{what}} {{outcome}}"
+                ),
+                Query(
+                    f"sum by (what) (meshserve_files_refused{{{CHOSEN}}} > 0)",
+                    "{{what}}: processes that refuse it",
+                ),
+            ],
+            "Keys, passwords and certificates that changed while a service ran: changes a second, "
+            "and files that cannot be used.",
+            width=THIRD,
+        ),
+        graph(
+            "Certificates expire in",
+            Query(
+                f"meshserve_certificate_expiry_seconds{{{CHOSEN}}} - time()", "{{job}} {{instance}}"
+            ),
+            "Of those that are served with TLS.",
+            unit=SECONDS,
+            width=THIRD,
         ),
         rows(
             "Versions",

@@ -61,7 +61,9 @@ class Places:
                 channel.instruments.peer,
                 replica.address,
                 replica.link.rpc(GET_STATUS, "unary_unary"),
-                self._models_at(channel.target) if channel.instruments.peer == "engine" else (),
+                tuple(self._settings.models_at(channel.target))
+                if channel.instruments.peer == "engine"
+                else (),
             )
             for channel in channels
             for replica in channel.replicas
@@ -72,11 +74,3 @@ class Places:
         if self._gateways is not None:
             await self._gateways.close()
             self._gateways = None
-
-    def _models_at(self, target: str) -> tuple[str, ...]:
-        default = self._settings.engine.effective_target
-        return tuple(
-            name
-            for name, model in self._settings.models.items()
-            if (model.engine_target or default) == target
-        )

@@ -88,6 +88,15 @@ class Settings(Section):
         """The model of requests that name none."""
         return next(iter(self.models))
 
+    def models_at(self, target: str) -> dict[str, ModelSettings]:
+        """The models whose engines are at a target, by name."""
+        default = self.engine.effective_target
+        return {
+            name: model
+            for name, model in self.models.items()
+            if (model.engine_target or default) == target
+        }
+
     @property
     def engine_model(self) -> str:
         """The model that an engine process runs."""

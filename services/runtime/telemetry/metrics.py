@@ -100,6 +100,7 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("histogram", "gateway", "meshserve_gateway_request_duration_seconds", "Duration of inference requests. Has exemplars.", "model", buckets=REQUEST_BUCKETS_S),
     _row("histogram", "gateway", "meshserve_gateway_time_to_first_token_seconds", "TTFT: time from arrival to the first text sent. Has exemplars.", "model", buckets=FIRST_TOKEN_BUCKETS_S),
     _row("histogram", "gateway", "meshserve_gateway_inter_token_latency_seconds", "ITL as a caller sees it: time between two messages with text of one choice of a stream. A message may bring several tokens. Answers from the cache are left out.", "model", buckets=TOKEN_INTERVAL_BUCKETS_S),
+    _row("gauge", EVERY_SERVICE, "meshserve_rpc_client_replicas", "Replicas of another service that this one knows, by what they are to it: serving, leaving (serves on, but its name has its address no more), not_serving (starts, is unwell or drains), connecting, unreachable. One with two addresses is counted once, as the better of them, as soon as both have answered. Absent while none serves of a service that is switched off, or of engines that run only while they are asked for.", "peer", "target", "state", read=True),
     _row("histogram", "gateway", "meshserve_gateway_time_per_output_token_seconds", "TPOT: time per completion token after the first, one value a request. Has exemplars.", "model", buckets=TOKEN_INTERVAL_BUCKETS_S),
     _row("gauge", "gateway", "meshserve_gateway_active_requests", "Inference requests in flight."),
     _row("gauge", "gateway", "meshserve_gateway_requests_awaiting_engine", "Requests that wait for an engine of a model with `activation_timeout_s` to be started.", "model"),
@@ -180,7 +181,7 @@ class _Read(Collector):
     """A counter or a gauge whose values are asked for when it is scraped."""
 
     def __init__(self, row: MetricDeclaration) -> None:
-        self.source: Callable[[], Iterable[Reading]] = tuple
+        self._sources: dict[object, Callable[[], Iterable[Reading]]] = {}
         self._row = row
 
     def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
@@ -188,12 +189,19 @@ class _Read(Collector):
         row = self._row
         make = CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily
         family = make(row.name, row.meaning, labels=row.labels)
-        for labels, value in self.source():
-            family.add_metric(labels, value)
+        for source in list(self._sources.values()):
+            for labels, value in source():
+                family.add_metric(labels, value)
         yield family
 
 
 def exemplar_of(span: trace.Span) -> dict[str, str] | None:
+    def ask(self, source: Callable[[], Iterable[Reading]]) -> Callable[[], object]:
+        """Asks a source as well, until what is returned is called."""
+        key = object()
+        self._sources[key] = source
+        return lambda: self._sources.pop(key, None)
+
     """What leads from an observation to its trace, for `Histogram.observe`; None unless the span is
     one that is recorded and sent. Ask before the span has ended."""
     context = span.get_span_context()
@@ -245,10 +253,14 @@ class Metrics:
         assert isinstance(collector, Histogram), name
         return collector
 
-    def read(self, name: str, source: Callable[[], Iterable[Reading]]) -> None:
-        """Has a metric that is declared as `read` ask `source` for its values. KeyError for one
-        that is not."""
-        self._read[name].source = source
+    def distributions(self, name: str) -> Distributions:
+        """A declared histogram that is `frequent`; KeyError for a name that is not in the table."""
+        return self._distributions[name]
+
+    def read(self, name: str, source: Callable[[], Iterable[Reading]]) -> Callable[[], object]:
+        """Has a metric that is declared as `read` ask `source` for values; returns what ends that.
+        KeyError for one that is not."""
+        return self._read[name].ask(source)
 
     def serve(self, host: str, port: int) -> None:
         """Answers `GET /metrics` from a thread of its own: in OpenMetrics, which has exemplars, to

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import meshserve
 from meshserve.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.runtime.errors import Reason
+from services.runtime.replicas import STANDINGS
 from services.runtime.telemetry.metrics import EVERY_SERVICE, METRICS
 from tests.support.mesh import SERVICES, Mesh
 
@@ -64,7 +65,7 @@ def test_a_service_exposes_what_is_declared_and_nothing_else(mesh: Mesh, service
 
 
 ALLOWED: dict[str, Callable[[str], bool]] = {
-    "method": re.compile(r"(meshserve\.v1|grpc\.\w+\.v1\w*)\.\w+/[A-Z]\w+").fullmatch,  # type: ignore[dict-item]
+    "method": re.compile(r"(meshserve\.v1|grpc\.\w+\.v1\w*)\.\w+/[A-Z]\w+|[A-Z]+|other").fullmatch,  # type: ignore[dict-item]
     "code": lambda value: value in grpc.StatusCode.__members__,
     "reason": lambda value: value == "" or value in Reason.__members__,
     "model": lambda value: value in ("smollm2-135m", "unknown"),
@@ -76,6 +77,11 @@ ALLOWED: dict[str, Callable[[str], bool]] = {
     "action": lambda value: value in ("allow", "flag", "redact", "block"),
     "category": re.compile(r"[a-z_]+(\.[a-z_]+)?").fullmatch,  # type: ignore[dict-item]
     "what": lambda value: value in ("api_keys", "certificate", "trust", "valkey"),
+    "peer": lambda value: value in SERVICES,
+    "target": re.compile(r"127\.0\.0\.1:\d+").fullmatch,  # type: ignore[dict-item]
+    "state": lambda value: value in STANDINGS,
+    "route": re.compile(r"/[a-z/{}]*|other").fullmatch,  # type: ignore[dict-item]
+    "status": re.compile(r"\d{3}").fullmatch,  # type: ignore[dict-item]
     "process": lambda value: value in ("main", "core"),
     "device": lambda value: value == "cpu",
     "dtype": lambda value: value == "float32",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from unittest.mock import AsyncMock
 
 import pytest
 from grpc_health.v1 import health_pb2
@@ -57,7 +58,7 @@ async def status(monitor: HealthMonitor, name: str = NAME) -> int:
 
 
 async def until(monitor: HealthMonitor, wanted: int) -> None:
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(30):
         while await status(monitor) != wanted:
             await asyncio.sleep(0.005)
 
@@ -128,7 +129,7 @@ async def test_a_watcher_sees_each_change_and_is_sent_away_at_the_end(
 
     async def watch(name: str) -> list[int]:
         request = health_pb2.HealthCheckRequest(service=name)
-        responses = monitor.servicer.Watch(request, None)  # type: ignore[arg-type]
+        responses = monitor.servicer.Watch(request, AsyncMock())
         return [response.status async for response in responses]
 
     watching = asyncio.gather(watch(NAME), watch("unknown"))

@@ -155,6 +155,40 @@ async def test_who_waits_for_a_replica_goes_on_when_one_serves() -> None:
     await replicas.wait_for_other([other], 0.01)
 
 
+def counted(replicas: ReplicaSet) -> dict[str, int]:
+    return {standing: number for standing, number in replicas.counts().items() if number}
+
+
+def test_replicas_are_counted_by_what_they_are_to_their_caller() -> None:
+    replicas, members = set_of(UP, UP, NOT_SERVING, DOWN, CONNECTING)
+    assert counted(replicas) == {
+        "serving": 2,
+        "not_serving": 1,
+        "unreachable": 1,
+        "connecting": 1,
+    }
+    members[0].begin()
+    replicas.update(dict.fromkeys(ADDRESSES[1:]))
+    assert counted(replicas)["leaving"] == counted(replicas)["serving"] == 1
+    assert list(ReplicaSet(FakeLink).counts().values()) == [0] * 5
+
+
+def test_a_replica_with_two_addresses_is_counted_once_as_the_better_of_them() -> None:
+    replicas, (v4, v6, other) = set_of(UP, UP, UP)
+    v4.is_instance("a")
+    v6.is_instance("a")
+    other.is_instance("b")
+    assert counted(replicas) == {"serving": 2}
+    v6.became(DOWN)
+    assert counted(replicas) == {"serving": 2}
+    v4.became(DOWN)
+    assert counted(replicas) == {"serving": 1, "unreachable": 1}
+    # The process at one of the addresses is another one now.
+    v4.is_instance("c")
+    v4.became(UP)
+    assert counted(replicas) == {"serving": 2, "unreachable": 1}
+
+
 class Changes(RuleBasedStateMachine):
     """Any order of what can happen to a set of replicas."""
 

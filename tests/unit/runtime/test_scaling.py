@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from services.runtime.errors import Reason, ServiceError
 from services.runtime.replicas import ReplicaState
 from tests.fakes.shapes import Shapes, ShapesStub
 from tests.support.ports import free_ports
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -31,12 +32,6 @@ def addresses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(names, "resolve", resolve)
     monkeypatch.setattr(names, "LOOK_UP_INTERVAL_S", 0.02)
     return current
-
-
-async def until(condition: Callable[[], bool], within_s: float = 3.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def ask(stub: ShapesStub, command: str, **options: Any) -> str:
@@ -210,6 +205,48 @@ async def test_states_are_told_apart(loopback, addresses: list[str]) -> None:
     await until(lambda: states()["127.0.0.2"] is ReplicaState.NOT_SERVING)
     await replica.server.stop(0)
     await until(lambda: states()["127.0.0.2"] is ReplicaState.UNREACHABLE)
+
+
+async def test_a_process_with_two_addresses_is_counted_once(loopback, addresses: list[str]) -> None:
+    (port,) = free_ports(1)
+    await loopback.serve(port=port, host="0.0.0.0")
+    addresses += ["127.0.0.2", "127.0.0.3"]
+    target = f"dns:///shapes.test:{port}"
+    channel = loopback.channel_to(target)
+
+    def counted(state: str) -> float | None:
+        labels = {"peer": "shapes", "target": target, "state": state}
+        return loopback.metrics.registry.get_sample_value("meshserve_rpc_client_replicas", labels)
+
+    await until(lambda: [each.takes_calls for each in channel.replicas] == [True, True])
+    assert (counted("serving"), counted("unreachable")) == (1, 0)
+    await channel.close()
+    assert counted("serving") is None
+
+
+async def test_nothing_is_counted_of_a_service_that_may_be_away_until_it_serves(
+    loopback, addresses: list[str]
+) -> None:
+    service = Service(loopback, addresses)
+    away = f"ipv4:127.0.0.2:{service.port}"
+    channel = loopback.channel_to(away, may_be_away=True)
+
+    def counted() -> dict[str, float]:
+        (family,) = (
+            family
+            for family in loopback.metrics.registry.collect()
+            if family.name == "meshserve_rpc_client_replicas"
+        )
+        return {
+            sample.labels["state"]: sample.value
+            for sample in family.samples
+            if sample.labels["target"] == away
+        }
+
+    await until(lambda: [each.state for each in channel.replicas] == [ReplicaState.UNREACHABLE])
+    assert counted() == {}
+    await service.add(2)
+    await until(lambda: counted().get("serving") == 1)
 
 
 async def test_one_replica_can_be_called_whatever_it_says(loopback, addresses: list[str]) -> None:

@@ -13,6 +13,7 @@ from opentelemetry.trace import Span
 from meshserve.v1 import cache_pb2, gateway_pb2, types_pb2
 from services.gateway.events import Event
 from services.gateway.models import ServedModel
+from services.runtime.telemetry.distributions import Distribution
 
 ANONYMOUS = "anonymous"
 
@@ -74,9 +75,11 @@ class RequestContext:
     first_text_at: float | None = None
     # the work of each stage so far: its name, begin and end, as `arrived_at` counts
     stage_times: list[tuple[str, float, float]] = field(default_factory=list)
-    # of each choice of a stream: when its latest text was passed on; and the times between
+    # settle: the times between texts of a choice, of all streams of the model. None for what is no
+    # stream, or is replayed.
+    text_intervals: Distribution | None = None
+    # when the latest text of each choice was passed on
     text_at: dict[int, float] = field(default_factory=dict)
-    text_intervals_s: list[float] = field(default_factory=list)
 
     @property
     def served(self) -> ServedModel:

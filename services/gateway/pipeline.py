@@ -150,16 +150,17 @@ def _has_text(event: Event) -> bool:
 
 
 def _note_time(context: RequestContext, event: Event) -> None:
-    """Remembers when text was passed on to the caller, and how long after the text before it."""
+    """Remembers when text was passed on to the caller, and counts how long after the text before it
+    that was: as it goes, since an answer may go on for many minutes."""
     now = time.perf_counter()
     if context.first_text_at is None:
         context.first_text_at = now
         context.span.add_event("first_chunk")
-    if isinstance(event, ChoiceEnd) or not context.streaming:
+    if isinstance(event, ChoiceEnd) or context.text_intervals is None:
         return
     before = context.text_at.get(event.index)
     if before is not None:
-        context.text_intervals_s.append(now - before)
+        context.text_intervals.observe(now - before)
     context.text_at[event.index] = now
 
 

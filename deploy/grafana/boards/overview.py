@@ -127,7 +127,7 @@ def overview() -> dashboard.Dashboard:
             "Inter-token latency",
             percentiles("meshserve_gateway_inter_token_latency_seconds", MODEL),
             "ITL as a reader of a stream sees it: time between two messages, each of one or "
-            "more tokens. Counted as requests end.",
+            "more tokens. Counted as they are sent.",
             unit=SECONDS,
         ),
         graph(

@@ -35,8 +35,13 @@ class Settle(Stage):
         unchecked = metrics.counter("meshserve_gateway_unchecked_requests")
         self._unchecked = {name: unchecked.labels(name) for name in settings.models}
         self._first_token = metrics.histogram("meshserve_gateway_time_to_first_token_seconds")
-        self._intervals = metrics.histogram("meshserve_gateway_inter_token_latency_seconds")
+        self._intervals = metrics.distributions("meshserve_gateway_inter_token_latency_seconds")
         self._per_token = metrics.histogram("meshserve_gateway_time_per_output_token_seconds")
+
+    async def before(self, context: RequestContext) -> None:
+        """Says where the pauses of the stream are counted."""
+        if context.streaming and context.cached_answer is None:
+            context.text_intervals = self._intervals.labels(context.served.name)
 
     def after(self, context: RequestContext, error: ServiceError | None) -> None:
         """Counts what was used, also of a request that failed on the way."""
@@ -76,11 +81,6 @@ class Settle(Stage):
         span.set_attribute("gen_ai.response.time_to_first_chunk", first_s)
         exemplar = exemplar_of(span)
         self._first_token.labels(model).observe(first_s, exemplar)
-        if cached:
-            return
-        intervals = self._intervals.labels(model)
-        for interval_s in context.text_intervals_s:
-            intervals.observe(interval_s)
-        if error is None and usage.completion_tokens > 1:
+        if not cached and error is None and usage.completion_tokens > 1:
             rest_s = time.perf_counter() - context.first_text_at
             self._per_token.labels(model).observe(rest_s / (usage.completion_tokens - 1), exemplar)

@@ -24,6 +24,7 @@ from prometheus_client import (
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from services.runtime.telemetry.distributions import Distributions
 from services.runtime.telemetry.processes import process_readings
 
 # A second series per counter that says when it began; Prometheus knows by itself.
@@ -66,6 +67,8 @@ class MetricDeclaration:
     buckets: tuple[float, ...] = LATENCY_BUCKETS_S
     # Its values are asked for when it is scraped; see `Metrics.read`.
     read: bool = False
+    # A histogram that one thread observes all the time; see distributions.py.
+    frequent: bool = False
 
 
 def _row(
@@ -76,8 +79,9 @@ def _row(
     *labels: str,
     buckets: tuple[float, ...] = LATENCY_BUCKETS_S,
     read: bool = False,
+    frequent: bool = False,
 ) -> MetricDeclaration:
-    return MetricDeclaration(name, kind, service, meaning, labels, buckets, read)
+    return MetricDeclaration(name, kind, service, meaning, labels, buckets, read, frequent)
 
 
 METRICS: tuple[MetricDeclaration, ...] = (
@@ -99,8 +103,7 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("counter", "gateway", "meshserve_gateway_requests", "Inference requests by how they ended; `reason` is empty for success.", "model", "tenant", "reason"),
     _row("histogram", "gateway", "meshserve_gateway_request_duration_seconds", "Duration of inference requests. Has exemplars.", "model", buckets=REQUEST_BUCKETS_S),
     _row("histogram", "gateway", "meshserve_gateway_time_to_first_token_seconds", "TTFT: time from arrival to the first text sent. Has exemplars.", "model", buckets=FIRST_TOKEN_BUCKETS_S),
-    _row("histogram", "gateway", "meshserve_gateway_inter_token_latency_seconds", "ITL as a caller sees it: time between two messages with text of one choice of a stream. A message may bring several tokens. Answers from the cache are left out.", "model", buckets=TOKEN_INTERVAL_BUCKETS_S),
-    _row("gauge", EVERY_SERVICE, "meshserve_rpc_client_replicas", "Replicas of another service that this one knows, by what they are to it: serving, leaving (serves on, but its name has its address no more), not_serving (starts, is unwell or drains), connecting, unreachable. One with two addresses is counted once, as the better of them, as soon as both have answered. Absent while none serves of a service that is switched off, or of engines that run only while they are asked for.", "peer", "target", "state", read=True),
+    _row("histogram", "gateway", "meshserve_gateway_inter_token_latency_seconds", "ITL as a caller sees it: time between two messages with text of one choice of a stream. A message may bring several tokens. Answers from the cache are left out.", "model", buckets=TOKEN_INTERVAL_BUCKETS_S, frequent=True),
     _row("histogram", "gateway", "meshserve_gateway_time_per_output_token_seconds", "TPOT: time per completion token after the first, one value a request. Has exemplars.", "model", buckets=TOKEN_INTERVAL_BUCKETS_S),
     _row("gauge", "gateway", "meshserve_gateway_active_requests", "Inference requests in flight."),
     _row("gauge", "gateway", "meshserve_gateway_requests_awaiting_engine", "Requests that wait for an engine of a model with `activation_timeout_s` to be started.", "model"),
@@ -232,12 +235,17 @@ class Metrics:
                 self.registry.register(self._read[row.name])
             else:
                 self._collectors[row.name] = self._make(row)
+        self._distributions: dict[str, Distributions] = {}
         for name, readings in process_readings(self.processes).items():
             self.read(name, readings)
 
     def counter(self, name: str) -> Counter:
         """A declared counter; KeyError for a name that is not in the table."""
         collector = self._collectors[name]
+            elif row.frequent:
+                made = Distributions(row.name, row.meaning, row.labels, row.buckets)
+                self._distributions[row.name] = made
+                self.registry.register(made)
         assert isinstance(collector, Counter), name
         return collector
 

@@ -7,6 +7,7 @@ import asyncio
 import grpc
 
 from meshserve.v1 import safety_pb2, safety_pb2_grpc
+from services.runtime.file_watch import Contents, FilesRefusedError, FileWatch, read_files
 from services.runtime.server import Service, StartupError
 from services.runtime.settings import Settings
 from services.runtime.telemetry import Metrics
@@ -29,6 +30,7 @@ class SafetyService(Service):
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         super().__init__(settings, metrics)
         self._policies = PoliciesInForce()
+        self._watch: FileWatch | None = None
         self._servicer = SafetyServicer(settings.safety, self._policies, metrics, self.draining)
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -36,14 +38,25 @@ class SafetyService(Service):
         safety_pb2_grpc.add_SafetyServiceServicer_to_server(self._servicer, server)
 
     async def start(self) -> None:
-        """Reads the policies and makes them ready. Raises StartupError."""
+        """Reads the policies and makes them ready, now and whenever a file has changed. Raises
+        StartupError."""
+        files = tuple(self.settings.safety.policies.values())
         try:
-            await asyncio.to_thread(self._policies.load, self.settings.safety.policies)
-        except PolicyError as error:
+            contents = read_files(files)
+            await self._load(contents)
+        except FilesRefusedError as error:
             raise StartupError(
                 f"a safety policy cannot be used:\n{error}",
                 "mend the file that safety.policies names; docs/safety.md describes its keys",
             ) from error
+        self._watch = FileWatch("policies", files, self._load, self.metrics, in_use=contents)
+        self._watch.start()
+
+    async def _load(self, _contents: Contents) -> None:
+        try:
+            await asyncio.to_thread(self._policies.load, self.settings.safety.policies)
+        except PolicyError as error:
+            raise FilesRefusedError(str(error)) from error
 
     async def probe(self) -> None:
         """Checks a text in both directions."""
@@ -53,5 +66,7 @@ class SafetyService(Service):
                 raise RuntimeError("an ordinary text does not pass")
 
     async def stop(self) -> None:
-        """Ends the threads."""
+        """Looks at the policies no more, and ends the threads."""
+        if self._watch is not None:
+            await self._watch.stop()
         self._servicer.close()

@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from meshserve.v1 import safety_pb2, safety_pb2_grpc, types_pb2
+from services.runtime import file_watch
 from services.runtime.errors import Reason, ServiceError, from_session_status
 from services.runtime.server import StartupError
 from services.runtime.server_calls import CallInterceptor
@@ -21,6 +22,8 @@ from services.runtime.settings import Settings
 from services.runtime.telemetry import Metrics
 from services.safety import completion_session
 from services.safety.service import SafetyService
+from tests.support.kubelet import publish
+from tests.support.waiting import until
 
 POLICY = """
 categories:
@@ -43,11 +46,13 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
 
 
 @pytest.fixture
-async def service(tmp_path: Path) -> AsyncIterator[SafetyService]:
-    path = tmp_path / "strict.yaml"
-    path.write_text(POLICY)
+async def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SafetyService]:
+    monkeypatch.setattr(file_watch, "INTERVAL_S", 0.01)
+    volume = tmp_path / "policies"
+    publish(volume, {"strict.yaml": POLICY.encode()})
+    policies = {"strict": volume / "strict.yaml"}
     settings = Settings.model_validate(
-        {"safety": {"policies": {"strict": path}, "max_text_bytes": 12 * 2**20}}
+        {"safety": {"policies": policies, "max_text_bytes": 12 * 2**20}}
     )
     made = SafetyService(settings, Metrics("safety"))
     await made.start()
@@ -265,3 +270,27 @@ async def test_a_policy_file_with_mistakes_is_a_clear_startup_error(tmp_path: Pa
         await service.start()
     assert "safety.policies" in caught.value.hint
     await service.stop()
+
+
+async def test_a_changed_policy_is_in_force_without_a_restart_and_a_broken_one_never(
+    service: SafetyService, stub: safety_pb2_grpc.SafetyServiceStub, tmp_path: Path
+) -> None:
+    async def blocks(text: str) -> bool:
+        request = safety_pb2.CheckPromptRequest(policy="strict", texts=[text])
+        return (await stub.CheckPrompt(request)).verdict.action == types_pb2.SAFETY_ACTION_BLOCK
+
+    async def until_blocks(text: str) -> None:
+        async with asyncio.timeout(30):
+            while not await blocks(text):
+                await asyncio.sleep(0.01)
+
+    volume = tmp_path / "policies"
+    assert not await blocks("go no further")
+    changed = POLICY.replace("stop here", "go no further")
+    publish(volume, {"strict.yaml": changed.encode()})
+    await until_blocks("go no further")
+    assert not await blocks("stop here")
+    publish(volume, {"strict.yaml": b"categories: {c: {promt: flag, terms: [x]}}"})
+    refused = "meshserve_files_refused", {"what": "policies"}
+    await until(lambda: service.metrics.registry.get_sample_value(*refused))
+    assert await blocks("go no further")

@@ -100,6 +100,7 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("gauge", EVERY_SERVICE, "meshserve_rpc_server_active_calls", "Calls being answered.", "method"),
     _row("counter", EVERY_SERVICE, "meshserve_rpc_client_calls", "Calls made to other services.", "method", "code"),
     _row("histogram", EVERY_SERVICE, "meshserve_rpc_client_duration_seconds", "Duration of calls made.", "method"),
+    _row("gauge", EVERY_SERVICE, "meshserve_rpc_client_replicas", "Replicas of another service that this one knows, by what they are to it: serving, leaving (serves on, but its name has its address no more), not_serving (starts, is unwell or drains), connecting, unreachable. One with two addresses is counted once, as the better of them, as soon as both have answered. Absent while none serves of a service that is switched off, or of engines that run only while they are asked for.", "peer", "target", "state", read=True),
     _row("counter", "gateway", "meshserve_gateway_requests", "Inference requests by how they ended; `reason` is empty for success.", "model", "tenant", "reason"),
     _row("histogram", "gateway", "meshserve_gateway_request_duration_seconds", "Duration of inference requests. Has exemplars.", "model", buckets=REQUEST_BUCKETS_S),
     _row("histogram", "gateway", "meshserve_gateway_time_to_first_token_seconds", "TTFT: time from arrival to the first text sent. Has exemplars.", "model", buckets=FIRST_TOKEN_BUCKETS_S),
@@ -187,6 +188,12 @@ class _Read(Collector):
         self._sources: dict[object, Callable[[], Iterable[Reading]]] = {}
         self._row = row
 
+    def ask(self, source: Callable[[], Iterable[Reading]]) -> Callable[[], object]:
+        """Asks a source as well, until what is returned is called."""
+        key = object()
+        self._sources[key] = source
+        return lambda: self._sources.pop(key, None)
+
     def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
         """One family, which has no samples while there is nothing to measure."""
         row = self._row
@@ -199,12 +206,6 @@ class _Read(Collector):
 
 
 def exemplar_of(span: trace.Span) -> dict[str, str] | None:
-    def ask(self, source: Callable[[], Iterable[Reading]]) -> Callable[[], object]:
-        """Asks a source as well, until what is returned is called."""
-        key = object()
-        self._sources[key] = source
-        return lambda: self._sources.pop(key, None)
-
     """What leads from an observation to its trace, for `Histogram.observe`; None unless the span is
     one that is recorded and sent. Ask before the span has ended."""
     context = span.get_span_context()
@@ -227,25 +228,25 @@ class Metrics:
         self.processes: dict[str, Callable[[], int | None]] = {"main": os.getpid}
         self._collectors: dict[str, Counter | Gauge | Histogram] = {}
         self._read: dict[str, _Read] = {}
+        self._distributions: dict[str, Distributions] = {}
         for row in METRICS:
             if row.service not in (EVERY_SERVICE, service):
                 continue
             if row.read:
                 self._read[row.name] = _Read(row)
                 self.registry.register(self._read[row.name])
+            elif row.frequent:
+                made = Distributions(row.name, row.meaning, row.labels, row.buckets)
+                self._distributions[row.name] = made
+                self.registry.register(made)
             else:
                 self._collectors[row.name] = self._make(row)
-        self._distributions: dict[str, Distributions] = {}
         for name, readings in process_readings(self.processes).items():
             self.read(name, readings)
 
     def counter(self, name: str) -> Counter:
         """A declared counter; KeyError for a name that is not in the table."""
         collector = self._collectors[name]
-            elif row.frequent:
-                made = Distributions(row.name, row.meaning, row.labels, row.buckets)
-                self._distributions[row.name] = made
-                self.registry.register(made)
         assert isinstance(collector, Counter), name
         return collector
 

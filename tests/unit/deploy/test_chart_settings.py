@@ -15,16 +15,10 @@ from tests.unit.deploy.test_chart_manifests import EXAMPLES
 
 each_example = pytest.mark.parametrize("name", EXAMPLES)
 
-SECRETS = {"MESHSERVE_VALKEY__URL": "rediss://:word@valkey:6379/0"}
-
-
 def environment(template: Manifest) -> dict[str, str]:
-    """The variables of a pod, with what Secrets would hold."""
+    """The variables of a pod."""
     (container,) = template["spec"]["containers"]
-    return {
-        each["name"]: each["value"] if "value" in each else SECRETS[each["name"]]
-        for each in container.get("env", [])
-    }
+    return {each["name"]: each["value"] for each in container["env"]}
 
 
 def settings_of(values: Values) -> dict[str, Settings]:
@@ -152,28 +146,34 @@ def test_secrets_are_read_by_who_needs_them_and_stand_nowhere_else() -> None:
     manifests = render(example("production"))
     readers: dict[str, set[str]] = {}
     for where, template in pod_templates(manifests):
-        pod = template["spec"]
-        secrets = [each["secret"]["secretName"] for each in pod["volumes"] if "secret" in each]
-        secrets += [
-            each["valueFrom"]["secretKeyRef"]["name"]
-            for each in pod["containers"][0].get("env", [])
-            if "valueFrom" in each
-        ]
-        for secret in secrets:
-            readers.setdefault(secret, set()).add(where.split("demo-meshserve-")[1])
+        for volume in template["spec"]["volumes"]:
+            if "secret" in volume:
+                secret = volume["secret"]["secretName"]
+                readers.setdefault(secret, set()).add(where.split("demo-meshserve-")[1])
     assert readers == {"meshserve-keys": {"gateway"}, "meshserve-valkey": {"gateway", "cache"}}
     assert of_kind(manifests, "Secret") == []
-    assert "valkey" not in yaml.safe_load(the(manifests, "ConfigMap", "")["data"]["meshserve.yaml"])
 
 
-def test_keys_are_read_where_a_changed_secret_reaches_the_pod() -> None:
-    path = settings_of(example("production"))["gateway"].gateway.auth.keys_file
-    assert path is not None
-    pod = the(render(example("production")), "Deployment", "gateway")["spec"]["template"]["spec"]
-    (mount,) = (each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "keys")
-    assert mount["mountPath"] == str(path.parent)
-    # The kubelet changes no file that is mounted by itself.
-    assert "subPath" not in mount
+@pytest.mark.parametrize("service", ["gateway", "cache"])
+def test_secrets_are_read_where_their_changes_reach_the_pod(service: str) -> None:
+    settings = settings_of(example("production"))[service]
+    files = {"valkey": settings.valkey.url_file}
+    if service == "gateway":
+        files["keys"] = settings.gateway.auth.keys_file
+    pod = the(render(example("production")), "Deployment", service)["spec"]["template"]["spec"]
+    mounts = {each["name"]: each for each in pod["containers"][0]["volumeMounts"]}
+    for name, path in files.items():
+        assert path is not None
+        assert mounts[name]["mountPath"] == str(path.parent)
+        # The kubelet changes no file that is mounted by itself.
+        assert "subPath" not in mounts[name]
+
+
+def test_a_secret_beside_the_url_of_valkey_holds_its_password() -> None:
+    valkey = {"url": "rediss://mesh@valkey:6379/0", "existingSecret": "v", "secretKey": "password"}
+    settings = settings_of(example("trial") | {"valkey": valkey})["cache"].valkey
+    assert settings.url == "rediss://mesh@valkey:6379/0"
+    assert settings.password_file == Path("/etc/meshserve/valkey/password")
 
 
 def test_a_policy_is_read_where_it_is_mounted() -> None:

@@ -47,10 +47,17 @@ models:
 {{- $_ := set $sections $service (mergeOverwrite (deepCopy (get $root.Values.settings $service)) $section) }}
 {{- end }}
 {{ toYaml $sections }}
-{{- if not .Values.valkey.existingSecret }}
+{{- $valkey := .Values.valkey }}
+{{- $secret := printf "/etc/meshserve/valkey/%s" $valkey.secretKey }}
 valkey:
-  url: {{ default (printf "redis://%s:6379/0" (include "meshserve.name" (dict "root" . "service" "valkey"))) .Values.valkey.url }}
-{{- end }}
+  {{- if and $valkey.existingSecret (not $valkey.url) }}
+  url_file: {{ $secret }}
+  {{- else }}
+  url: {{ default (printf "redis://%s:6379/0" (include "meshserve.name" (dict "root" . "service" "valkey"))) $valkey.url }}
+  {{- if $valkey.existingSecret }}
+  password_file: {{ $secret }}
+  {{- end }}
+  {{- end }}
 {{- with .Values.settings.telemetry }}
 telemetry:
   {{- toYaml . | nindent 2 }}

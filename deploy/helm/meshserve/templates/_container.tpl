@@ -40,6 +40,9 @@
     {{- if and (eq $service "gateway") $root.Values.gateway.auth.existingSecret }}
     - {name: keys, mountPath: /etc/meshserve/keys, readOnly: true}
     {{- end }}
+    {{- if and (has $service (list "gateway" "cache")) $root.Values.valkey.existingSecret }}
+    - {name: valkey, mountPath: /etc/meshserve/valkey, readOnly: true}
+    {{- end }}
     {{- if $root.Values.tls.enabled }}
     - {name: tls, mountPath: /etc/meshserve/tls, readOnly: true}
     {{- end }}
@@ -61,13 +64,6 @@
 {{- range $key, $value := .engine.settings }}
 - {name: MESHSERVE_ENGINE__{{ upper $key }}, value: {{ $value | toJson | quote }}}
 {{- end }}
-{{- end }}
-{{- if and (has .service (list "gateway" "cache")) $root.Values.valkey.existingSecret }}
-- name: MESHSERVE_VALKEY__URL
-  valueFrom:
-    secretKeyRef:
-      name: {{ $root.Values.valkey.existingSecret }}
-      key: {{ $root.Values.valkey.secretKey }}
 {{- end }}
 {{- end -}}
 

@@ -13,11 +13,9 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
   annotations:
-    # What services read at their start: new settings are new pods.
+    # Settings are read at the start: new ones are new pods. What Secrets and policies say changes
+    # in running pods.
     checksum/settings: {{ include "meshserve.config" $root | sha256sum }}
-    {{- if eq $service "safety" }}
-    checksum/policies: {{ $root.Values.safety.policies | toJson | sha256sum }}
-    {{- end }}
     {{- with $root.Values.podAnnotations }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -87,6 +85,12 @@ spec:
     {{- if eq $service "gateway" }}
     {{- with $root.Values.gateway.auth.existingSecret }}
     - name: keys
+      secret: {secretName: {{ . }}, defaultMode: 0440}
+    {{- end }}
+    {{- end }}
+    {{- if has $service (list "gateway" "cache") }}
+    {{- with $root.Values.valkey.existingSecret }}
+    - name: valkey
       secret: {secretName: {{ . }}, defaultMode: 0440}
     {{- end }}
     {{- end }}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import grpc
-
 from meshserve.v1 import (
     cache_pb2_grpc,
     engine_pb2_grpc,
@@ -18,10 +16,13 @@ from services.gateway.engine_calls import EngineCalls
 from services.gateway.engine_loads import EngineLoads
 from services.runtime.channels import MeshChannel, connect
 from services.runtime.exchanges import SessionPool
+from services.runtime.file_watch import FilesRefusedError
 from services.runtime.response_streams import standing
 from services.runtime.server import StartupError
 from services.runtime.settings import Settings, TlsSettings
+from services.runtime.settings.schema import SERVICE_NAMES
 from services.runtime.telemetry import Metrics
+from services.runtime.tls import ClientCredentials
 
 DecodePool = SessionPool[tokenizer_pb2.DecodeInput, tokenizer_pb2.DecodeOutput]
 CheckPool = SessionPool[safety_pb2.CompletionInput, safety_pb2.CompletionOutput]
@@ -48,6 +49,7 @@ class Peers:
         self._metrics = metrics
         self.channels: list[MeshChannel] = []
         self._engines: dict[str, Engines] = {}
+        self._credentials: dict[TlsSettings, ClientCredentials] = {}
         tokenizer = self._connect("tokenizer", "meshserve.v1.TokenizerService", carries_calls=True)
         cache = self._connect(
             "cache", "meshserve.v1.CacheService", may_be_away=not settings.cache.enabled
@@ -119,6 +121,8 @@ class Peers:
             engines.loads.close()
         for channel in self.channels:
             await channel.close()
+        for credentials in self._credentials.values():
+            await credentials.close()
 
     def _connect(
         self,
@@ -143,18 +147,20 @@ class Peers:
         self.channels.append(channel)
         return channel
 
-    def credentials(self, peer: TlsSettings | None) -> grpc.ChannelCredentials | None:
+    def credentials(self, peer: TlsSettings | None) -> ClientCredentials | None:
         """How a peer with TLS is trusted; where it asks for a certificate, ours is the edge's."""
         if peer is None:
             return None
-        own = self._settings.gateway.tls if peer.client_ca else None
-        try:
-            return grpc.ssl_channel_credentials(
-                root_certificates=(peer.ca or peer.certificate).read_bytes(),
-                private_key=own.private_key.read_bytes() if own else None,
-                certificate_chain=own.certificate.read_bytes() if own else None,
-            )
-        except OSError as error:
-            raise StartupError(
-                f"a TLS file cannot be read: {error}", "check the tls sections"
-            ) from error
+        known = self._credentials.get(peer)
+        if known is None:
+            service = next(each for each in SERVICE_NAMES if self._settings.server(each).tls == peer)
+            try:
+                known = ClientCredentials(
+                    f"trust_{service}", peer, self._settings.gateway.tls, self._metrics
+                )
+            except FilesRefusedError as error:
+                raise StartupError(
+                    f"a TLS file cannot be used: {error}", "check the tls sections"
+                ) from error
+            self._credentials[peer] = known
+        return known

@@ -23,6 +23,7 @@ from services.runtime.replicas import Replica, ReplicaSet
 from services.runtime.response_streams import ResponseStream, response_stream, standing
 from services.runtime.settings.targets import grpc_target, parse_target
 from services.runtime.telemetry import Metrics
+from services.runtime.tls import ClientCredentials
 from services.runtime.telemetry.metrics import Reading
 
 
@@ -33,7 +34,7 @@ def connect(
     health_service: str,
     metrics: Metrics,
     max_message_bytes: int = 64 * 2**20,
-    credentials: grpc.ChannelCredentials | None = None,
+    credentials: grpc.ChannelCredentials | ClientCredentials | None = None,
     carries_calls: bool = False,
     may_be_away: bool = False,
 ) -> MeshChannel:
@@ -99,7 +100,7 @@ class MeshChannel(Stubs):
         health_service: str,
         metrics: Metrics,
         max_message_bytes: int,
-        credentials: grpc.ChannelCredentials | None,
+        credentials: grpc.ChannelCredentials | ClientCredentials | None,
         *,
         carries_calls: bool,
         may_be_away: bool,
@@ -114,7 +115,7 @@ class MeshChannel(Stubs):
             made = Connection(
                 grpc_target(replica.address),
                 channel_options(replica.name, max_message_bytes),
-                credentials,
+                credentials.current if isinstance(credentials, ClientCredentials) else credentials,
                 health_service,
                 replica.became,
                 replica.is_instance,
@@ -124,6 +125,11 @@ class MeshChannel(Stubs):
             return made
 
         self.replicas = ReplicaSet(connection)
+        self._stop_renewing = (
+            credentials.when_renewed(self.replicas.renew)
+            if isinstance(credentials, ClientCredentials)
+            else None
+        )
         self._names = names.NameWatch(parse_target(target), self.replicas.update, names.resolve)
         self._names.start()
         self._uncount = metrics.read("meshserve_rpc_client_replicas", self._counts)
@@ -148,6 +154,8 @@ class MeshChannel(Stubs):
     async def close(self) -> None:
         """Cancels what is in flight and closes the connections."""
         self._uncount()
+        if self._stop_renewing is not None:
+            self._stop_renewing()
         self._names.close()
         self.replicas.close()
         for connection in self._connections:

@@ -105,8 +105,11 @@ class FileWatch:
             await asyncio.sleep(INTERVAL_S)
             try:
                 await self.look()
-            except Exception:
-                log.exception("%s: a change of the files could not be looked at", self._what)
+            except Exception as error:
+                problem = f"unexpected {type(error).__name__}"
+                if problem != self._problem:
+                    log.exception("%s: a change of the files could not be taken", self._what)
+                self._note(problem)
 
     async def _offer(self, contents: Contents) -> None:
         try:

@@ -155,14 +155,16 @@ class ReplicaSet:
     Args:
         connect: makes the connection of a replica, and has it tell the replica how it does.
 
-    Invariants: each address of the target has one replica. Another is there only while something is
-    under way on it, or while it serves and none of the target's own does: then it is still better
-    than nobody.
+    Invariants: each address of the target has one replica that is not leaving. Another is there
+    only while something is under way on it, or while it serves and none of the target's own does:
+    then it is still better than nobody.
     """
 
     def __init__(self, connect: Callable[[Replica], Link]) -> None:
         self._connect = connect
         self._replicas: dict[str, Replica] = {}
+        # Connections that another to the same address has taken the place of.
+        self._replaced: list[Replica] = []
         self._turns = 0
         self._is_closed = False
         self._changed = asyncio.Event()
@@ -170,10 +172,10 @@ class ReplicaSet:
         self.is_known = False
 
     def __iter__(self) -> Iterator[Replica]:
-        return iter(list(self._replicas.values()))
+        return iter([*self._replicas.values(), *self._replaced])
 
     def __len__(self) -> int:
-        return len(self._replicas)
+        return len(self._replicas) + len(self._replaced)
 
     def update(self, addresses: Mapping[str, str | None]) -> None:
         """Takes note of the addresses that the target has now, each with the `NAME:PORT` it was
@@ -183,12 +185,9 @@ class ReplicaSet:
             return
         self.is_known = True
         for address, name in addresses.items():
-            replica = self._replicas.get(address)
-            if replica is None:
-                replica = Replica(address, name, self._note_change)
-                self._replicas[address] = replica
-                replica.link = self._connect(replica)
-            replica.is_leaving = False
+            if address not in self._replicas:
+                self._add(address, name)
+            self._replicas[address].is_leaving = False
         for address, replica in self._replicas.items():
             replica.is_leaving = address not in addresses
         self._note_change()
@@ -203,6 +202,19 @@ class ReplicaSet:
         ranks = list(best.values())
         return {standing: ranks.count(rank) for rank, standing in enumerate(STANDINGS)}
 
+    def renew(self) -> None:
+        """Connects to everybody anew, as after a change of certificates. What is under way on the
+        connections so far ends there, and so does what comes before the new ones serve."""
+        if self._is_closed:
+            return
+        so_far, self._replicas = self._replicas, {}
+        for replica in so_far.values():
+            self._replaced.append(replica)
+            if not replica.is_leaving:
+                self._add(replica.address, replica.name)
+            replica.is_leaving = True
+        self._note_change()
+
     def pick(self, avoid: Collection[Replica] = ()) -> Replica | None:
         """Who gets the next call: of those that serve the one with the least under way, and of
         equals the one that has waited longest. None if nobody can take it.
@@ -210,12 +222,12 @@ class ReplicaSet:
         Those in `avoid` have been tried: they come last. One that connects is better than them, and
         a call to it waits for that.
         """
-        if len(self._replicas) == 1:
+        if len(self._replicas) == 1 and not self._replaced:
             (only,) = self._replicas.values()
             return only if _preference(only, avoid) < _NOBODY else None
         best: Replica | None = None
         best_rank = (_NOBODY, 0, 0)
-        for replica in self._replicas.values():
+        for replica in self:
             rank = (_preference(replica, avoid), replica.load, replica.turn)
             if rank < best_rank:
                 best, best_rank = replica, rank
@@ -227,8 +239,7 @@ class ReplicaSet:
     def has_other(self, avoid: Collection[Replica]) -> bool:
         """Whether one that is not in `avoid` serves."""
         return any(
-            replica.state is ReplicaState.SERVING and replica not in avoid
-            for replica in self._replicas.values()
+            replica.state is ReplicaState.SERVING and replica not in avoid for replica in self
         )
 
     async def wait_for_other(self, avoid: Collection[Replica], timeout_s: float) -> None:
@@ -242,9 +253,15 @@ class ReplicaSet:
     def close(self) -> None:
         """Ends all connections, and what is under way on them; nobody can be picked any more."""
         self._is_closed = True
-        for replica in self._replicas.values():
+        for replica in self:
             replica.link.close()
         self._replicas.clear()
+        self._replaced.clear()
+
+    def _add(self, address: str, name: str | None) -> None:
+        replica = Replica(address, name, self._note_change)
+        self._replicas[address] = replica
+        replica.link = self._connect(replica)
 
     async def _wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
         try:
@@ -255,11 +272,14 @@ class ReplicaSet:
             return
 
     def _note_change(self) -> None:
-        is_served = any(replica.takes_calls for replica in self._replicas.values())
-        for replica in list(self._replicas.values()):
+        is_served = any(replica.takes_calls for replica in self)
+        for replica in self:
             is_needed = replica.state is ReplicaState.SERVING and not is_served
             if replica.is_leaving and not replica.in_flight and not is_needed:
-                del self._replicas[replica.address]
+                if replica in self._replaced:
+                    self._replaced.remove(replica)
+                else:
+                    del self._replicas[replica.address]
                 replica.link.close()
         # Those who wait do so for the event of the state they have seen.
         self._changed.set()

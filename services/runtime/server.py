@@ -27,6 +27,7 @@ from grpc_reflection.v1alpha import reflection
 from meshserve.v1 import calls_pb2, calls_pb2_grpc, monitor_pb2_grpc
 from services.runtime.call_host import CallHost
 from services.runtime.connections import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
+from services.runtime.file_watch import FilesRefusedError
 from services.runtime.health import HealthMonitor
 from services.runtime.health_check import announce
 from services.runtime.monitor import GRPC_SERVICE as MONITOR_SERVICE
@@ -36,6 +37,7 @@ from services.runtime.server_calls import CallInterceptor
 from services.runtime.settings import ServerSettings, Settings, SettingsError, load_settings
 from services.runtime.settings.addresses import split_address
 from services.runtime.telemetry import Metrics, configure_logging, configure_tracing
+from services.runtime.tls import ServerCertificates
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ class Service(ABC):
     carries_calls: ClassVar[bool] = False
     # Knows the status of the process. Set before `register`.
     monitor: Monitor
+    # What the process shows to callers; None without TLS. Set before `register`.
+    certificates: ServerCertificates | None = None
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
@@ -144,7 +148,8 @@ async def _serve(
     service = make_service(settings, metrics)
     calls = CallInterceptor(metrics)
     server = grpc.aio.server(interceptors=[calls], options=_server_options(section))
-    _bind(server, section, name)
+    service.certificates = _certificates(section, metrics)
+    _bind(server, section, service.certificates, name)
     _announce(section, name)
     health = HealthMonitor(service.grpc_services, service.probe, metrics)
     service.monitor = Monitor(health, metrics, service.draining)
@@ -161,6 +166,8 @@ async def _serve(
             _spare_the_collector()
             await server.start()
             await health.start()
+            if service.certificates is not None:
+                service.certificates.start()
             log.info("serving", extra={"listen": section.listen})
             await stop_requested.wait()
             log.info("shutting down")
@@ -171,6 +178,8 @@ async def _serve(
         service.draining.set()
         await server.stop(0)
         await calls.ended(CLEAN_UP_TIMEOUT_S)
+        if service.certificates is not None:
+            await service.certificates.stop()
         try:
             await service.stop()
         except Exception:
@@ -259,13 +268,17 @@ def _server_options(section: ServerSettings) -> list[tuple[str, int]]:
     ]
 
 
-def _bind(server: grpc.aio.Server, section: ServerSettings, name: str) -> None:
-    credentials = _server_credentials(section)
+def _bind(
+    server: grpc.aio.Server,
+    section: ServerSettings,
+    certificates: ServerCertificates | None,
+    name: str,
+) -> None:
     try:
-        if credentials is None:
+        if certificates is None:
             server.add_insecure_port(section.listen)
         else:
-            server.add_secure_port(section.listen, credentials)
+            server.add_secure_port(section.listen, certificates.for_grpc())
     except RuntimeError as error:
         raise StartupError(
             f"the address {section.listen} cannot be listened on; is it in use?",
@@ -280,20 +293,15 @@ def _announce(section: ServerSettings, name: str) -> None:
         log.warning("probes read the settings each time", extra={"reason": str(error)})
 
 
-def _server_credentials(section: ServerSettings) -> grpc.ServerCredentials | None:
-    tls = section.tls
-    if tls is None:
+def _certificates(section: ServerSettings, metrics: Metrics) -> ServerCertificates | None:
+    if section.tls is None:
         return None
     try:
-        pair = (tls.private_key.read_bytes(), tls.certificate.read_bytes())
-        client_ca = tls.client_ca.read_bytes() if tls.client_ca else None
-    except OSError as error:
+        return ServerCertificates(section.tls, metrics)
+    except FilesRefusedError as error:
         raise StartupError(
-            f"a TLS file cannot be read: {error}", "check the tls section"
+            f"a TLS file cannot be used: {error}", "check the tls section"
         ) from error
-    return grpc.ssl_server_credentials(
-        [pair], root_certificates=client_ca, require_client_auth=client_ca is not None
-    )
 
 
 def _serve_metrics(metrics: Metrics, section: ServerSettings, name: str) -> None:

@@ -33,6 +33,7 @@ from services.runtime.multiplex import SessionHost
 from services.runtime.server_calls import CallInterceptor
 from services.runtime.settings import Settings
 from services.runtime.telemetry import Metrics
+from services.runtime.tls import ServerCertificates
 from services.safety.service import SafetyService
 from tests.support.waiting import until
 
@@ -348,6 +349,8 @@ class ScriptedMesh:
             {"models": {MODEL: {"source": MODEL, "aliases": ["alias"]}}, **sections}
         )
         gateway = GatewayService(settings, self.gateway_metrics)
+        if settings.gateway.tls is not None:
+            gateway.certificates = ServerCertificates(settings.gateway.tls, self.gateway_metrics)
         health = HealthMonitor(gateway.grpc_services, gateway.probe, self.gateway_metrics)
         gateway.monitor = Monitor(health, self.gateway_metrics, gateway.draining)
         await gateway.start()

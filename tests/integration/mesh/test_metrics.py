@@ -76,7 +76,7 @@ ALLOWED: dict[str, Callable[[str], bool]] = {
     "subject": lambda value: value in ("prompt", "completion"),
     "action": lambda value: value in ("allow", "flag", "redact", "block"),
     "category": re.compile(r"[a-z_]+(\.[a-z_]+)?").fullmatch,  # type: ignore[dict-item]
-    "what": lambda value: value in ("api_keys", "certificate", "trust", "valkey"),
+    "what": re.compile(r"api_keys|certificate|trust_[a-z]+|valkey").fullmatch,  # type: ignore[dict-item]
     "peer": lambda value: value in SERVICES,
     "target": re.compile(r"127\.0\.0\.1:\d+").fullmatch,  # type: ignore[dict-item]
     "state": lambda value: value in STANDINGS,

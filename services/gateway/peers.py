@@ -153,7 +153,9 @@ class Peers:
             return None
         known = self._credentials.get(peer)
         if known is None:
-            service = next(each for each in SERVICE_NAMES if self._settings.server(each).tls == peer)
+            service = next(
+                each for each in SERVICE_NAMES if self._settings.server(each).tls == peer
+            )
             try:
                 known = ClientCredentials(
                     f"trust_{service}", peer, self._settings.gateway.tls, self._metrics

@@ -23,8 +23,8 @@ from services.runtime.replicas import Replica, ReplicaSet
 from services.runtime.response_streams import ResponseStream, response_stream, standing
 from services.runtime.settings.targets import grpc_target, parse_target
 from services.runtime.telemetry import Metrics
-from services.runtime.tls import ClientCredentials
 from services.runtime.telemetry.metrics import Reading
+from services.runtime.tls import ClientCredentials
 
 
 def connect(

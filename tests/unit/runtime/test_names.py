@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from services.runtime import names
 from services.runtime.names import NameWatch, resolve
 from services.runtime.settings.targets import Name, grpc_target, parse_target
+from tests.support.waiting import until
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ class Records:
 
     async def looked_up(self, times: int) -> None:
         goal = self.look_ups + times
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             while self.look_ups < goal:
                 await asyncio.sleep(0.001)
 
@@ -163,3 +165,34 @@ async def test_a_resolver_that_cannot_say_is_no_answer(monkeypatch: pytest.Monke
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     with pytest.raises(OSError, match="try again"):
         await resolve("engine")
+
+
+async def test_a_look_up_that_hangs_is_given_up(watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "LOOK_UP_TIMEOUT_S", 0.02)
+
+    class HangsOnce(Records):
+        async def resolve(self, host: str) -> Sequence[str]:
+            found = await super().resolve(host)
+            if self.look_ups == 1:
+                await asyncio.Event().wait()
+            return found
+
+    records = HangsOnce(engine=["10.0.0.2"])
+    watch("engine:1", records)
+    await until(lambda: records.told and records.told[-1] == {"10.0.0.2:1": "engine:1"})
+
+
+async def test_look_ups_know_nothing_of_the_request_that_needed_the_first(watch) -> None:
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
+    seen: set[str] = set()
+
+    class Curious(Records):
+        async def resolve(self, host: str) -> Sequence[str]:
+            seen.add(request.get("none"))
+            return await super().resolve(host)
+
+    request.set("one with a deadline and a span")
+    records = Curious(engine=["10.0.0.2"])
+    watch("engine:1", records)
+    await records.looked_up(2)
+    assert seen == {"none"}

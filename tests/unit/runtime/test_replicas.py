@@ -111,6 +111,36 @@ def test_who_has_refused_comes_after_the_others_for_a_moment(
     assert {replicas.pick() for _ in range(4)} == {refused, other}
 
 
+@pytest.mark.parametrize("state", [DOWN, NOT_SERVING])
+def test_the_only_one_is_passed_over_too_where_it_takes_nothing(state: ReplicaState) -> None:
+    replicas, (only,) = set_of(state)
+    assert replicas.pick() is None
+    only.became(UP)
+    assert replicas.pick() is only
+    assert replicas.pick([only]) is only, "better than nobody"
+
+
+def test_of_those_that_connect_the_one_that_has_not_been_tried_is_waited_for() -> None:
+    replicas, (tried, other) = set_of(CONNECTING, CONNECTING)
+    assert {replicas.pick([tried]) for _ in range(4)} == {other}
+
+
+def test_of_those_that_leave_the_one_that_has_not_refused_comes_first() -> None:
+    replicas, (refused, other) = set_of(UP, UP)
+    replicas.update({})
+    refused.pause()
+    assert {replicas.pick() for _ in range(4)} == {other}
+
+
+def test_a_set_that_is_closed_connects_to_nobody() -> None:
+    replicas, (one,) = set_of(UP)
+    replicas.close()
+    assert one.link.is_closed
+    replicas.update({ADDRESSES[3]: None})
+    assert replicas.pick() is None
+    assert not list(replicas)
+
+
 def test_one_that_left_finishes_what_it_has_and_is_forgotten() -> None:
     replicas, (leaving, other) = set_of(UP, UP)
     leaving.begin()
@@ -229,7 +259,9 @@ class Changes(RuleBasedStateMachine):
     def certificates_change(self) -> None:
         before = set(self.replicas)
         self.replicas.renew()
-        assert not [replica for replica in self.replicas if replica in before and replica.takes_calls]
+        assert not [
+            replica for replica in self.replicas if replica in before and replica.takes_calls
+        ]
 
     @rule(number=st.integers(0, 9), state=st.sampled_from([UP, UP, DOWN, NOT_SERVING]))
     def a_replica_changes(self, number: int, state: ReplicaState) -> None:

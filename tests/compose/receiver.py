@@ -1,4 +1,5 @@
-"""Stands in for the collector: takes spans over OTLP/gRPC and tells over HTTP what came."""
+"""Stands in for the collector: takes spans over OTLP/gRPC and tells over HTTP what came, and
+Prometheus how many."""
 
 from __future__ import annotations
 
@@ -11,12 +12,18 @@ from typing import Any
 import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as service_pb2
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as service_grpc
+from prometheus_client import Counter, start_http_server
 
 OTLP_PORT = 4317
 HTTP_PORT = 4318
+METRICS_PORT = 8888
 
 lock = threading.Lock()
 traces: dict[str, list[dict[str, Any]]] = {}
+# As the collector's own; what comes here is sent nowhere.
+accepted = Counter(
+    "otelcol_receiver_accepted_spans", "Spans that were taken.", ["receiver", "transport"]
+).labels("otlp", "grpc")
 
 
 class Receiver(service_grpc.TraceServiceServicer):
@@ -31,6 +38,7 @@ class Receiver(service_grpc.TraceServiceServicer):
                     if pair.key == "service.name"
                 )
                 for scope_spans in resource_spans.scope_spans:
+                    accepted.inc(len(scope_spans.spans))
                     for span in scope_spans.spans:
                         traces.setdefault(span.trace_id.hex(), []).append(
                             {
@@ -62,4 +70,5 @@ if __name__ == "__main__":
     service_grpc.add_TraceServiceServicer_to_server(Receiver(), server)
     server.add_insecure_port(f"0.0.0.0:{OTLP_PORT}")
     server.start()
+    start_http_server(METRICS_PORT)
     ThreadingHTTPServer(("0.0.0.0", HTTP_PORT), Pages).serve_forever()

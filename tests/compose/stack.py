@@ -150,6 +150,11 @@ class Stack:
         answer = _get_json(url + urllib.parse.urlencode({"query": expression}))
         return list(answer["data"]["result"])
 
+    def alerts(self) -> list[dict[str, Any]]:
+        """What Prometheus says of each alert: `name`, `state` and `health`."""
+        answer = _get_json(f"http://127.0.0.1:{self._prometheus_port}/api/v1/rules?type=alert")
+        return [rule for group in answer["data"]["groups"] for rule in group["rules"]]
+
     def logs(self) -> str:
         return self.compose("logs", "--tail=15", "--no-color", *SERVICES)
 

@@ -78,14 +78,21 @@ def test_engines_and_tokenizers_are_added_under_load(stack: Stack) -> None:
 
 def test_prometheus_finds_every_replica(stack: Stack) -> None:
     stack.up(**REPLICAS)
-    wanted = {name: REPLICAS.get(name, 1) for name in SERVICES}
+    wanted = {name: REPLICAS.get(name, 1) for name in (*SERVICES, "collector", "prometheus")}
 
     def found() -> dict[str, int]:
         up = stack.query("sum by (job) (up)")
         return {each["metric"]["job"]: int(float(each["value"][1])) for each in up}
 
-    wait_until(lambda: wanted.items() <= found().items(), "all targets are up", 90)
+    wait_until(lambda: wanted == found(), "all targets are up", 90)
     assert not stack.query("up == 0")
+
+
+def test_prometheus_knows_what_the_collector_was_sent(stack: Stack) -> None:
+    taken = 'otelcol_receiver_accepted_spans_total{job="collector"} > 0'
+    wait_until(lambda: stack.query(taken), "the collector has counted spans", 60)
+    (lost,) = [alert for alert in stack.alerts() if alert["name"] == "MeshServeSpansLost"]
+    assert (lost["health"], lost["state"]) == ("ok", "inactive"), lost
 
 
 def test_engines_and_tokenizers_are_taken_away_under_load(stack: Stack) -> None:

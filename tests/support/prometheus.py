@@ -38,7 +38,9 @@ class Prometheus:
         configuration["rule_files"] = [
             str(CONFIGURATION.parent / files) for files in configuration["rule_files"]
         ]
-        for job in configuration["scrape_configs"]:
+        jobs = [job for job in configuration["scrape_configs"] if job["job_name"] != "collector"]
+        configuration["scrape_configs"] = jobs
+        for job in jobs:
             # In place of the names that compose resolves.
             if job.pop("dns_sd_configs", None):
                 job["static_configs"] = [{"targets": [targets[job["job_name"]]]}]

@@ -204,5 +204,13 @@ def test_it_listens_where_the_services_send_and_sends_where_jaeger_listens(
     assert "contrib" in compose[host]["image"]
 
 
+def test_prometheus_asks_it_where_it_tells_of_itself(collector: Collector) -> None:
+    (reader,) = collector.service.telemetry.metrics.readers
+    jobs = {job["job_name"]: job for job in document("prometheus/prometheus.yml")["scrape_configs"]}
+    assert reader.pull.exporter.prometheus.host == "0.0.0.0"
+    target = f"collector:{reader.pull.exporter.prometheus.port}"
+    assert jobs["collector"]["static_configs"] == [{"targets": [target]}]
+
+
 def test_the_services_leave_the_choice_to_it() -> None:
     assert parse_settings(document("compose/meshserve.yaml"), {}).telemetry.sample_ratio == 1.0

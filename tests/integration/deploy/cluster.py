@@ -3,9 +3,9 @@ names are those of the chart's Services.
 
 `unshare --net --mount python -m tests.integration.deploy.cluster FOLDER` starts the pods of
 FOLDER/manifests.json, with the Secrets of FOLDER/secrets, waits until they are ready, sends a
-request and ends them. With `--idle` as well, engines start only once the gateway's metric says
-that a request waits for one, as an autoscaler would do it. A line of JSON is printed for each
-thing that happened.
+request and ends them. Where there is FOLDER/renewed, its Secrets take the place of the others while
+the pods run. With `--idle`, engines start only once the gateway's metric says that a request waits
+for one, as an autoscaler would do it. A line of JSON is printed for each thing that happened.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import ctypes
 import fcntl
 import json
 import os
+import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -25,15 +27,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-import meshserve
-from meshserve.v1 import mesh_pb2, mesh_pb2_grpc, monitor_pb2
+from tests.integration.deploy.caller import Caller, certificate_has_changed
 from tests.integration.deploy.pods import Pod, Sources
 
+KEYS_SECRET = "meshserve-keys"
 READY_WITHIN_S = 150.0
-SEEN_WITHIN_S = 20.0
 VALKEY_ADDRESS = "127.0.0.1"
 MS_BIND = 4096
 SIOCSIFFLAGS = 0x8914
@@ -70,6 +70,12 @@ class Cluster:
                 self.pods.append(pod)
                 started.append(pod)
         self._wait_until_ready(started)
+
+    def renew(self) -> None:
+        """Changes Secrets under the running pods."""
+        shutil.copytree(self._folder / "renewed", self._folder / "secrets", dirs_exist_ok=True)
+        for pod in self.pods:
+            pod.mount()
 
     def names(self, labels: Mapping[str, str], address: str) -> None:
         """Has the Services that select these labels lead to an address from now on."""
@@ -116,63 +122,33 @@ def main(folder: Path, *, is_idle: bool) -> None:
         for each in cluster.of_kind("Service")
         if each["metadata"]["name"].endswith("-gateway")
     )
+    caller = Caller(edge, folder / "secrets")
     try:
         cluster.start(each for each in deployments if each not in idle)
-        asking = ThreadPoolExecutor().submit(ask, edge, folder)
+        asking = ThreadPoolExecutor().submit(caller.ask)
         if idle:
             wait_until_awaited(edge)
             say(awaited=True)
             cluster.start(idle)
         say(answered=asking.result())
-        gateways = [
-            pod for pod in cluster.pods if pod.labels["app.kubernetes.io/component"] == "gateway"
-        ]
-        say(gateways_seen=gateways_seen(edge, len(gateways), folder))
+        gateways = [pod for pod in cluster.pods if pod.service == "gateway"]
+        say(gateways_seen=caller.gateways(len(gateways)))
+        if (folder / "renewed" / KEYS_SECRET).is_dir():
+            cluster.renew()
+            for pod in gateways:
+                changed = Caller(pod.address, folder / "secrets").key_has_changed()
+                say(changes_key=pod.name, changed=changed)
+        elif (folder / "renewed").is_dir():
+            before = {pod: ssl.get_server_certificate(pod.serves_at) for pod in cluster.pods}
+            cluster.renew()
+            for pod, certificate in before.items():
+                changed = certificate_has_changed(pod.serves_at, certificate)
+                say(changes_certificate=pod.name, changed=changed)
+            say(answered_again=caller.ask())
     finally:
         for pod in cluster.pods:
             say(**pod.stop())
         valkey.kill()
-
-
-def certificate_authority(folder: Path) -> Path | None:
-    """What callers trust, where there are certificates."""
-    return next((folder / "secrets").glob("*/ca.crt"), None)
-
-
-def ask(edge: str, folder: Path) -> str:
-    """What a model says to a caller who knows the name of the gateway's Service."""
-    ca = certificate_authority(folder)
-    with meshserve.Client(
-        f"{edge}:50051", tls=meshserve.TLS(ca_file=ca) if ca else False
-    ) as client:
-        return client.generate("The capital of France is", max_tokens=8, temperature=0).text
-
-
-def gateways_seen(edge: str, wanted: int, folder: Path) -> list[str]:
-    """Addresses of the gateways that an operator sees at work; looks until there are so many."""
-    ca = certificate_authority(folder)
-    target = f"{edge}:50051"
-    channel = (
-        grpc.secure_channel(target, grpc.ssl_channel_credentials(ca.read_bytes()))
-        if ca
-        else grpc.insecure_channel(target)
-    )
-    seen: set[str] = set()
-    with channel:
-        stub: Any = mesh_pb2_grpc.MeshServiceStub(channel)
-        request = mesh_pb2.WatchMeshRequest(interval_ms=250)
-        give_up_at = time.monotonic() + SEEN_WITHIN_S
-        for response in stub.WatchMesh(request, timeout=2 * SEEN_WITHIN_S):
-            seen = {
-                replica.address
-                for service in response.mesh.services
-                if service.service == "gateway"
-                for replica in service.replicas
-                if replica.state == monitor_pb2.REPLICA_STATE_SERVING
-            }
-            if len(seen) >= wanted or time.monotonic() > give_up_at:
-                break
-    return sorted(seen)
 
 
 def wait_until_awaited(edge: str) -> None:

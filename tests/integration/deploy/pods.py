@@ -69,8 +69,12 @@ class Pod:
     ) -> None:
         (container,) = template["spec"]["containers"]
         self.name = name
+        self.service = container["name"]
         self.labels = template["metadata"]["labels"]
         self.address = address
+        (self._port,) = (
+            each["containerPort"] for each in container["ports"] if each["name"] == "grpc"
+        )
         self.grace_s = template["spec"]["terminationGracePeriodSeconds"]
         self.probes = {
             kind: container[kind] for kind in ("startupProbe", "readinessProbe", "livenessProbe")
@@ -81,15 +85,22 @@ class Pod:
         self._sources = sources
         self.mount()
         variables = {each["name"]: each["value"] for each in container["env"]}
-        self.environment = os.environ | {
+        # As the images have it: where the probe finds how the service is asked.
+        self.environment = os.environ | {"MESHSERVE_PROBE_FILE": f"{self._root}/probe"}
+        self.environment |= {
             name: cache if value == MODELS else self._here(value)
             for name, value in variables.items()
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", f"services.{container['name']}"],
+            [sys.executable, "-m", f"services.{self.service}"],
             env=self.environment,
             stderr=(folder / f"{name}.log").open("w"),
         )
+
+    @property
+    def serves_at(self) -> tuple[str, int]:
+        """Where its gRPC port is."""
+        return self.address, self._port
 
     def mount(self) -> None:
         """Has its volumes hold what their sources hold now, as far as a kubelet does that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from services.runtime.modelfiles import default_cache_dir, pull
+from tests.integration.deploy.caller import KEY, NEW_KEY
+from tests.integration.deploy.cluster import KEYS_SECRET
 from tests.support.chart import Values, example, of_kind, render
 from tests.support.programs import require_program
 
@@ -20,15 +24,20 @@ ROOT = Path(__file__).parents[3]
 SERVICES = ("gateway", "tokenizer", "engine-smollm2-135m", "cache", "safety")
 # Two gateways, one of all else.
 PODS = {f"demo-meshserve-{each}-0" for each in SERVICES} | {"demo-meshserve-gateway-1"}
-TWO_GATEWAYS = {"gateway": {"replicas": 2, "auth": {"mode": "off"}}}
+TWO_GATEWAYS = example("trial") | {
+    "gateway": {"replicas": 2, "auth": {"existingSecret": KEYS_SECRET}}
+}
+ONE_GATEWAY = example("trial") | {"gateway": TWO_GATEWAYS["gateway"] | {"replicas": 1}}
 
 Events = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def events(tmp_path_factory: pytest.TempPathFactory) -> Events:
-    """What happened to the pods of the trial, in order."""
-    return run(tmp_path_factory.mktemp("cluster"), example("trial") | TWO_GATEWAYS)
+    """What happened to the pods, in order."""
+    folder = tmp_path_factory.mktemp("cluster")
+    write_keys(folder / "renewed", NEW_KEY)
+    return run(folder, TWO_GATEWAYS)
 
 
 def run(folder: Path, values: Values, *options: str) -> Events:
@@ -36,6 +45,7 @@ def run(folder: Path, values: Values, *options: str) -> Events:
     if subprocess.run([*unshare, "true"], capture_output=True).returncode != 0:
         pytest.skip("this user may not make namespaces")
     pull("smollm2-135m")
+    write_keys(folder / "secrets", KEY)
     (folder / "manifests.json").write_text(json.dumps(render(values)))
     module = "tests.integration.deploy.cluster"
     ran = subprocess.run(
@@ -74,6 +84,11 @@ def test_an_operator_sees_both_gateways_whichever_answers(events: Events) -> Non
     assert len(seen) == 2
 
 
+def test_running_gateways_take_the_keys_of_a_changed_secret(events: Events) -> None:
+    changed = {each["changes_key"]: each["changed"] for each in events if "changes_key" in each}
+    assert changed == {f"demo-meshserve-gateway-{number}": True for number in (0, 1)}
+
+
 def test_every_pod_ends_by_itself_within_its_grace(events: Events) -> None:
     ended = {each["ended"]: each["code"] for each in events if "ended" in each}
     assert ended == dict.fromkeys(PODS, 0)
@@ -82,9 +97,7 @@ def test_every_pod_ends_by_itself_within_its_grace(events: Events) -> None:
 def test_an_engine_that_is_started_when_it_is_asked_for_answers_who_has_waited(
     tmp_path: Path,
 ) -> None:
-    values = example("trial") | {
-        "engineDefaults": {"autoscaling": {"kind": "keda", "minReplicas": 0}}
-    }
+    values = ONE_GATEWAY | {"engineDefaults": {"autoscaling": {"kind": "keda", "minReplicas": 0}}}
     events = run(tmp_path, values, "--idle")
     happened = [next(iter(each)) for each in events]
     # The gateway is ready without an engine; a request waits; the engine comes; it is answered.
@@ -96,17 +109,33 @@ def test_an_engine_that_is_started_when_it_is_asked_for_answers_who_has_waited(
     assert "Paris" in events[second]["answered"]
 
 
-def test_with_tls_they_trust_each_other_by_the_names_of_their_services(tmp_path: Path) -> None:
-    values = example("trial") | TWO_GATEWAYS | {"tls": example("tls")["tls"]}
+def test_with_tls_they_trust_each_other_by_the_names_of_their_services_also_when_renewed(
+    tmp_path: Path,
+) -> None:
+    values = TWO_GATEWAYS | {"tls": example("tls")["tls"]}
     for certificate in of_kind(render(values), "Certificate"):
         spec = certificate["spec"]
-        sign(tmp_path / "secrets", spec["secretName"], spec["dnsNames"])
+        for folder in ("secrets", "renewed"):
+            sign(tmp_path / folder, spec["secretName"], spec["dnsNames"])
     events = run(tmp_path, values)
     assert {each["ready"] for each in events if "ready" in each} == PODS
-    (answer,) = (each["answered"] for each in events if "answered" in each)
-    assert "Paris" in answer
     (seen,) = (each["gateways_seen"] for each in events if "gateways_seen" in each)
     assert len(seen) == 2
+    what = "changes_certificate"
+    changed = {each[what]: each["changed"] for each in events if what in each}
+    assert changed == dict.fromkeys(PODS, True)
+    for answer in ("answered", "answered_again"):
+        (said,) = (each[answer] for each in events if answer in each)
+        assert "Paris" in said
+
+
+def write_keys(secrets: Path, key: str) -> None:
+    """The Secret with an operator's key."""
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    keys = [{"name": "acme", "sha256": digest, "operator": True}]
+    path = secrets / KEYS_SECRET / "keys.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(yaml.safe_dump(keys))
 
 
 def sign(folder: Path, secret: str, names: list[str]) -> None:

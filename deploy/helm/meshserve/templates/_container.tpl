@@ -30,8 +30,8 @@
       sleep: {seconds: {{ dig "preStopSeconds" 2 .values }}}
   {{- include "meshserve.probes" . | nindent 2 }}
   volumeMounts:
-    # A file by itself, which stays as it is while the pod lives: settings are read at the start, and
-    # the probe is to read the same. What is read again is mounted as a folder.
+    # Settings are read at the start. What is read again is mounted as a folder: the kubelet changes
+    # no file that is mounted by itself.
     - {name: settings, mountPath: /etc/meshserve/meshserve.yaml, subPath: meshserve.yaml, readOnly: true}
     - {name: tmp, mountPath: /tmp}
     {{- if has $service (list "engine" "tokenizer") }}
@@ -75,37 +75,25 @@ warm. The kubelet's own probe speaks no TLS, ours does. */}}
 {{- $health := get (include "meshserve.health" . | fromYaml) $service -}}
 {{- $startSeconds := 120 -}}
 {{- if .engine -}}{{- $startSeconds = int .engine.startupSeconds -}}{{- end -}}
+{{- $alive := dict "grpc" (dict "port" $port "service" "liveness") -}}
+{{- $ready := dict "grpc" (dict "port" $port "service" $health) -}}
 {{- if .root.Values.tls.enabled -}}
+{{- $alive = dict "exec" (dict "command" (list "meshserve" "probe" "--liveness" $service)) -}}
+{{- $ready = dict "exec" (dict "command" (list "meshserve" "probe" $service)) -}}
+{{- end -}}
 startupProbe:
-  exec: {command: [meshserve, probe, --liveness, {{ $service }}]}
-  periodSeconds: 5
-  timeoutSeconds: 5
-  failureThreshold: {{ divf $startSeconds 5 | ceil }}
-readinessProbe:
-  exec: {command: [meshserve, probe, {{ $service }}]}
-  periodSeconds: 10
-  timeoutSeconds: 5
-  failureThreshold: 2
-livenessProbe:
-  exec: {command: [meshserve, probe, --liveness, {{ $service }}]}
-  periodSeconds: 20
-  timeoutSeconds: 10
-  failureThreshold: 3
-{{- else -}}
-startupProbe:
-  grpc: {port: {{ $port }}, service: liveness}
+  {{- toYaml $alive | nindent 2 }}
   periodSeconds: 2
-  timeoutSeconds: 2
+  timeoutSeconds: 5
   failureThreshold: {{ divf $startSeconds 2 | ceil }}
 readinessProbe:
-  grpc: {port: {{ $port }}, service: {{ $health }}}
+  {{- toYaml $ready | nindent 2 }}
   periodSeconds: 3
-  timeoutSeconds: 2
+  timeoutSeconds: 5
   failureThreshold: 2
 livenessProbe:
-  grpc: {port: {{ $port }}, service: liveness}
+  {{- toYaml $alive | nindent 2 }}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6
-{{- end -}}
 {{- end -}}

@@ -13,6 +13,7 @@ from typing import Any
 
 import meshserve
 from tests.compose.images import TAG
+from tests.compose.program import newest_compose
 from tests.support.ports import free_ports
 from tests.support.waiting import wait_until
 
@@ -27,7 +28,13 @@ GATEWAY_PORTS = 3
 class Stack:
     """`up` starts it and `down` removes it with its volumes and networks."""
 
-    def __init__(self, environment: dict[str, str], overlays: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        environment: dict[str, str],
+        overlays: tuple[str, ...] = (),
+        program: list[str] | None = None,
+    ) -> None:
+        self._program = program or newest_compose()
         self.project = f"meshserve-test-{uuid.uuid4().hex[:8]}"
         self._gateway_port = _free_range(GATEWAY_PORTS)
         self._http_port = _free_range(GATEWAY_PORTS)
@@ -37,7 +44,7 @@ class Stack:
             **environment,
             "COMPOSE_PROJECT_NAME": self.project,
             "COMPOSE_FILE": ":".join(map(str, [*files, OVERLAY])),
-            "COMPOSE": " ".join(compose_program()),
+            "COMPOSE": " ".join(self._program),
             "IMAGE_TAG": TAG,
             "GATEWAY_PORT": f"{self._gateway_port}-{self._gateway_port + GATEWAY_PORTS - 1}",
             "GATEWAY_HTTP_PORT": f"{self._http_port}-{self._http_port + GATEWAY_PORTS - 1}",
@@ -67,7 +74,7 @@ class Stack:
         self._run([str(DEPLOY / "compose" / "roll.sh"), service])
 
     def compose(self, *arguments: str) -> str:
-        return self._run([*compose_program(), *arguments])
+        return self._run([*self._program, *arguments])
 
     def docker(self, *arguments: str) -> str:
         return self._run(["docker", *arguments])
@@ -157,12 +164,6 @@ class Stack:
 
     def logs(self) -> str:
         return self.compose("logs", "--tail=15", "--no-color", *SERVICES)
-
-
-def compose_program() -> list[str]:
-    """Compose 2 where it is installed, else 1.29."""
-    plugin = subprocess.run(["docker", "compose", "version"], capture_output=True)
-    return ["docker", "compose"] if plugin.returncode == 0 else ["docker-compose"]
 
 
 def _get_json(url: str) -> Any:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from services.runtime.settings import load_settings
+from tests.compose.program import COMPOSE_PROGRAMS, require_compose
 from tests.compose.stack import DEPLOY, SERVICES
-from tests.support.programs import require_program
 
 OVERLAYS = ("compose.gpu.yaml", "compose.tls.yaml", "compose.dev.yaml")
 # What is published beside the gateway: pages for people.
@@ -29,15 +29,10 @@ def merged(program: list[str], *overlays: str) -> dict[str, Any]:
     return dict(yaml.safe_load(result.stdout))
 
 
-@pytest.fixture(params=["docker-compose", "docker compose"])
+@pytest.fixture(params=COMPOSE_PROGRAMS)
 def program(request: pytest.FixtureRequest) -> list[str]:
-    """Compose 1.29, which Debian has, and Compose 2 where it is installed."""
-    if request.param == "docker-compose":
-        return [require_program("docker-compose")]
-    plugin = subprocess.run([require_program("docker"), "compose", "version"], capture_output=True)
-    if plugin.returncode != 0:
-        pytest.skip("Compose 2 is not installed")
-    return ["docker", "compose"]
+    """Compose 1.29 and Compose 2."""
+    return require_compose(request.param)
 
 
 @pytest.mark.docker

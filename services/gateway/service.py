@@ -31,6 +31,7 @@ from services.gateway.stages.route import Route
 from services.gateway.stages.screen import Screen
 from services.gateway.stages.settle import Settle
 from services.gateway.stages.tokenize import Tokenize
+from services.gateway.watchers import Watchers
 from services.runtime import valkey
 from services.runtime.monitor import Metadata
 from services.runtime.server import Service, StartupError
@@ -94,7 +95,8 @@ class GatewayService(Service):
             lambda: self._keys.settings, lambda: self.monitor.status(), self._valkey, places
         )
         watch = MeshWatch(collector.picture, collector.close, self.draining)
-        self._mesh_servicer = MeshServicer(watch, authenticator)
+        self._watchers = Watchers(gateway.max_watchers, metrics)
+        self._mesh_servicer = MeshServicer(watch, authenticator, self._watchers)
         self._http = self._http_server(authenticator)
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -115,7 +117,7 @@ class GatewayService(Service):
         self._models.start()
         self._policy.start()
         if self._http is not None:
-            await self._http.start(self.certificates)
+            await self._http.start()
 
     async def probe(self) -> None:
         """Fails until every model has been described once.
@@ -158,6 +160,7 @@ class GatewayService(Service):
             self._mesh_servicer,
             self._inference.recent,
             self._peers.tokenizer,
+            self._watchers,
             self.draining,
         )
         return HttpServer(
@@ -166,4 +169,5 @@ class GatewayService(Service):
             probe=self.probe,
             draining=self.draining,
             keys_required=authenticator.required,
+            metrics=self.metrics,
         )

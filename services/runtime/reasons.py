@@ -34,6 +34,7 @@ class Reason(StrEnum):
     CAPABILITY_MISSING = "CAPABILITY_MISSING"
     RATE_LIMITED = "RATE_LIMITED"
     QUEUE_FULL = "QUEUE_FULL"
+    LIMIT_REACHED = "LIMIT_REACHED"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     CANCELLED = "CANCELLED"
     ABORTED = "ABORTED"
@@ -158,6 +159,12 @@ REASONS: Mapping[Reason, ReasonEntry] = {
         _C.RESOURCE_EXHAUSTED,
         "The engine's queue is full.",
         "Wait as long as RetryInfo says, or add engine replicas.",
+        ("RetryInfo",),
+    ),
+    Reason.LIMIT_REACHED: ReasonEntry(
+        _C.RESOURCE_EXHAUSTED,
+        "As many HTTP connections are open, or as many watch, as the gateway takes.",
+        "Close what is not needed and try again, or raise the setting that metadata names.",
         ("RetryInfo",),
     ),
     Reason.DEADLINE_EXCEEDED: ReasonEntry(

@@ -59,6 +59,8 @@ def mesh() -> dashboard.Dashboard:
         *_replicas(),
         dashboard.Row("Calls"),
         *_calls(),
+        dashboard.Row("HTTP"),
+        *_http(),
         dashboard.Row("Processes"),
         *_processes(),
     )
@@ -213,6 +215,63 @@ def _processes() -> Panels:
             "Versions",
             Query(f"meshserve_build_info{{{CHOSEN}}}"),
             "What each replica runs.",
+            width=THIRD,
+        ),
+    )
+
+
+def _http() -> Panels:
+    return (
+        graph(
+            "Calls by HTTP",
+            rate(
+                "meshserve_http_server_calls_total",
+                CHOSEN,
+                "method, route, status",
+                "{{method}} {{route}} {{status}}",
+            ),
+            "By path and status, as the gateways answered them.",
+            unit=PER_SECOND,
+            width=THIRD,
+        ),
+        graph(
+            "Duration by path (p95)",
+            percentiles("meshserve_http_server_duration_seconds", CHOSEN, by="route", at=(0.95,)),
+            "An event stream lasts for as long as it is read.",
+            unit=SECONDS,
+            width=THIRD,
+        ),
+        graph(
+            "Calls being answered by HTTP",
+            present("meshserve_http_server_active_calls", CHOSEN, "route"),
+            "By path.",
+            width=THIRD,
+        ),
+        graph(
+            "Event streams",
+            present("meshserve_http_server_event_streams", CHOSEN, "route"),
+            "Answers of the playground, and what the console watches.",
+            width=THIRD,
+        ),
+        graph(
+            "HTTP connections",
+            [
+                present("meshserve_http_server_connections", CHOSEN, "instance", "{{instance}}"),
+                rate(
+                    "meshserve_http_server_refused_connections_total",
+                    CHOSEN,
+                    "instance",
+                    "{{instance}} refused a second",
+                ),
+            ],
+            "Open ones, and those refused beyond `gateway.max_http_connections`.",
+            width=THIRD,
+        ),
+        graph(
+            "Who watches",
+            present("meshserve_gateway_watchers", CHOSEN, "instance"),
+            "Calls of WatchMesh and live views of the console; more than `gateway.max_watchers` "
+            "are refused.",
             width=THIRD,
         ),
     )

@@ -50,7 +50,8 @@ class Assets:
         digest = hashlib.sha256()
         for name, content in files.items():
             digest.update(f"{name}\0{len(content)}\0".encode() + content)
-        self.base = f"/assets/{digest.hexdigest()[:16]}"
+        self._digest = digest.hexdigest()[:16]
+        self.base = f"/assets/{self._digest}"
         index = files.pop(INDEX).replace(ASSETS_MARK.encode(), self.base.encode())
         self._index = _asset(INDEX, index)
         self._files = {name: _asset(name, content) for name, content in files.items()}
@@ -60,7 +61,7 @@ class Assets:
         return [
             web.get("/", self._get_index),
             web.get("/favicon.ico", self._get_icon),
-            web.get(f"{self.base}/{{name:.+}}", self._get_file),
+            web.get("/assets/{digest}/{name:.+}", self._get_file),
         ]
 
     async def _get_index(self, request: web.Request) -> web.Response:
@@ -72,7 +73,7 @@ class Assets:
 
     async def _get_file(self, request: web.Request) -> web.Response:
         asset = self._files.get(request.match_info["name"])
-        if asset is None:
+        if asset is None or request.match_info["digest"] != self._digest:
             raise web.HTTPNotFound
         return _answer(request, asset, FOR_GOOD)
 

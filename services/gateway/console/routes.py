@@ -21,6 +21,7 @@ from services.gateway.http.streams import answer_stream, answer_watch, to_json
 from services.gateway.overview.servicer import MeshServicer
 from services.gateway.recent import RecentRequests
 from services.gateway.servicer import InferenceServicer
+from services.gateway.watchers import Watchers
 from services.runtime.settings import Settings
 from services.runtime.settings.addresses import UNIX_SOCKET, split_address
 
@@ -38,6 +39,7 @@ class Console:
         mesh_servicer: MeshServicer,
         recent: RecentRequests,
         tokenizer: tokenizer_pb2_grpc.TokenizerServiceAsyncStub,
+        watchers: Watchers,
         draining: asyncio.Event,
     ) -> None:
         self._settings = settings
@@ -45,6 +47,7 @@ class Console:
         self._servicer = servicer
         self._mesh_servicer = mesh_servicer
         self._recent = recent
+        self._watchers = watchers
         self._draining = draining
         self._texts = TokenTexts(tokenizer)
         self._assets = Assets()
@@ -95,7 +98,8 @@ class Console:
     async def _requests(self, call: Call) -> web.StreamResponse:
         """Recent requests as they come: everybody's for an operator, else one's own."""
         tenant = None if call.tenant.operator else call.tenant.name
-        return await answer_watch(call, self._recent_requests(tenant), self._draining)
+        with self._watchers.one_more():
+            return await answer_watch(call, self._recent_requests(tenant), self._draining)
 
     async def _mesh(self, call: Call) -> web.StreamResponse:
         """A WatchMeshResponse a second."""

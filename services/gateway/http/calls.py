@@ -92,12 +92,12 @@ class Calls:
         async def handle(request: web.Request) -> web.StreamResponse:
             tenant = self._admit(request)
             deadline.set_remaining(self._timeout_s(request))
-            route = f"{request.method} {_route(request)}"
+            route = route_of(request)
             span = self._tracer.start_span(
-                route,
+                f"{request.method} {route}",
                 extract_context(request.headers.items()),
                 SpanKind.SERVER,
-                {"http.request.method": request.method, "http.route": _route(request)},
+                {"http.request.method": request.method, "http.route": route},
             )
             status = 499
             try:
@@ -175,7 +175,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         )
 
 
-def _route(request: web.Request) -> str:
-    """The pattern of the path, not the path: it has few values."""
+def route_of(request: web.Request) -> str:
+    """The pattern of the path, not the path: it has few values. Empty where nothing is served."""
     resource = request.match_info.route.resource
     return resource.canonical if resource is not None else ""

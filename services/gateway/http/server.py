@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable, Iterable
 
 from aiohttp import web
 
 from services.gateway.http.calls import Handler, errors_as_json
+from services.gateway.http.connections import Connections
 from services.gateway.http.origin import check_host
+from services.gateway.http.records import HttpRecords
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.server import StartupError
 from services.runtime.settings import GatewaySettings
 from services.runtime.settings.addresses import is_loopback, split_address
-from services.runtime.tls import ServerCertificates
+from services.runtime.telemetry import Metrics
 
 # What a request's JSON has around its prompt.
 ENVELOPE_BYTES = 2**20
@@ -45,13 +48,16 @@ class HttpServer:
         probe: Probe,
         draining: asyncio.Event,
         keys_required: bool,
+        metrics: Metrics,
     ) -> None:
         assert settings.http_listen is not None
         self._settings = settings
         self._listen = settings.http_listen
         self._probe = probe
         self._draining = draining
-        middlewares = [errors_as_json]
+        self._metrics = metrics
+        records = HttpRecords(metrics)
+        middlewares = [records.middleware, errors_as_json]
         if not keys_required and is_loopback(self._listen):
             middlewares.append(_known_hosts_only)
         application = web.Application(
@@ -62,6 +68,7 @@ class HttpServer:
             [web.get("/healthz", self._live), web.get("/readyz", self._ready), *routes]
         )
         application.on_response_prepare.append(_add_security_headers)
+        application.on_response_prepare.append(records.prepared)
         self._runner = web.AppRunner(
             application,
             # A browser that goes away cancels what is done for it.
@@ -71,15 +78,21 @@ class HttpServer:
             # The library waits as long twice: for answers to end, and for their connections.
             shutdown_timeout=settings.drain_timeout_s / 2,
         )
+        self._listener: asyncio.Server | None = None
         self._closing: asyncio.Task[None] | None = None
 
-    async def start(self, certificates: ServerCertificates | None) -> None:
-        """Listens, with the certificates of the gRPC port. Raises StartupError."""
+    async def start(self) -> None:
+        """Listens. Raises StartupError."""
         host, port = split_address(self._listen)
-        context = certificates.for_http() if certificates is not None else None
+        context = _tls_context(self._settings)
         await self._runner.setup()
+        assert self._runner.server is not None
+        connections = Connections(
+            self._runner.server, self._settings.max_http_connections, self._metrics
+        )
+        loop = asyncio.get_running_loop()
         try:
-            await web.TCPSite(self._runner, host, port, ssl_context=context).start()
+            self._listener = await loop.create_server(connections, host, port, ssl=context)
         except OSError as error:
             await self._runner.cleanup()
             raise StartupError(
@@ -89,6 +102,8 @@ class HttpServer:
 
     def close(self) -> None:
         """Takes nothing new; what is in flight may come to its end within the drain timeout."""
+        if self._listener is not None:
+            self._listener.close()
         self._closing = asyncio.create_task(self._runner.cleanup())
 
     async def closed(self) -> None:
@@ -125,3 +140,21 @@ async def _add_security_headers(request: web.Request, response: web.StreamRespon
     response.headers["Server"] = "meshserve"
     if "Cache-Control" not in response.headers:
         response.headers["Cache-Control"] = "no-store"
+
+
+def _tls_context(settings: GatewaySettings) -> ssl.SSLContext | None:
+    """The certificates of the gRPC port."""
+    tls = settings.tls
+    if tls is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(tls.certificate, tls.private_key)
+        if tls.client_ca is not None:
+            context.load_verify_locations(tls.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except OSError as error:
+        raise StartupError(
+            f"a TLS file cannot be used: {error}", "check the tls section"
+        ) from error
+    return context

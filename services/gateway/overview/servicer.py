@@ -9,6 +9,7 @@ from typing import Any
 from meshserve.v1 import mesh_pb2, mesh_pb2_grpc
 from services.gateway.overview.watch import MeshWatch
 from services.gateway.stages.authenticate import Authenticator
+from services.gateway.watchers import Watchers
 from services.runtime.errors import invalid_field
 
 MIN_INTERVAL_MS = 250
@@ -19,9 +20,10 @@ DEFAULT_INTERVAL_MS = 1000
 class MeshServicer(mesh_pb2_grpc.MeshServiceServicer):
     """Lets operators watch."""
 
-    def __init__(self, watch: MeshWatch, authenticator: Authenticator) -> None:
+    def __init__(self, watch: MeshWatch, authenticator: Authenticator, watchers: Watchers) -> None:
         self._watch = watch
         self._authenticator = authenticator
+        self._watchers = watchers
 
     async def WatchMesh(  # noqa: N802
         self, request: mesh_pb2.WatchMeshRequest, context: Any
@@ -35,8 +37,9 @@ class MeshServicer(mesh_pb2_grpc.MeshServiceServicer):
                 "interval_ms", f"must be from {MIN_INTERVAL_MS} to {MAX_INTERVAL_MS}"
             )
         watching = self._watch.snapshots(interval_ms / 1000, authorization)
-        async with aclosing(watching) as snapshots:
-            async for mesh in snapshots:
-                # The key may have been taken away since.
-                self._authenticator.operator(authorization)
-                yield mesh_pb2.WatchMeshResponse(mesh=mesh)
+        with self._watchers.one_more():
+            async with aclosing(watching) as snapshots:
+                async for mesh in snapshots:
+                    # The key may have been taken away since.
+                    self._authenticator.operator(authorization)
+                    yield mesh_pb2.WatchMeshResponse(mesh=mesh)

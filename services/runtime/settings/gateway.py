@@ -89,6 +89,15 @@ class GatewaySettings(ServerSettings):
         1024, description="Requests in flight in one gateway before it refuses more."
     )
 
+    max_http_connections: Positive = Field(
+        1024, description="HTTP connections to one gateway before it refuses more."
+    )
+    max_watchers: Positive = Field(
+        64,
+        description="How many may watch one gateway at a time, before it refuses more: "
+        "`meshserve top`, and each live view of a console's page.",
+    )
+
     @field_validator("http_listen")
     @classmethod
     def _http_listen_has_a_port(cls, value: str | None) -> str | None:

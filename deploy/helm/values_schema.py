@@ -213,7 +213,10 @@ def values_schema() -> Schema:
             }
         ),
         "valkey": fields(
-            url={"type": "string", "pattern": "^$|^(redis|rediss|redis\\+cluster)://([^:@/]+@)?[^@]*$"},
+            url={
+                "type": "string",
+                "pattern": "^$|^(redis|rediss|redis\\+cluster)://([^:@/]+@)?[^@]*$",
+            },
             existingSecret=NAME,
             secretKey=TEXT,
             embedded=fields(enabled=BOOLEAN, image=TEXT, maxMemory=TEXT, resources=at_most()),

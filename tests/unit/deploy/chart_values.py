@@ -77,7 +77,7 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "image.tag": ("9.9", "/gateway:9.9"),
     "image.pullPolicy": ("Always", "imagePullPolicy: Always"),
     "image.pullSecrets": (["regcred"], "- name: regcred"),
-    "models.smollm2-135m.source": ("org/name", "source: org/name"),
+    "models": ({"other": {"source": "org/name"}}, "source: org/name"),
     "engineDefaults.device": ("cuda", "meshserve/engine-cuda"),
     "engineDefaults.replicas": (7, "replicas: 7"),
     "engineDefaults.gpus": (4, "nvidia.com/gpu: 4"),

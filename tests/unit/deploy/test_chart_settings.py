@@ -15,6 +15,7 @@ from tests.unit.deploy.test_chart_manifests import EXAMPLES
 
 each_example = pytest.mark.parametrize("name", EXAMPLES)
 
+
 def environment(template: Manifest) -> dict[str, str]:
     """The variables of a pod."""
     (container,) = template["spec"]["containers"]
@@ -138,8 +139,9 @@ def test_cert_manager_makes_certificates_for_the_names_by_which_services_are_fou
             targets = [model.engine_target or "" for model in settings.models.values()]
         found = {split_address(each.removeprefix("dns:///"))[0] for each in targets}
         assert found <= set(spec["dnsNames"])
-    own = {"demo-meshserve-gateway", "demo-meshserve-gateway-replicas", "mesh.example.com"}
-    assert set(certificates["gateway"]["dnsNames"]) == own
+    services = {"demo-meshserve-gateway", "demo-meshserve-gateway-replicas"}
+    names = services | {"localhost", "mesh.example.com"}
+    assert set(certificates["gateway"]["dnsNames"]) == names
 
 
 def test_secrets_are_read_by_who_needs_them_and_stand_nowhere_else() -> None:

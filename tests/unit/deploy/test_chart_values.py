@@ -82,14 +82,19 @@ def test_a_value_changes_what_it_says(path: str) -> None:
 
 
 def test_a_value_of_one_model_stands_over_the_default() -> None:
-    values = at("models.big", {"source": "org/big", "engine": {"replicas": 5}})
+    models = {"big": {"source": "org/big", "engine": {"replicas": 5}}, "small": {"source": "org/s"}}
     replicas = {
         each["metadata"]["name"]: each["spec"]["replicas"]
-        for each in render(at("engineDefaults.replicas", 3, values))
+        for each in render(at("engineDefaults.replicas", 3, at("models", models)))
         if each["kind"] == "Deployment"
     }
     assert replicas["demo-meshserve-engine-big"] == 5
-    assert replicas["demo-meshserve-engine-smollm2-135m"] == 3
+    assert replicas["demo-meshserve-engine-small"] == 3
+
+
+def test_a_model_of_ones_own_takes_the_place_of_the_demo_model() -> None:
+    assert "smollm2" in text_of(NO_KEYS)
+    assert "smollm2" not in text_of(at("models", {"own": {"source": "org/own"}}))
 
 
 def test_without_the_embedded_valkey_there_is_none() -> None:
@@ -171,7 +176,6 @@ def test_what_no_value_may_be_is_refused_with_its_place(path: str, value: Any, w
     [
         ({}, "gateway.auth.existingSecret is empty"),
         (at("defaultModel", "bert"), '"bert", which is not among models'),
-        (at("models", {"smollm2-135m": None}), "models is empty"),
         (
             at("models", {"a.b": {"source": "x"}, "a-b": {"source": "x"}}),
             'would both be called "a-b"',

@@ -4,14 +4,12 @@
 {{- if and (eq $values.gateway.auth.mode "required") (not $values.gateway.auth.existingSecret) -}}
 {{- fail "gateway.auth.existingSecret is empty: name a Secret with API keys (docs/kubernetes.md shows how to make one), or set gateway.auth.mode=off for a trial" -}}
 {{- end -}}
-{{- if not $values.models -}}
-{{- fail "models is empty: name at least one model" -}}
-{{- end -}}
-{{- if and $values.defaultModel (not (hasKey $values.models $values.defaultModel)) -}}
+{{- $models := include "meshserve.models" . | fromJson -}}
+{{- if and $values.defaultModel (not (hasKey $models $values.defaultModel)) -}}
 {{- fail (printf "defaultModel is %q, which is not among models" $values.defaultModel) -}}
 {{- end -}}
 {{- $slugs := dict -}}
-{{- range $name := keys $values.models | sortAlpha -}}
+{{- range $name := keys $models | sortAlpha -}}
 {{- $slug := include "meshserve.slug" $name -}}
 {{- if hasKey $slugs $slug -}}
 {{- fail (printf "models %q and %q would both be called %q in Kubernetes: rename one" (get $slugs $slug) $name $slug) -}}

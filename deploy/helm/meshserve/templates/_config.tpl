@@ -4,10 +4,11 @@
 {{- $host := .Values.listenHost -}}
 {{- $default := include "meshserve.defaultModel" . -}}
 {{- $ports := include "meshserve.ports" . | fromYaml -}}
+{{- $models := include "meshserve.models" . | fromJson -}}
 models:
-{{- range $name := prepend (without (keys .Values.models | sortAlpha) $default) $default }}
+{{- range $name := prepend (without (keys $models | sortAlpha) $default) $default }}
 {{- $engine := include "meshserve.engine" (dict "root" $root "model" $name) | fromJson }}
-{{- $model := omit (get $root.Values.models $name) "engine" }}
+{{- $model := omit (get $models $name) "engine" }}
 {{- $target := printf "dns:///%s:50053" (include "meshserve.name" (dict "root" $root "service" "engine" "model" $name)) }}
 {{- $model = merge (dict "engine_target" $target) $model }}
 {{- if and (eq $engine.autoscaling.kind "keda") (eq (int $engine.autoscaling.minReplicas) 0) }}

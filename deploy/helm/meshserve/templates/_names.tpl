@@ -76,13 +76,18 @@ safety: meshserve.v1.SafetyService
 {{- default .root.Chart.AppVersion .root.Values.image.tag -}}
 {{- end -}}
 
+{{/* The models, as JSON. */}}
+{{- define "meshserve.models" -}}
+{{- default (dict "smollm2-135m" (dict "source" "smollm2-135m")) .Values.models | toJson -}}
+{{- end -}}
+
 {{- define "meshserve.defaultModel" -}}
-{{- default (keys .Values.models | sortAlpha | first) .Values.defaultModel -}}
+{{- default (keys (include "meshserve.models" . | fromJson) | sortAlpha | first) .Values.defaultModel -}}
 {{- end -}}
 
 {{/* What holds for the engines of one model, as JSON: engineDefaults under its own `engine`. */}}
 {{- define "meshserve.engine" -}}
-{{- $own := get (get .root.Values.models .model) "engine" | default dict -}}
+{{- $own := get (get (include "meshserve.models" .root | fromJson) .model) "engine" | default dict -}}
 {{- mergeOverwrite (deepCopy .root.Values.engineDefaults) $own | toJson -}}
 {{- end -}}
 

@@ -129,14 +129,15 @@ capabilities: {drop: [ALL]}
 {{- define "meshserve.pulls" -}}
 {{- $root := .root -}}
 {{- $sources := list -}}
+{{- $models := include "meshserve.models" $root | fromJson -}}
 {{- if .engine -}}
-{{- $sources = append $sources (get $root.Values.models .model).source -}}
+{{- $sources = append $sources (get $models .model).source -}}
 {{- $shared := $root.Values.settings.engine -}}
 {{- $draft := dig "speculation" "draft_model" (dig "speculation" "draft_model" "" $shared) .engine.settings -}}
 {{- if $draft -}}{{- $sources = append $sources $draft -}}{{- end -}}
 {{- else -}}
-{{- range $name := keys $root.Values.models | sortAlpha -}}
-{{- $sources = append $sources (get $root.Values.models $name).source -}}
+{{- range $name := keys $models | sortAlpha -}}
+{{- $sources = append $sources (get $models $name).source -}}
 {{- end -}}
 {{- end -}}
 {{- range $number, $source := uniq $sources }}

@@ -117,7 +117,7 @@ class GatewayService(Service):
         self._models.start()
         self._policy.start()
         if self._http is not None:
-            await self._http.start()
+            await self._http.start(self.certificates)
 
     async def probe(self) -> None:
         """Fails until every model has been described once.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Awaitable, Callable, Iterable
 
 from aiohttp import web
@@ -17,6 +16,7 @@ from services.runtime.server import StartupError
 from services.runtime.settings import GatewaySettings
 from services.runtime.settings.addresses import is_loopback, split_address
 from services.runtime.telemetry import Metrics
+from services.runtime.tls import ServerCertificates
 
 # What a request's JSON has around its prompt.
 ENVELOPE_BYTES = 2**20
@@ -81,10 +81,10 @@ class HttpServer:
         self._listener: asyncio.Server | None = None
         self._closing: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Listens. Raises StartupError."""
+    async def start(self, certificates: ServerCertificates | None) -> None:
+        """Listens, with the certificates of the gRPC port. Raises StartupError."""
         host, port = split_address(self._listen)
-        context = _tls_context(self._settings)
+        context = certificates.for_http() if certificates is not None else None
         await self._runner.setup()
         assert self._runner.server is not None
         connections = Connections(
@@ -140,21 +140,3 @@ async def _add_security_headers(request: web.Request, response: web.StreamRespon
     response.headers["Server"] = "meshserve"
     if "Cache-Control" not in response.headers:
         response.headers["Cache-Control"] = "no-store"
-
-
-def _tls_context(settings: GatewaySettings) -> ssl.SSLContext | None:
-    """The certificates of the gRPC port."""
-    tls = settings.tls
-    if tls is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(tls.certificate, tls.private_key)
-        if tls.client_ca is not None:
-            context.load_verify_locations(tls.client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except OSError as error:
-        raise StartupError(
-            f"a TLS file cannot be used: {error}", "check the tls section"
-        ) from error
-    return context

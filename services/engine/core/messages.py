@@ -6,7 +6,7 @@ Times are nanoseconds since the Unix epoch (see `clock`); 0 means "has not happe
 from __future__ import annotations
 
 import enum
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -64,6 +64,25 @@ class SequenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     cache_salt: bytes = b""  # prefixes are shared under the same salt only
 
 
+class EncodeTask(msgspec.Struct, frozen=True, array_like=True):
+    """What is wanted of a sequence that an encoder reads."""
+
+    kind: Literal["embed", "classify", "score"]
+    pooling: Literal["mean", "first", "last"] | None = None  # None: the model's own
+    normalize: bool | None = None  # None: as the model does
+    dimensions: int | None = None  # components kept; None: all
+
+
+class EncodeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One sequence for an encoder to read."""
+
+    sequence_id: int
+    token_ids: list[int]
+    task: EncodeTask
+    second_text_start: int | None = None  # None: there is one text
+    request_id: str = ""  # for log lines only
+
+
 class Start(msgspec.Struct, frozen=True, tag="start"):
     """The first command: what to load and the limits to hold."""
 
@@ -74,6 +93,12 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     """Generate these sequences: all of them or, where one is refused, none."""
 
     sequences: list[SequenceRequest]
+
+
+class Encode(msgspec.Struct, frozen=True, tag="encode"):
+    """Read these sequences: all of them or, where one is refused, none."""
+
+    sequences: list[EncodeRequest]
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -92,7 +117,7 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
     number: int
 
 
-Command: TypeAlias = Start | Add | Abort | Drain | Ping
+Command: TypeAlias = Start | Add | Encode | Abort | Drain | Ping
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -112,6 +137,9 @@ class ModelFacts(msgspec.Struct, frozen=True):
     load_time_s: float
     kernels: dict[str, str] = {}  # op -> implementation that runs
     default_sampling: dict[str, float] = {}  # the model's own, by field of SamplingParams
+    tasks: tuple[str, ...] = ()  # of an encoder: kinds of EncodeTask; empty: it generates
+    embedding_size: int = 0  # of an encoder that makes embeddings
+    labels: tuple[str, ...] = ()  # of an encoder that classifies, in order
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -205,6 +233,28 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
         return all(delta.timing is None for delta in self.deltas)
 
 
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """What a batch brought one sequence."""
+
+    sequence_id: int
+    values: bytes = b""  # float32, little-endian: a vector, or scores in the order of the classes
+    queued_ns: int = 0  # by the core
+    started_ns: int = 0  # of its batch
+    error: str = ""  # for people; it failed, or was aborted
+    error_kind: str = ""  # the error's type name; empty: it did not fail
+
+
+class Encoded(msgspec.Struct, frozen=True, tag="encoded"):
+    """All that one batch of an encoder brought, in one frame."""
+
+    number: int
+    batch_size: int
+    num_tokens: int
+    ended_ns: int
+    answers: list[Answer]
+    load: Load
+
+
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
     """Sequences ended between steps (an abort); their blocks are free already."""
 
@@ -257,4 +307,4 @@ class Log(msgspec.Struct, frozen=True, tag="log"):
     message: str
 
 
-Event: TypeAlias = Ready | Step | Ended | Refused | LoadChanged | Pong | Log | Fatal
+Event: TypeAlias = Ready | Step | Encoded | Ended | Refused | LoadChanged | Pong | Log | Fatal

@@ -1,0 +1,114 @@
+"""From a path to an encoder that can run a batch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from services.engine.core.encoding.config import architecture_of
+from services.engine.core.encoding.families import ARCHITECTURES
+from services.engine.core.encoding.model import Encoder
+from services.engine.core.encoding.outputs import OutputConfig, read_outputs
+from services.engine.core.models.fields import Fields, read_json
+from services.engine.core.weights.checkpoint import Names, SafetensorsCheckpoint
+from services.engine.core.weights.loading import check_weights, load_weights
+from services.runtime.modelfiles import ModelFileError
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+# What checkpoints hold beside an encoder: heads of other tasks, poolers that nobody asks, and
+# tables that follow from the configuration.
+_NEEDLESS = re.compile(
+    r"^(\w+\.)?(pooler|cls|lm_head|head|decoder|mask_predictions|lm_predictions|classifier)\."
+    r"|(^|\.)(position_ids|inv_freq)$"
+)
+# Old checkpoints have the names of another framework.
+_KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedEncoder:
+    """An encoder that was found fit for its architecture, and no memory taken for it yet."""
+
+    skeleton: Encoder  # on the meta device
+    checkpoint: SafetensorsCheckpoint
+    outputs: OutputConfig
+
+    def load(self, dtype: torch.dtype, device: torch.device | str) -> Encoder:
+        """Load it for inference on plain torch, its head in float32.
+
+        Raises ModelFileError for a tensor that cannot be read and torch.OutOfMemoryError where the
+        device has not the room.
+        """
+        model = _build(type(self.skeleton), self.skeleton.config, dtype, device)
+        if model.head is not None:
+            model.head.float()
+        load_weights(model, self.checkpoint)
+        return model.eval().requires_grad_(False)
+
+
+def is_encoder(path: Path | str) -> bool:
+    """Whether a model is a directory with an encoder's config.json; one that cannot be read is
+    left to whoever opens it."""
+    config = Path(path) / "config.json"
+    try:
+        return architecture_of(Fields(config, read_json(config))) in ARCHITECTURES
+    except ModelFileError:
+        return False
+
+
+def open_encoder(path: Path | str) -> OpenedEncoder:
+    """Open an encoder and check names and shapes of its weights.
+
+    Raises ModelFileError for files that are missing, damaged or do not fit the architecture.
+    """
+    directory = Path(path)
+    config_path = directory / "config.json"
+    fields = Fields(config_path, read_json(config_path))
+    architecture = architecture_of(fields)
+    family = ARCHITECTURES.get(architecture)
+    if family is None:
+        known = ", ".join(ARCHITECTURES)
+        raise ModelFileError(
+            config_path, f"architecture {architecture!r} is not supported, only {known} are"
+        )
+    config = family.read_config(fields)
+    checkpoint = SafetensorsCheckpoint(directory, _names(family, has_head=bool(config.labels)))
+    if config.num_layers > len(checkpoint.shapes):
+        problem = f"claims {config.num_layers} layers but has {len(checkpoint.shapes)} tensors"
+        raise ModelFileError(directory, problem)
+    # Without memory, so that a wrong file is refused before any is taken.
+    skeleton = _build(family, config, torch.float32, "meta")
+    check_weights(skeleton, checkpoint, tied=False)
+    return OpenedEncoder(skeleton, checkpoint, read_outputs(directory, fields, config))
+
+
+def _names(family: type[Encoder], *, has_head: bool) -> Names:
+    table = dict(family.NAMES)
+    table |= {f"{family.PREFIX}.{theirs}": ours for theirs, ours in family.NAMES.items()}
+    if has_head:
+        table |= family.HEAD_NAMES
+
+    def name_of(source: str) -> str | None:
+        module, _, kind = source.rpartition(".")
+        layer = _LAYER.search(module)
+        known = table.get(_LAYER.sub("{}", module, count=1))
+        if known is None or kind not in _KINDS:
+            return None
+        return f"{known.format(layer.group() if layer else '')}.{_KINDS[kind]}"
+
+    return Names(name_of, lambda source: _NEEDLESS.search(source) is not None)
+
+
+def _build(
+    family: type[Encoder], config: object, dtype: torch.dtype, device: torch.device | str
+) -> Encoder:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return family(config)  # type: ignore[arg-type]  # its own read_config made it
+    finally:
+        torch.set_default_dtype(previous)

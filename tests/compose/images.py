@@ -77,13 +77,11 @@ def _base(environment: dict[str, str]) -> str:
             continue
         if pulled.returncode == 0:
             return OFFICIAL_BASE
-    archive = _debian_archive()
-    subprocess.run(
-        ["docker", "import", str(archive), OWN_BASE],
-        env=environment,
-        check=True,
-        capture_output=True,
-    )
+    inspect = ["docker", "image", "inspect", OWN_BASE]
+    if subprocess.run(inspect, env=environment, capture_output=True).returncode != 0:
+        # Once: of each import all is built anew.
+        command = ["docker", "import", str(_debian_archive()), OWN_BASE]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
     return OWN_BASE
 
 

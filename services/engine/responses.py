@@ -35,6 +35,8 @@ class ResponseBuilder:
             self._completion_tokens[sequence_id] += len(token_ids)
             token_delta = chunk.deltas.add(index=self._choices[sequence_id], token_ids=token_ids)
             for delta in added:
+                if delta.timing is not None and delta.finish is None:
+                    token_delta.timings.CopyFrom(_timings(delta.timing))
                 if delta.logprobs:
                     token_delta.logprobs.positions.extend(
                         map(_position, delta.token_ids, delta.logprobs)
@@ -68,14 +70,19 @@ class ResponseBuilder:
                 completion_tokens=self._completion_tokens[sequence_id],
                 cached_prompt_tokens=timing.cached_prompt_tokens,
             ),
-            timings=engine_pb2.EngineTimings(
-                queued_time_unix_ns=timing.queued_ns,
-                scheduled_time_unix_ns=timing.prefill_start_ns,
-                first_token_time_unix_ns=timing.first_token_ns,
-                finished_time_unix_ns=timing.finished_ns,
-                preemptions=timing.preemptions,
-            ),
+            timings=_timings(timing),
         )
+
+
+def _timings(timing: Timing) -> engine_pb2.EngineTimings:
+    return engine_pb2.EngineTimings(
+        queued_time_unix_ns=timing.queued_ns,
+        scheduled_time_unix_ns=timing.prefill_start_ns,
+        first_token_time_unix_ns=timing.first_token_ns,
+        finished_time_unix_ns=timing.finished_ns,
+        preemptions=timing.preemptions,
+        steps=timing.steps,
+    )
 
 
 def _position(token_id: int, logprobs: TokenLogprobs) -> types_pb2.PositionLogprobs:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from opentelemetry.trace import Span
 
-from meshserve.v1 import cache_pb2, gateway_pb2, types_pb2
+from meshserve.v1 import cache_pb2, engine_pb2, gateway_pb2, types_pb2
 from services.gateway.events import Event
 from services.gateway.models import ServedModel
 from services.runtime.telemetry.distributions import Distribution
@@ -70,6 +70,8 @@ class RequestContext:
     # generate: tokens of each choice so far, whether or not their text could be sent
     prompt_logprobs: types_pb2.Logprobs | None = None
     usages: dict[int, types_pb2.Usage] = field(default_factory=dict)
+    # generate: what the engine has told of each choice, with its first token and with its end
+    engine_timings: dict[int, engine_pb2.EngineTimings] = field(default_factory=dict)
     # what was answered, in order
     events: list[Event] = field(default_factory=list)
     first_text_at: float | None = None

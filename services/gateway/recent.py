@@ -6,59 +6,32 @@ asks.
 
 from __future__ import annotations
 
+import itertools
 import time
+import uuid
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
 
-from meshserve.v1 import types_pb2
+from meshserve.v1 import mesh_pb2
 from services.gateway.context import RequestContext
 from services.gateway.events import ChoiceEnd
+from services.gateway.timings import engine_phases
 from services.gateway.usage import total_usage
 
 KEPT_REQUESTS = 500
 MAX_ID_CHARS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class StageTime:
-    """When a stage worked, in seconds after the request's arrival."""
-
-    name: str
-    begin_s: float
-    end_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class RecentRequest:
-    """One request. `model` is empty when it was not routed, `reason` when it did not fail, and
-    `trace_id` when its trace is not recorded."""
-
-    number: int
-    request_id: str
-    tenant: str
-    model: str
-    operation: str
-    streaming: bool
-    arrived_unix_ms: int
-    duration_s: float
-    first_text_s: float | None
-    prompt_tokens: int
-    cached_prompt_tokens: int
-    completion_tokens: int
-    cached: bool
-    reason: str
-    finish_reasons: tuple[str, ...]
-    stages: tuple[StageTime, ...]
-    trace_id: str
-    in_flight: bool
+# Of one answer, so that none is large, or long in the making.
+MAX_FINISHED = 100
+MAX_IN_FLIGHT = 200
 
 
 class RecentRequests:
     """A ring of finished requests, and the requests in flight."""
 
     def __init__(self, kept: int = KEPT_REQUESTS) -> None:
-        self._finished: deque[RecentRequest] = deque(maxlen=kept)
+        self.instance_id = uuid.uuid4().hex
+        self._finished: deque[mesh_pb2.RequestOverview] = deque(maxlen=kept)
+        # How many have ended, those included that are not kept any more.
+        self._ended = 0
         self._active: dict[int, RequestContext] = {}
         self._last_number = 0
 
@@ -72,27 +45,50 @@ class RecentRequests:
         """Records a request that has ended; `reason` is empty for success."""
         context = self._active.pop(number)
         self._finished.append(_record(number, context, reason, in_flight=False))
+        self._ended += 1
 
-    def finished(self, tenant: str | None = None) -> list[RecentRequest]:
-        """Requests that have ended, in the order of their ends; `tenant` asks for one's own."""
-        return _of_tenant(self._finished, tenant)
+    def active(self, tenant: str) -> int:
+        """How many requests of a tenant are in flight."""
+        return sum(context.tenant.name == tenant for context in self._active.values())
 
-    def in_flight(self, tenant: str | None = None) -> list[RecentRequest]:
-        """Requests that have not ended, as far as they have come."""
-        return _of_tenant(
-            (_record(*entry, reason="", in_flight=True) for entry in self._active.items()), tenant
+    def report(self, cursor: str = "", tenant: str | None = None) -> mesh_pb2.ListRequestsResponse:
+        """What has ended since another report gave its `cursor`, and what is in flight; `tenant`
+        asks for one's own."""
+        oldest = self._ended - len(self._finished)
+        seen = max(oldest, self._seen(cursor))
+        answer = mesh_pb2.ListRequestsResponse(instance_id=self.instance_id)
+        for record in itertools.islice(self._finished, seen - oldest, None):
+            if tenant is None or record.tenant == tenant:
+                if len(answer.finished) == MAX_FINISHED:
+                    answer.has_more = True
+                    break
+                answer.finished.append(record)
+            seen += 1
+        answer.cursor = f"{self.instance_id}.{seen}"
+        active = [
+            entry
+            for entry in self._active.items()
+            if tenant is None or entry[1].tenant.name == tenant
+        ]
+        answer.in_flight_total = len(active)
+        answer.in_flight.extend(
+            _record(*entry, reason="", in_flight=True) for entry in active[:MAX_IN_FLIGHT]
         )
+        return answer
+
+    def _seen(self, cursor: str) -> int:
+        """How many had ended by then; 0 for the cursor of another process."""
+        instance_id, _, count = cursor.partition(".")
+        return int(count) if instance_id == self.instance_id and count.isdecimal() else 0
 
 
-def _of_tenant(records: Iterable[RecentRequest], tenant: str | None) -> list[RecentRequest]:
-    return [record for record in records if tenant is None or record.tenant == tenant]
-
-
-def _record(number: int, context: RequestContext, reason: str, *, in_flight: bool) -> RecentRequest:
-    usage = total_usage(context)
+def _record(
+    number: int, context: RequestContext, reason: str, *, in_flight: bool
+) -> mesh_pb2.RequestOverview:
     began = context.arrived_at
+    duration_ms = (time.perf_counter() - began) * 1000
     trace = context.span.get_span_context()
-    return RecentRequest(
+    record = mesh_pb2.RequestOverview(
         number=number,
         # A refused request's id may be anything.
         request_id=context.request_id[:MAX_ID_CHARS],
@@ -100,24 +96,53 @@ def _record(number: int, context: RequestContext, reason: str, *, in_flight: boo
         model=context.model.name if context.model is not None else "",
         operation=context.operation,
         streaming=context.streaming,
-        arrived_unix_ms=context.arrived_unix_ns // 1_000_000,
-        duration_s=time.perf_counter() - began,
-        first_text_s=None if context.first_text_at is None else context.first_text_at - began,
-        prompt_tokens=usage.prompt_tokens,
-        cached_prompt_tokens=usage.cached_prompt_tokens,
-        completion_tokens=usage.completion_tokens,
+        duration_ms=duration_ms,
+        usage=total_usage(context),
         cached=context.cached_answer is not None,
         reason=reason,
-        finish_reasons=tuple(
-            types_pb2.FinishReason.Name(event.finish_reason).removeprefix("FINISH_REASON_").lower()
-            for event in _ends(context)
-        ),
-        stages=tuple(
-            StageTime(name, begin - began, end - began) for name, begin, end in context.stage_times
-        ),
+        finish_reasons=dict.fromkeys(end.finish_reason for end in _ends(context)),
         trace_id=f"{trace.trace_id:032x}" if trace.trace_flags.sampled else "",
         in_flight=in_flight,
     )
+    record.arrival_time.FromNanoseconds(context.arrived_unix_ns)
+    if context.first_text_at is not None:
+        record.first_text_ms = (context.first_text_at - began) * 1000
+    for name, begin, end in context.stage_times:
+        record.stages.add(name=name, begin_ms=(begin - began) * 1000, end_ms=(end - began) * 1000)
+    if context.engine_timings:
+        _add_engine(record, context)
+    return record
+
+
+def _add_engine(record: mesh_pb2.RequestOverview, context: RequestContext) -> None:
+    times = context.engine_timings.values()
+    record.engine_steps = max(each.steps for each in times)
+    record.preemptions = sum(each.preemptions for each in times)
+    stages = {stage.name: stage for stage in record.stages}
+    if "generate" in stages:
+        earliest_ms, latest_ms = stages["generate"].begin_ms, stages["generate"].end_ms
+    else:
+        earliest_ms = max((stage.end_ms for stage in record.stages), default=0.0)
+        latest_ms = record.duration_ms
+    phases = [
+        (
+            name,
+            (begin - context.arrived_unix_ns) / 1e6,
+            end and (end - context.arrived_unix_ns) / 1e6,
+        )
+        for name, begin, end in engine_phases(context)
+    ]
+    if not phases:
+        return
+    too_late_ms = max(0.0, max(max(begin, end) for _, begin, end in phases) - latest_ms)
+    shift_ms = max(-too_late_ms, earliest_ms - phases[0][1])
+    for name, begin_ms, end_ms in phases:
+        record.engine_phases.add(
+            name=name,
+            begin_ms=begin_ms + shift_ms,
+            end_ms=end_ms + shift_ms if end_ms else latest_ms,
+            running=not end_ms and record.in_flight,
+        )
 
 
 def _ends(context: RequestContext) -> list[ChoiceEnd]:

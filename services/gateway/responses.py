@@ -7,6 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from meshserve.v1 import gateway_pb2, types_pb2
 from services.gateway.context import RequestContext
 from services.gateway.events import ChoiceEnd, Event
+from services.gateway.timings import generation_timings
 from services.gateway.usage import total_usage
 
 
@@ -41,6 +42,7 @@ def generate_response(context: RequestContext) -> gateway_pb2.GenerateResponse:
             token_ids=choice.token_ids,
             logprobs=choice.logprobs,
             safety=choice.end.safety,
+            timings=generation_timings(context, index),
         )
     return response
 
@@ -67,6 +69,7 @@ def chat_response(context: RequestContext) -> gateway_pb2.ChatResponse:
             token_ids=choice.token_ids,
             logprobs=choice.logprobs,
             safety=choice.end.safety,
+            timings=generation_timings(context, index),
         )
     return response
 
@@ -93,6 +96,7 @@ def complete(context: RequestContext, end: ChoiceEnd) -> gateway_pb2.GenerationC
         usage=end.usage,
         cached=context.cached_answer is not None,
         safety=end.safety,
+        timings=generation_timings(context, end.index),
     )
 
 

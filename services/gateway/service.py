@@ -15,9 +15,11 @@ from services.gateway.http.server import HttpServer
 from services.gateway.inference import Inference
 from services.gateway.models import ModelDirectory
 from services.gateway.overview.collector import Collector
+from services.gateway.overview.gateways import Gateways
 from services.gateway.overview.places import Places
 from services.gateway.overview.servicer import MeshServicer
 from services.gateway.overview.watch import MeshWatch
+from services.gateway.own_usage import OwnUsage
 from services.gateway.peers import Peers
 from services.gateway.pipeline import Pipeline, SideBySide
 from services.gateway.policy import PolicyWatch
@@ -95,8 +97,10 @@ class GatewayService(Service):
             lambda: self._keys.settings, lambda: self.monitor.status(), self._valkey, places
         )
         watch = MeshWatch(collector.picture, collector.close, self.draining)
+        recent = self._inference.recent
+        usage = OwnUsage(settings, limiter, metrics, recent)
         self._watchers = Watchers(gateway.max_watchers, metrics)
-        self._mesh_servicer = MeshServicer(watch, authenticator, self._watchers)
+        self._mesh_servicer = MeshServicer(watch, authenticator, self._watchers, recent, usage)
         self._http = self._http_server(authenticator)
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -158,7 +162,7 @@ class GatewayService(Service):
             calls,
             self._servicer,
             self._mesh_servicer,
-            self._inference.recent,
+            Gateways(settings, self._peers, self.metrics),
             self._peers.tokenizer,
             self._watchers,
             self.draining,

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from opentelemetry.trace import INVALID_SPAN
 
-from meshserve.v1 import gateway_pb2
-from services.gateway.context import RequestContext
-from services.gateway.recent import RecentRequests
 from tests.console.streams import chat_body, events_of
 from tests.fakes.scripted_mesh import EngineRequest, EngineResponse, ScriptedMesh, chunk
 from tests.support.ports import free_ports
@@ -30,10 +26,11 @@ async def chat(http: aiohttp.ClientSession, text: str = "hello", **options: Any)
 
 
 async def recent(http: aiohttp.ClientSession, **options: Any) -> dict[str, Any]:
-    """The requests that a page is told of when it opens."""
+    """What a page is told of the requests of the one gateway when it opens."""
     async with http.get("/api/requests", **options) as response:
         _, document = await anext(events_of(response))
-        return document
+        (gateway,) = document["gateways"]
+        return gateway
 
 
 async def test_a_page_knows_who_asks_and_what_is_served(http: aiohttp.ClientSession) -> None:
@@ -58,14 +55,14 @@ async def test_a_request_is_told_of_by_counts_and_times_and_never_by_its_text(
     assert "onetwo" not in text
     (request,) = (await recent(http))["finished"]
     assert (request["tenant"], request["model"], request["reason"]) == ("anonymous", "scripted", "")
-    assert request["finish_reasons"] == ["length"]
-    assert request["prompt_tokens"] > 0
-    assert request["completion_tokens"] > 0
-    assert 0 < request["first_text_s"] <= request["duration_s"]
+    assert request["finish_reasons"] == ["FINISH_REASON_LENGTH"]
+    assert request["usage"]["prompt_tokens"] > 0
+    assert request["usage"]["completion_tokens"] > 0
+    assert 0 < request["first_text_ms"] <= request["duration_ms"]
     stages = {stage["name"]: stage for stage in request["stages"]}
     assert {"authenticate", "admit", "route", "tokenize", "generate", "settle"} <= stages.keys()
-    assert all(0 <= each["begin_s"] <= each["end_s"] for each in stages.values())
-    assert stages["tokenize"]["end_s"] <= stages["generate"]["begin_s"]
+    assert all(0 <= each["begin_ms"] <= each["end_ms"] for each in stages.values())
+    assert stages["tokenize"]["end_ms"] <= stages["generate"]["begin_ms"]
 
 
 async def test_a_failed_request_is_told_of_with_its_reason(http: aiohttp.ClientSession) -> None:
@@ -89,34 +86,19 @@ async def test_requests_are_told_of_while_they_run_and_when_they_end(
     mesh.engine.script = script
     async with http.get("/api/requests") as watched:
         documents = events_of(watched)
-        assert (await anext(documents))[1] == {"first": True, "finished": [], "in_flight": []}
+        (gateway,) = (await anext(documents))[1]["gateways"]
+        assert (gateway["finished"], gateway["in_flight"]) == ([], [])
         chatting = asyncio.create_task(chat(http))
-        _, running = await anext(documents)
+        (running,) = (await anext(documents))[1]["gateways"]
         assert [each["in_flight"] for each in running["in_flight"]] == [True]
         go_on.set()
         await chatting
         async with asyncio.timeout(5):
             while not running["finished"]:
-                _, running = await anext(documents)
+                (running,) = (await anext(documents))[1]["gateways"]
     assert running["in_flight"] == []
     # The engine ended without an end of the choice.
     assert running["finished"][0]["reason"] == "INTERNAL"
-
-
-def test_only_so_many_requests_are_kept() -> None:
-    recent = RecentRequests(kept=3)
-    for name in "abcde":
-        context = RequestContext(
-            request=gateway_pb2.GenerateRequest(),
-            operation="chat",
-            streaming=False,
-            metadata={},
-            request_id=name,
-            span=INVALID_SPAN,
-        )
-        recent.end(recent.begin(context), reason="")
-    assert [each.request_id for each in recent.finished()] == ["c", "d", "e"]
-    assert recent.in_flight() == []
 
 
 # --- others' business

@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -15,17 +14,16 @@ from google.protobuf.message import Message
 
 from meshserve.v1 import gateway_pb2, mesh_pb2, tokenizer_pb2_grpc
 from services.gateway.console.assets import Assets
+from services.gateway.console.everywhere import Everywhere
 from services.gateway.console.token_texts import TokenTexts
 from services.gateway.http.calls import Call, Calls, until_deadline
 from services.gateway.http.streams import answer_stream, answer_watch, to_json
+from services.gateway.overview.gateways import Gateways
 from services.gateway.overview.servicer import MeshServicer
-from services.gateway.recent import RecentRequests
 from services.gateway.servicer import InferenceServicer
 from services.gateway.watchers import Watchers
 from services.runtime.settings import Settings
 from services.runtime.settings.addresses import UNIX_SOCKET, split_address
-
-RECENT_INTERVAL_S = 1.0
 
 
 class Console:
@@ -37,7 +35,7 @@ class Console:
         calls: Calls,
         servicer: InferenceServicer,
         mesh_servicer: MeshServicer,
-        recent: RecentRequests,
+        gateways: Gateways,
         tokenizer: tokenizer_pb2_grpc.TokenizerServiceAsyncStub,
         watchers: Watchers,
         draining: asyncio.Event,
@@ -46,7 +44,7 @@ class Console:
         self._calls = calls
         self._servicer = servicer
         self._mesh_servicer = mesh_servicer
-        self._recent = recent
+        self._everywhere = Everywhere(settings.gateway.listen, mesh_servicer, gateways)
         self._watchers = watchers
         self._draining = draining
         self._texts = TokenTexts(tokenizer)
@@ -61,6 +59,7 @@ class Console:
             web.get("/api/models", answered(self._models)),
             web.post("/api/chat", answered(self._chat)),
             web.get("/api/requests", watched(self._requests)),
+            web.get("/api/usage", watched(self._usage)),
             web.get("/api/mesh", watched(self._mesh)),
         ]
 
@@ -96,31 +95,19 @@ class Console:
         )
 
     async def _requests(self, call: Call) -> web.StreamResponse:
-        """Recent requests as they come: everybody's for an operator, else one's own."""
-        tenant = None if call.tenant.operator else call.tenant.name
+        """Requests of all gateways as they come: everybody's for an operator, else one's own."""
         with self._watchers.one_more():
-            return await answer_watch(call, self._recent_requests(tenant), self._draining)
+            return await answer_watch(call, self._everywhere.requests(call), self._draining)
+
+    async def _usage(self, call: Call) -> web.StreamResponse:
+        """What the caller may use and has used, of all gateways."""
+        with self._watchers.one_more():
+            return await answer_watch(call, self._everywhere.usage(call), self._draining)
 
     async def _mesh(self, call: Call) -> web.StreamResponse:
         """A WatchMeshResponse a second."""
         reports = self._mesh_servicer.WatchMesh(mesh_pb2.WatchMeshRequest(), call)
         return await answer_watch(call, _as_json(reports), self._draining)
-
-    async def _recent_requests(self, tenant: str | None) -> AsyncGenerator[str]:
-        """A document whenever something has changed: what has ended since the one before, and all
-        that is in flight."""
-        seen: set[int] = set()
-        first = had_any_in_flight = True
-        while True:
-            finished = self._recent.finished(tenant)
-            new = [asdict(record) for record in finished if record.number not in seen]
-            in_flight = [asdict(record) for record in self._recent.in_flight(tenant)]
-            if new or in_flight or had_any_in_flight:
-                yield json.dumps({"first": first, "finished": new, "in_flight": in_flight})
-                first = False
-            seen = {record.number for record in finished}
-            had_any_in_flight = bool(in_flight)
-            await asyncio.sleep(RECENT_INTERVAL_S)
 
 
 async def _as_json(messages: AsyncGenerator[Message]) -> AsyncGenerator[str]:

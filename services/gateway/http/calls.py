@@ -44,10 +44,14 @@ class Call:
         self.request = request
         self.tenant = tenant
 
+    @property
+    def authorization(self) -> str | None:
+        """The header that says who calls."""
+        return self.request.headers.get("authorization")
+
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         """What a gRPC caller would have sent as metadata."""
-        authorization = self.request.headers.get("authorization")
-        return (("authorization", authorization),) if authorization else ()
+        return (("authorization", self.authorization),) if self.authorization else ()
 
     async def message(self, kind: type[MessageT]) -> MessageT:
         """The body, which is the JSON form of a message. Raises ServiceError."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-import grpc
-from google.protobuf.message import DecodeError
-
 from meshserve.v1 import mesh_pb2, monitor_pb2
+from services.gateway.overview.asking import NotAnsweredError, ask
 from services.gateway.overview.picture import snapshot
 from services.gateway.overview.places import Place, Places
 from services.gateway.overview.readings import WINDOW_S, History, Reading, Window
@@ -20,11 +17,7 @@ from services.gateway.overview.valkey import address_of, valkey_status
 from services.runtime.settings import Settings
 from services.runtime.valkey import ValkeyClient, ValkeyError
 
-# A replica that takes longer is shown as unreachable.
-ANSWER_TIMEOUT_S = 1.0
-_REQUEST = monitor_pb2.GetStatusRequest().SerializeToString()
-# Polls are no part of any trace: this one is not recorded.
-_UNRECORDED_TRACE = ("traceparent", f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00")
+_REQUEST = monitor_pb2.GetStatusRequest()
 
 
 class Collector:
@@ -66,11 +59,11 @@ class Collector:
         )
         # Under the target of all gateways it finds itself, by the address that others know it by.
         same = [each for each in answers if each.instance_id == own.instance_id]
+        known = {(each.service, each.address) for each in (own, *answers)}
+        self._histories = {key: kept for key, kept in self._histories.items() if key in known}
         replicas = [each for each in answers if each not in same]
         replicas.append(replace(own, address=same[0].address) if same else own)
-        known = {(each.service, each.address) for each in (own, *replicas)}
-        self._histories = {key: kept for key, kept in self._histories.items() if key in known}
-        return snapshot(sorted(replicas, key=lambda each: each.address), self._settings())
+        return snapshot(_each_once(replicas), self._settings())
 
     async def close(self) -> None:
         """Looks no further until the next picture."""
@@ -82,16 +75,12 @@ class Collector:
         return Replica("gateway", address, window, reporting=True)
 
     async def _ask(self, place: Place, authorization: str | None) -> Replica:
-        metadata = [_UNRECORDED_TRACE]
-        if place.service == "gateway" and authorization is not None:
-            metadata.append(("authorization", authorization))
+        # What only operators may ask of a gateway, anybody may ask within the mesh.
+        name = authorization if place.service == "gateway" else None
         try:
-            answer = await place.get_status(_REQUEST, timeout=ANSWER_TIMEOUT_S, metadata=metadata)
-            status = monitor_pb2.GetStatusResponse.FromString(answer)
-        except (grpc.RpcError, grpc.aio.UsageError, DecodeError, asyncio.CancelledError) as error:
-            if _is_ours_to_end(error):
-                raise
-            return Replica(place.service, place.address, None, _why(error), place.models)
+            status = await ask(place.get_status, _REQUEST, monitor_pb2.GetStatusResponse, name)
+        except NotAnsweredError as error:
+            return Replica(place.service, place.address, None, str(error), place.models)
         window = self._take_in(place.service, place.address, status)
         return Replica(place.service, place.address, window, models=place.models)
 
@@ -108,23 +97,9 @@ class Collector:
         return history.add(Reading(time.monotonic(), status))
 
 
-def _is_ours_to_end(error: BaseException) -> bool:
-    """Whether the poll is given up, in contrast to a connection that was closed while it was under
-    way because its replica has left."""
-    task = asyncio.current_task()
-    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
-
-
-def _why(error: BaseException) -> str:
-    """Why a replica has not answered, in a few words."""
-    if isinstance(error, DecodeError):
-        return "answers with something else; is it a replica at all?"
-    if not isinstance(error, grpc.aio.AioRpcError):
-        return "its connection was closed"
-    code, details = error.code(), error.details() or ""
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return f"no answer within {ANSWER_TIMEOUT_S:g} s"
-    if code is grpc.StatusCode.UNIMPLEMENTED:
-        return "does not tell its status; is it of an older version?"
-    # gRPC names the address over and over; what happened stands last.
-    return details.rpartition(": ")[2] or code.name
+def _each_once(replicas: Iterable[Replica]) -> list[Replica]:
+    """Each by the first of the addresses at which it answers: a name may have two of a process."""
+    found: dict[tuple[str, str], Replica] = {}
+    for each in sorted(replicas, key=lambda each: each.address):
+        found.setdefault((each.service, each.instance_id or each.address), each)
+    return list(found.values())

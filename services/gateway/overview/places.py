@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from meshserve.v1 import gateway_pb2
+from services.gateway.overview.gateways import connect_gateways
 from services.gateway.peers import Peers
-from services.runtime.channels import MeshChannel, connect
+from services.runtime.channels import MeshChannel
 from services.runtime.settings import Settings
 from services.runtime.telemetry import Metrics
 
-GATEWAY_SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 GET_STATUS = "/meshserve.v1.MonitorService/GetStatus"
 
 
@@ -44,17 +43,8 @@ class Places:
 
     def all(self) -> list[Place]:
         """The replicas that are known now. Other gateways are looked for from the first call on."""
-        target = self._settings.gateway.target
-        if target is not None and self._gateways is None:
-            section = self._settings.gateway
-            self._gateways = connect(
-                target,
-                peer="gateway",
-                health_service=GATEWAY_SERVICE,
-                metrics=self._metrics,
-                max_message_bytes=section.max_message_bytes,
-                credentials=self._peers.credentials(section.tls),
-            )
+        if self._gateways is None:
+            self._gateways = connect_gateways(self._settings, self._peers, self._metrics)
         channels = [*self._peers.channels, *([self._gateways] if self._gateways else [])]
         return [
             Place(

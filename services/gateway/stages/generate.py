@@ -64,8 +64,12 @@ class Generate(Stage):
                             context.prompt_logprobs = output.chunk.prompt_logprobs
                         if not begun:
                             begun = True
+                            for delta in output.chunk.deltas:
+                                context.engine_timings[delta.index] = delta.timings
                             for event in _beginning(choices, context):
                                 yield event
+                        for complete in output.completes:
+                            context.engine_timings[complete.index] = complete.timings
                         for event in await _events(output, choices):
                             if isinstance(event, ChoiceEnd):
                                 unended -= 1

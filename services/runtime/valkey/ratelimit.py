@@ -46,7 +46,9 @@ if early_us <= 0.5 then
   allowed = 1
   early_us = 0
   tat_us = next_tat_us
-  keep(tat_us)
+  if cost > 0 then
+    keep(tat_us)
+  end
 end
 local remaining = math.floor((now_us + tolerance_us - tat_us + 0.5) / interval_us)
 return {
@@ -90,10 +92,18 @@ class RateLimiter:
         Raises ValkeyUnavailableError or ValkeyRefusedError when there is no decision, ValueError
         when the numbers make no sense (a cost above the burst could never be allowed).
         """
-        if not (math.isfinite(limit_per_minute) and limit_per_minute > 0):
-            raise ValueError(f"limit_per_minute must be positive, not {limit_per_minute}")
         if not 1 <= cost <= burst:
             raise ValueError(f"cost must lie in [1, burst], not {cost} with a burst of {burst}")
+        return await self._decide(key, limit_per_minute, burst, cost)
+
+    async def look(self, key: str, *, limit_per_minute: float, burst: int) -> Decision:
+        """What is left of the allowance of `key`, of which nothing is taken. Raises as `acquire`
+        does."""
+        return await self._decide(key, limit_per_minute, burst, 0)
+
+    async def _decide(self, key: str, limit_per_minute: float, burst: int, cost: int) -> Decision:
+        if not (math.isfinite(limit_per_minute) and limit_per_minute > 0):
+            raise ValueError(f"limit_per_minute must be positive, not {limit_per_minute}")
         allowed, retry_after_us, remaining, reset_us, now_us = await self._client.run_script(
             GCRA, [KEY_PREFIX + key], [repr(_MINUTE_US / limit_per_minute), burst, cost]
         )

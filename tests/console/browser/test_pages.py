@@ -110,7 +110,9 @@ def test_a_request_has_a_waterfall_of_its_stages(demo: Demo) -> None:
         "admit",
         "route",
     ]
-    assert any("generate" in each for each in stages)
+    names = [each.split("\n")[0].split()[0] for each in stages]
+    begin = names.index("generate")
+    assert names[begin : begin + 4] == ["generate", "queue", "prefill", "decode"]
     assert all(each.size["width"] > 0 for each in page.all(".stage-bar"))
 
 
@@ -130,9 +132,7 @@ def test_the_map_shows_replicas_and_turns_one_that_is_killed_red(demo: Demo) -> 
     assert demo.second_engine.address in page.one(".panel").text
 
 
-def test_models_and_what_tenants_use_are_listed(demo: Demo) -> None:
-    with demo.mesh.client() as client:
-        client.chat("Hello", max_tokens=2)
+def test_models_are_listed(demo: Demo) -> None:
     page = demo.page
     page.open("models")
     card = page.until(
@@ -142,7 +142,22 @@ def test_models_and_what_tenants_use_are_listed(demo: Demo) -> None:
     )
     assert "135M" in card
     assert "float32" in card
-    page.until(lambda: "anonymous" in page.one(".panel").text)
+
+
+def test_what_one_has_used_is_counted(demo: Demo) -> None:
+    page = demo.page
+
+    def answer_tokens() -> int:
+        return int(page.one("[aria-label='By model'] tbody td:nth-child(6)").text.replace(",", ""))
+
+    with demo.mesh.client() as client:
+        client.chat("Hello", max_tokens=2, cache=False)
+        page.open("usage")
+        before = page.until(answer_tokens)
+        client.chat("Hello", max_tokens=3, temperature=0, cache=False)
+    page.until(lambda: answer_tokens() == before + 3)
+    assert "No rate limit" in page.one(".limit").text
+    page.until(lambda: "anonymous" in page.one("[aria-label='All tenants']").text)
 
 
 # --- who may see what
@@ -195,8 +210,9 @@ def test_only_operators_see_the_mesh_and_others_requests(guarded: Page) -> None:
     page.answered()
     page.open("mesh", key="user")
     assert "For operators" in page.one(".notice").text
-    page.open("models", key="user")
-    assert "for operators" in page.one(".notice").text
+    page.open("usage", key="user")
+    assert "1" in page.one("[aria-label='By model'] tbody").text
+    assert page.all("[aria-label='All tenants']") == []
     page.open("playground", key="ops")
     page.ask("hello")
     page.answered()
@@ -211,7 +227,7 @@ def test_the_name_of_a_tenant_is_text_and_nothing_else(guarded: Page) -> None:
     page.open("playground", key="user")
     page.ask("hello")
     page.answered()
-    for name in ("requests", "models", "mesh"):
+    for name in ("requests", "usage", "mesh"):
         page.open(name, key="ops")
         if name != "mesh":
             page.until(lambda: HOSTILE_NAME in page.one("main").text)
@@ -241,9 +257,9 @@ def test_pages_are_accessible(
         assert page.violations(axe) == []
         page.button("Close").click()
         page.one("#parameter-temperature") if width > 1100 else page.one("summary").click()
-        for name in ("mesh", "requests", "models"):
+        for name in ("mesh", "requests", "models", "usage"):
             page.open(name)
-            page.until(lambda: page.all(".map, .requests, .model-card"))
+            page.until(lambda: page.all(".map, .requests, .model-card, .limit"))
             if name == "requests":
                 page.one(".expander").click()
                 page.one(".waterfall")
@@ -260,7 +276,7 @@ def test_nothing_is_wider_than_the_screen(page: Page, width: int) -> None:
         page.open()
         page.ask("hello " + "word" * 100)
         page.answered()
-        for name in ("playground", "mesh", "requests", "models"):
+        for name in ("playground", "mesh", "requests", "models", "usage"):
             page.driver.get(f"{page.url}/#/{name}")
             time.sleep(0.5)
             overflow = page.driver.execute_script(
@@ -291,6 +307,32 @@ def test_colours_follow_the_system_until_one_chooses(page: Page) -> None:
     page.button("Dark colours")
     assert ground() == light
     set_media(page.driver, prefers_color_scheme="")
+
+
+def test_a_browser_that_keeps_nothing_shows_the_pages_all_the_same(page: Page) -> None:
+    """As one whose user has refused cookies and the like: asking for the storage throws."""
+    denied = page.driver.execute_cdp_cmd(
+        "Page.addScriptToEvaluateOnNewDocument",
+        {
+            "source": """
+            const denied = () => { throw new DOMException("denied", "SecurityError"); };
+            for (const area of ["localStorage", "sessionStorage"])
+              Object.defineProperty(window, area, {get: denied});
+            """
+        },
+    )
+    try:
+        page.driver.get(page.url)
+        page.ask("hello")
+        assert page.answered() == "onetwo"
+        page.driver.get(f"{page.url}/#/requests")
+        page.one(".requests")
+        page.button("Dark colours").click()
+        page.button("Light colours")
+        page.driver.get(f"{page.url}/#/playground")
+        assert page.answered() == "onetwo", "it is remembered until the page is closed"
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", denied)
 
 
 def test_nothing_moves_for_those_who_want_it_still(page: Page) -> None:

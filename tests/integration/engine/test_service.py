@@ -115,6 +115,7 @@ async def test_tokens_stream_and_each_choice_completes(stub: Stub) -> None:
             <= timings.first_token_time_unix_ns
             <= timings.finished_time_unix_ns
         )
+        assert timings.steps >= 8
 
 
 async def test_a_stop_sequence_ends_the_choice_and_is_named(stub: Stub) -> None:

@@ -1,10 +1,12 @@
 // Calls of the gateway. The API key is kept for this tab alone, and sent with every call.
 
+import { forTab } from "./kept.js";
+
 const KEY = "meshserve.key";
 
 export const key = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
+  get: () => forTab.get(KEY) ?? "",
+  set: (value) => (value ? forTab.set(KEY, value) : forTab.remove(KEY)),
 };
 
 /** What the gateway refused or failed at, with the reason that gRPC callers get too. */

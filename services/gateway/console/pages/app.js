@@ -9,12 +9,14 @@ import * as playground from "./playground/page.js";
 import { problem } from "./problem.js";
 import * as requests from "./requests/page.js";
 import { themeButton } from "./theme.js";
+import * as usage from "./usage/page.js";
 
 const PAGES = [
   { name: "playground", title: "Playground", page: playground },
   { name: "mesh", title: "Mesh", page: mesh },
   { name: "requests", title: "Requests", page: requests },
   { name: "models", title: "Models", page: models },
+  { name: "usage", title: "Usage", page: usage },
 ];
 
 const main = document.getElementById("main");

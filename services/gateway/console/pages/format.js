@@ -56,3 +56,7 @@ export function words(name) {
   const text = String(name).toLowerCase().replaceAll("_", " ");
   return text.charAt(0).toUpperCase() + text.slice(1);
 }
+
+/** An amount in a currency by its ISO 4217 code. */
+export const money = (value, currency) =>
+  new Intl.NumberFormat("en-GB", { style: "currency", currency, currencyDisplay: "narrowSymbol", maximumSignificantDigits: 4 }).format(value);

@@ -1,11 +1,12 @@
 // Light or dark: as the system says, until the reader chooses.
 
 import { h, icon, replace } from "./dom.js";
+import { forGood } from "./kept.js";
 
 const CHOICE = "meshserve.theme";
 const system = matchMedia("(prefers-color-scheme: dark)");
 
-const current = () => localStorage.getItem(CHOICE) ?? (system.matches ? "dark" : "light");
+const current = () => forGood.get(CHOICE) ?? (system.matches ? "dark" : "light");
 
 /** A button that changes it. */
 export function themeButton() {
@@ -17,7 +18,7 @@ export function themeButton() {
   };
   button.addEventListener("click", () => {
     const chosen = current() === "dark" ? "light" : "dark";
-    localStorage.setItem(CHOICE, chosen);
+    forGood.set(CHOICE, chosen);
     document.documentElement.dataset.theme = chosen;
     label();
   });

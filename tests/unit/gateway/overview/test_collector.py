@@ -100,7 +100,7 @@ def states(mesh: mesh_pb2.MeshSnapshot, service: str) -> dict[str, tuple[int, st
         (is_closed, "its connection was closed"),
         (cannot_be_called, "its connection was closed"),
         (talks_nonsense, "answers with something else; is it a replica at all?"),
-        (is_old, "does not tell its status; is it of an older version?"),
+        (is_old, "does not tell; is it of an older version?"),
         (refuses, "Connection refused"),
     ],
 )
@@ -163,4 +163,18 @@ async def test_a_gateway_that_finds_itself_is_shown_once_by_the_address_it_is_fo
     assert [(each.address, each.reporting) for each in gateways] == [
         ("10.0.0.1:50051", True),
         ("10.0.0.2:50051", False),
+    ]
+
+
+async def test_a_replica_with_two_addresses_is_shown_once() -> None:
+    mesh = await collector(
+        Place("cache", "[fd00::1]:50054", answers),
+        Place("cache", "10.0.0.1:50054", answers),
+        Place("cache", "[fd00::2]:50054", refuses),
+        Place("cache", "10.0.0.2:50054", refuses),
+    ).picture(None)
+    assert [(address, state) for address, (state, _) in states(mesh, "cache").items()] == [
+        ("10.0.0.1:50054", SERVING),
+        ("10.0.0.2:50054", UNREACHABLE),
+        ("[fd00::2]:50054", UNREACHABLE),
     ]

@@ -4,6 +4,7 @@ import { watch } from "../api.js";
 import { line } from "../chart.js";
 import { announce, h, replace } from "../dom.js";
 import { bytes, count, milliseconds, percent, rate, words, duration } from "../format.js";
+import { panel } from "../panel.js";
 import { pauseButton } from "../pause.js";
 import { notice, problem } from "../problem.js";
 import { drawMap, ground } from "./map.js";
@@ -138,23 +139,5 @@ function errorTable(mesh) {
     ["Reason", ["Now", "right"], ["Since start", "right"]],
     errors.map((error) => [words(error.name), `${rate(error.per_second)}/s`, count(error.total)]),
     "None since start.",
-  );
-}
-
-/** A card with a table. A heading, and each cell below it, may have a class: `[label, class]`. */
-export function panel(title, headings, rows, empty = "Nothing yet.") {
-  const columns = headings.map((heading) => (Array.isArray(heading) ? heading : [heading, ""]));
-  return h(
-    "section",
-    { class: "card panel scroll", "aria-label": title, tabindex: 0 },
-    h("h2", {}, title),
-    rows.length
-      ? h(
-          "table",
-          {},
-          h("thead", {}, h("tr", {}, columns.map(([label, kind]) => h("th", { scope: "col", class: kind }, label)))),
-          h("tbody", {}, rows.map((cells) => h("tr", {}, cells.map((cell, position) => h("td", { class: columns[position][1] }, cell))))),
-        )
-      : h("p", { class: "muted" }, empty),
   );
 }

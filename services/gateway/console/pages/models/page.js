@@ -1,22 +1,19 @@
-// What is served, and what each tenant has used of it.
+// What is served, and for operators how it does.
 
 import { call, watch } from "../api.js";
 import { h, replace } from "../dom.js";
 import { compact, count, milliseconds, percent, rate, words } from "../format.js";
-import { panel } from "../mesh/page.js";
-import { notice, problem } from "../problem.js";
+import { problem } from "../problem.js";
 
 export function mount(main, session) {
   const cards = h("div", { class: "cards" });
-  const spend = h("div");
   const trouble = h("div");
   let models = [];
   let mesh = null;
-  replace(main, h("div", { class: "head" }, h("h1", {}, "Models")), trouble, cards, spend);
+  replace(main, h("div", { class: "head" }, h("h1", {}, "Models")), trouble, cards);
 
   function show() {
     replace(cards, models.map((model) => modelCard(model, (mesh?.models ?? []).find((each) => each.model === model.name))));
-    if (mesh !== null) replace(spend, spendTable(mesh));
   }
 
   async function load() {
@@ -40,7 +37,7 @@ export function mount(main, session) {
       },
       onProblem: (error) => replace(trouble, error ? problem(error) : null),
     });
-  } else replace(spend, notice("Use and limits are for operators", "This key may use the models above. A key with operator: true in gateway.auth.keys may see what everybody uses."));
+  }
   return () => stopping.abort();
 }
 
@@ -82,42 +79,5 @@ function modelCard(model, live) {
           ]
         : null,
     ),
-  );
-}
-
-const money = (value, currency) => new Intl.NumberFormat("en-GB", { style: "currency", currency, currencyDisplay: "narrowSymbol", maximumSignificantDigits: 4 }).format(value);
-
-function spendTable(mesh) {
-  const tenants = mesh.tenants ?? [];
-  const costs = tenants.some((tenant) => tenant.cost_total !== undefined);
-  const tokensOf = (tenant) => Number(tenant.prompt_tokens_total ?? 0) + Number(tenant.completion_tokens_total ?? 0);
-  const all = Math.max(1, tenants.reduce((sum, tenant) => sum + tokensOf(tenant), 0));
-  return panel(
-    "Limits and spend",
-    [
-      "Tenant",
-      ["Requests", "right"],
-      ["Limit", "right"],
-      ["Failed", "right wide-only"],
-      ["Prompt tokens", "right wide-only"],
-      ["Answer tokens", "right"],
-      ["Share of tokens", "wide-only"],
-      ...(costs ? [["Cost", "right"]] : []),
-    ],
-    tenants.map((tenant) => {
-      const fill = h("span");
-      fill.style.width = `${(tokensOf(tenant) / all) * 100}%`;
-      return [
-        h("strong", {}, tenant.tenant),
-        [count(tenant.requests_total), h("div", { class: "muted small" }, `${rate(tenant.requests_per_second)}/s now`)],
-        tenant.requests_per_minute_limit === undefined ? "none" : `${count(tenant.requests_per_minute_limit)}/min`,
-        count((tenant.errors ?? []).reduce((sum, error) => sum + Number(error.total ?? 0), 0)),
-        count(tenant.prompt_tokens_total),
-        count(tenant.completion_tokens_total),
-        [h("span", { class: "meter" }, fill), percent(tokensOf(tenant) / all)],
-        ...(costs ? [tenant.cost_total === undefined ? "–" : money(tenant.cost_total, mesh.currency)] : []),
-      ];
-    }),
-    "No tenant has sent a request yet.",
   );
 }

@@ -1,5 +1,7 @@
 // The conversation as a tree: an edited message or another answer is a branch beside the first.
 
+import { forTab } from "../kept.js";
+
 const KEPT = "meshserve.conversation";
 
 export class Conversation {
@@ -51,17 +53,13 @@ export class Conversation {
 
   /** Keeps the conversation for this tab. */
   save() {
-    try {
-      sessionStorage.setItem(KEPT, JSON.stringify({ last: this.last, nodes: [...this.nodes.values()] }));
-    } catch {
-      // A conversation larger than the browser keeps is not kept.
-    }
+    forTab.set(KEPT, JSON.stringify({ last: this.last, nodes: [...this.nodes.values()] }));
   }
 
   static restored() {
     const conversation = new Conversation();
     try {
-      const { last, nodes } = JSON.parse(sessionStorage.getItem(KEPT));
+      const { last, nodes } = JSON.parse(forTab.get(KEPT));
       conversation.last = last;
       conversation.nodes = new Map(nodes.map((node) => [node.id, node]));
     } catch {

@@ -1,6 +1,7 @@
 // What a request asks for beside its messages. What is left empty is the model's own.
 
 import { h } from "../dom.js";
+import { forTab } from "../kept.js";
 
 const KEPT = "meshserve.parameters";
 export const DEFAULTS = {
@@ -31,7 +32,7 @@ const NUMBERS = [
 
 export function restored() {
   try {
-    return { ...DEFAULTS, ...JSON.parse(sessionStorage.getItem(KEPT)) };
+    return { ...DEFAULTS, ...JSON.parse(forTab.get(KEPT)) };
   } catch {
     return { ...DEFAULTS };
   }
@@ -39,7 +40,7 @@ export function restored() {
 
 /** The form of the parameters, which it changes as they are. */
 export function parametersForm(parameters, models) {
-  const keep = () => sessionStorage.setItem(KEPT, JSON.stringify(parameters));
+  const keep = () => forTab.set(KEPT, JSON.stringify(parameters));
   const field = (name, label, control) => {
     control.id = `parameter-${name}`;
     control.addEventListener("input", () => {

@@ -10,6 +10,9 @@ export function stateOf(request) {
   return request.reason ? "failed" : "done";
 }
 
+/** Why the choices of a request ended. */
+export const endings = (request) => request.finish_reasons.map((reason) => words(reason.replace("FINISH_REASON_", ""))).join(", ");
+
 const KINDS = { running: "accent", done: "good", left: "", failed: "bad" };
 
 /** The outcome in a word or two. */
@@ -19,7 +22,7 @@ export function outcome(request) {
     running: "In flight",
     left: "Caller left",
     failed: words(request.reason),
-    done: request.cached ? "From cache" : request.finish_reasons.map(words).join(", ") || "Done",
+    done: request.cached ? "From cache" : endings(request) || "Done",
   }[state];
   return h("span", { class: `badge ${KINDS[state]}` }, label);
 }

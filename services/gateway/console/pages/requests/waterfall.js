@@ -1,7 +1,7 @@
 // The stages of a request along its time.
 
 import { h, s } from "../dom.js";
-import { duration } from "../format.js";
+import { milliseconds } from "../format.js";
 
 // Colours of styles/pages.css; stages of one kind share one.
 const COLOURS = {
@@ -12,6 +12,9 @@ const COLOURS = {
   screen: 5,
   tokenize: 2,
   generate: 1,
+  queue: 6,
+  prefill: 2,
+  decode: 1,
   moderate: 5,
   settle: 6,
 };
@@ -23,22 +26,33 @@ const MEANINGS = {
   screen: "check of the prompt",
   tokenize: "text to tokens",
   generate: "engine and tokenizer",
+  queue: "wait for the first step",
+  prefill: "prompt computed",
+  decode: "answer computed",
   moderate: "check of the answer",
   settle: "usage counted",
 };
 
-const spanOf = (request) => Math.max(request.duration_s, 1e-6, ...request.stages.map((stage) => stage.end_s));
+const spanOf = (request) => Math.max(request.duration_ms, 1e-3, ...request.stages.map((stage) => stage.end_ms));
 
 /** The stages by their beginnings. A request in flight that has been tokenized is being generated. */
 function stagesOf(request) {
-  const stages = [...request.stages].sort((a, b) => a.begin_s - b.begin_s);
-  const last = stages.at(-1);
+  const stages = [...request.stages].sort((a, b) => a.begin_ms - b.begin_ms);
   if (!request.in_flight || !stages.some((stage) => stage.name === "tokenize")) return stages;
-  return [...stages, { name: "generate", begin_s: last.end_s, end_s: request.duration_s, running: true }];
+  const begin = Math.max(...stages.map((stage) => stage.end_ms));
+  return [...stages, { name: "generate", begin_ms: begin, end_ms: request.duration_ms, running: true }];
 }
 
+/** The same with what the engine did below the stage that waited for it. */
+const rowsOf = (request) =>
+  stagesOf(request).flatMap((stage) =>
+    stage.name === "generate" ? [stage, ...request.engine_phases.map((phase) => ({ ...phase, inner: true }))] : [stage],
+  );
+
+const timeOf = ({ begin_ms: begin, end_ms: end }) => milliseconds(Math.max(0, end - begin));
+
 const sentence = (request) =>
-  `${stagesOf(request).map((stage) => `${stage.name.replace("_", " ")} ${duration(stage.end_s - stage.begin_s)}`).join(", ") || "No stage has ended"}; ${duration(request.duration_s)} in all`;
+  `${stagesOf(request).map((stage) => `${stage.name.replace("_", " ")} ${timeOf(stage)}`).join(", ") || "No stage has ended"}; ${milliseconds(request.duration_ms)} in all`;
 
 /** All stages on one line, for a row of the table. */
 export function strip(request) {
@@ -53,30 +67,30 @@ export function strip(request) {
       .map((stage) =>
         s("rect", {
           class: `series-${COLOURS[stage.name]}${stage.running ? " running" : ""}`,
-          x: ((stage.begin_s / total) * width).toFixed(2),
+          x: ((stage.begin_ms / total) * width).toFixed(2),
           y: 1.5,
-          width: Math.max(0.8, ((stage.end_s - stage.begin_s) / total) * width).toFixed(2),
+          width: Math.max(0.8, ((stage.end_ms - stage.begin_ms) / total) * width).toFixed(2),
           height: 9,
           rx: 1,
         }),
       ),
-    request.first_text_s === null ? null : s("rect", { class: "mark", x: ((request.first_text_s / total) * width - 0.5).toFixed(2), y: 0, width: 1.2, height: 12 }),
+    request.first_text_ms === undefined ? null : s("rect", { class: "mark", x: ((request.first_text_ms / total) * width - 0.5).toFixed(2), y: 0, width: 1.2, height: 12 }),
   );
 }
 
 /** One line a stage, with its time, as a table that a screen reader reads. */
 export function waterfall(request) {
   const total = spanOf(request);
-  const bar = ({ name, begin_s: begin, end_s: end, running }) => {
-    const element = h("span", { class: `stage-bar series-${COLOURS[name]}${running ? " running" : ""}` });
+  const bar = ({ name, begin_ms: begin, end_ms: end, running, inner }) => {
+    const element = h("span", { class: `stage-bar series-${COLOURS[name]}${running ? " running" : ""}${inner ? " inner" : ""}` });
     element.style.left = `${(begin / total) * 100}%`;
     element.style.width = `${Math.max(0.3, ((end - begin) / total) * 100)}%`;
     return element;
   };
   const first = () => {
-    if (request.first_text_s === null) return null;
+    if (request.first_text_ms === undefined) return null;
     const element = h("span", { class: "first-token" });
-    element.style.left = `${(request.first_text_s / total) * 100}%`;
+    element.style.left = `${(request.first_text_ms / total) * 100}%`;
     return element;
   };
   return h(
@@ -88,18 +102,18 @@ export function waterfall(request) {
     h(
       "tbody",
       {},
-      stagesOf(request).map((stage) =>
+      rowsOf(request).map((stage) =>
         h(
           "tr",
-          {},
+          stage.inner ? { class: "inner" } : {},
           h("th", { scope: "row" }, stage.name.replace("_", " "), " ", h("span", { class: "muted meaning" }, MEANINGS[stage.name])),
-          h("td", { class: "lane" }, h("span", { class: "unseen" }, `after ${duration(stage.begin_s)}`), bar(stage), first()),
-          h("td", { class: "right" }, duration(stage.end_s - stage.begin_s)),
+          h("td", { class: "lane" }, h("span", { class: "unseen" }, `after ${milliseconds(stage.begin_ms)}`), bar(stage), first()),
+          h("td", { class: "right" }, timeOf(stage)),
         ),
       ),
     ),
-    request.first_text_s === null
+    request.first_text_ms === undefined
       ? null
-      : h("tfoot", {}, h("tr", {}, h("td", {}), h("td", { class: "muted small" }, "The dashed line is the first token, ", duration(request.first_text_s), " after the arrival."), h("td", {}))),
+      : h("tfoot", {}, h("tr", {}, h("td", {}), h("td", { class: "muted small" }, "The dashed line is the first token, ", milliseconds(request.first_text_ms), " after the arrival."), h("td", {}))),
   );
 }

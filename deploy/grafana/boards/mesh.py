@@ -193,9 +193,8 @@ def _processes() -> Panels:
                 rate(
                     "meshserve_file_reloads_total", CHOSEN, "what, outcome", "{{what}} {{outcome}}"
                 ),
-                Query(
-                    f"sum by (what) (meshserve_files_refused{{{CHOSEN}}} > 0)",
-                    "{{what}}: processes that refuse it",
+                present(
+                    "meshserve_files_refused", CHOSEN, "what", "{{what}}: processes that refuse it"
                 ),
             ],
             "Keys, passwords and certificates that changed while a service ran: changes a second, "

@@ -108,6 +108,7 @@ class Pipeline(Part):
 class Prometheus(Part):
     host: str
     port: int
+    without_type_suffix: bool
 
 
 class Exporter(Part):

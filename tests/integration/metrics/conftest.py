@@ -6,12 +6,16 @@ import contextlib
 import hashlib
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import meshserve
 from tests.support.mesh import Mesh
@@ -20,7 +24,7 @@ from tests.support.prometheus import Prometheus
 
 HARBOUR = "The harbour lay quiet under the morning fog. "
 ACME, LIMITED = "acme-key", "limited-key"
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "models": {
         "smollm2-135m": {"price": {"prompt": 100.0, "cached_prompt": 10.0, "completion": 400.0}}
     },
@@ -58,16 +62,22 @@ def watched(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> 
     """The mesh after its traffic, which it still has while tests ask."""
     otlp = Receiver()
     directory = tmp_path_factory.mktemp("watched")
+    keys = directory / "keys.yaml"
+    keys.write_text("[]")
     settings = {**SETTINGS, "telemetry": {"otlp_endpoint": otlp.endpoint}}
+    settings["gateway"]["auth"]["keys_file"] = str(keys)
     with Mesh(directory / "mesh", settings) as mesh:
         targets = {name: f"127.0.0.1:{port}" for name, port in mesh.metrics_ports.items()}
         with Prometheus(directory / "prometheus", targets) as prometheus:
             with mesh.client(api_key=ACME) as client:
                 _preemption(client)
             # What begins with its first event is seen to grow from the second scrape on.
-            for _ in range(3):
-                _traffic(mesh)
-                time.sleep(1.5)
+            with _get(mesh, "/api/requests") as stream:
+                for number in range(3):
+                    _traffic(mesh)
+                    _change(keys, number)
+                    stream.readline()
+                    time.sleep(1.5)
             yield Watched(mesh, prometheus, otlp)
     otlp.close()
 
@@ -87,6 +97,23 @@ def _traffic(mesh: Mesh) -> None:
             for _ in range(4):
                 with contextlib.suppress(meshserve.MeshServeError):
                     client.generate("Hello", max_tokens=2)
+    _get(mesh, "/api/models").close()
+
+
+def _get(mesh: Mesh, path: str) -> HTTPResponse:
+    """Begins to read what the gateway answers by HTTP."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{mesh.http_port}{path}", headers={"authorization": f"Bearer {ACME}"}
+    )
+    response = urllib.request.urlopen(request, timeout=30)
+    assert isinstance(response, HTTPResponse)
+    return response
+
+
+def _change(keys: Path, number: int) -> None:
+    """Another key, which nobody has."""
+    digest = hashlib.sha256(str(number).encode()).hexdigest()
+    keys.write_text(yaml.safe_dump([{"name": "nobody", "sha256": digest}]))
 
 
 def _streams(client: meshserve.Client) -> None:

@@ -22,6 +22,7 @@ NEVER_HERE = {
     "meshserve_engine_gpu_memory_used_bytes": "there is no GPU",
     "meshserve_engine_gpu_memory_bytes": "there is no GPU",
     "meshserve_engine_gpu_utilization": "there is no GPU",
+    "meshserve_certificate_expiry_seconds": "there is no TLS",
     "meshserve_gateway_requests_awaiting_engine": "no model's engines are started on demand",
 }
 WINDOW = {"$__rate_interval": "10s", "$__range": "5m"}
@@ -54,6 +55,11 @@ def test_what_the_traffic_must_have_counted_was_counted(watched: Watched) -> Non
         'meshserve_gateway_cached_prompt_tokens_total{tenant="acme"} > 0',
         'meshserve_gateway_cached_completion_tokens_total{tenant="acme"} > 0',
         "meshserve_engine_preemptions_total > 0",
+        'meshserve_http_server_calls_total{method="GET", route="/api/models", status="200"} > 0',
+        'meshserve_http_server_event_streams{route="/api/requests"} == 1',
+        "meshserve_gateway_watchers == 1",
+        'meshserve_file_reloads_total{what="api_keys", outcome="taken"} > 0',
+        'meshserve_rpc_client_replicas{peer="engine", state="serving"} == 1',
         "meshserve_engine_drafted_tokens_total > 0",
         'meshserve_process_cpu_seconds_total{job="engine", process="core"} > 0',
         'meshserve_engine_info{model="smollm2-135m", dtype="float32", device="cpu"} == 1',

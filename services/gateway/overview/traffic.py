@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from meshserve.v1 import mesh_pb2, monitor_pb2
 from services.gateway.overview.rates import Histogram, merged, ratio
@@ -75,9 +76,8 @@ def traffic_overview(replicas: Sequence[Replica], settings: Settings) -> mesh_pb
     gateways = Sums(windows(replicas, "gateway"))
     has_prices = _has_prices(settings)
     return mesh_pb2.TrafficOverview(
+        **_counts(gateways, everything),
         active_requests=round(gateways.total("meshserve_gateway_active_requests")),
-        requests_per_second=gateways.rate(_REQUESTS),
-        requests_total=round(gateways.total(_REQUESTS)),
         error_ratio=_error_ratio(gateways, everything),
         errors=gateways.named_rates(_REQUESTS, "reason", _is_failure),
         denials=gateways.named_rates("meshserve_gateway_denials", "reason"),
@@ -85,10 +85,6 @@ def traffic_overview(replicas: Sequence[Replica], settings: Settings) -> mesh_pb
         time_per_output_token=gateways.latency("meshserve_gateway_time_per_output_token_seconds"),
         inter_token_latency=gateways.latency("meshserve_gateway_inter_token_latency_seconds"),
         duration=gateways.latency("meshserve_gateway_request_duration_seconds"),
-        prompt_tokens_per_second=gateways.rate(_PROMPT_TOKENS),
-        completion_tokens_per_second=gateways.rate(_COMPLETION_TOKENS),
-        prompt_tokens_total=round(gateways.total(_PROMPT_TOKENS)),
-        completion_tokens_total=round(gateways.total(_COMPLETION_TOKENS)),
         cached_responses_per_second=gateways.rate(_CACHED_RESPONSES),
         cached_responses_total=round(gateways.total(_CACHED_RESPONSES)),
         stages=_stages(gateways),
@@ -152,12 +148,9 @@ def _model(
     has_price = settings.models[name].price is not None
     return mesh_pb2.ModelOverview(
         model=name,
+        **_counts(gateways, own),
         ready=serving > 0,
-        requests_per_second=gateways.rate(_REQUESTS, own),
-        requests_total=round(gateways.total(_REQUESTS, own)),
         error_ratio=_error_ratio(gateways, own),
-        prompt_tokens_per_second=gateways.rate(_PROMPT_TOKENS, own),
-        completion_tokens_per_second=gateways.rate(_COMPLETION_TOKENS, own),
         time_to_first_token=gateways.latency("meshserve_gateway_time_to_first_token_seconds", own),
         time_per_output_token=gateways.latency(
             "meshserve_gateway_time_per_output_token_seconds", own
@@ -170,8 +163,6 @@ def _model(
             answering.total("meshserve_engine_kv_blocks_used"),
             answering.total("meshserve_engine_kv_blocks"),
         ),
-        completion_tokens_total=round(gateways.total(_COMPLETION_TOKENS, own)),
-        prompt_tokens_total=round(gateways.total(_PROMPT_TOKENS, own)),
         cost_total=gateways.total(_COST, own) if has_price else None,
         requests_awaiting_engine=round(
             gateways.total("meshserve_gateway_requests_awaiting_engine", own)
@@ -183,16 +174,23 @@ def _tenant(name: str, gateways: Sums, settings: Settings) -> mesh_pb2.TenantOve
     own = having("tenant", name)
     return mesh_pb2.TenantOverview(
         tenant=name,
-        requests_per_second=gateways.rate(_REQUESTS, own),
-        requests_total=round(gateways.total(_REQUESTS, own)),
+        **_counts(gateways, own),
         errors=gateways.named_rates(_REQUESTS, "reason", both(own, _is_failure)),
-        prompt_tokens_per_second=gateways.rate(_PROMPT_TOKENS, own),
-        completion_tokens_per_second=gateways.rate(_COMPLETION_TOKENS, own),
-        prompt_tokens_total=round(gateways.total(_PROMPT_TOKENS, own)),
-        completion_tokens_total=round(gateways.total(_COMPLETION_TOKENS, own)),
         requests_per_minute_limit=_limit(name, settings),
         cost_total=gateways.total(_COST, own) if _has_prices(settings) else None,
     )
+
+
+def _counts(gateways: Sums, wanted: Wanted) -> dict[str, Any]:
+    """Requests and tokens, which the picture has of all traffic, of a model and of a tenant."""
+    return {
+        "requests_per_second": gateways.rate(_REQUESTS, wanted),
+        "requests_total": round(gateways.total(_REQUESTS, wanted)),
+        "prompt_tokens_per_second": gateways.rate(_PROMPT_TOKENS, wanted),
+        "prompt_tokens_total": round(gateways.total(_PROMPT_TOKENS, wanted)),
+        "completion_tokens_per_second": gateways.rate(_COMPLETION_TOKENS, wanted),
+        "completion_tokens_total": round(gateways.total(_COMPLETION_TOKENS, wanted)),
+    }
 
 
 def _limit(tenant: str, settings: Settings) -> int | None:

@@ -197,6 +197,40 @@ async def test_a_request_that_has_begun_is_unavailable_with_the_others_on_its_st
         assert replicas.counted("UNAVAILABLE") == 3
 
 
+async def test_a_request_that_has_begun_is_not_begun_again_elsewhere() -> None:
+    async with Replicas(2) as replicas:
+        for engine in replicas.engines:
+            engine.script = waits
+        call = replicas.generate()
+        await anext(call)
+        (begun,) = (n for n, engine in enumerate(replicas.engines) if engine.requests)
+        await replicas.kill(begun)
+        with pytest.raises(ServiceError) as raised:
+            await anext(call)
+        assert raised.value.reason is Reason.SERVICE_UNAVAILABLE
+        assert not replicas.engines[1 - begun].requests
+
+
+async def test_what_was_lost_with_a_stream_is_under_way_no_more_and_the_next_has_a_new_one() -> (
+    None
+):
+    async with Replicas(1) as replicas:
+        replicas.engines[0].script = waits
+        call = replicas.generate()
+        await anext(call)
+        (replica,) = replicas.calls.replicas
+        assert replica.in_flight == 1
+        await replicas.kill(0)
+        with pytest.raises(ServiceError):
+            await anext(call)
+        assert replica.in_flight == 0
+        await replicas.start(0)
+        await until(lambda: replica.takes_calls)
+        again = replicas.generate()
+        assert (await anext(again)).chunk.deltas[0].token_ids == [1]
+        again.cancel()
+
+
 async def test_an_engine_that_is_away_is_said_to_be_so() -> None:
     async with Replicas(1) as replicas:
         await replicas.kill(0)

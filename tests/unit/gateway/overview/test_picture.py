@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import psutil
 import pytest
 
 from meshserve.v1 import mesh_pb2, monitor_pb2
@@ -28,7 +31,7 @@ SETTINGS = {
         "auth": {
             "keys": [
                 {"name": "acme", "sha256": "a" * 64, "requests_per_minute": 600},
-                {"name": "acme", "sha256": "b" * 64},
+                {"name": "acme", "sha256": "b" * 64, "requests_per_minute": 90},
                 {"name": "zeta", "sha256": "c" * 64},
             ]
         },
@@ -199,6 +202,73 @@ async def test_questions_about_the_mesh_itself_are_no_work() -> None:
 
 def links_of(mesh: mesh_pb2.MeshSnapshot) -> dict[Sequence[str], float]:
     return {(each.from_service, each.to_service): each.calls_per_second for each in mesh.links}
+
+
+async def test_latencies_are_told_by_their_quantiles() -> None:
+    """Of a hundred requests five take long; with a finite bound above them, no more than it."""
+
+    def act(metrics: Metrics) -> None:
+        duration = metrics.histogram("meshserve_gateway_request_duration_seconds").labels("small")
+        for number in range(100):
+            duration.observe(0.02 if number < 94 else 9.0)
+
+    mesh = await picture(await replica("gateway", act))
+    told = mesh.traffic.duration
+    assert told.count == 100
+    assert told.mean_ms == pytest.approx(10 * (94 * 0.02 + 6 * 9.0))
+    assert told.p50_ms < 100
+    assert 1000 < told.p95_ms <= told.p99_ms
+
+
+async def test_a_replica_is_as_old_as_its_main_process() -> None:
+    """The core of an engine may have been started again since."""
+
+    def act(metrics: Metrics) -> None:
+        metrics.processes["core"] = os.getpid
+
+    (engine,) = (await picture(await replica("engine", act))).services[2].replicas
+    started_s = psutil.Process().create_time()
+    assert engine.uptime_ms == pytest.approx(1000 * (time.time() - started_s), abs=60_000)
+
+
+async def test_the_caches_commands_are_a_link_to_what_lies_behind_it() -> None:
+    def act(metrics: Metrics) -> None:
+        for _ in range(20):
+            metrics.histogram("meshserve_cache_backend_duration_seconds").labels("get").observe(
+                0.001
+            )
+
+    mesh = await picture(await replica("cache", act), await replica("cache", act, "b:1"))
+    assert links_of(mesh) == {("cache", "valkey"): 4}
+    (link,) = mesh.links
+    assert link.latency.count == 40
+
+
+async def test_engines_tell_how_they_guess_and_preempt() -> None:
+    def act(metrics: Metrics) -> None:
+        for name, count in (
+            ("drafted_tokens", 40),
+            ("accepted_draft_tokens", 10),
+            ("preemptions", 5),
+        ):
+            metrics.counter(f"meshserve_engine_{name}").labels("small").inc(count)
+        metrics.read("meshserve_engine_gpu_memory_bytes", lambda: [(("small", "cuda:0"), 80.0)])
+        metrics.read(
+            "meshserve_engine_gpu_memory_used_bytes", lambda: [(("small", "cuda:0"), 60.0)]
+        )
+
+    (shown,) = (await picture(await replica("engine", act))).services[2].replicas
+    assert shown.engine.draft_acceptance_ratio == 0.25
+    assert (shown.engine.preemptions_per_second, shown.engine.preemptions_total) == (0.5, 5)
+    assert (shown.engine.gpu_memory_used_bytes, shown.engine.gpu_memory_bytes) == (60, 80)
+
+
+async def test_who_waits_for_an_engine_is_shown_at_its_model() -> None:
+    def act(metrics: Metrics) -> None:
+        metrics.gauge("meshserve_gateway_requests_awaiting_engine").labels("large").set(3)
+
+    mesh = await picture(await replica("gateway", act))
+    assert [each.requests_awaiting_engine for each in mesh.models] == [0, 3]
 
 
 async def test_links_are_what_callers_have_called() -> None:

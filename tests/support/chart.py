@@ -137,6 +137,7 @@ def _lost(before: Any, after: Any, path: str) -> Iterator[str]:
 
 CUSTOM = {
     ("cert-manager.io/v1", "Certificate"): "cloudcoil.models.cert_manager.v1",
+    ("cert-manager.io/v1", "Issuer"): "cloudcoil.models.cert_manager.v1",
     ("keda.sh/v1alpha1", "ScaledObject"): "cloudcoil.models.keda.v1alpha1",
     ("monitoring.coreos.com/v1", "ServiceMonitor"): "cloudcoil.models.prometheus_operator.v1",
     ("monitoring.coreos.com/v1", "PrometheusRule"): "cloudcoil.models.prometheus_operator.v1",

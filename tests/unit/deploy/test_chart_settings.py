@@ -13,6 +13,7 @@ from services.safety.policy import parse_policy
 from tests.support.chart import Manifest, Values, example, of_kind, pod_templates, render, the
 from tests.unit.deploy.test_chart_manifests import EXAMPLES
 
+SERVICES = ("gateway", "tokenizer", "cache", "safety")
 each_example = pytest.mark.parametrize("name", EXAMPLES)
 
 
@@ -189,15 +190,50 @@ def test_a_policy_is_read_where_it_is_mounted() -> None:
     assert parse_policy(the(manifests, "ConfigMap", "policies")["data"][path.name]).categories
 
 
-def test_new_settings_are_new_pods() -> None:
-    def checksums(values: Values) -> list[str]:
-        return [
-            template["metadata"]["annotations"]["checksum/settings"]
+@pytest.mark.parametrize(
+    ("change", "replaced"),
+    [
+        ({}, set()),
+        ({"settings": {"gateway": {"max_active_requests": 12}}}, {"gateway"}),
+        ({"settings": {"cache": {"default_ttl_s": 60}}}, {"gateway", "cache"}),
+        ({"settings": {"engine": {"block_tokens": 32}}}, {"gateway", "engine-one"}),
+        ({"settings": {"telemetry": {"log_level": "debug"}}}, {*SERVICES, "engine-one"}),
+        ({"valkey": {"url": "redis://elsewhere:6379"}}, {"gateway", "cache"}),
+        ({"safety": {"policies": {"default": {"categories": {}}}}}, {"gateway", "safety"}),
+        ({"models": {"another": {"source": "org/other"}}}, {"gateway", "tokenizer"}),
+        ({"models": {"one": {"dtype": "float32"}}}, {"gateway", "tokenizer", "engine-one"}),
+    ],
+)
+def test_new_settings_are_new_pods_of_who_reads_them(change: Values, replaced: set[str]) -> None:
+    def checksums(values: Values) -> dict[str, str]:
+        return {
+            where.split("demo-meshserve-")[1]: template["metadata"]["annotations"][
+                "checksum/settings"
+            ]
             for where, template in pod_templates(render(values))
             if not where.startswith("StatefulSet")
-        ]
+        }
 
-    before = checksums(example("trial"))
-    after = checksums(example("trial") | {"settings": {"cache": {"default_ttl_s": 60}}})
-    assert before == checksums(example("trial"))
-    assert not set(before) & set(after)
+    values = {"gateway": {"auth": {"mode": "off"}}, "models": {"one": {"source": "org/one"}}}
+    before = checksums(values)
+    after = checksums(laid_over(values, change))
+    assert {name for name, checksum in before.items() if after[name] != checksum} == replaced
+
+
+def test_new_texts_of_policies_reach_pods_that_run() -> None:
+    def template(action: str) -> Manifest:
+        policy = {"categories": {"secrets": {"prompt": action}}}
+        values = example("trial") | {"safety": {"policies": {"default": policy}}}
+        return the(render(values), "Deployment", "safety")["spec"]["template"]
+
+    assert template("flag") == template("block")
+
+
+def laid_over(values: Values, change: Values) -> Values:
+    """As Helm does it."""
+    return values | {
+        key: laid_over(values[key], value)
+        if isinstance(value, dict) and isinstance(values.get(key), dict)
+        else value
+        for key, value in change.items()
+    }

@@ -10,7 +10,7 @@ import helm_python
 import pytest
 import yaml
 
-from tests.support.chart import CHART, DEPLOY, Values, render
+from tests.support.chart import CHART, DEPLOY, Values, problems, render
 from tests.unit.deploy.chart_values import BESIDE, HPA, NO_KEYS, OTHERS, ROUTES
 
 
@@ -216,9 +216,13 @@ def test_values_that_contradict_each_other_are_refused_with_the_way_out(
 
 def test_the_values_in_the_documentation_are_values() -> None:
     page = (DEPLOY.parent / "docs/kubernetes.md").read_text()
-    blocks = [yaml.safe_load(each) for each in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
-    values = [each for each in blocks if "apiVersion" not in each]
-    assert len(values) >= 2
+    texts = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    found = [each for text in texts for each in yaml.safe_load_all(text)]
+    values = [each for each in found if "apiVersion" not in each]
+    assert len(values) >= 5
+    for manifest in found:
+        if manifest not in values:
+            assert problems(manifest) == []
     for each in values:
         assert render(NO_KEYS | each)
     described = (DEPLOY.parent / "docs/helm-values.md").read_text()

@@ -64,3 +64,23 @@ telemetry:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
+
+{{/* What a service reads of meshserve.yaml; takes what `meshserve.podTemplate` takes. */}}
+{{- define "meshserve.ownSettings" -}}
+{{- $all := include "meshserve.config" .root | fromYaml -}}
+{{- if eq .service "gateway" -}}
+{{- $all | toYaml -}}
+{{- else -}}
+{{- $own := pick $all .service "telemetry" -}}
+{{- if eq .service "cache" -}}
+{{- $_ := set $own "valkey" $all.valkey -}}
+{{- else if eq .service "tokenizer" -}}
+{{- $_ := set $own "models" $all.models -}}
+{{- else if eq .service "engine" -}}
+{{- $_ := set $own "models" (pick $all.models .model) -}}
+{{- /* A variable says its own. */ -}}
+{{- $_ := set $own "engine" (omit $all.engine "target") -}}
+{{- end -}}
+{{- $own | toYaml -}}
+{{- end -}}
+{{- end -}}

@@ -13,9 +13,9 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
   annotations:
-    # Settings are read at the start: new ones are new pods. What Secrets and policies say changes
-    # in running pods.
-    checksum/settings: {{ include "meshserve.config" $root | sha256sum }}
+    # Settings are read at the start: new ones are new pods of who reads them. What Secrets and
+    # policies say changes in running pods.
+    checksum/settings: {{ include "meshserve.ownSettings" . | sha256sum }}
     {{- with $root.Values.podAnnotations }}
     {{- toYaml . | nindent 4 }}
     {{- end }}

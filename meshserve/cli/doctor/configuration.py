@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +12,16 @@ from meshserve.supervisor.ports import AddressError, check_addresses
 from meshserve.supervisor.statedir import StateDir
 from services.gateway.api_keys import ApiKeys
 from services.gateway.stages.authenticate import Authenticator
+from services.runtime.file_watch import FilesRefusedError, read_files
 from services.runtime.server import StartupError
 from services.runtime.settings import Settings
 from services.runtime.telemetry import Metrics
+from services.runtime.tls.pem import check_pair, check_trusted
 from services.runtime.valkey import EmbeddedValkeyError
 from services.safety.policy import PolicyError, load_policy
+
+# By then whoever renews certificates has done so, and so does the first alert think.
+FEW_DAYS = 14
 
 
 def addresses(settings: Settings, config: Path | None, state: StateDir) -> Iterator[Finding]:
@@ -71,24 +76,29 @@ def access(settings: Settings) -> Iterator[Finding]:
 
 
 def certificates(settings: Settings) -> Iterator[Finding]:
-    """Whether each service's certificate and key can be read and belong together."""
+    """Whether each service's certificate and key belong together, and how long they are good."""
     for name in SERVICES:
         tls = settings.server(name).tls
         if tls is None:
             continue
+        paths = (tls.certificate, tls.private_key, *filter(None, (tls.ca, tls.client_ca)))
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-                tls.certificate, tls.private_key
-            )
-            for file in filter(None, (tls.ca, tls.client_ca)):
-                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
-        except (OSError, ssl.SSLError) as error:
-            files = ", ".join(map(str, filter(None, (tls.certificate, tls.private_key, tls.ca))))
+            certificate, key, *trusted = zip(paths, read_files(paths), strict=True)
+            expires_at = check_pair(certificate, key)
+            for path, content in trusted:
+                check_trusted(path, content)
+        except FilesRefusedError as error:
             yield problem(
-                f"{name}.tls cannot be used: {error}", f"look at {files}: PEM files of one pair?"
+                f"{name}.tls cannot be used: {error}", "docs/tls.md says what each file holds"
             )
-        else:
-            yield ok(f"the {name}'s certificate and key belong together")
+            continue
+        yield ok(f"the {name}'s certificate and key belong together")
+        days = (expires_at - time.time()) / 86400
+        if days < FEW_DAYS:
+            yield warning(
+                f"the {name}'s certificate expires in {days:.1f} days",
+                f"renew {tls.certificate}; a service that runs takes it without a restart",
+            )
 
 
 def policies(settings: Settings) -> Iterator[Finding]:

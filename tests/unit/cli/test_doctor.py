@@ -155,7 +155,9 @@ def test_a_certificate_without_its_key_is_found_out(
     assert "engine.tls cannot be used" in mismatch
     assert "other.key" in mismatch
     monkeypatch.setenv("MESHSERVE_ENGINE__TLS", pair.replace("other.key", "one.key"))
-    assert "the engine's certificate and key belong together" in meshserve("doctor").out
+    fitting = meshserve("doctor").out
+    assert "the engine's certificate and key belong together" in fitting
+    assert any("certificate expires in 1.0 days" in each for each in findings(fitting, "warning"))
 
 
 def test_models_that_cannot_be_served_are_told(

@@ -6,9 +6,10 @@ import asyncio
 import urllib.error
 import urllib.request
 
+from meshserve.errors import ConfigurationError
 from meshserve.health import Health, HealthChecker
 from meshserve.supervisor.spec import ProbeError
-from meshserve.transport import TLS, make_endpoint
+from meshserve.transport import TLS, Endpoint, make_endpoint
 
 PROBE_TIMEOUT_S = 3.0
 
@@ -17,21 +18,34 @@ class GrpcProbe:
     """Asks a service's own grpc.health.v1."""
 
     def __init__(self, target: str, tls: TLS | bool = False) -> None:
-        self._endpoint = make_endpoint(target, api_key="", timeout=None, tls=tls, metadata=None)
+        self._target = target
+        self._tls = tls
         self._checker: HealthChecker | None = None
 
     async def __call__(self) -> None:
         if self._checker is None:  # a channel needs the running event loop
-            self._checker = HealthChecker(self._endpoint)
+            self._checker = HealthChecker(self._endpoint())
         health = await self._checker.check(timeout_s=PROBE_TIMEOUT_S)
         if health is Health.SERVING:
             return
+        if health is Health.UNREACHABLE and self._tls:
+            # The certificates that it was trusted by may have been renewed.
+            await self.close()
         raise ProbeError(f"is {health}", answered=health is Health.NOT_SERVING)
 
     async def close(self) -> None:
         """Closes the connection."""
         if self._checker is not None:
-            await self._checker.close()
+            checker, self._checker = self._checker, None
+            await checker.close()
+
+    def _endpoint(self) -> Endpoint:
+        try:
+            return make_endpoint(
+                self._target, api_key="", timeout=None, tls=self._tls, metadata=None
+            )
+        except ConfigurationError as error:
+            raise ProbeError(str(error), answered=False) from error
 
 
 class ValkeyProbe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import grpc
 import pytest
@@ -12,6 +13,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from meshserve.supervisor.probes import GrpcProbe, ValkeyProbe
 from meshserve.supervisor.spec import ProbeError
+from meshserve.transport import TLS
+from tests.support.pki import Authority
+from tests.support.ports import free_ports
 
 Status = health_pb2.HealthCheckResponse
 
@@ -90,3 +94,28 @@ async def test_valkey_is_healthy_once_it_answers_ping(answer: bytes, says: str |
             await probe()
         assert caught.value.answered
     server.close()
+
+
+async def test_a_service_that_comes_back_with_a_renewed_certificate_is_trusted(
+    tmp_path: Path,
+) -> None:
+    (port,) = free_ports(1)
+    probe = GrpcProbe(f"127.0.0.1:{port}", TLS(ca_file=tmp_path / "tls.crt"))
+    for name in ("old", "new"):
+        Authority(tmp_path / name, name).issue(tmp_path, "IP:127.0.0.1")
+        pair = ((tmp_path / "tls.key").read_bytes(), (tmp_path / "tls.crt").read_bytes())
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        servicer = health.aio.HealthServicer()
+        await servicer.set("", Status.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        server.add_secure_port(f"127.0.0.1:{port}", grpc.ssl_server_credentials([pair]))
+        await server.start()
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    await probe()
+                    break
+                except ProbeError:
+                    await asyncio.sleep(0.02)
+        await server.stop(0)
+    await probe.close()

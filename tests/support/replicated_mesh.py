@@ -44,6 +44,7 @@ class Replica:
     def __init__(self, mesh: ReplicatedMesh, service: str, host: str) -> None:
         self.service = service
         self.host = host
+        self._mesh = mesh
         self.address = f"{host}:{mesh.ports[service]}"
         self._metrics = f"http://{host}:{mesh.metrics_ports[service]}/metrics"
         settings = json.loads(json.dumps(mesh.settings))
@@ -68,7 +69,7 @@ class Replica:
 
     def wait_until_healthy(self) -> None:
         give_up_at = time.monotonic() + START_TIMEOUT_S
-        with grpc.insecure_channel(self.address) as channel:
+        with self._mesh.channel(self) as channel:
             check = health_pb2_grpc.HealthStub(channel).Check
             while True:
                 assert self.process.poll() is None, self.log
@@ -83,12 +84,16 @@ class Replica:
 
     def calls(self, method: str = "") -> float:
         """How many calls it has answered, of methods whose name ends like this."""
+        return self.metric("meshserve_rpc_server_calls_total", f'{method}"')
+
+    def metric(self, name: str, labels: str = "") -> float:
+        """Sum over the series of a metric with this among their labels."""
         with urllib.request.urlopen(self._metrics, timeout=5) as response:
             lines = response.read().decode().splitlines()
         return sum(
             float(line.rpartition(" ")[2])
             for line in lines
-            if line.startswith("meshserve_rpc_server_calls_total{") and f'{method}"' in line
+            if line.startswith((f"{name}{{", f"{name} ")) and labels in line
         )
 
     def stop(self) -> None:
@@ -107,8 +112,10 @@ class Replica:
 class ReplicatedMesh:
     """Starts with `start`; `with` ends every process."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, valkey_password: str | None = None) -> None:
         self.directory = directory
+        # How the services are trusted, for settings that have them talk TLS.
+        self.credentials: grpc.ChannelCredentials | None = None
         directory.mkdir(parents=True, exist_ok=True)
         services = [*PEERS, "gateway"]
         ports = free_ports(2 * len(services) + 1)
@@ -132,12 +139,14 @@ class ReplicatedMesh:
         self.replicas: dict[str, list[Replica]] = {name: [] for name in services}
         self._hosts = {name: iter(range(2, 250)) for name in services}
         self._started: list[Replica] = []
-        self._valkey = EmbeddedValkey(directory, port=ports[-1], max_memory_bytes=2**26)
+        self.valkey = EmbeddedValkey(
+            directory, port=ports[-1], max_memory_bytes=2**26, password=valkey_password
+        )
         self._valkey_process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ReplicatedMesh:
         with (self.directory / "valkey.log").open("ab") as log:
-            self._valkey_process = subprocess.Popen(self._valkey.command(), stdout=log, stderr=log)
+            self._valkey_process = subprocess.Popen(self.valkey.command(), stdout=log, stderr=log)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -149,6 +158,13 @@ class ReplicatedMesh:
         if self._valkey_process is not None:
             self._valkey_process.kill()
             self._valkey_process.wait()
+
+    def channel(self, replica: Replica) -> grpc.Channel:
+        """A channel to one replica, whose certificate carries the name of its service."""
+        if self.credentials is None:
+            return grpc.insecure_channel(replica.address)
+        name = ("grpc.ssl_target_name_override", f"{replica.service}.test")
+        return grpc.secure_channel(replica.address, self.credentials, [name])
 
     @property
     def target(self) -> str:

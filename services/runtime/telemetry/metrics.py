@@ -92,7 +92,7 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("gauge", EVERY_SERVICE, "meshserve_process_threads", "Threads.", "process", read=True),
     _row("gauge", EVERY_SERVICE, "meshserve_process_open_fds", "Files and sockets open.", "process", read=True),
     _row("gauge", EVERY_SERVICE, "meshserve_process_start_time_seconds", "When the process started, in seconds since 1970.", "process", read=True),
-    _row("counter", EVERY_SERVICE, "meshserve_file_reloads", "Changes of files that are read again while a service runs, by outcome: taken, refused (what was in use before stays so). `what` is what they hold: api_keys, certificate, trust_SERVICE, valkey.", "what", "outcome"),
+    _row("counter", EVERY_SERVICE, "meshserve_file_reloads", "Changes of files that are read again while a service runs, by outcome: taken, refused (what was in use before stays so). `what` is what they hold: api_keys, certificate, policies, trust_SERVICE, valkey.", "what", "outcome"),
     _row("gauge", EVERY_SERVICE, "meshserve_files_refused", "1 while files that are read again hold what cannot be used.", "what"),
     _row("gauge", EVERY_SERVICE, "meshserve_certificate_expiry_seconds", "When the certificate that is served expires, in seconds since 1970. Absent without TLS.", read=True),
     _row("counter", EVERY_SERVICE, "meshserve_rpc_server_calls", "Calls answered.", "method", "code"),

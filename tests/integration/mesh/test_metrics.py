@@ -76,9 +76,9 @@ ALLOWED: dict[str, Callable[[str], bool]] = {
     "subject": lambda value: value in ("prompt", "completion"),
     "action": lambda value: value in ("allow", "flag", "redact", "block"),
     "category": re.compile(r"[a-z_]+(\.[a-z_]+)?").fullmatch,  # type: ignore[dict-item]
-    "what": re.compile(r"api_keys|certificate|trust_[a-z]+|valkey").fullmatch,  # type: ignore[dict-item]
+    "what": re.compile(r"api_keys|certificate|policies|trust_[a-z]+|valkey").fullmatch,  # type: ignore[dict-item]
     "peer": lambda value: value in SERVICES,
-    "target": re.compile(r"127\.0\.0\.1:\d+").fullmatch,  # type: ignore[dict-item]
+    "target": re.compile(r"dns:///127\.0\.0\.1:\d+").fullmatch,  # type: ignore[dict-item]
     "state": lambda value: value in STANDINGS,
     "route": re.compile(r"/[a-z/{}]*|other").fullmatch,  # type: ignore[dict-item]
     "status": re.compile(r"\d{3}").fullmatch,  # type: ignore[dict-item]
@@ -218,6 +218,22 @@ def test_the_pauses_of_a_stream_are_those_between_its_messages(mesh: Mesh) -> No
     )
     assert count == len(arrived) - 1 > 1
     assert total == pytest.approx(arrived[-1] - arrived[0], abs=0.25)
+
+
+def test_the_pauses_of_a_stream_are_counted_while_it_goes_on(mesh: Mesh) -> None:
+    name = "meshserve_gateway_inter_token_latency_seconds_count"
+    before = mesh.metric("gateway", name)
+    request = gateway_pb2.StreamGenerateRequest()
+    request.request.text = "Once upon another time"
+    request.request.stopping.max_tokens = 1000
+    request.request.stopping.ignore_eos = True
+    with mesh.channel() as channel:
+        events = gateway_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request, timeout=60)
+        texts = (event for event in events if any(d.text for d in event.chunk.deltas))
+        for _ in range(4):
+            next(texts)
+        assert mesh.metric("gateway", name) - before >= 3
+        events.cancel()
 
 
 def test_a_denied_call_is_counted_whatever_its_method(mesh: Mesh) -> None:

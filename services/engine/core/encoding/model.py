@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from services.engine.core.encoding.batch import EncoderBatch
 from services.engine.core.encoding.config import EncoderConfig
 from services.engine.core.encoding.heads import ClassificationHead
+from services.engine.core.kernels.cpu.encoder_program import EncoderProgramBuilder
 from services.engine.core.models.fields import Fields
 
 
@@ -45,6 +46,13 @@ class Encoder(nn.Module):
     @abstractmethod
     def encode(self, batch: EncoderBatch) -> Tensor:
         """The vectors of all tokens in the model's dtype, [num_tokens, hidden_size]."""
+
+    def lower(self, program: EncoderProgramBuilder) -> None:
+        """Append this encoder to a program of the native CPU kernels.
+
+        Raises NotImplementedError for a family that has none: it runs on plain torch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no native program")
 
     def forward(self, batch: EncoderBatch) -> Tensor:
         """The vectors of all tokens, float32 [num_tokens, hidden_size]."""

@@ -15,6 +15,8 @@ from services.engine.core.encoding.config import EncoderConfig, read_common, rea
 from services.engine.core.encoding.heads import ClassificationHead
 from services.engine.core.encoding.layers import Attention, InputEmbeddings, PostNormLayer
 from services.engine.core.encoding.model import Encoder
+from services.engine.core.kernels.cpu.encoder_program import EncoderBuffer, EncoderProgramBuilder
+from services.engine.core.kernels.cpu.program import Epilogue
 from services.engine.core.models.fields import Fields
 from services.runtime.modelfiles import ModelFileError
 
@@ -80,6 +82,26 @@ class Bert(Encoder):
         for layer in self.layers:
             hidden = layer(hidden, batch)
         return hidden
+
+    def lower(self, program: EncoderProgramBuilder) -> None:
+        embeddings = self.embeddings
+        program.embed(
+            embeddings.word, embeddings.position, embeddings.token_type, embeddings.first_position
+        )
+        program.norm(embeddings.norm, replaces=True)
+        for layer in self.layers:
+            assert isinstance(layer, PostNormLayer)
+            attention, feed_forward = layer.attention, layer.feed_forward
+            assert isinstance(attention, Attention)
+            program.linear(attention.qkv, EncoderBuffer.PROJECTED)
+            program.attention()
+            program.activate(EncoderBuffer.ATTENDED)
+            program.linear(attention.output, EncoderBuffer.HIDDEN, epilogue=Epilogue.ADD)
+            program.norm(layer.attention_norm, replaces=True)
+            program.linear(feed_forward.up, EncoderBuffer.INNER)
+            program.activate(EncoderBuffer.INNER, feed_forward.activation)
+            program.linear(feed_forward.down, EncoderBuffer.HIDDEN, epilogue=Epilogue.ADD)
+            program.norm(layer.feed_forward_norm, replaces=True)
 
 
 class Roberta(Bert):

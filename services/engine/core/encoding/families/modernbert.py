@@ -18,6 +18,8 @@ from services.engine.core.encoding.layers import ACTIVATIONS, LayerNorm
 from services.engine.core.encoding.model import Encoder
 from services.engine.core.encoding.pooling import Pooling
 from services.engine.core.kernels import rotary_embedding
+from services.engine.core.kernels.cpu.encoder_program import EncoderBuffer, EncoderProgramBuilder
+from services.engine.core.kernels.cpu.program import Epilogue, rotary_tables
 from services.engine.core.kernels.encoder_attention import encoder_attention
 from services.engine.core.layers import Embedding, Linear, RopeConfig, RotaryEmbedding
 from services.engine.core.models.fields import Fields
@@ -162,6 +164,28 @@ class ModernBert(Encoder):
             hidden = layer(hidden, batch, angles)
         normed: Tensor = self.norm(hidden)
         return normed
+
+    def lower(self, program: EncoderProgramBuilder) -> None:
+        angles = {
+            is_local: rotary_tables(rotary.frequencies, rotary.amplitude, self.config.positions)
+            for is_local, rotary in self.rotary.items()
+        }
+        program.embed(self.embedding)
+        program.norm(self.embedding_norm, replaces=True)
+        for layer in self.layers:
+            assert isinstance(layer, ModernBertLayer)
+            if layer.attention_norm is not None:
+                program.norm(layer.attention_norm, replaces=False)
+            program.linear(layer.qkv, EncoderBuffer.PROJECTED)
+            program.rotary(*angles[layer.is_local])
+            program.attention(layer.window)
+            program.activate(EncoderBuffer.ATTENDED)
+            program.linear(layer.output, EncoderBuffer.HIDDEN, epilogue=Epilogue.ADD)
+            program.norm(layer.feed_forward_norm, replaces=False)
+            program.linear(layer.gate_up, EncoderBuffer.INNER)
+            program.activate(EncoderBuffer.INNER, layer.activation, gated=True)
+            program.linear(layer.down, EncoderBuffer.HIDDEN, epilogue=Epilogue.ADD)
+        program.norm(self.norm, replaces=True)
 
 
 def _local_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:

@@ -47,6 +47,9 @@ class KernelTable(ctypes.Structure):
             "run_sampling",
             ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
         ),
+        ("make_encoder", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)),
+        ("run_encoder", ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)),
+        ("free_encoder", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
     )
 
 

@@ -16,6 +16,8 @@ struct RotaryKvArgs;
 struct SampleArgs;
 struct ProgramSpec;
 struct StepInput;
+struct EncoderSpec;
+struct EncoderInput;
 
 struct Kernels {
   size_t size;      // sizeof(Kernels), for the caller to compare with its own idea of it
@@ -32,6 +34,10 @@ struct Kernels {
   // sampling.h
   size_t (*sampling_scratch_bytes)(const SampleArgs* args);
   void (*run_sampling)(Team* team, const SampleArgs* args, void* scratch);
+  // encoder.h
+  void* (*make_encoder)(Team* team, const EncoderSpec* spec);
+  int32_t (*run_encoder)(void* encoder, const EncoderInput* input);
+  void (*free_encoder)(void* encoder);
 };
 
 }  // namespace meshserve

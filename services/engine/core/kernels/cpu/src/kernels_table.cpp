@@ -1,5 +1,6 @@
 // Fills the table of one instruction set.
 #include "attention_calls.h"
+#include "encoder.h"
 #include "kernels.h"
 #include "program.h"
 #include "sampling.h"
@@ -20,6 +21,9 @@ const Kernels kernels = {
     .free_program = free_program,
     .sampling_scratch_bytes = sampling_scratch_bytes,
     .run_sampling = run_sampling,
+    .make_encoder = make_encoder,
+    .run_encoder = run_encoder,
+    .free_encoder = free_encoder,
 };
 
 }  // namespace meshserve::MESHSERVE_ISA

@@ -133,7 +133,6 @@ class OwnTelemetry(Part):
 
 
 class Service(Part):
-    extensions: list[str]
     pipelines: dict[str, Pipeline]
     telemetry: OwnTelemetry
 
@@ -142,7 +141,6 @@ class Collector(Part):
     receivers: dict[Literal["otlp"], OtlpReceiver]
     processors: Processors
     exporters: dict[Literal["otlp/jaeger"], OtlpExporter]
-    extensions: dict[Literal["health_check"], Grpc]
     service: Service
 
 
@@ -173,7 +171,6 @@ def test_what_is_configured_is_used_in_the_order_that_it_must_have(collector: Co
     # Memory is guarded before anything is held, and batches are made of what is kept.
     assert pipeline.processors == ["memory_limiter", "tail_sampling", "batch"]
     assert set(pipeline.processors) == set(Processors.model_fields)
-    assert collector.service.extensions == list(collector.extensions)
 
 
 def test_errors_and_slow_ones_are_always_kept_and_a_part_of_the_rest(

@@ -33,6 +33,7 @@ from tests.integration.deploy.caller import Caller, certificate_has_changed
 from tests.integration.deploy.pods import Pod, Sources
 
 KEYS_SECRET = "meshserve-keys"
+TLS_PATH = "/etc/meshserve/tls"
 READY_WITHIN_S = 150.0
 VALKEY_ADDRESS = "127.0.0.1"
 MS_BIND = 4096
@@ -131,6 +132,7 @@ def main(folder: Path, *, is_idle: bool) -> None:
             say(awaited=True)
             cluster.start(idle)
         say(answered=asking.result())
+        say(helm_test=helm_test(cluster, folder))
         gateways = [pod for pod in cluster.pods if pod.service == "gateway"]
         say(gateways_seen=caller.gateways(len(gateways)))
         if (folder / "renewed" / KEYS_SECRET).is_dir():
@@ -149,6 +151,20 @@ def main(folder: Path, *, is_idle: bool) -> None:
         for pod in cluster.pods:
             say(**pod.stop())
         valkey.kill()
+
+
+def helm_test(cluster: Cluster, folder: Path) -> int:
+    """The exit code of the pod that `helm test` runs."""
+    (pod,) = cluster.of_kind("Pod")
+    (container,) = pod["spec"]["containers"]
+    for volume in pod["spec"]["volumes"]:
+        if "secret" in volume:
+            source = folder / "secrets" / volume["secret"]["secretName"]
+            texts = [each.replace(TLS_PATH, str(source)) for each in container["args"]]
+            container = container | {"args": texts}
+    return subprocess.call(
+        [sys.executable, "-m", "meshserve", *container["args"]], stdout=sys.stderr
+    )
 
 
 def wait_until_awaited(edge: str) -> None:

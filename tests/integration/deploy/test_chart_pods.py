@@ -79,6 +79,10 @@ def test_a_request_goes_through_all_of_them(events: Events) -> None:
     assert "Paris" in answer
 
 
+def test_helm_test_passes(events: Events) -> None:
+    assert {"helm_test": 0} in events
+
+
 def test_an_operator_sees_both_gateways_whichever_answers(events: Events) -> None:
     (seen,) = (each["gateways_seen"] for each in events if "gateways_seen" in each)
     assert len(seen) == 2
@@ -119,6 +123,7 @@ def test_with_tls_they_trust_each_other_by_the_names_of_their_services_also_when
             sign(tmp_path / folder, spec["secretName"], spec["dnsNames"])
     events = run(tmp_path, values)
     assert {each["ready"] for each in events if "ready" in each} == PODS
+    assert {"helm_test": 0} in events
     (seen,) = (each["gateways_seen"] for each in events if "gateways_seen" in each)
     assert len(seen) == 2
     what = "changes_certificate"

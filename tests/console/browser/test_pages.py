@@ -242,6 +242,7 @@ def test_the_name_of_a_tenant_is_text_and_nothing_else(guarded: Page) -> None:
 def test_pages_are_accessible(
     scripted: RunningMesh, page: Page, axe: str, theme: str, width: int
 ) -> None:
+    scripted.engine.script = says("# a\n\n> b\n\n| c |\n|---|\n| d |\n\n```py\n", "e\n```\n")
     set_media(page.driver, prefers_color_scheme=theme)
     set_size(page.driver, width, 860)
     try:

@@ -200,8 +200,34 @@ def test_a_little_markdown_is_shown_as_it_is_meant(scripted: RunningMesh, page: 
         "return [...arguments[0].querySelectorAll('*')].map((element) => element.localName)",
         page.one(".answer"),
     )
-    assert made == ["p", "ol", "li", "em", "li", "strong", "pre", "code", "p", "code"]
+    of_code = ["div", "div", "span", "button", "svg", "path", "pre", "code"]
+    assert made == ["p", "ol", "li", "em", "li", "strong", *of_code, "p", "code"]
     assert page.one(".answer pre").text == "if a < b:\n    pass"
+
+
+def test_lists_within_lists_tables_and_quotes_are_shown_as_such(
+    scripted: RunningMesh, page: Page
+) -> None:
+    scripted.engine.script = says(
+        "1. a\n   - b\n\n   - c\n2. d\n\n",
+        "| x | y |\n|---|:-:|\n| 1 | **2** |\n\n",
+        "> said\n> - so\n\n* * *\n",
+        "a | b is no table, and 2 > 1",
+    )
+    page.open()
+    page.ask("hello")
+    page.answered()
+
+    def texts(selector: str) -> list[str]:
+        return [each.text for each in page.all(f".answer {selector}")]
+
+    assert texts("> ol > li") == ["a\nb\nc", "d"]
+    assert texts("> ol > li > ul > li") == ["b", "c"]
+    assert (texts("thead th"), texts("tbody td")) == (["x", "y"], ["1", "2"])
+    assert texts("tbody strong") == ["2"]
+    assert (texts("blockquote > p"), texts("blockquote > ul > li")) == (["said"], ["so"])
+    assert len(page.all(".answer > hr")) == 1
+    assert texts("> p") == ["a | b is no table, and 2 > 1"]
 
 
 # --- the same as code

@@ -2,7 +2,7 @@
 
 import { bars } from "../chart.js";
 import { copy, h, icon, replace } from "../dom.js";
-import { count, duration, words } from "../format.js";
+import { count, duration, rate } from "../format.js";
 import { problem } from "../problem.js";
 import { CallError } from "../api.js";
 import { timing } from "./generation.js";
@@ -71,7 +71,7 @@ function answerView(node, conversation, actions) {
     // While text comes it is shown as text: tokens are for reading in peace.
     if (node.view === "tokens" && !running) replace(body, tokenView(node.tokens));
     else if (node.content === "" && running) replace(body, h("span", { class: "waiting", "aria-label": "Waiting for the first token" }));
-    else replace(body, markdown(node.content));
+    else replace(body, markdown(node.content, { whole: !running }));
     replace(facts, timingView(node));
     if (running) replace(controls);
     else {
@@ -137,14 +137,13 @@ function timingView(node) {
   const fact = (label, value, title) => h("span", { class: "fact", title }, h("span", { class: "muted" }, label), " ", h("span", { class: "number" }, value));
   return [
     fact("first token", duration(measured.firstS), "From the request to the first text that this browser got"),
-    measured.perSecond ? fact("then", `${measured.perSecond.toFixed(1)} tokens/s`, "Tokens after the first, over the time they took") : null,
+    measured.perSecond ? fact("then", `${rate(measured.perSecond)} tokens/s`, "Tokens after the first, over the time they took") : null,
     fact("tokens", node.usage?.prompt_tokens ? `${count(node.usage.prompt_tokens)} → ${count(tokens)}` : count(tokens), "Of the prompt, and of the answer"),
     gaps.length > 2
-      ? h("span", { class: "fact spark" }, bars(gaps, { label: `Time between tokens: median ${median.toFixed(1)} ms, longest ${sorted.at(-1).toFixed(1)} ms, over ${gaps.length} messages` }), h("span", { class: "muted number" }, `${median.toFixed(0)} ms`))
+      ? h("span", { class: "fact spark" }, bars(gaps, { label: `Time between tokens: median ${median.toFixed(1)} ms, longest ${sorted.at(-1).toFixed(1)} ms, over ${gaps.length} messages` }), h("span", { class: "muted number" }, duration(median / 1000)))
       : null,
     node.cached ? h("span", { class: "badge accent" }, "from the cache") : null,
     FINISHES[node.finish] ? h("span", { class: "badge warn" }, FINISHES[node.finish]) : null,
     node.state === "stopped" ? h("span", { class: "badge" }, "stopped by you") : null,
-    node.state === "failed" ? h("span", { class: "badge bad" }, words(node.error.reason)) : null,
   ];
 }

@@ -11,6 +11,8 @@ import { strip, waterfall } from "./waterfall.js";
 
 const SHOWN = 100;
 const KEPT = 1000;
+// As in styles/pages.css: fewer columns are shown there.
+const narrow = matchMedia("(max-width: 760px)");
 const STATES = [
   ["", "All"],
   ["failed", "Failed"],
@@ -119,7 +121,7 @@ export function mount(main, session) {
       h("td", { class: "right" }, milliseconds(request.duration_ms)),
       h("td", { class: "strip-cell" }, strip(request)),
     );
-    return isOpen ? [cells, h("tr", { class: "detail" }, h("td", { colspan: HEADINGS.length }, detail(request, session, hasPlace)))] : cells;
+    return isOpen ? [cells, h("tr", { class: "detail" }, h("td", { colspan: narrow.matches ? HEADINGS.filter(([, kind]) => kind === "" || kind === "right").length : HEADINGS.length }, detail(request, session, hasPlace)))] : cells;
   }
 
   /** What one gateway has said, as the page keeps it. */

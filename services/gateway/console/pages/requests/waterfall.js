@@ -114,6 +114,6 @@ export function waterfall(request) {
     ),
     request.first_text_ms === undefined
       ? null
-      : h("tfoot", {}, h("tr", {}, h("td", {}), h("td", { class: "muted small" }, "The dashed line is the first token, ", milliseconds(request.first_text_ms), " after the arrival."), h("td", {}))),
+      : h("tfoot", {}, h("tr", {}, h("td", { class: "muted small", colspan: 3 }, "The dashed line is the first token, ", milliseconds(request.first_text_ms), " after the arrival."))),
   );
 }

@@ -192,15 +192,20 @@ class ReplicaSet:
             replica.is_leaving = address not in addresses
         self._note_change()
 
+    def processes(self) -> list[Replica]:
+        """One replica for each process, at the better of its addresses where it has two. May be
+        called from any thread."""
+        best: dict[str, Replica] = {}
+        for replica in self:
+            known = best.setdefault(replica.instance_id or replica.address, replica)
+            if STANDINGS.index(replica.standing) < STANDINGS.index(known.standing):
+                best[replica.instance_id] = replica
+        return list(best.values())
+
     def counts(self) -> dict[str, int]:
-        """How many there are of each of STANDINGS. One with two addresses is one, as good as the
-        better of them. May be called from any thread."""
-        best: dict[str, int] = {}
-        for replica in list(self._replicas.values()):
-            key, rank = replica.instance_id or replica.address, STANDINGS.index(replica.standing)
-            best[key] = min(best.get(key, rank), rank)
-        ranks = list(best.values())
-        return {standing: ranks.count(rank) for rank, standing in enumerate(STANDINGS)}
+        """How many `processes` there are of each of STANDINGS."""
+        standings = [replica.standing for replica in self.processes()]
+        return {standing: standings.count(standing) for standing in STANDINGS}
 
     def renew(self) -> None:
         """Connects to everybody anew, as after a change of certificates. What is under way on the

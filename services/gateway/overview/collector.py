@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 from meshserve.v1 import mesh_pb2, monitor_pb2
@@ -63,7 +63,7 @@ class Collector:
         self._histories = {key: kept for key, kept in self._histories.items() if key in known}
         replicas = [each for each in answers if each not in same]
         replicas.append(replace(own, address=same[0].address) if same else own)
-        return snapshot(_each_once(replicas), self._settings())
+        return snapshot(sorted(replicas, key=lambda each: each.address), self._settings())
 
     async def close(self) -> None:
         """Looks no further until the next picture."""
@@ -95,11 +95,3 @@ class Collector:
     def _take_in(self, service: str, address: str, status: monitor_pb2.GetStatusResponse) -> Window:
         history = self._histories.setdefault((service, address), History())
         return history.add(Reading(time.monotonic(), status))
-
-
-def _each_once(replicas: Iterable[Replica]) -> list[Replica]:
-    """Each by the first of the addresses at which it answers: a name may have two of a process."""
-    found: dict[tuple[str, str], Replica] = {}
-    for each in sorted(replicas, key=lambda each: each.address):
-        found.setdefault((each.service, each.instance_id or each.address), each)
-    return list(found.values())

@@ -73,7 +73,7 @@ class Gateways:
         if self._channel is None:
             return {}
         await self._channel.replicas.wait_until_known(ANSWER_TIMEOUT_S)
-        replicas = list(self._channel.replicas)
+        replicas = self._channel.replicas.processes()
 
         async def ask_one(replica: Replica) -> AnswerT | NotAnsweredError:
             rpc = replica.link.rpc(path, "unary_unary")

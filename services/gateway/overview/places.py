@@ -56,7 +56,7 @@ class Places:
                 else (),
             )
             for channel in channels
-            for replica in channel.replicas
+            for replica in channel.replicas.processes()
         ]
 
     async def close(self) -> None:

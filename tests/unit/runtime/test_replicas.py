@@ -223,8 +223,15 @@ def test_a_replica_with_two_addresses_is_counted_once_as_the_better_of_them() ->
     v6.is_instance("a")
     other.is_instance("b")
     assert counted(replicas) == {"serving": 2}
+    assert replicas.processes() == [v4, other]
     v6.became(DOWN)
     assert counted(replicas) == {"serving": 2}
+    v6.became(UP)
+    v4.became(DOWN)
+    assert counted(replicas) == {"serving": 2}
+    assert replicas.processes() == [v6, other]
+    v6.became(DOWN)
+    v4.became(UP)
     v4.became(DOWN)
     assert counted(replicas) == {"serving": 1, "unreachable": 1}
     # The process at one of the addresses is another one now.

@@ -164,17 +164,3 @@ async def test_a_gateway_that_finds_itself_is_shown_once_by_the_address_it_is_fo
         ("10.0.0.1:50051", True),
         ("10.0.0.2:50051", False),
     ]
-
-
-async def test_a_replica_with_two_addresses_is_shown_once() -> None:
-    mesh = await collector(
-        Place("cache", "[fd00::1]:50054", answers),
-        Place("cache", "10.0.0.1:50054", answers),
-        Place("cache", "[fd00::2]:50054", refuses),
-        Place("cache", "10.0.0.2:50054", refuses),
-    ).picture(None)
-    assert [(address, state) for address, (state, _) in states(mesh, "cache").items()] == [
-        ("10.0.0.1:50054", SERVING),
-        ("10.0.0.2:50054", UNREACHABLE),
-        ("[fd00::2]:50054", UNREACHABLE),
-    ]

@@ -215,11 +215,12 @@ def test_values_that_contradict_each_other_are_refused_with_the_way_out(
 
 
 def test_the_values_in_the_documentation_are_values() -> None:
-    page = (DEPLOY.parent / "docs/kubernetes.md").read_text()
+    pages = [DEPLOY.parent / "docs" / name for name in ("kubernetes.md", "sizing.md")]
+    page = "\n".join(each.read_text() for each in pages)
     texts = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     found = [each for text in texts for each in yaml.safe_load_all(text)]
     values = [each for each in found if "apiVersion" not in each]
-    assert len(values) >= 5
+    assert len(values) >= 6
     for manifest in found:
         if manifest not in values:
             assert problems(manifest) == []

@@ -35,14 +35,14 @@ def program(request: pytest.FixtureRequest) -> list[str]:
     return require_compose(request.param)
 
 
-@pytest.mark.docker
+@pytest.mark.slow  # Compose takes a second each time; it needs no engine for that
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS])
 def test_the_files_are_valid(program: list[str], overlay: str | None) -> None:
     services = merged(program, *filter(None, [overlay]))["services"]
     assert set(SERVICES) <= set(services)
 
 
-@pytest.mark.docker
+@pytest.mark.slow  # Compose takes a second each time; it needs no engine for that
 def test_a_card_is_reserved_by_the_gpu_overlay(program: list[str]) -> None:
     engine = merged(program, "compose.gpu.yaml")["services"]["engine"]
     (device,) = engine["deploy"]["resources"]["reservations"]["devices"]

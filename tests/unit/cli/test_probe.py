@@ -17,7 +17,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from services.runtime.health_check import PROBE_FILE_VARIABLE, announce
+from services.runtime.health_check import PROBE_FILE_VARIABLE, Endpoint, announce, ask
 from services.runtime.own_endpoint import own_endpoint
 from services.runtime.settings import parse_settings
 from tests.support.ports import free_ports
@@ -193,6 +193,11 @@ def test_a_service_on_a_unix_socket_is_asked(
     server.start()
     assert meshserve("probe", f"unix:{tmp_path}/socket").code == 0
     server.stop(0)
+
+
+def test_a_name_may_be_as_long_as_names_are(serve: Callable[..., int]) -> None:
+    name = ".".join(["a" * 63] * 3) + ".example"
+    assert ask(Endpoint(f"127.0.0.1:{serve()}", server_name=name)) == ""
 
 
 class Announced:

@@ -60,6 +60,9 @@ def test_every_alert_says_what_happened_and_leads_to_its_section_of_the_runbook(
         assert set(annotations) == {"summary", "description", "runbook_url"}, name
         assert annotations["runbook_url"].endswith(f"/docs/runbook.md#{name.lower()}")
         assert rule["labels"]["severity"] in ("critical", "warning")
+        section = runbook.partition(f"## {name}\n")[2].partition("\n## ")[0].lower()
+        assert "*look at*" in section, name
+        assert re.search(r"\*do:?\*", section), name
 
 
 def test_failures_of_the_mesh_are_told_from_mistakes_of_callers_by_their_code() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from tests.console.streams import chat_body, events_of
-from tests.fakes.scripted_mesh import EngineRequest, EngineResponse, ScriptedMesh, chunk
+from tests.fakes.scripted_mesh import EngineRequest, EngineResponse, Script, ScriptedMesh, chunk
 from tests.support.ports import free_ports
 
 SECRET = "what nobody else may read"
@@ -109,7 +109,9 @@ def bearer(key: str) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def guarded_gateway(folder: Path) -> AsyncIterator[aiohttp.ClientSession]:
+async def guarded_gateway(
+    folder: Path, script: Script | None = None
+) -> AsyncIterator[aiohttp.ClientSession]:
     """A gateway with two tenants and an operator, whose names are their keys."""
     (port,) = free_ports(1)
     keys = [
@@ -128,6 +130,7 @@ async def guarded_gateway(folder: Path) -> AsyncIterator[aiohttp.ClientSession]:
         ScriptedMesh(folder, gateway=gateway) as mesh,
         aiohttp.ClientSession(base_url=mesh.http_url) as http,
     ):
+        mesh.engine.script = script or mesh.engine.script
         yield http
 
 

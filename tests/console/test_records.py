@@ -16,8 +16,9 @@ from meshserve.v1 import mesh_pb2
 from services.gateway.overview.servicer import MeshServicer
 from services.runtime.errors import Reason, ServiceError
 from tests.console.streams import chat_body, events_of
-from tests.fakes.scripted_mesh import ScriptedMesh, until
+from tests.fakes.scripted_mesh import ScriptedMesh
 from tests.support.ports import free_ports
+from tests.support.waiting import until
 
 
 def counted(mesh: ScriptedMesh, name: str, **labels: str) -> float:

@@ -113,6 +113,16 @@ async def test_new_sessions_go_to_the_replica_with_the_fewest(loopback) -> None:
     assert {replica.in_flight for replica in pool.replicas} == {0}
 
 
+async def test_a_session_that_has_ended_is_under_way_no_more(loopback) -> None:
+    _, pool = await start(loopback, EchoHost())
+    (replica,) = pool.replicas
+    decoding = Decoding(pool)
+    await decoding.feed(1)
+    assert replica.in_flight == 1
+    await decoding.feed(2, finish=True)
+    assert replica.in_flight == 0
+
+
 async def serving(pool: Any, count: int) -> None:
     """Returns once so many replicas say that they serve."""
     await until(lambda: sum(replica.takes_calls for replica in pool.replicas) == count)

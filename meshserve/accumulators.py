@@ -146,6 +146,7 @@ class CompletionAccumulator(
             token_ids=self._token_ids_of(index),
             logprobs=self._logprobs_of(index),
             safety=responses.verdict(end.safety) if end.HasField("safety") else None,
+            timings=responses.timings(end.timings) if end.HasField("timings") else None,
         )
 
 
@@ -183,4 +184,5 @@ class ChatAccumulator(Accumulator[gateway_pb2.StreamChatResponse, ChatChunk, Cha
             token_ids=self._token_ids_of(index),
             logprobs=self._logprobs_of(index),
             safety=responses.verdict(end.safety) if end.HasField("safety") else None,
+            timings=responses.timings(end.timings) if end.HasField("timings") else None,
         )

@@ -131,6 +131,22 @@ class SafetyVerdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Timings:
+    """How long the engine worked on a choice, in seconds; None for what it has not told."""
+
+    queue_s: float | None = None
+    """From its arrival in the engine to the first step that computed it."""
+    prefill_s: float | None = None
+    """From there to its first token."""
+    decode_s: float | None = None
+    """From there to its last token."""
+    steps: int = 0
+    """Steps of the engine that computed it."""
+    preemptions: int = 0
+    """How often it had to make room for others."""
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One finished completion of a prompt."""
 
@@ -142,6 +158,8 @@ class Choice:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] = ()
     safety: SafetyVerdict | None = None
+    timings: Timings | None = None
+    """None for an answer from the response cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +201,7 @@ class ChatChoice:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] = ()
     safety: SafetyVerdict | None = None
+    timings: Timings | None = None
 
     @property
     def text(self) -> str:

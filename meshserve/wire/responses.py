@@ -21,6 +21,7 @@ from meshserve.types import (
     SafetyAction,
     SafetyFinding,
     SafetyVerdict,
+    Timings,
     TokenCount,
     TokenLogprob,
     ToolCall,
@@ -72,6 +73,7 @@ def completion(response: gateway_pb2.GenerateResponse) -> Completion:
                 token_ids=tuple(choice.token_ids),
                 logprobs=logprobs(choice.logprobs),
                 safety=verdict(choice.safety) if choice.HasField("safety") else None,
+                timings=timings(choice.timings) if choice.HasField("timings") else None,
             )
             for choice in sorted(response.choices, key=lambda choice: choice.index)
         ),
@@ -99,6 +101,7 @@ def chat_completion(response: gateway_pb2.ChatResponse) -> ChatCompletion:
                 token_ids=tuple(choice.token_ids),
                 logprobs=logprobs(choice.logprobs),
                 safety=verdict(choice.safety) if choice.HasField("safety") else None,
+                timings=timings(choice.timings) if choice.HasField("timings") else None,
             )
             for choice in sorted(response.choices, key=lambda choice: choice.index)
         ),
@@ -190,6 +193,17 @@ def usage(source: types_pb2.Usage) -> Usage:
         completion_tokens=source.completion_tokens,
         cached_prompt_tokens=source.cached_prompt_tokens,
         reasoning_tokens=source.reasoning_tokens,
+    )
+
+
+def timings(source: types_pb2.GenerationTimings) -> Timings:
+    """How long the engine worked on a choice."""
+    return Timings(
+        queue_s=source.queue_ms / 1000 if source.HasField("queue_ms") else None,
+        prefill_s=source.prefill_ms / 1000 if source.HasField("prefill_ms") else None,
+        decode_s=source.decode_ms / 1000 if source.HasField("decode_ms") else None,
+        steps=source.steps,
+        preemptions=source.preemptions,
     )
 
 

@@ -254,9 +254,11 @@ def test_pages_are_accessible(
         page.button("Tokens").click()
         page.one(".tokens").send_keys(Keys.ARROW_RIGHT)
         assert page.violations(axe) == []
+        page.driver.execute_script("scrollTo(0, document.documentElement.scrollHeight)")
         page.button("Code").click()
         assert page.violations(axe) == []
         page.button("Close").click()
+        page.driver.execute_script("scrollTo(0, 0)")
         page.one("#parameter-temperature") if width > 1100 else page.one("summary").click()
         for name in ("mesh", "requests", "models", "usage"):
             page.open(name)

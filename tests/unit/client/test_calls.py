@@ -19,6 +19,7 @@ from meshserve import (
     InvalidRequestError,
     Message,
     SafetyAction,
+    Timings,
     Tool,
     ToolCall,
     Usage,
@@ -38,6 +39,7 @@ GENERATED = gateway_pb2.GenerateResponse(
             "text": "Paris",
             "finish_reason": "FINISH_REASON_STOP",
             "matched_stop": {"token_id": 2},
+            "timings": {"queue_ms": 2, "prefill_ms": 40, "steps": 7},
             "token_ids": [260, 4],
             "logprobs": {
                 "positions": [
@@ -78,6 +80,8 @@ def test_a_completion_comes_back_whole_with_choices_in_order(
     assert [choice.text for choice in completion.choices] == ["Paris", "Lyon"]
     assert completion.finish_reason is FinishReason.STOP
     assert completion.choices[0].matched_stop == 2
+    assert completion.choices[0].timings == Timings(queue_s=0.002, prefill_s=0.04, steps=7)
+    assert completion.choices[1].timings is None
     assert completion.choices[1].matched_stop is None
     assert completion.choices[0].logprobs[0].chosen.text == b"Par"
     assert completion.choices[0].safety is not None

@@ -12,6 +12,8 @@ export const blank = (model) => ({
   // Of each event with text: seconds since the request, and its number of tokens.
   arrivals: [],
   usage: null,
+  // How long the engine worked on it.
+  timings: null,
   finish: "",
   cached: false,
   requestId: "",
@@ -35,6 +37,7 @@ export async function generate(request, message, { signal, changed }) {
       }
       if (event.complete) {
         message.usage = event.complete.usage ?? {};
+        message.timings = event.complete.timings ?? null;
         message.finish = event.complete.finish_reason.replace("FINISH_REASON_", "").toLowerCase();
         message.cached = event.complete.cached ?? false;
       }

@@ -2,7 +2,7 @@
 
 import { bars } from "../chart.js";
 import { copy, h, icon, replace } from "../dom.js";
-import { count, duration, rate } from "../format.js";
+import { count, duration, milliseconds, rate } from "../format.js";
 import { problem } from "../problem.js";
 import { CallError } from "../api.js";
 import { timing } from "./generation.js";
@@ -127,6 +127,8 @@ function copyButton(node) {
   return button;
 }
 
+const engineText = ({ queue_ms: queue, prefill_ms: prefill, decode_ms: decode }) => [queue, prefill, decode].filter((each) => each !== undefined).map(milliseconds).join(" + ");
+
 function timingView(node) {
   const measured = timing(node);
   if (measured === null) return null;
@@ -139,6 +141,7 @@ function timingView(node) {
     fact("first token", duration(measured.firstS), "From the request to the first text that this browser got"),
     measured.perSecond ? fact("then", `${rate(measured.perSecond)} tokens/s`, "Tokens after the first, over the time they took") : null,
     fact("tokens", node.usage?.prompt_tokens ? `${count(node.usage.prompt_tokens)} → ${count(tokens)}` : count(tokens), "Of the prompt, and of the answer"),
+    node.timings?.prefill_ms === undefined ? null : fact("engine", engineText(node.timings), "Wait in the engine's queue, then the prompt, then the answer"),
     gaps.length > 2
       ? h("span", { class: "fact spark" }, bars(gaps, { label: `Time between tokens: median ${median.toFixed(1)} ms, longest ${sorted.at(-1).toFixed(1)} ms, over ${gaps.length} messages` }), h("span", { class: "muted number" }, duration(median / 1000)))
       : null,

@@ -100,9 +100,7 @@ export function mount(main, session) {
       // Once a frame is enough, however fast tokens come.
       painted ||= requestAnimationFrame(() => {
         painted = 0;
-        const atEnd = innerHeight + scrollY >= document.documentElement.scrollHeight - 160;
-        view.update();
-        if (atEnd) scrollTo(0, document.documentElement.scrollHeight);
+        following(() => view.update());
       });
     };
     try {
@@ -122,7 +120,15 @@ export function mount(main, session) {
     cancelAnimationFrame(painted);
     running = null;
     conversation.save();
-    show();
+    following(show);
+  }
+
+  /** Changes the page, and stays at its end if it was there. */
+  function following(change) {
+    const page = document.documentElement;
+    const atEnd = innerHeight + scrollY >= page.scrollHeight - 160;
+    change();
+    if (atEnd) scrollTo(0, page.scrollHeight);
   }
 
   function show() {

@@ -115,6 +115,14 @@ def fresh_prompt() -> str:
     return f"Say something about {uuid.uuid4().hex[:8]}."
 
 
+def long_request() -> gateway_pb2.ChatRequest:
+    """One that is not over before its caller leaves, or its deadline passes."""
+    request = chat_request(fresh_prompt())
+    request.stopping.max_tokens = 1500
+    request.stopping.ignore_eos = True
+    return request
+
+
 Send = Callable[[gateway_pb2_grpc.InferenceServiceStub, gateway_pb2.ChatRequest, Caller], None]
 
 
@@ -392,9 +400,7 @@ def test_a_stream_that_its_caller_left_says_so_and_has_not_failed(
     mesh: Mesh, otlp: Receiver
 ) -> None:
     caller = Caller()
-    request = chat_request(fresh_prompt())
-    request.stopping.max_tokens = 1500
-    request.stopping.ignore_eos = True
+    request = long_request()
     with mesh.channel() as channel:
         call = gateway_pb2_grpc.InferenceServiceStub(channel).StreamChat(
             gateway_pb2.StreamChatRequest(request=request), metadata=caller.metadata, timeout=60
@@ -415,15 +421,13 @@ def test_a_passed_deadline_is_an_error_down_to_the_phase_it_ended(
     mesh: Mesh, otlp: Receiver
 ) -> None:
     caller = Caller()
-    request = chat_request(fresh_prompt())
-    request.stopping.max_tokens = 1500
-    request.stopping.ignore_eos = True
+    request = long_request()
     with mesh.channel() as channel, pytest.raises(grpc.RpcError) as failure:
         list(
             gateway_pb2_grpc.InferenceServiceStub(channel).StreamChat(
                 gateway_pb2.StreamChatRequest(request=request),
                 metadata=caller.metadata,
-                timeout=0.7,
+                timeout=3,
             )
         )
     assert failure.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED

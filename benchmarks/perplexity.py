@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from services.engine.core.kernels import cpu, select
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.kv_cache import KVCache
-from services.engine.core.models.loader import open_model
+from services.engine.core.models.loader import OpenedModel, open_model
 from services.engine.core.models.native import NativeModel, WeightChoice
 from services.runtime.modelfiles import locate
 
@@ -42,7 +41,7 @@ def main() -> None:
     path = locate(options.model)
     select("cpu")
     library = cpu.activate("auto")
-    reference = _perplexity(_torch_model(path, options.window), windows)
+    reference = perplexity(torch_step(open_model(path), options.window), windows)
     _print("float32 on torch", None, reference, reference)
     if library is None:
         return
@@ -51,13 +50,13 @@ def main() -> None:
         for kv_format in KvFormat:
             opened = open_model(path)
             model = NativeModel(opened.skeleton, opened.checkpoint, team, weights)
-            step = _native_step(model, kv_format, options.window)
+            step = native_step(model, kv_format, options.window)
             name = f"{weights}, KV cache {kv_format.name.lower()}"
-            _print(name, sum(model.weight_bytes.values()), _perplexity(step, windows), reference)
+            _print(name, sum(model.weight_bytes.values()), perplexity(step, windows), reference)
 
 
-def _torch_model(path: Path, window: int) -> Callable[[ForwardBatch], Tensor]:
-    opened = open_model(path)
+def torch_step(opened: OpenedModel, window: int) -> Callable[[ForwardBatch], Tensor]:
+    """Return what computes the logits of a window in float32, with the weights as stored."""
     config = opened.config
     model = opened.load(torch.float32, "cpu")
     blocks = window // BLOCK_SIZE
@@ -66,9 +65,10 @@ def _torch_model(path: Path, window: int) -> Callable[[ForwardBatch], Tensor]:
     return lambda batch: model(batch, cache)
 
 
-def _native_step(
+def native_step(
     model: NativeModel, kv_format: KvFormat, window: int
 ) -> Callable[[ForwardBatch], Tensor]:
+    """Return what computes the logits of a window on the native kernels."""
     config = model.config
     blocks = window // BLOCK_SIZE
     shape = (config.num_layers, blocks, BLOCK_SIZE, config.kv_heads, config.head_dim)
@@ -77,7 +77,8 @@ def _native_step(
     return lambda batch: model(batch, cache)
 
 
-def _perplexity(step: Callable[[ForwardBatch], Tensor], windows: list[list[int]]) -> float:
+def perplexity(step: Callable[[ForwardBatch], Tensor], windows: list[list[int]]) -> float:
+    """Return the perplexity of windows of tokens, each computed from an empty context."""
     losses = []
     for window in windows:
         ids = torch.tensor(window)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from services.runtime.modelfiles.errors import ModelFileError
-from services.runtime.modelfiles.gguf import GGUFFile
-from services.runtime.modelfiles.safetensors_header import read_header
+from services.runtime.modelfiles.fields import read_json
+from services.runtime.modelfiles.gguf_model import GGUFModel
+from services.runtime.modelfiles.safetensors_file import read_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def describe(path: Path | str) -> ModelDescription:
 
 
 def _describe_gguf(path: Path) -> ModelDescription:
-    with GGUFFile(path) as file:
+    with GGUFModel(path) as file:
         metadata = file.metadata
         architecture = metadata.string("general.architecture")
         embedding = file.tensors.get("token_embd.weight")
@@ -64,19 +64,19 @@ def _describe_gguf(path: Path) -> ModelDescription:
             vocab_size=embedding.shape[0] if embedding else None,
             has_chat_template="tokenizer.chat_template" in metadata,
             licence=metadata.string("general.license", "") or None,
-            files=(path,),
+            files=file.files,
         )
 
 
 def _describe_directory(path: Path) -> ModelDescription:
-    config = _read_object(path / "config.json")
+    config = read_json(path / "config.json")
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ModelFileError(path, "holds no .safetensors file")
     entries = [entry for file in files for entry in read_header(file).values()]
     architectures = config.get("architectures")
     tokenizer_path = path / "tokenizer_config.json"
-    tokenizer = _read_object(tokenizer_path) if tokenizer_path.exists() else {}
+    tokenizer = read_json(tokenizer_path) if tokenizer_path.exists() else {}
     known = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
     beside = [path / name for name in (*known, "chat_template.jinja") if (path / name).exists()]
     return ModelDescription(
@@ -106,15 +106,3 @@ def _commonest(sizes: Iterable[tuple[str, int]]) -> str:
 def _integer(config: dict[str, Any], name: str) -> int | None:
     value = config.get(name)
     return value if type(value) is int else None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelFileError(path, f"cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(path, f"is not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise ModelFileError(path, "is not a JSON object")
-    return parsed

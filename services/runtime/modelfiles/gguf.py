@@ -20,6 +20,7 @@ import numpy as np
 
 from services.runtime.modelfiles.errors import ModelFileError
 from services.runtime.modelfiles.ggml_types import GGML_TYPES, GGMLType
+from services.runtime.modelfiles.mapped import MappedFile
 
 T = TypeVar("T")
 
@@ -140,8 +141,8 @@ class GGUFFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._map = _map_file(self.path)
-        cursor = _Cursor(self.path, self._map)
+        self._mapped = MappedFile(self.path)
+        cursor = _Cursor(self.path, self._mapped.buffer)
         if cursor.take(4, "magic") != MAGIC:
             raise ModelFileError(self.path, "not a GGUF file", what="magic", offset=0)
         self.version = cursor.unsigned(4, "version")
@@ -166,20 +167,21 @@ class GGUFFile:
         self.tensors = _read_tensor_directory(cursor, num_tensors, self.alignment_bytes)
 
     def tensor_bytes(self, name: str) -> np.ndarray:
-        """Return the stored bytes of a tensor, uint8 [nbytes], read-only and not copied.
+        """Return the stored bytes of a tensor, uint8 [nbytes], not copied.
 
         The array keeps the file mapped for as long as it lives. Raises KeyError for a name that
         is not in `tensors`.
         """
         info = self.tensors[name]
-        return np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
+        return self._mapped.array(info.offset, info.nbytes)
+
+    def release(self) -> None:
+        """Give back the memory through which tensors were read so far."""
+        self._mapped.release()
 
     def close(self) -> None:
         """Unmap the file; arrays still held by a caller keep it mapped until they go."""
-        try:
-            self._map.close()
-        except BufferError:
-            return
+        self._mapped.close()
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -306,18 +308,6 @@ class _Cursor:
             raise self.fail(f"is not UTF-8: {error.reason}", what) from None
 
 
-def _map_file(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise ModelFileError(path, "no such file") from None
-    except ValueError:
-        raise ModelFileError(path, "the file is empty") from None
-    except OSError as error:
-        raise ModelFileError(path, f"cannot be read: {error.strerror}") from None
-
-
 def _read_metadata(cursor: _Cursor, num_entries: int) -> dict[str, tuple[int, int]]:
     entries: dict[str, tuple[int, int]] = {}
     for index in range(num_entries):
@@ -354,7 +344,18 @@ def _read_tensor_directory(
             problem += f" ({cursor.size} bytes); is the file truncated?"
             raise ModelFileError(cursor.path, problem, what=what, offset=offset)
         tensors[name] = replace(info, nbytes=nbytes)
+    _check_overlaps(cursor.path, tensors)
     return tensors
+
+
+def _check_overlaps(path: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Tensors that share bytes could together be far larger than the file."""
+    end = 0
+    for info in sorted(tensors.values(), key=lambda each: each.offset):
+        if info.offset < end:
+            problem = "overlaps the tensor before it"
+            raise ModelFileError(path, problem, what=f"tensor {info.name!r}", offset=info.offset)
+        end = info.offset + info.nbytes
 
 
 def _read_tensor_entry(cursor: _Cursor, index: int) -> tuple[str, tuple[int, ...], GGMLType, int]:

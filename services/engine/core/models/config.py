@@ -9,7 +9,7 @@ from pathlib import Path
 from services.engine.core.layers.rotary import RopeConfig, RopeScaling
 from services.engine.core.models.fields import Fields, read_json
 from services.runtime.modelfiles import ModelFileError
-from services.runtime.modelfiles.gguf import GGUFFile
+from services.runtime.modelfiles.gguf_model import GGUFModel
 
 # No transformer comes near these; a file that claims more is damaged or hostile, and is refused
 # before anything is sized by it. Their products stay within what a tensor's size can express.
@@ -176,7 +176,7 @@ def _rope_from_hf(fields: Fields, head_dim: int, max_context_tokens: int) -> Rop
     )
 
 
-def config_from_gguf(file: GGUFFile) -> ModelConfig:
+def config_from_gguf(file: GGUFModel) -> ModelConfig:
     """Read the metadata of a Llama-family GGUF file.
 
     Raises ModelFileError for a key that is missing or of the wrong type.
@@ -187,9 +187,6 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     def key(suffix: str) -> str:
         return f"{architecture}.{suffix}"
 
-    if (parts := metadata.integer("split.count", 1)) > 1:
-        problem = f"is one of {parts} parts of a model; merge them into one file first"
-        raise ModelFileError(path, problem)
     hidden_size = metadata.integer(key("embedding_length"))
     heads = metadata.integer(key("attention.head_count"))
     head_dim = metadata.integer(key("attention.key_length"), hidden_size // max(heads, 1))
@@ -226,7 +223,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
 
 
 def _rope_from_gguf(
-    file: GGUFFile, architecture: str, head_dim: int, max_context_tokens: int
+    file: GGUFModel, architecture: str, head_dim: int, max_context_tokens: int
 ) -> RopeConfig:
     metadata, prefix = file.metadata, f"{architecture}.rope"
     kind = metadata.string(f"{prefix}.scaling.type", "none")
@@ -249,7 +246,7 @@ def _rope_from_gguf(
     )
 
 
-def _read_divisors(file: GGUFFile) -> tuple[float, ...] | None:
+def _read_divisors(file: GGUFModel) -> tuple[float, ...] | None:
     """Llama 3 scaling in GGUF: a tensor of divisors, one per frequency."""
     info = file.tensors.get("rope_freqs.weight")
     if info is None:

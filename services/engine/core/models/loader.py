@@ -10,10 +10,11 @@ import torch
 from services.engine.core.models.base import Model
 from services.engine.core.models.config import ModelConfig, config_from_gguf, config_from_hf
 from services.engine.core.models.registry import ARCHITECTURES
-from services.engine.core.weights.checkpoint import Checkpoint, open_checkpoint
+from services.engine.core.weights.checkpoint import Checkpoint
 from services.engine.core.weights.loading import check_weights, load_weights
+from services.engine.core.weights.opening import open_checkpoint
 from services.runtime.modelfiles import ModelFileError
-from services.runtime.modelfiles.gguf import GGUFFile
+from services.runtime.modelfiles.gguf_model import GGUFModel
 
 
 def read_config(path: Path | str) -> ModelConfig:
@@ -25,7 +26,7 @@ def read_config(path: Path | str) -> ModelConfig:
     if path.is_dir():
         config = config_from_hf(path)
     else:
-        with GGUFFile(path) as file:
+        with GGUFModel(path) as file:
             config = config_from_gguf(file)
     if config.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)

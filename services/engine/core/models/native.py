@@ -179,9 +179,15 @@ class _Packer:
         self._paths = {id(module): path for path, module in model.named_modules()}
 
     def vector(self, module: Any) -> Tensor:
-        return self._checkpoint.read(f"{self._paths[id(module)]}.weight")
+        # A copy: the checkpoint's own lies in a file that is closed.
+        return self._checkpoint.read(f"{self._paths[id(module)]}.weight").clone()
 
     def pack(self, module: Any, gated: bool) -> PackedLinear:
+        packed = self._pack(module, gated)
+        self._checkpoint.release()
+        return packed
+
+    def _pack(self, module: Any, gated: bool) -> PackedLinear:
         path = self._paths[id(module)]
         names = [path]
         if isinstance(module, MergedLinear):

@@ -1,27 +1,24 @@
-"""A checkpoint opened for reading: tensors by the model's names, from safetensors or GGUF."""
+"""A checkpoint opened for reading: tensors by the model's names, whatever holds them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from services.engine.core.kernels.cpu.packing import GroupedWeight
-from services.engine.core.weights.dequantize import DEQUANTIZERS, dequantize
-from services.engine.core.weights.grouped import GROUPED, read_grouped
-from services.engine.core.weights.names import FROM_GGUF, FROM_HF, is_derived, model_name
-from services.runtime.modelfiles import ModelFileError
-from services.runtime.modelfiles.gguf import GGUFFile, TensorInfo
-
-INDEX_NAME = "model.safetensors.index.json"
-_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+from services.engine.core.weights.names import FROM_HF, is_derived, model_name
+from services.engine.core.weights.schemes import read_scheme
+from services.engine.core.weights.stored_linear import StoredLinear
+from services.engine.core.weights.tensor_files import (
+    FLOAT_TYPES,
+    TORCH_TYPES,
+    SafetensorsFiles,
+    TensorFiles,
+)
 
 
 class Checkpoint(Protocol):
@@ -34,17 +31,31 @@ class Checkpoint(Protocol):
     shapes: dict[str, tuple[int, ...]]
     unknown: list[str]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, as they are stored."""
+
     def read(self, name: str) -> Tensor:
         """Return a tensor of floating-point type on the CPU; raises ModelFileError."""
 
     def read_grouped(self, name: str) -> GroupedWeight | None:
-        """Return a matrix in the precision it is stored in, None if that is no quantised one."""
+        """Return a quantised matrix in groups of 32, None for one that is not quantised.
+
+        Its levels are its own where groups of 32 hold them, else it is rounded to 8 bits. Raises
+        ModelFileError.
+        """
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that a tensor takes as it is stored."""
 
     def source_name(self, name: str) -> str:
         """Return what the checkpoint itself calls the model's tensor `name`."""
 
+    def release(self) -> None:
+        """Give back the memory through which tensors were read so far, while none is in use."""
+
     def close(self) -> None:
-        """Give back the memory through which a file was read."""
+        """Give back the memory through which files were read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,173 +69,105 @@ class Names:
 DECODER_NAMES = Names(lambda source: model_name(source, FROM_HF), is_derived)
 
 
-class SafetensorsCheckpoint:
-    """A HF directory with one model.safetensors or shards and their index."""
+class DirectoryCheckpoint:
+    """A HF directory; its projections may be quantised as its config.json says."""
 
-    def __init__(self, directory: Path, names: Names = DECODER_NAMES) -> None:
+    def __init__(self, directory: Path, files: TensorFiles, names: Names = DECODER_NAMES) -> None:
         self.path = directory
-        self._names = names
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.unknown: list[str] = []
-        self._where: dict[str, tuple[Path, str]] = {}
-        for file in _safetensors_files(directory):
-            self._add_file(file)
-        found = {source: file.name for file, source in self._where.values()}
-        _check_index(directory, found, names)
+        self._names = names
+        self._files = files
+        self._scheme = read_scheme(directory)
+        self._sources: dict[str, str] = {}  # of tensors that are stored whole
+        self._parts: dict[str, dict[str, str]] = {}  # of quantised ones, by kind
+        for source in files.entries:
+            self._add(source)
+        for name, parts in self._parts.items():
+            self.shapes[name] = self._quantised_shape(name, parts)
 
-    def _add_file(self, file: Path) -> None:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for source in opened.keys():  # noqa: SIM118 - not a mapping
-                    view = opened.get_slice(source)
-                    self._add(file, source, tuple(view.get_shape()), view.get_dtype())
-        except ModelFileError:
-            raise
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise ModelFileError(file, f"is not a readable safetensors file: {error}") from None
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.stored_bytes(name) for name in self.shapes)
 
-    def _add(self, file: Path, source: str, shape: tuple[int, ...], dtype: str) -> None:
-        name = self._names.of(source)
+    def _add(self, source: str) -> None:
+        entry = self._files.entries[source]
+        module, _, kind = source.rpartition(".")
+        is_part = self._scheme is not None and self._scheme.owns(kind, entry)
+        name = self._names.of(f"{module}.weight" if is_part else source)
         if name is None:
             if not self._names.is_needless(source):
                 self.unknown.append(source)
             return
-        if name in self._where:
-            raise ModelFileError(file, "is there twice", what=f"tensor {source!r}")
-        if dtype not in _FLOAT_TYPES:
-            problem = f"is stored as {dtype}, only {', '.join(_FLOAT_TYPES)} can be read"
-            raise ModelFileError(file, problem, what=f"tensor {source!r}")
-        self.shapes[name] = shape
-        self._where[name] = (file, source)
+        if is_part:
+            self._parts.setdefault(name, {})[kind] = source
+            return
+        if name in self.shapes:
+            raise entry.error(source, "is there twice")
+        if entry.dtype not in FLOAT_TYPES:
+            problem = f"is stored as {entry.dtype}, only {', '.join(FLOAT_TYPES)} can be read"
+            raise entry.error(source, problem)
+        self.shapes[name] = entry.shape
+        self._sources[name] = source
 
-    def source_name(self, name: str) -> str:
-        return self._where[name][1]
-
-    def read(self, name: str) -> Tensor:
-        file, source = self._where[name]
+    def _quantised_shape(self, name: str, parts: dict[str, str]) -> tuple[int, int]:
+        assert self._scheme is not None
+        source = self.source_name(name)
+        entry = self._files.entries[source]
+        if name in self._sources:
+            raise entry.error(source, f"and {self._sources[name]} are the same weights")
+        for part in parts.values():
+            if (dtype := self._files.entries[part].dtype) not in TORCH_TYPES:
+                raise self._files.entries[part].error(part, f"{dtype} cannot be read")
         try:
-            with safe_open(file, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(source)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelFileError(
-                file, f"cannot be read: {error}", what=f"tensor {source!r}"
-            ) from None
-        return tensor
-
-    def read_grouped(self, name: str) -> GroupedWeight | None:
-        return None
-
-    def close(self) -> None:
-        """Nothing stays open between two tensors."""
-
-
-class GGUFCheckpoint:
-    """A GGUF file, its tensors dequantised as they are read."""
-
-    def __init__(self, file: GGUFFile, heads: int, kv_heads: int) -> None:
-        self.path = file.path
-        self.unknown: list[str] = []
-        self._file = file
-        self._heads = {"q": heads, "k": kv_heads}
-        self._infos: dict[str, TensorInfo] = {}
-        for source, info in file.tensors.items():
-            name = model_name(source, FROM_GGUF)
-            if name is not None:
-                self._infos[name] = info
-            elif not is_derived(source):
-                self.unknown.append(source)
-        self.shapes = {name: info.shape for name, info in self._infos.items()}
+            return self._scheme.shape(
+                {kind: self._files.entries[part] for kind, part in parts.items()}
+            )
+        except ValueError as error:
+            raise entry.error(source, str(error)) from None
 
     def source_name(self, name: str) -> str:
-        return self._infos[name].name
+        if name in self._parts:
+            # Its levels.
+            return max(
+                self._parts[name].values(), key=lambda part: self._files.entries[part].nbytes
+            )
+        return self._sources[name]
+
+    def stored_bytes(self, name: str) -> int:
+        sources = self._parts[name].values() if name in self._parts else [self._sources[name]]
+        return sum(self._files.entries[source].nbytes for source in sources)
 
     def read(self, name: str) -> Tensor:
-        info = self._infos[name]
-        if info.type.name not in DEQUANTIZERS:
-            problem = f"is stored as {info.type.name}, only {', '.join(DEQUANTIZERS)} can be read"
-            raise ModelFileError(self.path, problem, what=f"tensor {info.name!r}")
-        tensor = dequantize(self._file.tensor_bytes(info.name), info.type, info.shape)
-        order = self._row_order(name, info)
-        return tensor if order is None else tensor[order]
+        if name in self._parts:
+            return self._read_stored(name).dequantize()
+        return self._files.read(self._sources[name])
 
     def read_grouped(self, name: str) -> GroupedWeight | None:
-        info = self._infos[name]
-        if info.type.name not in GROUPED or len(info.shape) != 2:
-            return None
-        weight = read_grouped(self._file.tensor_bytes(info.name), info.type, info.shape)
-        order = self._row_order(name, info)
-        return weight if order is None else weight.map(lambda rows: rows[order])
+        return self._read_stored(name).grouped() if name in self._parts else None
+
+    def _read_stored(self, name: str) -> StoredLinear:
+        assert self._scheme is not None
+        parts = self._parts[name]
+        try:
+            stored = self._scheme.read(
+                {kind: self._files.read(source) for kind, source in parts.items()}
+            )
+            stored.check()
+        except ValueError as error:
+            source = self.source_name(name)
+            raise self._files.entries[source].error(source, str(error)) from None
+        return stored
+
+    def release(self) -> None:
+        self._files.release()
 
     def close(self) -> None:
-        self._file.close()
-
-    def _row_order(self, name: str, info: TensorInfo) -> Tensor | None:
-        parts = name.split(".")
-        if len(parts) > 2 and parts[-3] == "attention" and parts[-2] in self._heads:
-            return _halves_from_pairs(info.shape[0], self._heads[parts[-2]])
-        return None
+        self._files.close()
 
 
-def _halves_from_pairs(num_rows: int, heads: int) -> Tensor:
-    """The order that undoes GGUF's, for the rows of Llama's query and key projections.
+class SafetensorsCheckpoint(DirectoryCheckpoint):
+    """A HF directory with one model.safetensors, or shards and their index."""
 
-    GGUF rotates neighbouring rows of a head against each other, this model (as HF) a head's two
-    halves: row 2i of a head becomes row i, row 2i + 1 becomes row i + head_dim / 2.
-    """
-    return torch.arange(num_rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
-
-
-def open_checkpoint(path: Path, heads: int, kv_heads: int) -> Checkpoint:
-    """Open a HF directory or a .gguf file; the head counts undo GGUF's order of rows.
-
-    Raises ModelFileError for what is damaged, missing or stored as pickled Python objects, which
-    are never loaded because they can run code.
-    """
-    if path.is_dir():
-        return SafetensorsCheckpoint(path)
-    return GGUFCheckpoint(GGUFFile(path), heads, kv_heads)
-
-
-def _safetensors_files(directory: Path) -> list[Path]:
-    if (directory / INDEX_NAME).exists():
-        weight_map = _read_index(directory)
-        return [directory / name for name in sorted(set(weight_map.values()))]
-    single = directory / "model.safetensors"
-    if single.exists():
-        return [single]
-    pickled = sorted(file.name for pattern in _PICKLED for file in directory.glob(pattern))
-    if pickled:
-        problem = (
-            f"holds only pickled weights ({pickled[0]}), which can run code when loaded and are "
-            "refused; convert the model to safetensors"
-        )
-        raise ModelFileError(directory, problem)
-    raise ModelFileError(directory, f"has neither model.safetensors nor {INDEX_NAME}")
-
-
-def _read_index(directory: Path) -> dict[str, str]:
-    path = directory / INDEX_NAME
-    try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelFileError(path, f"is not an index of shards: {error}") from None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelFileError(path, "is not an index of shards", what="weight_map")
-    for tensor, file in weight_map.items():
-        # A shard lies beside its index; anything else could point anywhere on the machine.
-        if (
-            not isinstance(file, str)
-            or Path(file).name != file
-            or not file.endswith(".safetensors")
-        ):
-            raise ModelFileError(path, f"{file!r} is no shard's name", what=f"tensor {tensor!r}")
-    return weight_map
-
-
-def _check_index(directory: Path, found: dict[str, str], names: Names) -> None:
-    if not (directory / INDEX_NAME).exists():
-        return
-    for source, file in _read_index(directory).items():
-        if names.of(source) is not None and found.get(source) != file:
-            problem = f"is not in {file}, where {INDEX_NAME} has it"
-            raise ModelFileError(directory, problem, what=f"tensor {source!r}")
+    def __init__(self, directory: Path, names: Names = DECODER_NAMES) -> None:
+        super().__init__(directory, SafetensorsFiles(directory), names)

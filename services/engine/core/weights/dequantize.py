@@ -18,6 +18,9 @@ from services.runtime.modelfiles.ggml_types import GGMLType
 # Dequantised at a time: small enough to stay in the caches, large enough to keep all cores busy.
 _CHUNK_ELEMENTS = 1 << 21
 
+# The levels of IQ4's uneven scale.
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 
 def dequantize(raw: np.ndarray, storage: GGMLType, shape: tuple[int, ...]) -> Tensor:
     """Return a stored tensor as float32 of `shape`.
@@ -29,9 +32,7 @@ def dequantize(raw: np.ndarray, storage: GGMLType, shape: tuple[int, ...]) -> Te
     result = torch.empty(blocks.shape[0], storage.block_elements)
     step = max(_CHUNK_ELEMENTS // storage.block_elements, 1)
     for start in range(0, blocks.shape[0], step):
-        # Copied out of the file first: torch takes no read-only memory.
-        chunk = torch.from_numpy(blocks[start : start + step].copy())
-        result[start : start + step] = convert(chunk)
+        result[start : start + step] = convert(torch.from_numpy(blocks[start : start + step]))
     return result.view(shape)
 
 
@@ -113,7 +114,7 @@ def _q3_k(blocks: Tensor) -> Tensor:
     return ((quants + third) * scale.unsqueeze(2)).flatten(1)
 
 
-def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
+def six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Eight scales and eight minima of six bits each out of 12 bytes, [num_blocks, 8] each."""
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:12]
     scales = torch.cat((first & 0x3F, (third & 0xF) | (first >> 6 << 4)), dim=1)
@@ -123,20 +124,29 @@ def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scaled_k(blocks: Tensor, quants: Tensor) -> Tensor:
     """Apply the common header of Q4_K and Q5_K to quants [num_blocks, 8, 32]."""
-    scales, minima = _six_bit_scales(blocks[:, 4:16])
+    scales, minima = six_bit_scales(blocks[:, 4:16])
     scale = scales.float() * _half(blocks, 0)
     minimum = minima.float() * _half(blocks, 2)
     return (quants.float() * scale.unsqueeze(2) - minimum.unsqueeze(2)).flatten(1)
 
 
+def q4_k_levels(blocks: Tensor) -> Tensor:
+    """Levels of four bits, [num_blocks, 8, 32]."""
+    return _bits(blocks[:, 16:144].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
+
+
+def q5_k_levels(blocks: Tensor) -> Tensor:
+    """Levels of five bits, [num_blocks, 8, 32]."""
+    low = _bits(blocks[:, 48:176].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
+    return low | (_bits(blocks[:, None, 16:48], 1).reshape(-1, 8, 32) << 4)
+
+
 def _q4_k(blocks: Tensor) -> Tensor:
-    return _scaled_k(blocks, _bits(blocks[:, 16:144].reshape(-1, 4, 32), 4).reshape(-1, 8, 32))
+    return _scaled_k(blocks, q4_k_levels(blocks))
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    low = _bits(blocks[:, 48:176].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
-    fifth = _bits(blocks[:, None, 16:48], 1).reshape(-1, 8, 32)
-    return _scaled_k(blocks, low | (fifth << 4))
+    return _scaled_k(blocks, q5_k_levels(blocks))
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
@@ -147,6 +157,29 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return (quants * scale.unsqueeze(2)).flatten(1)
 
 
+def iq4_values(packed: Tensor) -> Tensor:
+    """What the nibbles of IQ4 stand for, int8 of the shape that `nibbles` gives."""
+    return torch.tensor(_IQ4_VALUES, dtype=torch.int8)[nibbles(packed).int()]
+
+
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    return iq4_values(blocks[:, 2:]).float() * _half(blocks, 0)
+
+
+def iq4_xs_scales(blocks: Tensor) -> Tensor:
+    """The six-bit scales of a block's eight groups, centred, int8 [num_blocks, 8]."""
+    low_four = _bits(blocks[:, None, 4:8], 4).squeeze(1).transpose(1, 2).flatten(1)
+    high_two = _bits(blocks[:, None, 2:4], 2).squeeze(1).transpose(1, 2).flatten(1)
+    return (low_four | (high_two << 4)).to(torch.int8) - 32
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    values = iq4_values(blocks[:, 8:].reshape(-1, 16)).view(-1, 8, 32).float()
+    scale = iq4_xs_scales(blocks).float() * _half(blocks, 0)
+    return (values * scale.unsqueeze(2)).flatten(1)
+
+
+FLOATS = ("F32", "F16", "BF16")
 DEQUANTIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "F32": _f32,
     "F16": _f16,
@@ -161,4 +194,6 @@ DEQUANTIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
 }

@@ -36,7 +36,11 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint, *, tied: bool) -> No
     if missing:
         raise ModelFileError(checkpoint.path, f"lacks {_listed(missing)}")
     allowed = {"head.weight"} if tied else set()
-    extra = sorted(checkpoint.shapes.keys() - wanted.keys() - allowed)
+    extra = sorted(
+        name
+        for name in checkpoint.shapes.keys() - wanted.keys() - allowed
+        if not _adds_nothing(checkpoint, name)
+    )
     unexpected = checkpoint.unknown + [checkpoint.source_name(name) for name in extra]
     if unexpected:
         problem = f"has {_listed(unexpected)}, which this architecture does not know"
@@ -48,6 +52,12 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint, *, tied: bool) -> No
             raise ModelFileError(checkpoint.path, problem, what=f"tensor {source!r}")
 
 
+def _adds_nothing(checkpoint: Checkpoint, name: str) -> bool:
+    """Tools that quantise write biases of zeros for projections that have none."""
+    is_bias = name.endswith(".bias") and len(checkpoint.shapes[name]) == 1
+    return is_bias and not bool(checkpoint.read(name).any())
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy every tensor into its place, converted to the parameter's dtype and device.
@@ -56,6 +66,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """
     for name, slot in weight_slots(model).items():
         slot.copy_(checkpoint.read(name))
+        checkpoint.release()
 
 
 def _listed(names: list[str]) -> str:

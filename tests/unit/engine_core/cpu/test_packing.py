@@ -171,11 +171,17 @@ def test_quantising_what_is_quantised_changes_nothing() -> None:
     assert torch.equal(quantize_8(weight.dequantize()).dequantize(), weight.dequantize())
 
 
-def test_parts_of_one_format_are_joined_and_others_are_not() -> None:
+def test_parts_are_joined_with_their_own_values() -> None:
     first, second = random_grouped(10, 64, seed=1), random_grouped(6, 64, seed=2)
     joined = concatenate([first, second])
     assert joined is not None
     assert joined.shape == (16, 64)
     assert torch.equal(joined.dequantize(), torch.cat((first.dequantize(), second.dequantize())))
-    assert concatenate([first, random_grouped(6, 64, minima=False)]) is None
-    assert concatenate([first, random_grouped(6, 64, bits=4)]) is None
+    centred, narrow = random_grouped(6, 64, minima=False), random_grouped(6, 64, bits=4)
+    joined = concatenate([narrow, centred, first])
+    assert joined is not None
+    assert joined.bits == 8
+    parts = (narrow.dequantize(), centred.dequantize(), first.dequantize())
+    assert torch.equal(joined.dequantize(), torch.cat(parts))
+    centred.scales[0, 0] = 600  # 128 times as much is no half
+    assert concatenate([first, centred]) is None

@@ -115,17 +115,32 @@ def quantize_4(weight: Tensor) -> GroupedWeight:
 
 
 def concatenate(parts: list[GroupedWeight]) -> GroupedWeight | None:
-    """Return the parts' outputs one after the other; None where their formats differ."""
+    """Return the parts' outputs one after the other, with the same values.
+
+    Parts of different formats become eight bits with minima, which hold all others. None where a
+    centred part's scales are too large for that.
+    """
     first = parts[0]
     if any(p.bits != first.bits or (p.minima is None) != (first.minima is None) for p in parts):
-        return None
+        parts = [_with_minima(part) for part in parts]
+        if not all(part.minima is not None and part.minima.isfinite().all() for part in parts):
+            return None
+        bits = 8
+    else:
+        bits = first.bits
     minima = [p.minima for p in parts if p.minima is not None]
     return GroupedWeight(
         torch.cat([p.levels for p in parts]),
         torch.cat([p.scales for p in parts]),
         torch.cat(minima) if minima else None,
-        first.bits,
+        bits,
     )
+
+
+def _with_minima(weight: GroupedWeight) -> GroupedWeight:
+    if weight.minima is not None:
+        return weight
+    return GroupedWeight(weight.levels, weight.scales, weight.scales * -128, weight.bits)
 
 
 class PackedLinear:

@@ -1,0 +1,97 @@
+"""A GGUF model, its tensors dequantised as they are read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from services.engine.core.kernels.cpu.packing import GroupedWeight
+from services.engine.core.weights.dequantize import DEQUANTIZERS, FLOATS, dequantize
+from services.engine.core.weights.grouped import GROUPED, read_grouped
+from services.engine.core.weights.names import FROM_GGUF, is_derived, model_name
+from services.engine.core.weights.stored_linear import rounded
+from services.runtime.modelfiles import ModelFileError
+from services.runtime.modelfiles.gguf import TensorInfo
+from services.runtime.modelfiles.gguf_model import GGUFModel
+
+
+class GGUFCheckpoint:
+    """The tensors of a GGUF model by the model's names; see `checkpoint.Checkpoint`."""
+
+    def __init__(self, file: GGUFModel, heads: int, kv_heads: int) -> None:
+        self.path = file.path
+        self.unknown: list[str] = []
+        self._file = file
+        self._heads = {"q": heads, "k": kv_heads}
+        self._infos: dict[str, TensorInfo] = {}
+        for source, info in file.tensors.items():
+            name = model_name(source, FROM_GGUF)
+            if name is None:
+                if not is_derived(source):
+                    self.unknown.append(source)
+                continue
+            if info.type.name not in DEQUANTIZERS:
+                known = ", ".join(DEQUANTIZERS)
+                raise self._error(info, f"is stored as {info.type.name}, only {known} can be read")
+            self._infos[name] = info
+        self.shapes = {name: info.shape for name, info in self._infos.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.nbytes for info in self._infos.values())
+
+    def stored_bytes(self, name: str) -> int:
+        return self._infos[name].nbytes
+
+    def source_name(self, name: str) -> str:
+        return self._infos[name].name
+
+    def read(self, name: str) -> Tensor:
+        info = self._infos[name]
+        tensor = dequantize(self._file.tensor_bytes(info.name), info.type, info.shape)
+        order = self._row_order(name, info)
+        return tensor if order is None else tensor[order]
+
+    def read_grouped(self, name: str) -> GroupedWeight | None:
+        info = self._infos[name]
+        if info.type.name in FLOATS or len(info.shape) != 2:
+            return None
+        if info.type.name in GROUPED:
+            raw = self._file.tensor_bytes(info.name)
+            weight = read_grouped(raw, info.type, (info.shape[0], info.shape[1]))
+        else:
+            weight = rounded(lambda rows: self._rows(info, rows), (info.shape[0], info.shape[1]))
+        for part in (weight.scales, weight.minima):
+            if part is not None and not part.isfinite().all():
+                raise self._error(info, "has scales that are no finite numbers")
+        order = self._row_order(name, info)
+        return weight if order is None else weight.map(lambda rows: rows[order])
+
+    def _rows(self, info: TensorInfo, rows: slice) -> Tensor:
+        raw = self._file.tensor_bytes(info.name).reshape(info.shape[0], -1)[rows]
+        return dequantize(raw.reshape(-1), info.type, (len(raw), info.shape[1]))
+
+    def release(self) -> None:
+        self._file.release()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _error(self, info: TensorInfo, problem: str) -> ModelFileError:
+        path = self._file.file_of(info.name)
+        return ModelFileError(path, problem, what=f"tensor {info.name!r}", offset=info.offset)
+
+    def _row_order(self, name: str, info: TensorInfo) -> Tensor | None:
+        parts = name.split(".")
+        if len(parts) > 2 and parts[-3] == "attention" and parts[-2] in self._heads:
+            return _halves_from_pairs(info.shape[0], self._heads[parts[-2]])
+        return None
+
+
+def _halves_from_pairs(num_rows: int, heads: int) -> Tensor:
+    """The order that undoes GGUF's, for the rows of Llama's query and key projections.
+
+    GGUF rotates neighbouring rows of a head against each other, this model (as HF) a head's two
+    halves: row 2i of a head becomes row i, row 2i + 1 becomes row i + head_dim / 2.
+    """
+    return torch.arange(num_rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)

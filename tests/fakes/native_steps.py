@@ -1,0 +1,79 @@
+"""Steps of sequences on the native kernels, driven by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from services.engine.core.batch import ForwardBatch
+from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
+from services.engine.core.kernels.cpu.library import Library
+from services.engine.core.kernels.cpu.team import Team
+from services.engine.core.models.loader import open_model
+from services.engine.core.models.native import NativeModel, WeightChoice
+from tests.fakes.paged_step import NAN_BYTE
+
+
+class Sequences:
+    """Steps of several sequences over a cache of stale NaN, their blocks in random order."""
+
+    def __init__(
+        self,
+        kernels: Library,
+        path: Path,
+        weights: WeightChoice = "auto",
+        kv_format: KvFormat = KvFormat.BF16,
+        threads: int = 1,
+        seed: int = 0,
+    ) -> None:
+        opened = open_model(path)
+        self.model = NativeModel(
+            opened.skeleton, opened.checkpoint, Team(kernels, threads), weights
+        )
+        config = opened.config
+        self.cache = PackedKVCache(
+            config.num_layers, 256, 16, config.kv_heads, config.head_dim, kv_format
+        )
+        self.cache.fill(NAN_BYTE)
+        self.model.bind(self.cache, max_batch_tokens=2_048)
+        generator = torch.Generator().manual_seed(seed)
+        self._free = torch.randperm(256, generator=generator).tolist()
+        self._tables: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+
+    def step(self, tokens: dict[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Append each sequence's tokens; returns the logits at all of them, [tokens, vocab]."""
+        batch = self.append(tokens)
+        logits = self.model(batch, self.cache).clone()
+        return dict(zip(tokens, logits.split(batch.query_lengths), strict=True))
+
+    def append(self, tokens: dict[int, Sequence[int]]) -> ForwardBatch:
+        """Append each sequence's tokens; returns the step that computes the logits at all."""
+        positions = []
+        for name, new in tokens.items():
+            begin = self._lengths.get(name, 0)
+            self._lengths[name] = begin + len(new)
+            table = self._tables.setdefault(name, [])
+            while 16 * len(table) < begin + len(new):
+                table.append(self._free.pop())
+            positions += range(begin, begin + len(new))
+        owners = [name for name, new in tokens.items() for _ in new]
+        slots = [
+            16 * self._tables[name][position // 16] + position % 16
+            for name, position in zip(owners, positions, strict=True)
+        ]
+        widest = max(len(self._tables[name]) for name in tokens)
+        tables = [self._tables[name] + [0] * (widest - len(self._tables[name])) for name in tokens]
+        lengths = tuple(len(new) for new in tokens.values())
+        return ForwardBatch(
+            torch.tensor([token for new in tokens.values() for token in new]),
+            torch.tensor(positions),
+            torch.tensor(slots),
+            torch.tensor(tables, dtype=torch.int32),
+            lengths,
+            tuple(self._lengths[name] for name in tokens),
+            torch.arange(len(positions)),
+        )

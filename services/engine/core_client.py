@@ -13,6 +13,9 @@ from services.engine.core.messages import (
     Add,
     Delta,
     Drain,
+    Encode,
+    Encoded,
+    EncodeRequest,
     Ended,
     Event,
     Fatal,
@@ -31,6 +34,7 @@ from services.engine.core.messages import (
 from services.engine.core.settings import CoreSettings
 from services.engine.core_process import CORE_COMMAND, CoreProcess
 from services.engine.pacing import Pacer
+from services.engine.pending_answers import PendingAnswers
 from services.engine.request_stream import (
     CoreLostError,
     CoreUnavailableError,
@@ -72,7 +76,7 @@ class CoreClient:
         restart_stalled_after_s: float = 10.0,
         longest_interval_s: float = 0.0,
         command: Sequence[str] = CORE_COMMAND,
-        on_step: Callable[[Step], None] | None = None,
+        on_step: Callable[[Step | Encoded], None] | None = None,
         on_restart: Callable[[], None] | None = None,
     ) -> None:
         self.load = Load()
@@ -91,6 +95,7 @@ class CoreClient:
         self._supervisor: asyncio.Task[None] | None = None
         self._sequence_ids = itertools.count()
         self._streams: dict[int, RequestStream] = {}
+        self._pending: dict[int, PendingAnswers] = {}
         self._nothing_live = asyncio.Event()
         self._nothing_live.set()
 
@@ -149,6 +154,19 @@ class CoreClient:
         core.send(Add(requests))
         return stream
 
+    def encode(self, requests: list[EncodeRequest]) -> PendingAnswers:
+        """Send the sequences of one request to an encoder's core; they are admitted all or none.
+
+        Raises:
+            CoreUnavailableError: there is no core that could take them now.
+        """
+        core = self._running_core()
+        pending = PendingAnswers([request.sequence_id for request in requests], self._forget)
+        self._pending |= {request.sequence_id: pending for request in requests}
+        self._nothing_live.clear()
+        core.send(Encode(requests))
+        return pending
+
     def abort(self, stream: RequestStream) -> None:
         """Have the core end a request; its reader sees its sequences finish as aborted."""
         self._abort(stream.live_sequence_ids)
@@ -178,20 +196,25 @@ class CoreClient:
             async with asyncio.timeout(timeout_s):
                 await self._nothing_live.wait()
         leftover = list(self._streams)
+        given_up = set(self._pending.values())
+        unanswered = len(self._pending)
+        for pending in given_up:
+            pending.abort()
         if leftover and self._core is not None:
             self._core.send(Abort(leftover))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ABORT_GRACE_S):
                     await self._nothing_live.wait()
-        return len(leftover)
+        return len(leftover) + unanswered
 
     def _forget(self, sequence_ids: list[int], *, abort: bool) -> None:
         """Called by a stream whose sequences have ended, or whose reader has gone away."""
         for sequence_id in sequence_ids:
-            self._streams.pop(sequence_id, None)
+            if self._streams.pop(sequence_id, None) is None:
+                self._pending.pop(sequence_id, None)
         if abort and self._core is not None:
             self._core.send(Abort(sequence_ids))
-        if not self._streams:
+        if not (self._streams or self._pending):
             self._nothing_live.set()
 
     async def _supervise(self) -> None:
@@ -267,6 +290,14 @@ class CoreClient:
                 self._deliver(event.deltas)
                 if self._on_step is not None:
                     self._on_step(event)
+            case Encoded():
+                self.load = event.load
+                for answer in event.answers:
+                    pending = self._pending.get(answer.sequence_id)
+                    if pending is not None:
+                        pending.accrue(answer, event.ended_ns)
+                if self._on_step is not None:
+                    self._on_step(event)
             case Ended():
                 self.load = event.load
                 self._deliver(event.deltas)
@@ -277,9 +308,10 @@ class CoreClient:
                 self.load = event.load
             case Refused():
                 error = RefusedError(event.error_kind, event.error)
-                stream = self._streams.get(event.sequence_ids[0])
-                if stream is not None:
-                    stream.fail(error)
+                first_id = event.sequence_ids[0]
+                refused = self._streams.get(first_id) or self._pending.get(first_id)
+                if refused is not None:
+                    refused.fail(error)
             case Log():
                 logging.getLogger(event.logger).log(event.level, "%s", event.message)
             case Ready():
@@ -287,12 +319,17 @@ class CoreClient:
 
     def _take_ready(self, facts: ModelFacts) -> None:
         self.facts = facts
-        self._watchdog.begin(facts, self._settings.max_batch_tokens)
+        self._watchdog.begin(facts, self._most_batch_tokens(facts))
         self._ready = True
         if self.draining and self._core is not None:
             self._core.send(Drain())
         if self._first_start is not None and not self._first_start.done():
             self._first_start.set_result(facts)
+
+    def _most_batch_tokens(self, facts: ModelFacts) -> int:
+        if facts.tasks:
+            return max(self._settings.batcher.max_tokens, facts.max_context_tokens)
+        return self._settings.max_batch_tokens
 
     def _deliver(self, deltas: list[Delta]) -> None:
         for delta in deltas:
@@ -304,3 +341,6 @@ class CoreClient:
         error = CoreLostError("the engine core ended while it worked on the request")
         for stream in set(self._streams.values()):
             stream.fail(error)
+        for pending in set(self._pending.values()):
+            pending.fail(error)
+            pending.close()

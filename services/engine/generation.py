@@ -20,7 +20,7 @@ from services.engine.request_stream import (
 )
 from services.engine.responses import ResponseBuilder
 from services.engine.step_spans import SequenceSpans
-from services.engine.validation import sequence_requests
+from services.engine.validation import missing_capability, sequence_requests
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.telemetry import Metrics
 
@@ -67,6 +67,8 @@ class Generations:
         facts = self._facts_of(request.model)
         if self._draining.is_set() or self._client.draining:
             raise draining_error()
+        if facts.tasks:
+            raise missing_capability("generate", "this model generates nothing")
         if request.request_id in self.in_flight:
             raise ServiceError(Reason.REQUEST_ID_IN_USE, "a request with this id is in flight")
         sequences = sequence_requests(request, facts, self._client.next_sequence_id)
@@ -138,7 +140,7 @@ class Generation:
         try:
             self.stream.raise_failure()
         except (CoreLostError, RefusedError) as error:
-            raise _as_service_error(error) from None
+            raise as_service_error(error) from None
         output.finished = self.stream.is_over
 
     def end(self, error: ServiceError | None) -> None:
@@ -153,7 +155,7 @@ class Generation:
         try:
             return await self.stream.read()
         except (CoreLostError, RefusedError) as error:
-            raise _as_service_error(error) from None
+            raise as_service_error(error) from None
 
     def _follow(self, deltas: list[Delta]) -> None:
         for delta in deltas:
@@ -177,7 +179,8 @@ class Generation:
             )
 
 
-def _as_service_error(error: CoreLostError | RefusedError) -> ServiceError:
+def as_service_error(error: CoreLostError | RefusedError) -> ServiceError:
+    """Why the core did not answer."""
     if isinstance(error, CoreLostError):
         return ServiceError(Reason.ENGINE_RESTARTED, str(error), retry_after_s=RETRY_AFTER_S)
     if error.kind == QueueFullError.__name__:

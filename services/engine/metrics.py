@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from services.engine.core.messages import GpuUse, Load, Step
+from services.engine.core.messages import Encoded, GpuUse, Load, Step
 from services.engine.core_client import CoreClient
 from services.runtime.telemetry import Metrics
 from services.runtime.telemetry.metrics import Reading
@@ -77,14 +77,15 @@ class StepMetrics:
         ]
         self._seen = Load()
 
-    def observe(self, step: Step) -> None:
-        """Take in one step."""
+    def observe(self, step: Step | Encoded) -> None:
+        """Take in one step, or one batch of an encoder."""
         load, seen = step.load, self._seen
         self._steps.inc()
         self._durations.observe(load.last_step_us / 1e6)
         self._batch_sequences.observe(step.batch_size)
         self._batch_tokens.observe(step.num_tokens)
-        self._generated_tokens.inc(sum(len(delta.token_ids) for delta in step.deltas))
+        if isinstance(step, Step):
+            self._generated_tokens.inc(sum(len(delta.token_ids) for delta in step.deltas))
         for field, counter in self._growing:
             before, now = getattr(seen, field), getattr(load, field)
             if now != before:

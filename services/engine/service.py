@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import grpc
 
 from meshserve.v1 import engine_pb2, engine_pb2_grpc
-from services.engine.core.settings import CoreSettings
+from services.engine.core.settings import BatcherSettings, CoreSettings
 from services.engine.core_client import CoreClient, CoreStartError
 from services.engine.core_process import CORE_COMMAND
 from services.engine.metrics import StepMetrics, read_core
@@ -51,6 +51,7 @@ class EngineService(Service):
             metrics,
             model=model_name,
             aliases=settings.models[model_name].aliases,
+            max_inputs=settings.engine.batcher.max_waiting_sequences,
             draining=self.draining,
         )
 
@@ -123,6 +124,13 @@ def core_settings(settings: Settings) -> CoreSettings:
             draft_model_path=draft_model_path,
             event_hold_ms=min(_EVENT_HOLD_MS, engine.stream_interval_ms / 2),
             default_sampling=_sampling_defaults(model),
+            batcher=BatcherSettings(
+                max_sequences=engine.batcher.max_sequences,
+                max_tokens=engine.batcher.max_tokens,
+                longest_wait_ms=engine.batcher.longest_wait_ms,
+                preferred_sizes=engine.batcher.preferred_sizes,
+                max_waiting_sequences=engine.batcher.max_waiting_sequences,
+            ),
         )
     except ValueError as error:
         raise StartupError(str(error), "mend the engine section of the settings") from None

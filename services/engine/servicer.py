@@ -11,9 +11,12 @@ import grpc
 
 from meshserve.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 from services.engine.core.messages import ModelFacts
+from services.engine.core.settings import BatcherSettings
 from services.engine.core_client import CoreClient
+from services.engine.encodings import Encodings
 from services.engine.generation import Generations, draining_error, unavailable_error
-from services.engine.request_stream import CoreUnavailableError
+from services.engine.pending_answers import PendingAnswers
+from services.engine.request_stream import CoreUnavailableError, RequestStream
 from services.engine.shared_stream import SharedStream
 from services.engine.validation import default_sampling, missing_capability
 from services.runtime.carried_calls import CarriedCalls
@@ -25,6 +28,13 @@ DEFAULT_LOAD_INTERVAL_MS = 1000
 LOAD_INTERVAL_RANGE_MS = (10, 60_000)
 DEFAULT_DRAIN_TIMEOUT_MS = 30_000
 MAX_DRAIN_TIMEOUT_MS = 3_600_000
+
+_GENERATES = [types_pb2.MODEL_CAPABILITY_GENERATE, types_pb2.MODEL_CAPABILITY_CHAT]
+_CAPABILITIES = {
+    "embed": types_pb2.MODEL_CAPABILITY_EMBED,
+    "classify": types_pb2.MODEL_CAPABILITY_CLASSIFY,
+    "score": types_pb2.MODEL_CAPABILITY_SCORE,
+}
 
 GenerateRequest = engine_pb2.EngineServiceGenerateRequest
 GenerateResponse = engine_pb2.EngineServiceGenerateResponse
@@ -41,12 +51,17 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         model: str,
         aliases: tuple[str, ...],
         draining: asyncio.Event,
+        max_inputs: int = BatcherSettings().max_waiting_sequences,
     ) -> None:
+        """`max_inputs`: of one request to an encoder."""
         self._client = client
         self._model = model
         self._names = frozenset({"", model, *aliases})
         self._draining = draining
         self._generations = Generations(client, metrics, self._facts, draining, model=model)
+        self._encodings = Encodings(
+            client, metrics, self._facts, draining, model=model, max_inputs=max_inputs
+        )
         self._calls = CarriedCalls(GENERATE_METHOD, metrics)
         self._replica_id = uuid.uuid4().hex
 
@@ -84,6 +99,9 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         then end with FINISH_REASON_ABORTED."""
         if not request.request_id:
             raise invalid_field("request_id", "required")
+        if (pending := self._encodings.in_flight.get(request.request_id)) is not None:
+            pending.abort()
+            return engine_pb2.AbortResponse(aborted=True)
         stream = self._generations.in_flight.get(request.request_id)
         if stream is None:
             return engine_pb2.AbortResponse(aborted=False)
@@ -113,7 +131,9 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             kv_blocks=facts.num_blocks,
             kv_block_tokens=facts.block_size,
             eos_token_ids=facts.eos_token_ids,
-            capabilities=[types_pb2.MODEL_CAPABILITY_GENERATE, types_pb2.MODEL_CAPABILITY_CHAT],
+            capabilities=[_CAPABILITIES[task] for task in facts.tasks] or _GENERATES,
+            embedding_size=facts.embedding_size,
+            labels=facts.labels,
             default_sampling=default_sampling(facts),
             kernels=facts.kernels,
         )
@@ -150,7 +170,10 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             timeout_ms = request.timeout_ms
         if timeout_ms > MAX_DRAIN_TIMEOUT_MS:
             raise invalid_field("timeout_ms", f"at most {MAX_DRAIN_TIMEOUT_MS}")
-        in_flight = list(self._generations.in_flight.values())
+        in_flight: list[RequestStream | PendingAnswers] = [
+            *self._generations.in_flight.values(),
+            *self._encodings.in_flight.values(),
+        ]
         await self._client.drain(timeout_ms / 1000)
         aborted = sum(stream.was_aborted for stream in in_flight)
         return engine_pb2.DrainResponse(
@@ -164,8 +187,8 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             engine_pb2.EngineServiceEmbedRequest, engine_pb2.EngineServiceEmbedResponse
         ],
     ) -> engine_pb2.EngineServiceEmbedResponse:
-        """CAPABILITY_MISSING: the model generates."""
-        raise self._cannot(request.model, "embed", "this model makes no embeddings")
+        """The vectors of the inputs."""
+        return await self._encodings.embed(request)
 
     async def Classify(  # noqa: N802
         self,
@@ -174,8 +197,8 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             engine_pb2.EngineServiceClassifyRequest, engine_pb2.EngineServiceClassifyResponse
         ],
     ) -> engine_pb2.EngineServiceClassifyResponse:
-        """CAPABILITY_MISSING: the model generates."""
-        raise self._cannot(request.model, "classify", "this model does not classify")
+        """The classes of the inputs."""
+        return await self._encodings.classify(request)
 
     async def Score(  # noqa: N802
         self,
@@ -184,8 +207,8 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             engine_pb2.EngineServiceScoreRequest, engine_pb2.EngineServiceScoreResponse
         ],
     ) -> engine_pb2.EngineServiceScoreResponse:
-        """CAPABILITY_MISSING: the model generates."""
-        raise self._cannot(request.model, "score", "this model does not score pairs")
+        """The scores of the pairs."""
+        return await self._encodings.score(request)
 
     async def LoadAdapter(  # noqa: N802
         self,

@@ -30,7 +30,7 @@ def sequence_requests(
     Raises:
         ServiceError: INVALID_FIELD, PROMPT_TOO_LONG or CAPABILITY_MISSING.
     """
-    _check_request_id(request.request_id)
+    check_request_id(request.request_id)
     _check_capabilities(request)
     prompt = list(request.prompt.ids)
     if not prompt:
@@ -72,7 +72,8 @@ def missing_capability(capability: str, description: str) -> ServiceError:
     return ServiceError(Reason.CAPABILITY_MISSING, description, metadata={"capability": capability})
 
 
-def _check_request_id(request_id: str) -> None:
+def check_request_id(request_id: str) -> None:
+    """Raise INVALID_FIELD for an id that is missing or too long."""
     if not request_id:
         raise invalid_field("request_id", "required")
     if len(request_id) > MAX_REQUEST_ID_CHARS:

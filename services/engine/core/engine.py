@@ -27,6 +27,11 @@ class EngineCore:
         """Whether there is a live sequence, so that `step` would compute something."""
         return self._scheduler.has_work
 
+    @property
+    def due_in_s(self) -> float | None:
+        """When `step` should be called next: at once; None: there is nothing to compute."""
+        return 0.0 if self._scheduler.has_work else None
+
     def add(self, requests: list[SequenceRequest]) -> None:
         """Take in sequences: all of them or none.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -28,7 +29,7 @@ class IsolatingRunner:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._hopeless_steps = 0
+        self._hopeless = HopelessSteps()
 
     def prepare(self, plan: Plan) -> None:
         """Prepare a plan as `Runner.prepare` does."""
@@ -44,10 +45,10 @@ class IsolatingRunner:
         try:
             outputs = self._runner.run(plan, meanwhile)
         except Exception as error:
-            _raise_if_fatal(error)
+            raise_if_fatal(error)
             logger.exception("step %d failed; running its sequences one by one", plan.step)
             outputs = self._run_one_by_one(plan)
-        self._count_hopeless(outputs)
+        self._hopeless.count([output.error for output in outputs.outputs])
         return outputs
 
     def _run_one_by_one(self, plan: Plan) -> StepOutputs:
@@ -57,7 +58,7 @@ class IsolatingRunner:
             try:
                 outputs.extend(self._runner.run(plan.alone(index)).outputs)
             except Exception as error:
-                _raise_if_fatal(error)
+                raise_if_fatal(error)
                 logger.error(
                     "sequence %d of request %r fails alone: %s: %s",
                     sequence.sequence_id,
@@ -68,20 +69,32 @@ class IsolatingRunner:
                 outputs.append(SequenceOutput(error=error))
         return StepOutputs(plan, tuple(outputs), started_ns, now_ns())
 
-    def _count_hopeless(self, outputs: StepOutputs) -> None:
-        errors = [output.error for output in outputs.outputs]
+
+class HopelessSteps:
+    """Counts the steps in a row in which every sequence failed."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def count(self, errors: Sequence[Exception | None]) -> None:
+        """Take in a step by the error of each of its sequences, None for those without.
+
+        Raises:
+            FatalEngineError: nothing has worked for many steps.
+        """
         if not all(errors):
-            self._hopeless_steps = 0
+            self._number = 0
             return
-        self._hopeless_steps += 1
-        if self._hopeless_steps >= _HOPELESS_STEPS:
+        self._number += 1
+        if self._number >= _HOPELESS_STEPS:
             raise FatalEngineError(
-                f"every sequence of {self._hopeless_steps} steps in a row failed; "
+                f"every sequence of {self._number} steps in a row failed; "
                 f"the last error was {type(errors[-1]).__name__}: {errors[-1]}"
             )
 
 
-def _raise_if_fatal(error: Exception) -> None:
+def raise_if_fatal(error: Exception) -> None:
+    """Raise FatalEngineError or IntegrityError where `error` is no sequence's own."""
     if isinstance(error, (FatalEngineError, IntegrityError)):
         raise error
     # After a device-side error every later call on that device fails as well.

@@ -13,9 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from services.engine.core.engine import EngineCore
 from services.engine.core.errors import AdmissionError, StartupError
 from services.engine.core.gpu import gpu_use
 from services.engine.core.mailbox import ConnectionClosedError, Mailbox
@@ -23,9 +22,13 @@ from services.engine.core.messages import (
     Abort,
     Add,
     Command,
+    Delta,
     Drain,
+    Encode,
     Ended,
+    Event,
     Fatal,
+    Load,
     LoadChanged,
     Log,
     ModelFacts,
@@ -43,7 +46,37 @@ logger = logging.getLogger(__name__)
 # Where the C library has it (glibc), returns unused pages to the system.
 _trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
-EngineBuilder: TypeAlias = Callable[[CoreSettings], tuple[EngineCore, ModelFacts]]
+
+class Core(Protocol):
+    """What computes: an engine of sequences, or of an encoder's batches.
+
+    Single-threaded: no call may overlap another.
+    """
+
+    @property
+    def due_in_s(self) -> float | None:
+        """When `step` should be called next; None: there is nothing to compute."""
+
+    def add(self, requests: list[Any], /) -> None:
+        """Take in what was asked for, all of it or none; raises AdmissionError."""
+
+    def abort(self, sequence_ids: list[int], /) -> list[Delta]:
+        """End sequences; returns what there is to say of them."""
+
+    def drain(self) -> None:
+        """Refuse new sequences from here on."""
+
+    def step(self) -> Event:
+        """Compute what is due."""
+
+    def load(self) -> Load:
+        """How busy it is now."""
+
+    def check_integrity(self) -> None:
+        """Check its state; raises IntegrityError."""
+
+
+EngineBuilder: TypeAlias = Callable[[CoreSettings], tuple[Core, ModelFacts]]
 
 # A core is idle once nothing has come for this long.
 _UPKEEP_AFTER_S = 0.2
@@ -87,17 +120,18 @@ def _receive_start(mailbox: Mailbox) -> Start:
     return commands[0]
 
 
-def _serve_commands(mailbox: Mailbox, engine: EngineCore, device: str) -> int:
+def _serve_commands(mailbox: Mailbox, engine: Core, device: str) -> int:
     try:
         upkeep = _Upkeep(engine)
         while True:
-            commands = mailbox.take(wait_s=0.0 if engine.has_work else upkeep.due_in_s)
-            if not commands and not engine.has_work:
+            due_in_s = engine.due_in_s
+            commands = mailbox.take(wait_s=upkeep.due_in_s if due_in_s is None else due_in_s)
+            if not commands and due_in_s is None:
                 upkeep.do()
             changed = False
             for command in commands:
                 changed |= _handle(command, mailbox, engine, device)
-            if engine.has_work:
+            if engine.due_in_s == 0:
                 # The mailbox sends this while the next step runs.
                 mailbox.post(engine.step())
                 upkeep.after_step()
@@ -117,7 +151,7 @@ class _Upkeep:
     and gives memory that the busy time needed back to the machine.
     """
 
-    def __init__(self, engine: EngineCore) -> None:
+    def __init__(self, engine: Core) -> None:
         self._engine = engine
         self._steps = 0  # since the last upkeep
 
@@ -150,9 +184,9 @@ def _give_back_memory() -> None:
         _trim_heap(0)
 
 
-def _handle(command: Command, mailbox: Mailbox, engine: EngineCore, device: str) -> bool:
+def _handle(command: Command, mailbox: Mailbox, engine: Core, device: str) -> bool:
     """Carry out one command; returns whether the load changed."""
-    if isinstance(command, Add):
+    if isinstance(command, Add | Encode):
         try:
             engine.add(command.sequences)
         except AdmissionError as error:

@@ -7,6 +7,34 @@ from typing import Literal
 import msgspec
 
 
+class BatcherSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How an encoder's batches are made.
+
+    Raises:
+        ValueError: a limit is out of range.
+    """
+
+    max_sequences: int = 256  # of a batch
+    max_tokens: int = 4096  # of a batch, unless one sequence has more
+    longest_wait_ms: float = 0.0  # of a sequence, for others that would make a fuller batch
+    preferred_sizes: tuple[int, ...] = ()  # in sequences: such a batch waits for no further ones
+    max_waiting_sequences: int = 16384
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "max_tokens", "max_waiting_sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"batcher.{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.longest_wait_ms < float("inf"):
+            raise ValueError(
+                f"batcher.longest_wait_ms must not be negative, but is {self.longest_wait_ms}"
+            )
+        for size in self.preferred_sizes:
+            if not 1 <= size <= self.max_sequences:
+                raise ValueError(
+                    f"batcher.preferred_sizes must lie in [1, {self.max_sequences}], not {size}"
+                )
+
+
 class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of one engine core. Sizes of the KV cache are in bytes, limits in tokens.
 
@@ -45,6 +73,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     event_hold_ms: float = 0.0
     # By field of SamplingParams; laid over the defaults that the model brings itself.
     default_sampling: dict[str, float] = {}
+    batcher: BatcherSettings = BatcherSettings()  # of a model that is an encoder
 
     def __post_init__(self) -> None:
         for name in (

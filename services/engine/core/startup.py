@@ -12,6 +12,9 @@ import torch
 from services.engine.core.admission import AdmissionLimits
 from services.engine.core.backends import load_backend
 from services.engine.core.block_pool import BlockPool
+from services.engine.core.encoding.core import EncoderCore
+from services.engine.core.encoding.loader import is_encoder
+from services.engine.core.encoding.startup import build_encoder
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
@@ -33,10 +36,11 @@ logger = logging.getLogger(__name__)
 
 def build_engine(
     settings: CoreSettings, *, make_runner: Callable[..., Runner] = Runner
-) -> tuple[EngineCore, ModelFacts]:
+) -> tuple[EngineCore | EncoderCore, ModelFacts]:
     """Load the model and make an engine ready for its first sequence.
 
-    `make_runner` takes what Runner takes, for those who want to look over the model's shoulder.
+    `make_runner` takes what Runner takes, for those who want to look over the shoulder of a model
+    that generates.
 
     Raises:
         StartupError: the device is missing or the KV cache does not fit.
@@ -48,6 +52,8 @@ def build_engine(
     device = resolve_device(settings.device)
     if device.type == "cpu":
         cpu.activate(settings.cpu_kernels)
+    if is_encoder(settings.model_path):
+        return build_encoder(settings, device)
     selections = select(device.type)
     for selection in selections:
         logger.info("kernel %s", selection)

@@ -48,6 +48,32 @@ class SpeculationSettings(Section):
     )
 
 
+class BatcherSettings(Section):
+    """How an engine that runs an encoder makes batches, of sequences of similar lengths."""
+
+    max_sequences: Positive = Field(256, description="Sequences computed in one batch.")
+    max_tokens: Positive = Field(
+        4096,
+        description="Tokens computed in one batch, unless one sequence has more. A batch is also "
+        "kept within what `step_latency_target_ms` allows.",
+    )
+    longest_wait_ms: Annotated[float, Field(ge=0, le=60_000)] = Field(
+        0.0,
+        description="How long a sequence may wait for others that would make a fuller batch, in "
+        "milliseconds. Without waiting, batches are made of what comes while another is computed.",
+    )
+    preferred_sizes: tuple[Positive, ...] = Field(
+        (),
+        description="Sizes of batches, in sequences, that wait for no further sequences and are "
+        "not exceeded unless a larger one of them is reached. Default: none.",
+    )
+    max_waiting_sequences: Positive = Field(
+        16384,
+        description="Sequences that may wait before requests are refused, and the most of one "
+        "request.",
+    )
+
+
 class EngineSettings(ServerSettings):
     """The engine service."""
 
@@ -109,6 +135,10 @@ class EngineSettings(ServerSettings):
     speculation: SpeculationSettings = Field(
         default_factory=lambda: SpeculationSettings(),
         description="What guesses the next tokens of an answer.",
+    )
+    batcher: BatcherSettings = Field(
+        default_factory=lambda: BatcherSettings.model_validate({}),
+        description="Batches of a model that is an encoder.",
     )
     stream_interval_ms: Annotated[int, Field(ge=0, le=1000)] = Field(
         50,

@@ -145,6 +145,7 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("counter", "engine", "meshserve_engine_accepted_draft_tokens", "Of these, tokens that were right.", "model"),
     _row("counter", "engine", "meshserve_engine_failed_sequences", "Sequences that failed alone, such as with NaN logits.", "model"),
     _row("counter", "engine", "meshserve_engine_core_restarts", "Restarts of the core process.", "model"),
+    _row("counter", "engine", "meshserve_engine_encoded_inputs", "Inputs that an encoder answered. `task` is `embed`, `classify` or `score`.", "model", "task"),
     _row("histogram", "engine", "meshserve_engine_queue_duration_seconds", "Time that requests waited before their first step.", "model"),
     _row("histogram", "engine", "meshserve_engine_prompt_length_tokens", "Prompt lengths of requests.", "model", buckets=TOKEN_BUCKETS),
     _row("gauge", "engine", "meshserve_engine_gpu_memory_used_bytes", "Memory of the GPU in use, by any process. Absent on a CPU.", "model", "device", read=True),

@@ -140,7 +140,7 @@ SPANS: tuple[SpanDeclaration, ...] = (
         "engine",
         "internal",
         "From arrival in the engine to the first step that computed the sequence. One that ended "
-        "before its first token has this span alone.",
+        "before its first token has this span alone, as has a request to an encoder that failed.",
         ("meshserve.choice",),
     ),
     SpanDeclaration(
@@ -165,6 +165,17 @@ SPANS: tuple[SpanDeclaration, ...] = (
             "meshserve.engine.completion_tokens",
             "meshserve.engine.steps",
             "meshserve.engine.preemptions",
+        ),
+    ),
+    SpanDeclaration(
+        "encode",
+        "engine",
+        "internal",
+        "From the first batch with an input of the request to the end of the last one.",
+        (
+            "meshserve.engine.inputs",
+            "meshserve.engine.prompt_tokens",
+            "meshserve.engine.steps",
         ),
     ),
 )

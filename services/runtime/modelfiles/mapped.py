@@ -13,16 +13,15 @@ from services.runtime.modelfiles.errors import ModelFileError
 class MappedFile:
     """The bytes of a file, which the system reads as they are looked at.
 
-    What was looked at counts as memory of the process until `release`. Writing to an array that
-    lies in the file changes a copy of that page, never the file. Raises ModelFileError for a file
-    that cannot be read or is empty.
+    What was looked at counts as memory of the process until `release`. Raises ModelFileError for a
+    file that cannot be read or is empty.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with path.open("rb") as file:
-                self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise ModelFileError(path, "no such file") from None
         except ValueError:

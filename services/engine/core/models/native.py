@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from services.engine.core.batch import ForwardBatch
+from services.engine.core.heap import trim_heap
 from services.engine.core.kernels.cpu.kv_cache import (
     KvLayout,
     PackedKVCache,
@@ -184,7 +185,9 @@ class _Packer:
 
     def pack(self, module: Any, gated: bool) -> PackedLinear:
         packed = self._pack(module, gated)
+        # What reading and packing took, before the next module takes as much again.
         self._checkpoint.release()
+        trim_heap()
         return packed
 
     def _pack(self, module: Any, gated: bool) -> PackedLinear:
@@ -202,7 +205,8 @@ class _Packer:
         return pack_bf16(self._floats(names), bias, gated=gated)
 
     def _floats(self, names: list[str]) -> Tensor:
-        return torch.cat([self._checkpoint.read(f"{name}.weight") for name in names])
+        parts = [self._checkpoint.read(f"{name}.weight") for name in names]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _grouped(self, names: list[str], *, is_head: bool) -> GroupedWeight | None:
         if self._weights == "bfloat16":

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.engine.core.weights.mapped_tensors import as_tensor
 from services.runtime.modelfiles.ggml_types import GGMLType
 
 # Dequantised at a time: small enough to stay in the caches, large enough to keep all cores busy.
@@ -32,7 +33,7 @@ def dequantize(raw: np.ndarray, storage: GGMLType, shape: tuple[int, ...]) -> Te
     result = torch.empty(blocks.shape[0], storage.block_elements)
     step = max(_CHUNK_ELEMENTS // storage.block_elements, 1)
     for start in range(0, blocks.shape[0], step):
-        result[start : start + step] = convert(torch.from_numpy(blocks[start : start + step]))
+        result[start : start + step] = convert(as_tensor(blocks[start : start + step]))
     return result.view(shape)
 
 

@@ -23,6 +23,7 @@ from services.engine.core.weights.dequantize import (
     q5_k_levels,
     six_bit_scales,
 )
+from services.engine.core.weights.mapped_tensors import as_tensor
 from services.runtime.modelfiles.ggml_types import GGMLType
 
 # (levels [num_blocks, groups, 32], scales and minima [num_blocks, groups] or None, bits)
@@ -35,7 +36,7 @@ def read_grouped(raw: np.ndarray, storage: GGMLType, shape: tuple[int, ...]) -> 
     raw: uint8 [nbytes], as stored; shape: outputs and inputs. Raises KeyError for a type that is
     not in GROUPED.
     """
-    blocks = torch.from_numpy(raw.reshape(-1, storage.block_bytes))
+    blocks = as_tensor(raw.reshape(-1, storage.block_bytes))
     levels, scales, minima, bits = GROUPED[storage.name](blocks)
     outputs = shape[0]
     return GroupedWeight(

@@ -14,7 +14,7 @@ from torch import Tensor
 from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, GroupedWeight, quantize_8
 
 # Rounded at a time: as float32 a whole matrix takes four times what is kept of it.
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 20
 # How far a scale may be off as a half, against the largest: what rounding a weight to bf16 costs.
 _HALF_TOLERANCE = 2.0**-9
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from services.engine.core.weights.mapped_tensors import as_tensor
 from services.engine.core.weights.shards import check_index, safetensors_files
 from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.safetensors_file import SafetensorsFile
@@ -93,7 +94,7 @@ class SafetensorsFiles:
     def read(self, source: str) -> Tensor:
         entry = self._entries[source]
         raw = self._owners[source].tensor_bytes(source)
-        return torch.from_numpy(raw).view(TORCH_TYPES[entry.dtype]).view(entry.shape)
+        return as_tensor(raw).view(TORCH_TYPES[entry.dtype]).view(entry.shape)
 
     def release(self) -> None:
         for file in self._files:

@@ -7,7 +7,7 @@ src/linear.h describes the layouts. A matrix of a checkpoint that is quantised i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeVar
@@ -24,6 +24,7 @@ TILE_OUTPUTS = 16
 STRIP_OUTPUTS = 32  # two tiles
 _ALIGNMENT = 64
 _ARENA_BYTES = 32 << 20
+_CHUNK_ELEMENTS = 1 << 20
 
 Optional = TypeVar("Optional", Tensor, Tensor | None)
 
@@ -121,6 +122,8 @@ def concatenate(parts: list[GroupedWeight]) -> GroupedWeight | None:
     centred part's scales are too large for that.
     """
     first = parts[0]
+    if len(parts) == 1:
+        return first
     if any(p.bits != first.bits or (p.minima is None) != (first.minima is None) for p in parts):
         parts = [_with_minima(part) for part in parts]
         if not all(part.minima is not None and part.minima.isfinite().all() for part in parts):
@@ -150,14 +153,14 @@ class PackedLinear:
         self,
         weight_format: WeightFormat,
         shape: tuple[int, int],
-        data: Tensor,
+        data: npt.NDArray[np.uint8],
         *,
         has_minima: bool = False,
         bias: Tensor | None = None,
     ) -> None:
         self.weight_format = weight_format
         self.outputs, self.inputs = shape
-        self._data = _arena.copy(data)
+        self._data = data
         self._bias = None if bias is None else _rows_of_strips(bias.float().unsqueeze(1)).numpy()
         self.struct = LinearWeights(
             int(weight_format),
@@ -183,10 +186,16 @@ def pack_bf16(weight: Tensor, bias: Tensor | None = None, *, gated: bool = False
     shape = _check_sizes(weight.shape, gated)
     if gated:
         weight, bias = _alternate_tiles(weight), _alternate_tiles(bias)
-    # [strips, 2 tiles, 16 outputs, pairs of inputs, 2]
-    rows = _rows_of_strips(weight.to(torch.bfloat16).view(torch.int16))
-    tiles = rows.view(-1, 2, TILE_OUTPUTS, shape[1] // 2, 2)
-    return PackedLinear(WeightFormat.BF16, shape, tiles.permute(0, 3, 1, 2, 4), bias=bias)
+    num_strips, num_pairs = -(-shape[0] // STRIP_OUTPUTS), shape[1] // 2
+    memory = _arena.take(num_strips * STRIP_OUTPUTS * shape[1] * 2)
+    packed = torch.from_numpy(memory).view(torch.int16)
+    packed = packed.view(num_strips, num_pairs, 2, TILE_OUTPUTS, 2)
+    for strips, rows in _chunks(num_strips, shape[1]):
+        # [strips, 2 tiles, 16 outputs, pairs of inputs, 2]
+        tiles = _rows_of_strips(weight[rows].to(torch.bfloat16).view(torch.int16))
+        tiles = tiles.view(-1, 2, TILE_OUTPUTS, num_pairs, 2)
+        packed[strips] = tiles.permute(0, 3, 1, 2, 4)
+    return PackedLinear(WeightFormat.BF16, shape, memory, bias=bias)
 
 
 def pack_grouped(
@@ -198,24 +207,48 @@ def pack_grouped(
     shape = _check_sizes(weight.shape, gated)
     if gated:
         weight, bias = weight.map(_alternate_tiles), _alternate_tiles(bias)
-    weight = weight.map(_rows_of_strips)
-    num_groups = shape[1] // GROUP_INPUTS
-    # [strips, groups, 2 tiles, 8 steps, 16 outputs, 4 inputs]
-    levels = weight.levels.view(-1, 2, TILE_OUTPUTS, num_groups, 8, 4).permute(0, 3, 1, 4, 2, 5)
-    if weight.bits == 4:
-        levels = levels[:, :, :, :4] | (levels[:, :, :, 4:] << 4)
-    parts = [levels.reshape(*levels.shape[:3], -1)]
-    for halves in (weight.scales, weight.minima):
-        if halves is not None:
-            tiled = halves.view(-1, 2, TILE_OUTPUTS, num_groups).permute(0, 3, 1, 2)
-            parts.append(tiled.contiguous().view(torch.uint8))
+    num_groups, num_strips = shape[1] // GROUP_INPUTS, -(-shape[0] // STRIP_OUTPUTS)
+    parts = 1 if weight.minima is None else 2
+    tile_bytes = TILE_OUTPUTS * (GROUP_INPUTS * weight.bits // 8 + 2 * parts)
+    memory = _arena.take(num_strips * num_groups * 2 * tile_bytes)
+    packed = torch.from_numpy(memory).view(num_strips, num_groups, 2, tile_bytes)
+    for strips, rows in _chunks(num_strips, shape[1]):
+        _pack_strips(weight, rows, packed[strips])
     return PackedLinear(
         WeightFormat.Q4 if weight.bits == 4 else WeightFormat.Q8,
         shape,
-        torch.cat(parts, dim=-1),
+        memory,
         has_minima=weight.minima is not None,
         bias=bias,
     )
+
+
+def _pack_strips(weight: GroupedWeight, rows: slice, packed: Tensor) -> None:
+    """Pack some rows of a matrix. packed: uint8 [strips, groups, 2 tiles, bytes]."""
+    part = weight.map(lambda values: _rows_of_strips(values[rows]))
+    num_groups = packed.shape[1]
+    # [strips, groups, 2 tiles, 8 steps, 16 outputs, 4 inputs]
+    levels = part.levels.view(-1, 2, TILE_OUTPUTS, num_groups, 8, 4).permute(0, 3, 1, 4, 2, 5)
+    if weight.bits == 4:
+        levels = levels[:, :, :, :4] | (levels[:, :, :, 4:] << 4)
+    levels = levels.flatten(3)
+    end = levels.shape[-1]
+    packed[..., :end] = levels
+    for halves in (part.scales, part.minima):
+        if halves is not None:
+            tiled = halves.view(-1, 2, TILE_OUTPUTS, num_groups).permute(0, 3, 1, 2)
+            packed[..., end : end + 2 * TILE_OUTPUTS] = tiled.contiguous().view(torch.uint8)
+            end += 2 * TILE_OUTPUTS
+
+
+def _chunks(num_strips: int, inputs: int) -> Iterator[tuple[slice, slice]]:
+    """Some strips at a time, and their rows: packing takes several times their size meanwhile."""
+    step = max(_CHUNK_ELEMENTS // (STRIP_OUTPUTS * inputs), 1)
+    for start in range(0, num_strips, step):
+        yield (
+            slice(start, start + step),
+            slice(start * STRIP_OUTPUTS, (start + step) * STRIP_OUTPUTS),
+        )
 
 
 def _in_groups(weight: Tensor) -> Tensor:
@@ -258,14 +291,12 @@ class _Arena:
     def __init__(self) -> None:
         self._chunk = np.empty(0, np.uint8)
 
-    def copy(self, packed: Tensor) -> npt.NDArray[np.uint8]:
-        """Return a contiguous copy that begins on a cache line."""
-        num_bytes = packed.numel() * packed.element_size()
+    def take(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Return memory that begins on a cache line."""
         if num_bytes > len(self._chunk):
             self._chunk = zero_pages(max(num_bytes, _ARENA_BYTES))
         memory, rest = np.split(self._chunk, [num_bytes])
         self._chunk = rest[-num_bytes % _ALIGNMENT :]
-        torch.from_numpy(memory).view(packed.dtype).view(packed.shape).copy_(packed)
         return memory
 
 

@@ -21,7 +21,7 @@ from services.engine.core.generation_defaults import read_generation_defaults
 from services.engine.core.kernels import cpu, select
 from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
 from services.engine.core.messages import ModelFacts
-from services.engine.core.models.config import ModelConfig
+from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.loader import open_model
 from services.engine.core.pool_growth import PoolGrowth
 from services.engine.core.processors import available_processors, default_threads

@@ -91,6 +91,19 @@ class Fields:
         """A string."""
         return str(self._value(name, str, "a string", default))
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of finite numbers."""
+        value = self._value(name, list, "a list", None)
+        each = Fields(self.path, {f"{name}[{index}]": item for index, item in enumerate(value)})
+        return tuple(each.number(item) for item in each.raw)
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list of whole numbers; none where the field is absent."""
+        value = self.raw.get(name) or []
+        if not (isinstance(value, list) and all(type(each) is int for each in value)):
+            raise ModelFileError(self.path, f"{value!r} is not a list of integers", what=name)
+        return tuple(value)
+
     def token_ids(self, name: str) -> tuple[int, ...]:
         """One token id or a list of them; none where the field is absent."""
         value = self.raw.get(name)

@@ -213,7 +213,7 @@ def test_a_directory_without_weights_is_refused(make_checkpoint: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported"),
+        ({"architectures": ["BloomForCausalLM"]}, "'BloomForCausalLM' is not supported"),
         ({"architectures": None}, "names no architecture"),
         ({"hidden_size": "48"}, "hidden_size: '48' is not an integer"),
         ({"num_hidden_layers": None}, "num_hidden_layers: is missing"),

@@ -16,8 +16,9 @@ from services.engine.core.encoding.outputs import Activation, DenseConfig, Outpu
 from services.engine.core.encoding.pooling import Pooling, pool
 from services.engine.core.layers import Linear
 from services.engine.core.messages import EncodeTask
-from services.engine.core.weights.checkpoint import Names, SafetensorsCheckpoint
+from services.engine.core.weights.checkpoint import SafetensorsCheckpoint
 from services.engine.core.weights.loading import check_weights, load_weights
+from services.engine.core.weights.names import Names
 
 _DENSE_NAMES = Names(
     lambda source: source if source.startswith("linear.") else None, lambda source: False

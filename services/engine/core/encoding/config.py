@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.engine.core.encoding.layers import ACTIVATIONS
-from services.engine.core.models.fields import Fields
 from services.runtime.modelfiles import ModelFileError
+from services.runtime.modelfiles.fields import Fields
 
 # No encoder comes near these; a file that claims more is refused before anything is sized by it.
 _MOST = {

@@ -14,10 +14,11 @@ from services.engine.core.encoding.families import ARCHITECTURES
 from services.engine.core.encoding.heads import ClassificationHead
 from services.engine.core.encoding.model import Encoder
 from services.engine.core.encoding.outputs import OutputConfig, read_outputs
-from services.engine.core.models.fields import Fields, read_json
-from services.engine.core.weights.checkpoint import Names, SafetensorsCheckpoint
+from services.engine.core.weights.checkpoint import SafetensorsCheckpoint
 from services.engine.core.weights.loading import check_weights, load_weights, weight_slots
+from services.engine.core.weights.names import Names
 from services.runtime.modelfiles import ModelFileError
+from services.runtime.modelfiles.fields import Fields, read_json
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 # What checkpoints hold beside an encoder: heads of other tasks, poolers that nobody asks, and

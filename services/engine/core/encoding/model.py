@@ -12,7 +12,7 @@ from services.engine.core.encoding.batch import EncoderBatch
 from services.engine.core.encoding.config import EncoderConfig
 from services.engine.core.encoding.heads import ClassificationHead
 from services.engine.core.kernels.cpu.encoder_program import EncoderProgramBuilder
-from services.engine.core.models.fields import Fields
+from services.runtime.modelfiles.fields import Fields
 
 
 class Encodes(Protocol):

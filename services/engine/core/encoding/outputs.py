@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 
 from services.engine.core.encoding.config import EncoderConfig
 from services.engine.core.encoding.pooling import POOLINGS, Pooling
-from services.engine.core.models.fields import Fields, read_json
 from services.runtime.modelfiles import ModelFileError
+from services.runtime.modelfiles.fields import Fields, read_json
 
 Activation: TypeAlias = Literal["sigmoid", "softmax", "none"]
 

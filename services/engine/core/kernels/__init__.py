@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from services.engine.core.kernels.activation import silu_and_mul
+from services.engine.core.kernels.activation import gelu_tanh, gelu_tanh_and_mul, silu_and_mul
 from services.engine.core.kernels.attention import AttentionMetadata, paged_attention, write_kv
-from services.engine.core.kernels.normalization import add_rms_norm, rms_norm
+from services.engine.core.kernels.experts import mixture_of_experts
+from services.engine.core.kernels.normalization import add_rms_norm, layer_norm, rms_norm
 from services.engine.core.kernels.registry import OPS, Op, Selection, declare, select
 from services.engine.core.kernels.rotary import rotary_embedding
 
@@ -15,6 +16,10 @@ __all__ = [
     "Selection",
     "add_rms_norm",
     "declare",
+    "gelu_tanh",
+    "gelu_tanh_and_mul",
+    "layer_norm",
+    "mixture_of_experts",
     "paged_attention",
     "rms_norm",
     "rotary_embedding",

@@ -65,22 +65,29 @@ def paged_attention(
     value_cache: Tensor,
     metadata: AttentionMetadata,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Causal attention of each sequence's queries over all of its cached tokens.
+    """Causal attention of each sequence's queries over its cached tokens.
 
     queries: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim]
     with the step's own keys and values already written. Decode, chunked prefill and speculative
     verification differ in query length alone. Returns [num_tokens, heads, head_dim].
+
+    window: how many tokens back a query sees, its own included (Beltagy et al., arXiv:2004.05150);
+    None: all. softcap: bends the products of queries and keys, scaled, into (-softcap, softcap)
+    (Gemma 2, arXiv:2408.00118).
     """
     num_heads, kv_heads = queries.shape[1], key_cache.shape[2]
     groups = metadata.once(
-        "reference groups", lambda: _group_sequences(metadata, num_heads // kv_heads, queries.dtype)
+        f"reference groups {window}",
+        lambda: _group_sequences(metadata, num_heads // kv_heads, queries.dtype, window),
     )
     if len(groups) == 1:
-        return _attend(queries, key_cache, value_cache, groups[0], scale)
+        return _attend(queries, key_cache, value_cache, groups[0], scale, softcap)
     output = torch.empty_like(queries)
     for group in groups:
-        attended = _attend(queries[group.rows], key_cache, value_cache, group, scale)
+        attended = _attend(queries[group.rows], key_cache, value_cache, group, scale, softcap)
         output.index_copy_(0, group.rows, attended)
     return output
 
@@ -99,7 +106,7 @@ class _Group:
 
 
 def _group_sequences(
-    metadata: AttentionMetadata, queries_per_kv: int, dtype: torch.dtype
+    metadata: AttentionMetadata, queries_per_kv: int, dtype: torch.dtype, window: int | None
 ) -> list[_Group]:
     members: dict[tuple[int, int], list[int]] = {}
     starts, row = [], 0
@@ -114,7 +121,7 @@ def _group_sequences(
             bucket = (max(num_blocks, SHORT_CONTEXT_BLOCKS) - 1).bit_length()
         members.setdefault((query_length, bucket), []).append(index)
     return [
-        _make_group(metadata, indices, starts, queries_per_kv, dtype)
+        _make_group(metadata, indices, starts, queries_per_kv, dtype, window)
         for indices in members.values()
     ]
 
@@ -125,6 +132,7 @@ def _make_group(
     starts: list[int],
     queries_per_kv: int,
     dtype: torch.dtype,
+    window: int | None,
 ) -> _Group:
     device = metadata.block_tables.device
     query_length = metadata.query_lengths[indices[0]]
@@ -133,11 +141,15 @@ def _make_group(
     num_blocks = -(-context_length // metadata.block_size)
     folded = query_length <= FOLD_MAX_QUERY_LENGTH
     mask = None
-    if query_length > 1 or min(contexts) < context_length:
+    reaches_back = window is not None and window < context_length
+    if query_length > 1 or min(contexts) < context_length or reaches_back:
         # A query sees the keys up to its own position; what lies beyond is later or padding.
         first = torch.tensor(contexts, device=device).sub_(query_length).view(-1, 1, 1, 1)
         last_seen = first + torch.arange(query_length, device=device).view(-1, 1)
-        hidden = torch.arange(context_length, device=device) > last_seen
+        positions = torch.arange(context_length, device=device)
+        hidden = positions > last_seen
+        if window is not None:
+            hidden |= positions <= last_seen - window
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
         mask.masked_fill_(hidden, float("-inf"))
         if folded and query_length > 1:
@@ -150,28 +162,48 @@ def _make_group(
 
 
 def _attend(
-    queries: Tensor, key_cache: Tensor, value_cache: Tensor, group: _Group, scale: float
+    queries: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    group: _Group,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     num_sequences, query_length = group.num_sequences, group.query_length
     kv_heads, head_dim = key_cache.shape[2:]
     keys = _gather(key_cache, group)
     values = _gather(value_cache, group)
     if not group.folded:
-        attended = functional.scaled_dot_product_attention(
-            queries.view(num_sequences, query_length, -1, head_dim).transpose(1, 2),
-            keys,
-            values,
-            attn_mask=group.mask,
-            scale=scale,
-            enable_gqa=True,
-        )
+        rows = queries.view(num_sequences, query_length, -1, head_dim).transpose(1, 2)
+        attended = _softmax_attention(rows, keys, values, group.mask, scale, softcap)
         return attended.transpose(1, 2).flatten(0, 1)
     # [sequences, query, kv_heads, queries_per_kv, head_dim] with the query moved next to head_dim.
     folded = queries.view(num_sequences, query_length, kv_heads, -1, head_dim).movedim(1, 3)
-    attended = functional.scaled_dot_product_attention(
-        folded.flatten(2, 3), keys, values, attn_mask=group.mask, scale=scale
-    )
+    rows = folded.flatten(2, 3)
+    attended = _softmax_attention(rows, keys, values, group.mask, scale, softcap)
     return attended.view(folded.shape).movedim(3, 1).reshape(-1, queries.shape[1], head_dim)
+
+
+def _softmax_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """queries: [sequences, heads, rows, head_dim], keys and values: [sequences, kv_heads, context,
+    head_dim] -> the shape of queries."""
+    if softcap is None:
+        return functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+    repeats = queries.shape[1] // keys.shape[1]
+    keys, values = (each.repeat_interleave(repeats, 1) for each in (keys, values))
+    scores = torch.tanh((queries @ keys.mT) * (scale / softcap)) * softcap
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
 
 
 def _gather(cache: Tensor, group: _Group) -> Tensor:

@@ -28,3 +28,12 @@ def add_rms_norm(
     """
     total = residual + hidden
     return functional.rms_norm(total, (total.shape[-1],), weight, eps), total
+
+
+@declare
+def layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm (Ba et al., arXiv:1607.06450), computed in float32 at least.
+
+    hidden: [num_tokens, size], weight and bias: [size] -> [num_tokens, size].
+    """
+    return functional.layer_norm(hidden, (hidden.shape[-1],), weight, bias, eps)

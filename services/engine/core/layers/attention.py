@@ -1,33 +1,108 @@
-"""Attention of one layer: writes the step's keys and values to its cache and attends over it."""
+"""Attention of one layer: projections, positions, and attention over the paged cache."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from services.engine.core.kernels import AttentionMetadata, paged_attention, write_kv
+from services.engine.core.batch import ForwardBatch
+from services.engine.core.kernels import (
+    AttentionMetadata,
+    paged_attention,
+    rotary_embedding,
+    write_kv,
+)
 from services.engine.core.kv_cache import KVCache
+from services.engine.core.layers.linear import Linear, MergedLinear
+from services.engine.core.layers.norm import RMSNorm
+from services.engine.core.layers.rotary import RotaryEmbedding
+from services.engine.core.model_config import ModelConfig
+
+
+class StepContext:
+    """What all layers of a step share, computed once."""
+
+    def __init__(self, batch: ForwardBatch, kv_cache: KVCache, dtype: torch.dtype) -> None:
+        self.batch = batch
+        self.kv_cache = kv_cache
+        self.metadata = AttentionMetadata(
+            batch.query_lengths, batch.context_lengths, batch.block_tables, kv_cache.block_size
+        )
+        self._dtype = dtype
+        self._angles: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def angles(self, rotary: RotaryEmbedding) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the tokens' positions, as `rotary_embedding` takes them."""
+        if id(rotary) not in self._angles:
+            self._angles[id(rotary)] = rotary.angles(self.batch.positions, self._dtype)
+        return self._angles[id(rotary)]
 
 
 class PagedAttention(nn.Module):
     """Scaled dot-product attention over the paged cache of layer `layer_index`."""
 
-    def __init__(self, layer_index: int, head_dim: int) -> None:
+    def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
         self.layer_index = layer_index
-        self.scale = head_dim**-0.5
+        self.scale = config.scale
+        self.window = config.window(layer_index)
+        self.softcap = config.attention_softcap
 
-    def forward(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        kv_cache: KVCache,
-        slots: Tensor,
-        metadata: AttentionMetadata,
-    ) -> Tensor:
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, step: StepContext) -> Tensor:
         """queries: [num_tokens, heads, head_dim], keys and values: [num_tokens, kv_heads,
-        head_dim], slots: [num_tokens] -> [num_tokens, heads * head_dim]."""
-        key_cache = kv_cache.keys[self.layer_index]
-        value_cache = kv_cache.values[self.layer_index]
-        write_kv(keys, values, key_cache, value_cache, slots)
-        return paged_attention(queries, key_cache, value_cache, metadata, self.scale).flatten(1)
+        head_dim] -> [num_tokens, heads * head_dim]."""
+        key_cache = step.kv_cache.keys[self.layer_index]
+        value_cache = step.kv_cache.values[self.layer_index]
+        write_kv(keys, values, key_cache, value_cache, step.batch.slots)
+        return paged_attention(
+            queries,
+            key_cache,
+            value_cache,
+            step.metadata,
+            self.scale,
+            self.window,
+            self.softcap,
+        ).flatten(1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, with rotary positions unless `rotary` is None.
+
+    Where the model has a norm of queries and keys, it is one over each head (Henry et al.,
+    arXiv:2010.04245), before they are rotated.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer_index: int, rotary: RotaryEmbedding | None
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        query_size = config.heads * config.head_dim
+        kv_size = config.kv_heads * config.head_dim
+        sizes = {"q": query_size, "k": kv_size, "v": kv_size}
+        self.qkv = MergedLinear(config.hidden_size, sizes, bias=config.qkv_bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.output = Linear(query_size, config.hidden_size, bias=config.output_bias)
+        self.attend = PagedAttention(config, layer_index)
+        self.rotary = rotary
+
+    def forward(self, hidden: Tensor, step: StepContext) -> Tensor:
+        """hidden: [num_tokens, hidden_size] -> the same shape."""
+        # [num_tokens, heads + 2 * kv_heads, head_dim]; queries and keys are rotated in one go.
+        heads: Tensor = self.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
+        rotated = self.heads + self.kv_heads
+        queries_keys, values = heads[:, :rotated], heads[:, rotated:]
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = queries_keys[:, : self.heads], queries_keys[:, self.heads :]
+            queries_keys = torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=1)
+        if self.rotary is not None:
+            queries_keys = rotary_embedding(queries_keys, *step.angles(self.rotary))
+        attended = self.attend(
+            queries_keys[:, : self.heads], queries_keys[:, self.heads :], values, step
+        )
+        projected: Tensor = self.output(attended)
+        return projected

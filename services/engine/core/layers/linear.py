@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ class Embedding(nn.Module):
 class MergedLinear(nn.Module):
     """Several projections of the same input, computed as one: their rows lie one after another.
 
-    Checkpoints hold the parts apart; `parts` gives (name, "weight" or "bias", view) of each, under
-    the names given in `sizes`, for a loader to fill.
+    Checkpoints hold the parts apart, under the names given in `sizes` beside this module, or
+    together under its own; `slots` gives the places of whichever are stored.
     """
 
     def __init__(self, in_features: int, sizes: Mapping[str, int], *, bias: bool) -> None:
@@ -51,10 +51,14 @@ class MergedLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return functional.linear(hidden, self.weight, self.bias)
 
-    def parts(self) -> Iterator[tuple[str, str, Tensor]]:
-        start = 0
+    def slots(self, path: str, stored: Container[str]) -> dict[str, Tensor]:
+        """Where each stored tensor goes: views into the parameters."""
+        kinds = {kind: parameter.data for kind, parameter in self.named_parameters(recurse=False)}
+        if f"{path}.weight" in stored:
+            return {f"{path}.{kind}": whole for kind, whole in kinds.items()}
+        slots, start, parent = {}, 0, path.rpartition(".")[0]
         for name, size in self.sizes.items():
-            yield name, "weight", self.weight.data[start : start + size]
-            if self.bias is not None:
-                yield name, "bias", self.bias.data[start : start + size]
+            for kind, whole in kinds.items():
+                slots[f"{parent}.{name}.{kind}"] = whole[start : start + size]
             start += size
+        return slots

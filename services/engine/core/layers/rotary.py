@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn"]
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """How positions become angles. Lengths are in tokens; unused numbers keep their defaults.
-
-    `original_context_tokens` is the context the frequencies were trained for. `divisors`, where
-    given, divide each of the rotary_dim / 2 frequencies (GGUF's rope_freqs tensor).
-    """
-
-    theta: float
-    rotary_dim: int
-    scaling: RopeScaling = "none"
-    factor: float = 1.0
-    original_context_tokens: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    divisors: tuple[float, ...] | None = None
+from services.engine.core.model_config import RopeConfig
 
 
 class RotaryEmbedding:
     """Cosines and sines of the tokens' angles, computed once per step for all layers.
 
-    `served_context_tokens` is the longest sequence that will be served; only dynamic scaling
-    depends on it. Cached keys cannot be rotated anew when a sequence grows, so dynamic scaling
-    takes the frequencies of that length for all of them: equal to the unscaled ones whenever it
-    is within the trained context.
+    `served_context_tokens` is the longest sequence that will be served; dynamic scaling and
+    LongRoPE depend on it. Cached keys cannot be rotated anew when a sequence grows, so these take
+    the frequencies of that length for all sequences: those of short ones whenever it is within the
+    trained context.
     """
 
     def __init__(self, config: RopeConfig, served_context_tokens: int) -> None:
@@ -77,9 +51,14 @@ def rotary_frequencies(config: RopeConfig, served_context_tokens: int) -> tuple[
     elif config.scaling == "yarn":
         frequencies = _yarn_frequencies(config, frequencies)
         amplitude = _yarn_amplitude(config)
-    if config.divisors is not None:
-        divisors = torch.tensor(config.divisors, dtype=torch.float32, device="cpu")
-        frequencies = frequencies / divisors
+    elif config.scaling == "longrope":
+        amplitude = _longrope_amplitude(config)
+    is_long = config.long_divisors is not None and (
+        served_context_tokens > config.original_context_tokens
+    )
+    divisors = config.long_divisors if is_long else config.divisors
+    if divisors is not None:
+        frequencies = frequencies / torch.tensor(divisors, dtype=torch.float32, device="cpu")
     return frequencies, amplitude
 
 
@@ -132,3 +111,12 @@ def _yarn_amplitude(config: RopeConfig) -> float:
     if config.mscale and config.mscale_all_dim:
         return scale(config.mscale) / scale(config.mscale_all_dim)
     return scale(1.0)
+
+
+def _longrope_amplitude(config: RopeConfig) -> float:
+    """LongRoPE (Ding et al., arXiv:2402.13753) as Phi-3 has it: a temperature on cos and sin."""
+    if config.attention_factor is not None:
+        return config.attention_factor
+    if config.factor <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(config.factor) / math.log(config.original_context_tokens))

@@ -1,26 +1,45 @@
-"""What every model family is to the engine."""
+"""What every model family is to the engine, and what its decoders have in common."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels.cpu.program import ProgramBuilder
 from services.engine.core.kv_cache import KVCache
-from services.engine.core.layers import RotaryEmbedding
-from services.engine.core.models.config import ModelConfig
+from services.engine.core.layers import Embedding, Linear, RotaryEmbedding, StepContext
+from services.engine.core.model_config import ModelConfig
 
 
 class Model(nn.Module):
-    """A decoder that computes one engine step: `model(batch, kv_cache)`."""
+    """A decoder that computes one engine step: `model(batch, kv_cache)`.
 
-    rotary: RotaryEmbedding
+    A family says what its layers are and, where they differ, how tokens are embedded and what its
+    final norm is. A layer takes (hidden [num_tokens, hidden_size], StepContext) and returns the
+    residual stream after it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        context = config.max_context_tokens
+        self.rotary = RotaryEmbedding(config.rope, context) if config.rope is not None else None
+        self.local_rotary = (
+            RotaryEmbedding(config.local_rope, context)
+            if config.local_rope is not None
+            else self.rotary
+        )
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(self.make_layer(index) for index in range(config.num_layers))
+        self.norm = self.make_norm()
+        # A tied model has no head of its own: the embedding serves as one.
+        self.head: Linear | None = None
+        if not config.tie_embeddings:
+            self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Compute a step's tokens, write their keys and values to the cache, and return logits.
@@ -31,8 +50,37 @@ class Model(nn.Module):
         return logits
 
     @abstractmethod
+    def make_layer(self, layer_index: int) -> nn.Module:
+        """Return a layer, its weights unset."""
+
+    @abstractmethod
+    def make_norm(self) -> nn.Module:
+        """Return the norm before the head."""
+
+    def embed(self, batch: ForwardBatch) -> Tensor:
+        """Return what the first layer sees, [num_tokens, hidden_size]."""
+        embedded: Tensor = self.embedding(batch.token_ids)
+        scale = self.config.embedding_scale
+        # As a number of the weights' precision: so it was trained.
+        return embedded if scale == 1.0 else embedded * torch.tensor(scale, dtype=embedded.dtype)
+
+    @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Implement `__call__`."""
+        hidden = self.embed(batch)
+        step = StepContext(batch, kv_cache, hidden.dtype)
+        for layer in self.layers:
+            hidden = layer(hidden, step)
+        rows = self.norm(hidden.index_select(0, batch.logits_rows))
+        head: Any = self.embedding.project if self.head is None else self.head
+        logits: Tensor = head(rows).float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def rotary_of(self, layer_index: int) -> RotaryEmbedding | None:
+        """The positions of a layer: those with a window may have their own."""
+        windowed = self.config.window(layer_index) is not None
+        return self.local_rotary if windowed else self.rotary
 
     def lower(self, program: ProgramBuilder) -> None:
         """Append this model's step to a program of the native CPU kernels.

@@ -1,100 +1,61 @@
-"""The Llama family: Llama 2 and 3, SmolLM2, and whatever else shares their architecture.
+"""The Llama family, and the many that share its layers: Llama 2 and 3, SmolLM2, Mistral, Qwen2,
+Qwen3, Phi-3.
 
-Touvron et al., arXiv:2307.09288; Grattafiori et al., arXiv:2407.21783.
+Touvron et al., arXiv:2307.09288; Grattafiori et al., arXiv:2407.21783; Jiang et al.,
+arXiv:2310.06825; Qwen, arXiv:2412.15115 and 2505.09388; Abdin et al., arXiv:2404.14219.
 """
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import Tensor, nn
 
-from services.engine.core.batch import ForwardBatch
-from services.engine.core.kernels import AttentionMetadata, rotary_embedding, silu_and_mul
 from services.engine.core.kernels.cpu.program import Buffer, Epilogue, ProgramBuilder
-from services.engine.core.kv_cache import KVCache
 from services.engine.core.layers import (
-    Embedding,
-    Linear,
-    MergedLinear,
-    PagedAttention,
+    Attention,
+    GatedFeedForward,
+    MixtureOfExperts,
     RMSNorm,
-    RotaryEmbedding,
+    StepContext,
 )
+from services.engine.core.layers.rotary import RotaryEmbedding
+from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.base import Model
-from services.engine.core.models.config import ModelConfig
-
-
-class LlamaAttention(nn.Module):
-    """Grouped-query attention with rotary positions."""
-
-    def __init__(self, config: ModelConfig, layer_index: int) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        query_size = config.heads * config.head_dim
-        kv_size = config.kv_heads * config.head_dim
-        sizes = {"q": query_size, "k": kv_size, "v": kv_size}
-        self.qkv = MergedLinear(config.hidden_size, sizes, bias=config.qkv_bias)
-        self.output = Linear(query_size, config.hidden_size, bias=config.output_bias)
-        self.attend = PagedAttention(layer_index, config.head_dim)
-
-    def forward(self, hidden: Tensor, kv_cache: KVCache, step: _Step) -> Tensor:
-        # [num_tokens, heads + 2 * kv_heads, head_dim]; queries and keys are rotated in one go.
-        heads: Tensor = self.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
-        rotated = self.heads + self.kv_heads
-        queries_keys = rotary_embedding(heads[:, :rotated], step.cos, step.sin)
-        attended = self.attend(
-            queries_keys[:, : self.heads],
-            queries_keys[:, self.heads :],
-            heads[:, rotated:],
-            kv_cache,
-            step.slots,
-            step.attention,
-        )
-        projected: Tensor = self.output(attended)
-        return projected
-
-
-class LlamaFeedForward(nn.Module):
-    """The SwiGLU feed-forward layer."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        sizes = {"gate": config.intermediate_size, "up": config.intermediate_size}
-        self.gate_up = MergedLinear(config.hidden_size, sizes, bias=config.mlp_bias)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        projected: Tensor = self.down(silu_and_mul(self.gate_up(hidden)))
-        return projected
+from services.engine.core.models.family import Family
+from services.engine.core.models.hf_config import HfConfig, decoder_config
+from services.engine.core.weights.names import FROM_GGUF, FROM_HF, decoder_names
+from services.runtime.modelfiles.gguf_model import GGUFModel
 
 
 class LlamaLayer(nn.Module):
     """Attention and feed-forward, each behind a norm, both adding to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer_index: int) -> None:
+    def __init__(
+        self, config: ModelConfig, layer_index: int, rotary: RotaryEmbedding | None
+    ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = LlamaAttention(config, layer_index)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.feed_forward = LlamaFeedForward(config)
-
-    def forward(
-        self, hidden: Tensor, residual: Tensor | None, kv_cache: KVCache, step: _Step
-    ) -> tuple[Tensor, Tensor]:
-        """Return (what to add to the residual stream next, the stream so far)."""
-        if residual is None:
-            residual = hidden
-            hidden = self.attention_norm(hidden)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, layer_index, rotary)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward: GatedFeedForward | MixtureOfExperts
+        experts = config.experts
+        if experts is None or layer_index in experts.dense_layers:
+            self.feed_forward = GatedFeedForward(config)
         else:
-            hidden, residual = self.attention_norm.add(hidden, residual)
-        hidden = self.attention(hidden, kv_cache, step)
-        hidden, residual = self.feed_forward_norm.add(hidden, residual)
-        return self.feed_forward(hidden), residual
+            self.feed_forward = MixtureOfExperts(config, experts)
+
+    def forward(self, hidden: Tensor, step: StepContext) -> Tensor:
+        attended = self.attention(self.attention_norm(hidden), step)
+        normed, hidden = self.feed_forward_norm.add(attended, hidden)
+        total: Tensor = hidden + self.feed_forward(normed)
+        return total
 
     def lower(self, program: ProgramBuilder, *, is_last: bool) -> None:
         """The same as operations of the native kernels, on the residual stream."""
         attention, feed_forward = self.attention, self.feed_forward
         index = attention.attend.layer_index
+        assert isinstance(feed_forward, GatedFeedForward)
         program.norm(self.attention_norm)
         program.linear(attention.qkv, Buffer.PROJECTED)
         program.rotary_kv(index)
@@ -113,31 +74,15 @@ class LlamaLayer(nn.Module):
 class Llama(Model):
     """A Llama-family decoder."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaLayer(config, index) for index in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # A tied model has no head of its own: the embedding serves as one.
-        self.head: Linear | None = None
-        if not config.tie_embeddings:
-            self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = RotaryEmbedding(config.rope, config.max_context_tokens)
+    def make_layer(self, layer_index: int) -> nn.Module:
+        return LlamaLayer(self.config, layer_index, self.rotary_of(layer_index))
 
-    @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
-        hidden: Tensor = self.embedding(batch.token_ids)
-        step = _Step(self.rotary, batch, kv_cache, hidden.dtype)
-        residual: Tensor | None = None
-        for layer in self.layers:
-            hidden, residual = layer(hidden, residual, kv_cache, step)
-        assert residual is not None
-        rows = batch.logits_rows
-        hidden, _ = self.norm.add(hidden.index_select(0, rows), residual.index_select(0, rows))
-        logits: Tensor = self.embedding.project(hidden) if self.head is None else self.head(hidden)
-        return logits.float()
+    def make_norm(self) -> nn.Module:
+        return RMSNorm(self.config.hidden_size, self.config.norm_eps)
 
     def lower(self, program: ProgramBuilder) -> None:
+        if (missing := _not_native(self.config)) is not None:
+            raise NotImplementedError(f"they have no {missing}")
         program.embed(self.embedding)
         for layer in self.layers:
             assert isinstance(layer, LlamaLayer)
@@ -146,14 +91,69 @@ class Llama(Model):
         program.linear(self.embedding if self.head is None else self.head, Buffer.LOGITS)
 
 
-class _Step:
-    """What all layers of a step share, computed once."""
+def _not_native(config: ModelConfig) -> str | None:
+    """What of a model the native kernels lack."""
+    lacking = {
+        "sliding windows": bool(config.windows),
+        "norms of queries and keys": config.qk_norm,
+        "mixtures of experts": config.experts is not None,
+        f"activation {config.activation}": config.activation != "silu",
+    }
+    return next((name for name, is_needed in lacking.items() if is_needed), None)
 
-    def __init__(
-        self, rotary: RotaryEmbedding, batch: ForwardBatch, kv_cache: KVCache, dtype: torch.dtype
-    ) -> None:
-        self.cos, self.sin = rotary.angles(batch.positions, dtype)
-        self.slots = batch.slots
-        self.attention = AttentionMetadata(
-            batch.query_lengths, batch.context_lengths, batch.block_tables, kv_cache.block_size
-        )
+
+def _qwen2_config(hf: HfConfig) -> ModelConfig:
+    """Qwen2 has biases where no field says so."""
+    return replace(decoder_config(hf), qkv_bias=True, output_bias=False)
+
+
+def _qwen3_config(hf: HfConfig) -> ModelConfig:
+    return replace(decoder_config(hf), qk_norm=True)
+
+
+def _phi3_gguf(config: ModelConfig, file: GGUFModel) -> ModelConfig:
+    window = file.metadata.integer("phi3.attention.sliding_window", 0)
+    return replace(config, windows=(window,) * config.num_layers if window else ())
+
+
+QK_NORMS_HF = {
+    "model.layers.{}.self_attn.q_norm": "layers.{}.attention.q_norm",
+    "model.layers.{}.self_attn.k_norm": "layers.{}.attention.k_norm",
+}
+QK_NORMS_GGUF = {
+    "blk.{}.attn_q_norm": "layers.{}.attention.q_norm",
+    "blk.{}.attn_k_norm": "layers.{}.attention.k_norm",
+}
+HF = decoder_names(FROM_HF)
+GGUF = decoder_names(FROM_GGUF)
+
+LLAMA = Family(Llama, hf_names=HF, gguf_names=GGUF, gguf_pairs_rows=True)
+# The same in all but two: the window, which Mistral's configuration has, and GGUF's order of rows.
+MISTRAL = LLAMA
+QWEN2 = Family(Llama, hf_names=HF, gguf_names=GGUF, hf_config=_qwen2_config)
+QWEN3 = Family(
+    Llama,
+    hf_names=decoder_names(FROM_HF | QK_NORMS_HF),
+    gguf_names=decoder_names(FROM_GGUF | QK_NORMS_GGUF),
+    hf_config=_qwen3_config,
+    gguf_config=lambda config, file: replace(config, qk_norm=True),
+)
+# Projections of the same input are stored as one.
+PHI3 = Family(
+    Llama,
+    hf_names=decoder_names(
+        FROM_HF
+        | {
+            "model.layers.{}.self_attn.qkv_proj": "layers.{}.attention.qkv",
+            "model.layers.{}.mlp.gate_up_proj": "layers.{}.feed_forward.gate_up",
+        }
+    ),
+    gguf_names=decoder_names(
+        FROM_GGUF
+        | {
+            "blk.{}.attn_qkv": "layers.{}.attention.qkv",
+            "blk.{}.ffn_up": "layers.{}.feed_forward.gate_up",
+        }
+    ),
+    gguf_config=_phi3_gguf,
+)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from services.engine.core.model_config import ModelConfig, check_config
 from services.engine.core.models.base import Model
-from services.engine.core.models.config import ModelConfig, config_from_gguf, config_from_hf
-from services.engine.core.models.registry import ARCHITECTURES
+from services.engine.core.models.family import Family
+from services.engine.core.models.gguf_config import gguf_decoder_config
+from services.engine.core.models.hf_config import read_hf_config
+from services.engine.core.models.registry import GGUF_FAMILIES, HF_FAMILIES
 from services.engine.core.weights.checkpoint import Checkpoint
 from services.engine.core.weights.loading import check_weights, load_weights
 from services.engine.core.weights.opening import open_checkpoint
@@ -24,16 +28,20 @@ def read_config(path: Path | str) -> ModelConfig:
     """
     path = Path(path)
     if path.is_dir():
-        config = config_from_hf(path)
-    else:
-        with GGUFModel(path) as file:
-            config = config_from_gguf(file)
-    if config.architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ModelFileError(
-            path, f"architecture {config.architecture!r} is not supported, only {known} are"
-        )
-    return config
+        hf = read_hf_config(path)
+        family = _family(HF_FAMILIES, hf.architecture, path)
+        return check_config(path / "config.json", family.hf_config(hf))
+    with GGUFModel(path) as file:
+        architecture = file.metadata.string("general.architecture")
+        family = _family(GGUF_FAMILIES, architecture, path)
+        return check_config(path, family.gguf_config(gguf_decoder_config(file), file))
+
+
+def _family(families: Mapping[str, Family], architecture: str, path: Path) -> Family:
+    if architecture not in families:
+        problem = f"architecture {architecture!r} is not supported, only {', '.join(families)} are"
+        raise ModelFileError(path, problem)
+    return families[architecture]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +72,41 @@ def open_model(path: Path | str, *, max_context_tokens: int | None = None) -> Op
     """
     config = read_config(path)
     if max_context_tokens is not None:
-        if max_context_tokens > config.max_context_tokens and config.rope.scaling != "dynamic":
+        stretches = config.rope is not None and config.rope.scaling == "dynamic"
+        if max_context_tokens > config.max_context_tokens and not stretches:
             problem = f"has a context of {config.max_context_tokens} tokens and no dynamic rope "
             problem += f"scaling that would stretch it to {max_context_tokens}"
             raise ModelFileError(path, problem)
         config = replace(config, max_context_tokens=max_context_tokens)
-    checkpoint = open_checkpoint(Path(path), config.heads, config.kv_heads)
+    config = replace(config, windows=_binding(config))
+    checkpoint = _open_checkpoint(Path(path), config)
     if config.num_layers > len(checkpoint.shapes):
         problem = f"claims {config.num_layers} layers but has {len(checkpoint.shapes)} tensors"
         raise ModelFileError(path, problem)
     # Without memory, so that a wrong file is refused before any is taken.
-    skeleton = _build(config, torch.float32, "meta")
+    skeleton = build_skeleton(config)
     check_weights(skeleton, checkpoint, tied=config.tie_embeddings)
     return OpenedModel(config, checkpoint, skeleton)
+
+
+def _binding(config: ModelConfig) -> tuple[int | None, ...]:
+    """The windows that hide anything from sequences of the context that is served."""
+    windows = tuple(
+        None if window is None or window >= config.max_context_tokens else window
+        for window in config.windows
+    )
+    # Layers without a window may have positions of another kind.
+    has_one = any(windows) or config.local_rope is not None
+    return config.windows if has_one else ()
+
+
+def _open_checkpoint(path: Path, config: ModelConfig) -> Checkpoint:
+    if path.is_dir():
+        return open_checkpoint(path, HF_FAMILIES[config.architecture].hf_names)
+    family = GGUF_FAMILIES[config.architecture]
+    assert family.gguf_names is not None
+    pairs = {"q": config.heads, "k": config.kv_heads} if family.gguf_pairs_rows else None
+    return open_checkpoint(path, family.gguf_names, pairs)
 
 
 def load_model(
@@ -91,11 +121,16 @@ def load_model(
     return opened.load(dtype, device), opened.config
 
 
+def build_skeleton(config: ModelConfig) -> Model:
+    """Return a model of this shape that takes no memory: its parameters are on the meta device."""
+    return _build(config, torch.float32, "meta")
+
+
 def _build(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Model:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return ARCHITECTURES[config.architecture](config)
+            return (HF_FAMILIES | GGUF_FAMILIES)[config.architecture].model(config)
     finally:
         torch.set_default_dtype(previous)

@@ -36,8 +36,8 @@ from services.engine.core.kernels.cpu.program import (
 from services.engine.core.kernels.cpu.sampling import SampleRequest
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.layers import Embedding, MergedLinear
+from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.base import Model
-from services.engine.core.models.config import ModelConfig
 from services.engine.core.sampler import SampledTokens, SamplingBatch
 from services.engine.core.weights.checkpoint import Checkpoint
 
@@ -61,6 +61,8 @@ class NativeModel:
         """
         self.config: ModelConfig = model.config
         self._team = team
+        if model.rotary is None:
+            raise UnsupportedModelError("they rotate queries and keys")
         self._rotary = model.rotary
         packer = _Packer(model, checkpoint, weights)
         self._builder = ProgramBuilder(packer.pack, packer.vector)
@@ -95,7 +97,7 @@ class NativeModel:
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             rotary_dim=2 * cos.shape[1],
-            attention_scale=config.head_dim**-0.5,
+            attention_scale=config.scale,
             cos=cos,
             sin=sin,
             layers=(KvLayout * config.num_layers)(*layouts),
@@ -193,7 +195,7 @@ class _Packer:
     def _pack(self, module: Any, gated: bool) -> PackedLinear:
         path = self._paths[id(module)]
         names = [path]
-        if isinstance(module, MergedLinear):
+        if isinstance(module, MergedLinear) and f"{path}.weight" not in self._checkpoint.shapes:
             parent = path.rpartition(".")[0]
             names = [f"{parent}.{part}" for part in module.sizes]
         bias = None

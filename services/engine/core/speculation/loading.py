@@ -11,7 +11,7 @@ from services.engine.core.backends import Backend, load_backend
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.errors import StartupError
 from services.engine.core.kernels import Selection
-from services.engine.core.models.config import ModelConfig
+from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.loader import open_model
 from services.engine.core.runner import Runner
 from services.engine.core.settings import CoreSettings

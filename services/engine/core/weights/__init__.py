@@ -4,6 +4,5 @@ from __future__ import annotations
 
 from services.engine.core.weights.checkpoint import Checkpoint
 from services.engine.core.weights.loading import load_weights
-from services.engine.core.weights.opening import open_checkpoint
 
-__all__ = ["Checkpoint", "load_weights", "open_checkpoint"]
+__all__ = ["Checkpoint", "load_weights"]

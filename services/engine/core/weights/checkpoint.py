@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from services.engine.core.kernels.cpu.packing import GroupedWeight
-from services.engine.core.weights.names import FROM_HF, is_derived, model_name
+from services.engine.core.weights.names import Names, Treatment
 from services.engine.core.weights.schemes import read_scheme
 from services.engine.core.weights.stored_linear import StoredLinear
 from services.engine.core.weights.tensor_files import (
@@ -58,21 +56,10 @@ class Checkpoint(Protocol):
         """Give back the memory through which files were read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
-    """What a model calls the tensors of a HF checkpoint."""
-
-    of: Callable[[str], str | None]  # None: the model has none of this name
-    is_needless: Callable[[str], bool]  # of those: whether nothing is missed without it
-
-
-DECODER_NAMES = Names(lambda source: model_name(source, FROM_HF), is_derived)
-
-
 class DirectoryCheckpoint:
     """A HF directory; its projections may be quantised as its config.json says."""
 
-    def __init__(self, directory: Path, files: TensorFiles, names: Names = DECODER_NAMES) -> None:
+    def __init__(self, directory: Path, files: TensorFiles, names: Names) -> None:
         self.path = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.unknown: list[str] = []
@@ -107,7 +94,8 @@ class DirectoryCheckpoint:
         if entry.dtype not in FLOAT_TYPES:
             problem = f"is stored as {entry.dtype}, only {', '.join(FLOAT_TYPES)} can be read"
             raise entry.error(source, problem)
-        self.shapes[name] = entry.shape
+        is_transposed = self._names.treatment(name) == "transposed"
+        self.shapes[name] = entry.shape[::-1] if is_transposed else entry.shape
         self._sources[name] = source
 
     def _quantised_shape(self, name: str, parts: dict[str, str]) -> tuple[int, int]:
@@ -141,7 +129,7 @@ class DirectoryCheckpoint:
     def read(self, name: str) -> Tensor:
         if name in self._parts:
             return self._read_stored(name).dequantize()
-        return self._files.read(self._sources[name])
+        return _treated(self._files.read(self._sources[name]), self._names.treatment(name))
 
     def read_grouped(self, name: str) -> GroupedWeight | None:
         return self._read_stored(name).grouped() if name in self._parts else None
@@ -169,5 +157,11 @@ class DirectoryCheckpoint:
 class SafetensorsCheckpoint(DirectoryCheckpoint):
     """A HF directory with one model.safetensors, or shards and their index."""
 
-    def __init__(self, directory: Path, names: Names = DECODER_NAMES) -> None:
+    def __init__(self, directory: Path, names: Names) -> None:
         super().__init__(directory, SafetensorsFiles(directory), names)
+
+
+def _treated(tensor: Tensor, treatment: Treatment) -> Tensor:
+    if treatment == "transposed":
+        return tensor.mT
+    return tensor.float() + 1 if treatment == "plus one" else tensor

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from services.engine.core.kernels.cpu.packing import GroupedWeight
 from services.engine.core.weights.dequantize import DEQUANTIZERS, FLOATS, dequantize
 from services.engine.core.weights.grouped import GROUPED, read_grouped
-from services.engine.core.weights.names import FROM_GGUF, is_derived, model_name
+from services.engine.core.weights.names import Names
 from services.engine.core.weights.stored_linear import rounded
 from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.gguf import TensorInfo
@@ -18,16 +20,20 @@ from services.runtime.modelfiles.gguf_model import GGUFModel
 class GGUFCheckpoint:
     """The tensors of a GGUF model by the model's names; see `checkpoint.Checkpoint`."""
 
-    def __init__(self, file: GGUFModel, heads: int, kv_heads: int) -> None:
+    def __init__(
+        self, file: GGUFModel, names: Names, paired_heads: Mapping[str, int] | None = None
+    ) -> None:
+        """paired_heads: the heads of the projections `q` and `k` where the file has the rows of
+        each head in pairs."""
         self.path = file.path
         self.unknown: list[str] = []
         self._file = file
-        self._heads = {"q": heads, "k": kv_heads}
+        self._paired_heads = paired_heads or {}
         self._infos: dict[str, TensorInfo] = {}
         for source, info in file.tensors.items():
-            name = model_name(source, FROM_GGUF)
+            name = names.of(source)
             if name is None:
-                if not is_derived(source):
+                if not names.is_needless(source):
                     self.unknown.append(source)
                 continue
             if info.type.name not in DEQUANTIZERS:
@@ -83,8 +89,8 @@ class GGUFCheckpoint:
 
     def _row_order(self, name: str, info: TensorInfo) -> Tensor | None:
         parts = name.split(".")
-        if len(parts) > 2 and parts[-3] == "attention" and parts[-2] in self._heads:
-            return _halves_from_pairs(info.shape[0], self._heads[parts[-2]])
+        if len(parts) > 2 and parts[-3] == "attention" and parts[-2] in self._paired_heads:
+            return _halves_from_pairs(info.shape[0], self._paired_heads[parts[-2]])
         return None
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor, nn
 
-from services.engine.core.layers.linear import MergedLinear
+from services.engine.core.layers import Experts, MergedLinear
 from services.engine.core.weights.checkpoint import Checkpoint
 from services.runtime.modelfiles import ModelFileError
 
 _NAMED_IN_ERRORS = 5
 
 
-def weight_slots(model: nn.Module) -> dict[str, Tensor]:
-    """Return where each named tensor of a checkpoint goes: views into the model's parameters."""
+def weight_slots(model: nn.Module, stored: Container[str] = ()) -> dict[str, Tensor]:
+    """Return where each named tensor of a checkpoint goes: views into the model's parameters.
+
+    stored: the names that the checkpoint has, where a module takes its tensors in several forms.
+    """
     slots: dict[str, Tensor] = {}
     for path, module in model.named_modules():
-        if isinstance(module, MergedLinear):
-            parent = path.rpartition(".")[0]
-            slots |= {f"{parent}.{part}.{kind}": view for part, kind, view in module.parts()}
+        if isinstance(module, MergedLinear | Experts):
+            slots |= module.slots(path, stored)
             continue
         for kind, parameter in module.named_parameters(recurse=False):
             slots[f"{path}.{kind}"] = parameter.data
@@ -31,7 +35,9 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint, *, tied: bool) -> No
     Works on a model on the meta device, so that a wrong file is refused before any memory is taken
     for it. A tied model's checkpoint may repeat the head.
     """
-    wanted = {name: tuple(slot.shape) for name, slot in weight_slots(model).items()}
+    wanted = {
+        name: tuple(slot.shape) for name, slot in weight_slots(model, checkpoint.shapes).items()
+    }
     missing = sorted(wanted.keys() - checkpoint.shapes.keys())
     if missing:
         raise ModelFileError(checkpoint.path, f"lacks {_listed(missing)}")
@@ -64,7 +70,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
     Call `check_weights` first. Raises ModelFileError for a tensor that cannot be read.
     """
-    for name, slot in weight_slots(model).items():
+    for name, slot in weight_slots(model, checkpoint.shapes).items():
         slot.copy_(checkpoint.read(name))
         checkpoint.release()
 

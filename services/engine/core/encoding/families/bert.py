@@ -17,8 +17,8 @@ from services.engine.core.encoding.layers import Attention, InputEmbeddings, Pos
 from services.engine.core.encoding.model import Encoder
 from services.engine.core.kernels.cpu.encoder_program import EncoderBuffer, EncoderProgramBuilder
 from services.engine.core.kernels.cpu.program import Epilogue
-from services.engine.core.models.fields import Fields
 from services.runtime.modelfiles import ModelFileError
+from services.runtime.modelfiles.fields import Fields
 
 
 class Bert(Encoder):

@@ -28,8 +28,8 @@ from services.engine.core.encoding.layers import (
 )
 from services.engine.core.encoding.model import Encoder
 from services.engine.core.layers import Embedding, Linear, MergedLinear
-from services.engine.core.models.fields import Fields
 from services.runtime.modelfiles import ModelFileError
+from services.runtime.modelfiles.fields import Fields
 
 _KINDS = ("c2p", "p2c")
 _MOST_SPAN = 1 << 20

@@ -21,9 +21,10 @@ from services.engine.core.kernels import rotary_embedding
 from services.engine.core.kernels.cpu.encoder_program import EncoderBuffer, EncoderProgramBuilder
 from services.engine.core.kernels.cpu.program import Epilogue, rotary_tables
 from services.engine.core.kernels.encoder_attention import encoder_attention
-from services.engine.core.layers import Embedding, Linear, RopeConfig, RotaryEmbedding
-from services.engine.core.models.fields import Fields
+from services.engine.core.layers import Embedding, Linear, RotaryEmbedding
+from services.engine.core.model_config import RopeConfig
 from services.runtime.modelfiles import ModelFileError
+from services.runtime.modelfiles.fields import Fields
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _POOLINGS: dict[str, Pooling] = {"cls": "first", "mean": "mean"}

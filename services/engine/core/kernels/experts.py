@@ -1,0 +1,30 @@
+"""Mixtures of experts: each token goes through a few of many feed-forward layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from services.engine.core.kernels.activation import silu_and_mul
+from services.engine.core.kernels.registry import declare
+
+
+@declare
+def mixture_of_experts(
+    hidden: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor
+) -> Tensor:
+    """The weighted sum of what a token's experts make of it, SwiGLU layers (Shazeer et al.,
+    arXiv:1701.06538; Jiang et al., arXiv:2401.04088).
+
+    hidden: [num_tokens, size]; gate_up: [experts, 2 * intermediate, size]; down: [experts, size,
+    intermediate]; expert_ids (int64), expert_weights: [num_tokens, experts of a token]. Returns
+    [num_tokens, size].
+    """
+    output = torch.zeros_like(hidden)
+    for expert in sorted(set(expert_ids.flatten().tolist())):
+        rows, places = torch.where(expert_ids == expert)
+        inner = silu_and_mul(functional.linear(hidden[rows], gate_up[expert]))
+        outer = functional.linear(inner, down[expert])
+        output.index_add_(0, rows, outer * expert_weights[rows, places, None])
+    return output

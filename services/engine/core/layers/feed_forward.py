@@ -1,0 +1,99 @@
+"""Feed-forward layers: gated, plain, and mixtures of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+from torch import Tensor, nn
+
+from services.engine.core.kernels import (
+    gelu_tanh,
+    gelu_tanh_and_mul,
+    mixture_of_experts,
+    silu_and_mul,
+)
+from services.engine.core.layers.linear import Linear, MergedLinear
+from services.engine.core.model_config import ExpertsConfig, ModelConfig
+
+_GATES = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
+
+
+class GatedFeedForward(nn.Module):
+    """down(activation(gate(x)) * up(x)), SwiGLU or GeGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        sizes = {"gate": config.intermediate_size, "up": config.intermediate_size}
+        self.gate_up = MergedLinear(config.hidden_size, sizes, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation = config.activation
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: [num_tokens, hidden_size] -> the same shape."""
+        projected: Tensor = self.down(_GATES[self.activation](self.gate_up(hidden)))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """down(gelu(up(x)))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: [num_tokens, hidden_size] -> the same shape."""
+        projected: Tensor = self.down(gelu_tanh(self.up(hidden)))
+        return projected
+
+
+class Experts(nn.Module):
+    """The matrices of a mixture of experts.
+
+    Checkpoints hold those of each expert apart, `N.gate`, `N.up` and `N.down`, or those of all
+    together, `gate`, `up` and `down`; `slots` gives the places of whichever are stored.
+    """
+
+    def __init__(self, experts: ExpertsConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.count, self.size = experts.count, experts.intermediate_size
+        self.gate_up = nn.Parameter(torch.empty(self.count, 2 * self.size, hidden_size))
+        self.down = nn.Parameter(torch.empty(self.count, hidden_size, self.size))
+
+    def slots(self, path: str, stored: Container[str]) -> dict[str, Tensor]:
+        """Where each stored tensor goes: views into the parameters."""
+        parts = {
+            "gate": self.gate_up.data[:, : self.size],
+            "up": self.gate_up.data[:, self.size :],
+            "down": self.down.data,
+        }
+        together = {f"{path}.{name}.weight": view for name, view in parts.items()}
+        if any(name in stored for name in together):
+            return together
+        return {
+            f"{path}.{index}.{name}.weight": view[index]
+            for index in range(self.count)
+            for name, view in parts.items()
+        }
+
+
+class MixtureOfExperts(nn.Module):
+    """A router that sends each token to a few experts, and these."""
+
+    def __init__(self, config: ModelConfig, experts: ExpertsConfig) -> None:
+        super().__init__()
+        self.per_token, self.normalize = experts.per_token, experts.normalize
+        self.router = Linear(config.hidden_size, experts.count, bias=False)
+        self.experts = Experts(experts, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: [num_tokens, hidden_size] -> the same shape."""
+        shares = self.router(hidden).softmax(-1, dtype=torch.float32)
+        weights, ids = shares.topk(self.per_token, dim=-1)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return mixture_of_experts(
+            hidden, self.experts.gate_up, self.experts.down, ids, weights.to(hidden.dtype)
+        )

@@ -28,7 +28,7 @@ def pool(hidden: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor:
     sequence = torch.arange(len(lengths), device=hidden.device).repeat_interleave(counts)
     if pooling == "max":
         least = hidden.new_full((len(lengths), hidden.shape[1]), float("-inf"))
-        return least.index_reduce_(0, sequence, hidden, "amax")
+        return least.scatter_reduce_(0, sequence.unsqueeze(1).expand_as(hidden), hidden, "amax")
     divisor = counts.to(hidden.dtype)
     if pooling == "mean_sqrt_len":
         divisor = divisor.sqrt()

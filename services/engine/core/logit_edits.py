@@ -38,6 +38,24 @@ class TokenNumbers:
     numbers: npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """Which tokens may follow, one mask for each of some rows.
+
+    Token t of a mask is bit t % 32 of its word t // 32; it may be chosen if its bit is 1.
+    """
+
+    rows: npt.NDArray[np.int64]  # [masks], no row twice
+    words: npt.NDArray[np.uint32]  # [masks, ceil(vocab / 32)], contiguous
+
+    def apply(self, logits: Tensor) -> None:
+        """Set the logits ([rows, vocab]) of tokens that may not follow to -Inf, in place."""
+        bits = np.unpackbits(self.words.view(np.uint8), axis=-1, bitorder="little")
+        barred = torch.from_numpy(bits[:, : logits.shape[-1]] == 0).to(logits.device)
+        rows = torch.from_numpy(self.rows).to(logits.device)
+        logits[rows] = logits[rows].masked_fill_(barred, -torch.inf)
+
+
 def counts_tokens(sampling: Sampling) -> bool:
     """Whether these parameters change logits by the tokens that came before."""
     return bool(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from services.engine.core.errors import EngineError
 from services.engine.core.kernels.registry import declare
-from services.engine.core.logit_edits import LogitEdits
+from services.engine.core.logit_edits import LogitEdits, TokenMasks
 from services.engine.core.messages import TokenLogprobs
 
 # Candidates looked at first for top-p, and how many times more are looked at when their
@@ -35,7 +35,8 @@ class SamplingBatch:
     """How each row of logits is sampled; all arrays are [rows].
 
     Values that are off: temperature 0 (greedy), top_k 0, top_p 1, min_p 0. `logprobs[i]` is the
-    number of likeliest tokens to report for row i, or -1 for no log-probabilities at all.
+    number of likeliest tokens to report for row i, or -1 for no log-probabilities at all. Tokens
+    that a row's mask bars do not exist for it: log-probabilities are those among the others.
     """
 
     temperature: npt.NDArray[np.float32]
@@ -45,6 +46,7 @@ class SamplingBatch:
     uniforms: npt.NDArray[np.float64]
     logprobs: npt.NDArray[np.int64]
     edits: LogitEdits | None = None
+    masks: TokenMasks | None = None
     is_greedy: bool = False  # all rows are, and nothing else is on
 
     @staticmethod
@@ -75,9 +77,12 @@ class SampledTokens:
 def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
     """Choose one token per row of `logits` ([rows, vocab] float32, edited in place).
 
-    Order: penalties and biases, temperature, top-k, top-p over what top-k left, min-p. Tokens that
-    tie with the last one kept are kept too, so that the choice does not hang on sort order.
+    Order: masks, penalties and biases, temperature, top-k, top-p over what top-k left, min-p.
+    Tokens that tie with the last one kept are kept too, so that the choice does not hang on sort
+    order.
     """
+    if batch.masks is not None:
+        batch.masks.apply(logits)
     reported = np.flatnonzero(batch.logprobs >= 0)
     raw = logits[_index(reported, logits.device)] if reported.size else None
     if batch.edits is not None:
@@ -206,9 +211,11 @@ def _logprobs(raw: Tensor, chosen: Tensor, counts: npt.NDArray[np.int64]) -> lis
         return [TokenLogprobs(value) for value in own]
     top = logprobs.topk(min(most, raw.shape[-1]), dim=-1)
     values, ids = top.values.tolist(), top.indices.tolist()
+    # What cannot be chosen is not reported.
+    possible = (top.values > -torch.inf).sum(dim=-1).tolist()
     return [
         TokenLogprobs(own[row], ids[row][:count], values[row][:count])
-        for row, count in enumerate(counts.tolist())
+        for row, count in enumerate(map(min, counts.tolist(), possible))
     ]
 
 

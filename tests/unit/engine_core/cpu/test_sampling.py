@@ -16,7 +16,7 @@ from services.engine.core.kernels import select
 from services.engine.core.kernels.cpu import library
 from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.sampling import sample_natively, sample_with
-from services.engine.core.logit_edits import LogitEdits
+from services.engine.core.logit_edits import LogitEdits, TokenMasks
 from services.engine.core.messages import Sampling, SequenceRequest, Stopping
 from services.engine.core.sampler import LogitsError, SampledTokens, SamplingBatch, sample
 from services.engine.core.sequence import Sequence
@@ -41,6 +41,7 @@ def batch_of(
     uniforms: float | np.ndarray = 0.5,
     logprobs: int | list[int] = -1,
     edits: LogitEdits | None = None,
+    masks: TokenMasks | None = None,
 ) -> SamplingBatch:
     def column(value: object, dtype: type) -> np.ndarray:
         return np.broadcast_to(np.asarray(value, dtype), (rows,)).copy()
@@ -53,7 +54,16 @@ def batch_of(
         uniforms=column(uniforms, np.float64),
         logprobs=column(logprobs, np.int64),
         edits=edits,
+        masks=masks,
     )
+
+
+def masks_of(vocab: int, allowed: dict[int, list[int]]) -> TokenMasks:
+    bits = np.zeros((len(allowed), -(-vocab // 32) * 32), np.uint8)
+    for index, token_ids in enumerate(allowed.values()):
+        bits[index, token_ids] = 1
+    words = np.packbits(bits, axis=-1, bitorder="little").view(np.uint32)
+    return TokenMasks(np.array(list(allowed)), words)
 
 
 def edits_of(*rows: tuple[int, Sampling], min_tokens: int = 0) -> LogitEdits:
@@ -149,6 +159,7 @@ def test_the_choice_is_that_of_the_reference(
     allowed=st.sampled_from([(), (0,), (0, 2, 3), (1, 1, 4)]),
     banned=st.sampled_from([(), (1,), (1, 4)]),
     min_tokens=st.sampled_from([0, 10]),
+    masked=st.sampled_from([None, 0.1, 0.9]),
     temperature=st.sampled_from([0.0, 1.0]),
     logprobs=st.sampled_from([-1, 0, 2, 2000]),
 )
@@ -160,6 +171,7 @@ def test_edits_and_log_probabilities_are_those_of_the_reference(
     allowed: tuple[int, ...],
     banned: tuple[int, ...],
     min_tokens: int,
+    masked: float | None,
     temperature: float,
     logprobs: int,
 ) -> None:
@@ -173,9 +185,23 @@ def test_edits_and_log_probabilities_are_those_of_the_reference(
     )
     logits = torch.stack([row_of(seed + row, vocab, "flat") for row in range(3)])
     edits = edits_of((0, sampling), (2, sampling), min_tokens=min_tokens)
-    uniforms = np.random.default_rng(seed).random(3)
+    random = np.random.default_rng(seed)
+    uniforms = random.random(3)
+    masks = None
+    if masked is not None:
+        # The first and the last token, and of those between some.
+        allowed = {
+            row: [0, *np.flatnonzero(random.random(vocab) < masked).tolist(), vocab - 1]
+            for row in (2, 0)
+        }
+        masks = masks_of(vocab, allowed)
     batch = batch_of(
-        3, temperature=temperature, uniforms=uniforms, logprobs=[logprobs, -1, 1], edits=edits
+        3,
+        temperature=temperature,
+        uniforms=uniforms,
+        logprobs=[logprobs, -1, 1],
+        edits=edits,
+        masks=masks,
     )
     expected = sample.reference(logits.clone(), batch)
     for kernels in all_kernels():
@@ -185,6 +211,9 @@ def test_edits_and_log_probabilities_are_those_of_the_reference(
         fine = [row for row in range(3) if chosen.errors[row] is None]
         assert 1 in fine
         reference = logits.clone()
+        if masks is not None:
+            masks.apply(reference)
+        left = reference.log_softmax(dim=-1)
         edits.apply(reference)
         assert torch.equal(edited, reference)
         for row in fine:
@@ -197,7 +226,7 @@ def test_edits_and_log_probabilities_are_those_of_the_reference(
             assert ours.top_logprobs == pytest.approx(theirs.top_logprobs, abs=1e-5)
             # Rounding makes ties, whose order is nobody's promise.
             assert len(set(ours.top_token_ids)) == len(theirs.top_token_ids)
-            own = logits[row].log_softmax(dim=-1)[ours.top_token_ids]
+            own = left[row][ours.top_token_ids]
             assert own.tolist() == pytest.approx(ours.top_logprobs, abs=1e-5)
 
 
@@ -269,6 +298,34 @@ def test_one_token_left_is_the_one_chosen() -> None:
     for options in ({}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}, {"temperature": 0.0}):
         chosen = on_every_set(logits, batch_of(5, uniforms=uniforms, edits=edits, **options))
         assert chosen.token_ids == [577] * 5
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_a_masked_token_does_not_exist_for_its_row(vocab: int) -> None:
+    kept = sorted({0, vocab // 2, vocab - 1})
+    logits = row_of(5, vocab, "flat").repeat(3, 1)
+    batch = batch_of(3, masks=masks_of(vocab, {1: kept}), logprobs=20, uniforms=0.7)
+    expected = sample.reference(logits[1:2, kept].clone(), batch_of(1, logprobs=20, uniforms=0.7))
+    for kernels in all_kernels():
+        chosen = sample_with(kernels, logits.clone(), batch)
+        assert chosen.token_ids[1] == kept[expected.token_ids[0]]
+        ours, theirs = chosen.logprobs[1], expected.logprobs[0]
+        assert ours is not None
+        assert theirs is not None
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+        assert ours.top_token_ids == [kept[index] for index in theirs.top_token_ids]
+        free = sample_with(kernels, logits.clone(), batch_of(3, logprobs=20, uniforms=0.7))
+        assert chosen.logprobs[0] == chosen.logprobs[2] == free.logprobs[0]
+
+
+def test_a_mask_that_leaves_nothing_fails_its_row_alone() -> None:
+    logits = row_of(5, 40, "flat").repeat(2, 1)
+    for temperature in (0.0, 1.0):
+        batch = batch_of(2, temperature=temperature, masks=masks_of(40, {0: []}))
+        chosen = on_every_set(logits, batch)
+        assert isinstance(chosen.errors[0], LogitsError)
+        assert chosen.errors[1] is None
+        assert isinstance(sample.reference(logits.clone(), batch).errors[0], LogitsError)
 
 
 def test_extreme_temperatures_stay_in_their_limits() -> None:

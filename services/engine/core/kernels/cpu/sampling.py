@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from services.engine.core.kernels.cpu.library import Library, active, check, why_not
-from services.engine.core.logit_edits import LogitEdits
+from services.engine.core.logit_edits import LogitEdits, TokenMasks
 from services.engine.core.messages import TokenLogprobs
 from services.engine.core.sampler import LogitsError, SampledTokens, SamplingBatch, sample
 
@@ -36,6 +36,12 @@ class _TokenNumbers(ctypes.Structure):
         ("tokens", ctypes.c_void_p),
         ("numbers", ctypes.c_void_p),
     )
+
+
+class _TokenMasks(ctypes.Structure):
+    """`struct TokenMasks` of src/sampling.h."""
+
+    _fields_ = (("of_rows", ctypes.c_void_p), ("words", ctypes.c_void_p))
 
 
 class SampleArgs(ctypes.Structure):
@@ -63,6 +69,7 @@ class SampleArgs(ctypes.Structure):
         ("most_logprobs", ctypes.c_int32),
         ("top_tokens", ctypes.c_void_p),
         ("top_logprobs", ctypes.c_void_p),
+        ("masks", _TokenMasks),
     )
 
 
@@ -138,6 +145,7 @@ class SampleRequest:
             self.args = _workspace.args
             # The edits' arrays have to outlive the call.
             self._kept = _add_edits(self.args, batch.edits, self._num_rows)
+            self._kept += _add_masks(self.args, batch.masks, self._num_rows)
             self._reports = _Reports(self.args, batch.logprobs)
             _add_numbers(self.args, batch)
         _workspace.point_to(self.args, logits)
@@ -182,11 +190,12 @@ class _Reports:
         logprobs: list[TokenLogprobs | None] = [None] * len(self._counts)
         for row in self._rows:
             if errors[row] is None:
-                count = min(int(self._counts[row]), vocab)
+                top = self._top_logprobs[row, : min(int(self._counts[row]), vocab)]
+                count = np.count_nonzero(top > -np.inf)
                 logprobs[row] = TokenLogprobs(
                     float(self._chosen[row]),
                     self._top_tokens[row, :count].tolist(),
-                    self._top_logprobs[row, :count].tolist(),
+                    top[:count].tolist(),
                 )
         return logprobs
 
@@ -207,6 +216,17 @@ def _add_edits(args: SampleArgs, edits: LogitEdits | None, num_rows: int) -> lis
         )
         setattr(args, kind, edit)
     return kept
+
+
+def _add_masks(args: SampleArgs, masks: TokenMasks | None, num_rows: int) -> list[object]:
+    """Point `args` at the masks; returns the arrays that must outlive the call."""
+    if masks is None:
+        args.masks.of_rows = None
+        return []
+    of_rows = np.full(num_rows, -1, np.int64)
+    of_rows[masks.rows] = np.arange(len(masks.rows))
+    args.masks = _TokenMasks(_address(of_rows), _address(masks.words))
+    return [of_rows, masks]
 
 
 def _error(status: int) -> LogitsError | None:

@@ -139,6 +139,7 @@ SampleStatus sample_row(const SampleArgs& args, int index, Scratch& scratch) {
   float* logits = args.logits + index * args.stride;
   const bool reported = args.logprobs != nullptr && args.logprobs[index] >= 0;
   const bool edited = has_edits(args, index);
+  if (has_mask(args, index)) apply_mask(args, index, logits);
   LogitsRow row(logits, args.vocab, scratch.maxima, scratch.masses);
   if (!reported) {
     if (edited && !apply_edits(args, index, logits, scratch.copy))

@@ -20,6 +20,12 @@ struct TokenNumbers {
   const float* numbers;
 };
 
+// Which tokens may follow, one bit for each: token t of a mask is bit t % 32 of its word t / 32.
+struct TokenMasks {
+  const int64_t* of_rows;  // [rows], the mask of each row or -1; null where no row has any
+  const uint32_t* words;   // [masks, ceil(vocab / 32)], one mask after the other
+};
+
 enum class SampleStatus : int32_t {
   chosen = 0,
   not_finite = 1,     // NaN or +Inf among the logits, or -Inf alone
@@ -46,11 +52,14 @@ struct SampleArgs {
 
   int64_t* tokens;         // [rows]
   SampleStatus* statuses;  // [rows]
-  // Of the logits as they were before the edits.
+  // Of the logits as they were before the edits, after the mask.
   float* chosen_logprobs;  // [rows]
   int32_t most_logprobs;   // columns of the next two, the most that a row asks for
   int64_t* top_tokens;     // [rows, most_logprobs], the likeliest first
   float* top_logprobs;     // [rows, most_logprobs]
+
+  // Applied before all else: log-probabilities too are those among the tokens left.
+  TokenMasks masks;
 };
 
 }  // namespace meshserve

@@ -17,6 +17,25 @@ inline bool has_edits(const SampleArgs& args, int row) {
          any(args.allowed, row) || any(args.banned, row);
 }
 
+inline bool has_mask(const SampleArgs& args, int row) {
+  return args.masks.of_rows != nullptr && args.masks.of_rows[row] >= 0;
+}
+
+// Leaves no logits but those of tokens whose bit is set.
+inline void apply_mask(const SampleArgs& args, int row, float* logits) {
+  const int vocab = args.vocab;
+  const int64_t num_words = (int64_t{vocab} + 31) / 32;
+  const uint32_t* words = args.masks.words + args.masks.of_rows[row] * num_words;
+  const Floats nothing = broadcast(minus_infinity);
+  for (int i = 0; i < vocab; i += lanes) {
+    const Bits kept = words[i / 32] >> (i % 32) & all_lanes;
+    if (kept == all_lanes) continue;
+    const int count = std::min(lanes, vocab - i);
+    const Floats left = select(mask_of(kept), load_some(logits + i, count), nothing);
+    store_some(logits + i, left, count);
+  }
+}
+
 // Calls edit(token, index of its number) for each; false, at once, at a token out of range.
 template <typename Edit>
 bool for_each_token(const TokenNumbers& of, int row, int vocab, Edit edit) {

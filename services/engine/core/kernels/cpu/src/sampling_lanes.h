@@ -20,9 +20,8 @@ inline Bits greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_G
 inline Bits equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 // Whether a lane of either is NaN.
 inline Bits unordered(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
-inline Floats keep(Bits kept, Floats a) {
-  return _mm512_maskz_mov_ps(static_cast<__mmask16>(kept), a);
-}
+inline Mask mask_of(Bits bits) { return static_cast<Mask>(bits); }
+inline Floats keep(Bits kept, Floats a) { return _mm512_maskz_mov_ps(mask_of(kept), a); }
 // Writes the lanes of `kept` one after the other, and anything up to to[16] behind them.
 inline void compact(float* to, Bits kept, Floats a) {
   store(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(kept), a));
@@ -66,13 +65,17 @@ inline Bits unordered(Floats a, Floats b) {
   return detail::bits(_mm256_cmp_ps(a.low, b.low, _CMP_UNORD_Q),
                       _mm256_cmp_ps(a.high, b.high, _CMP_UNORD_Q));
 }
-inline Floats keep(Bits kept, Floats a) {
+inline Mask mask_of(Bits bits) {
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const auto half = [lane](Bits of, __m256 values) {
+  const auto half = [lane](Bits of) {
     const __m256i own = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(of)), lane);
-    return _mm256_and_ps(values, _mm256_castsi256_ps(_mm256_cmpeq_epi32(own, lane)));
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(own, lane));
   };
-  return {half(kept & 0xff, a.low), half(kept >> 8, a.high)};
+  return {half(bits & 0xff), half(bits >> 8)};
+}
+inline Floats keep(Bits kept, Floats a) {
+  const Mask mask = mask_of(kept);
+  return {_mm256_and_ps(a.low, mask.low), _mm256_and_ps(a.high, mask.high)};
 }
 inline void compact(float* to, Bits kept, Floats a) {
   alignas(32) float each[lanes];

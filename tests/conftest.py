@@ -37,3 +37,9 @@ def pytest_sessionstart() -> None:
 def demo_model_path() -> Path:
     """The demo model's GGUF file, fetched once into the user's cache directory."""
     return pull("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """The encoder of the catalogue, fetched into the cache directory if it is not there."""
+    return pull("all-minilm-l6-v2")

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+import pytest_asyncio
 from prometheus_client import generate_latest
 
 from meshserve.v1 import engine_pb2, types_pb2
@@ -26,6 +27,8 @@ from tests.fakes.encoder_core import (
 )
 from tests.support.engine_server import EngineServer, engine_server
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 @contextlib.asynccontextmanager
 async def server_of(**batcher: Any) -> AsyncIterator[EngineServer]:
@@ -36,9 +39,20 @@ async def server_of(**batcher: Any) -> AsyncIterator[EngineServer]:
         yield server
 
 
-@pytest.fixture
+LIMITS = {"max_sequences": 8, "max_tokens": 100, "max_waiting_sequences": 32}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server() -> AsyncIterator[EngineServer]:
-    async with server_of(max_sequences=8, max_tokens=100, max_waiting_sequences=32) as server:
+    """One for all tests that leave it as they found it."""
+    async with server_of(**LIMITS) as server:
+        yield server
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def own_server() -> AsyncIterator[EngineServer]:
+    """For a test that ends it."""
+    async with server_of(**LIMITS) as server:
         yield server
 
 
@@ -70,9 +84,7 @@ async def occupied(server: EngineServer) -> Any:
     """A call whose batch is being computed, which takes a while."""
     call = asyncio.ensure_future(embed(server, [SLOW_TOKEN_ID], request_id="slow"))
     steps = server.client.load.steps
-    async with asyncio.timeout(5):
-        # Its batch has begun once the core takes a ping no more, or as good as at once.
-        await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)
     assert server.client.load.steps == steps
     return call
 
@@ -109,6 +121,7 @@ async def test_a_wait_fills_batches_and_ends() -> None:
 
 @pytest.mark.parametrize("poison", [RAISING_TOKEN_ID, NAN_TOKEN_ID])
 async def test_a_poisoned_input_fails_its_request_alone(server: EngineServer, poison: int) -> None:
+    failed = server.client.load.failed_sequences
     slow = await occupied(server)
     good = embed(server, [20, 30], [40], request_id="good")
     bad = embed(server, [50], [poison], request_id="bad")
@@ -116,7 +129,7 @@ async def test_a_poisoned_input_fails_its_request_alone(server: EngineServer, po
     assert error.reason is Reason.SEQUENCE_FAILED
     assert error.metadata["input"] == "1"
     assert sums(await good) == [50, 40]
-    assert server.client.load.failed_sequences == 1
+    assert server.client.load.failed_sequences == failed + 1
     await slow
 
 
@@ -204,48 +217,48 @@ async def test_other_tasks_are_missing(server: EngineServer) -> None:
     assert error.metadata["capability"] == "generate"
 
 
-async def test_drain_answers_what_there_is_and_refuses_the_rest(server: EngineServer) -> None:
-    slow = await occupied(server)
-    waiting = embed(server, [20], request_id="waiting")
+async def test_drain_answers_what_there_is_and_refuses_the_rest(own_server: EngineServer) -> None:
+    slow = await occupied(own_server)
+    waiting = embed(own_server, [20], request_id="waiting")
     await asyncio.sleep(0.1)
-    drain = server.stub.Drain(engine_pb2.DrainRequest(timeout_ms=5000))
+    drain = own_server.stub.Drain(engine_pb2.DrainRequest(timeout_ms=5000))
     await asyncio.sleep(0.05)
-    assert (await failure(embed(server, [5], request_id="late"))).reason is Reason.DRAINING
+    assert (await failure(embed(own_server, [5], request_id="late"))).reason is Reason.DRAINING
     assert sums(await waiting) == [20]
     await slow
     response = await drain
     assert (response.finished_requests, response.aborted_requests) == (2, 0)
 
 
-async def test_what_takes_longer_than_the_drain_is_aborted(server: EngineServer) -> None:
-    stalled = embed(server, [STALLING_TOKEN_ID])
+async def test_what_takes_longer_than_the_drain_is_aborted(own_server: EngineServer) -> None:
+    stalled = embed(own_server, [STALLING_TOKEN_ID])
     await asyncio.sleep(0.1)
-    response = await server.stub.Drain(engine_pb2.DrainRequest(timeout_ms=100))
+    response = await own_server.stub.Drain(engine_pb2.DrainRequest(timeout_ms=100))
     assert (response.finished_requests, response.aborted_requests) == (0, 1)
     assert (await failure(stalled)).reason is Reason.DRAINING
 
 
-async def test_a_core_that_dies_fails_what_it_had(server: EngineServer) -> None:
-    slow = await occupied(server)
-    assert server.client.core_pid is not None
-    os.kill(server.client.core_pid, signal.SIGKILL)
+async def test_a_core_that_dies_fails_what_it_had(own_server: EngineServer) -> None:
+    slow = await occupied(own_server)
+    assert own_server.client.core_pid is not None
+    os.kill(own_server.client.core_pid, signal.SIGKILL)
     assert (await failure(slow)).reason is Reason.ENGINE_RESTARTED
     async with asyncio.timeout(20):
         while True:
             with contextlib.suppress(grpc.RpcError):
-                assert sums(await embed(server, [10])) == [10]
+                assert sums(await embed(own_server, [10])) == [10]
                 return
             await asyncio.sleep(0.1)
 
 
-async def test_a_core_that_hangs_is_replaced(server: EngineServer) -> None:
-    error = await failure(embed(server, [STALLING_TOKEN_ID]))
+async def test_a_core_that_hangs_is_replaced(own_server: EngineServer) -> None:
+    error = await failure(embed(own_server, [STALLING_TOKEN_ID]))
     assert error.reason is Reason.ENGINE_RESTARTED
 
 
-async def test_batches_are_counted(server: EngineServer) -> None:
-    await embed(server, [10, 11, 12], [13])
-    text = generate_latest(server.metrics.registry).decode()
+async def test_batches_are_counted(own_server: EngineServer) -> None:
+    await embed(own_server, [10, 11, 12], [13])
+    text = generate_latest(own_server.metrics.registry).decode()
     for line in (
         'meshserve_engine_encoded_inputs_total{model="m",task="embed"} 2.0',
         'meshserve_engine_steps_total{model="m"} 1.0',

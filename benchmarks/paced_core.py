@@ -63,9 +63,9 @@ class PacedEngine:
         self._next_step_at = 0.0
 
     @property
-    def has_work(self) -> bool:
-        """Whether a sequence is live."""
-        return bool(self._live)
+    def due_in_s(self) -> float | None:
+        """A step is due while a sequence is live."""
+        return 0.0 if self._live else None
 
     def add(self, requests: list[SequenceRequest]) -> None:
         """Takes in sequences."""

@@ -90,6 +90,7 @@ class Served:
         self._bytes_per_token = self._cache.bytes_per_block(*shape[:1], *shape[2:]) / BLOCK_SIZE
         self._model.bind(self._cache, max_batch_tokens=1024)
         self._batches = {step: step_batch(*step, config.vocab_size) for step in STEPS}
+        self.kept = self._model.weight_bytes
         self.rounds_ms: dict[tuple[int, int, int], list[float]] = {step: [] for step in STEPS}
 
     def measure(self, repeats: int) -> None:

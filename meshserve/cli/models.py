@@ -97,6 +97,7 @@ def show(source: str, as_json: bool) -> None:
         ("name", description.name),
         ("architecture", description.architecture),
         ("parameters", f"{description.num_parameters / 1e6:.1f} million, {description.dtype}"),
+        ("kept on a CPU", description.kept),
         ("context", _tokens(description.max_context_tokens)),
         ("vocabulary", _tokens(description.vocab_size)),
         ("chat template", "yes" if description.has_chat_template else "no"),

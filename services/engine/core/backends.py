@@ -109,6 +109,9 @@ class _NativeBackend:
         stored = ", ".join(
             f"{name} {size / 2**20:.0f} MiB" for name, size in self._model.weight_bytes.items()
         )
+        if self._model.rounded and settings.weights == "auto":
+            kinds = ", ".join(f"{count} of {kind}" for kind, count in self._model.rounded.items())
+            stored += f"; rounded to 8 bits: {kinds}"
         # All other ops are operations of the step.
         sampling = {each.op: each.implementation for each in selections if each.op == "sample"}
         self.kernels = {"step": f"{library.isa} ({stored})", **sampling}

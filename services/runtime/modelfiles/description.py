@@ -11,14 +11,15 @@ from typing import Any, Literal
 from services.runtime.modelfiles.errors import ModelFileError
 from services.runtime.modelfiles.fields import read_json
 from services.runtime.modelfiles.gguf_model import GGUFModel
-from services.runtime.modelfiles.safetensors_file import read_header
+from services.runtime.modelfiles.precision import StoredAs, kept_weights, read_quantization
+from services.runtime.modelfiles.safetensors_file import StoredTensor, read_header
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
     """A model's outline, read from its headers alone.
 
-    `dtype` is the type that most of the parameters are stored in; lengths are in tokens.
+    `dtype` is what most of the parameters are stored as; lengths are in tokens.
     """
 
     path: Path
@@ -28,6 +29,7 @@ class ModelDescription:
     num_parameters: int
     max_context_tokens: int | None
     dtype: str
+    kept: str  # how a CPU keeps its matrices where the settings leave it open
     vocab_size: int | None
     has_chat_template: bool
     licence: str | None
@@ -61,6 +63,9 @@ def _describe_gguf(path: Path) -> ModelDescription:
             num_parameters=sum(info.num_elements for info in file.tensors.values()),
             max_context_tokens=metadata.integer(context) if context in metadata else None,
             dtype=_commonest((info.type.name, info.num_elements) for info in file.tensors.values()),
+            kept=kept_weights(
+                info.type.name for info in file.tensors.values() if len(info.shape) > 1
+            ),
             vocab_size=embedding.shape[0] if embedding else None,
             has_chat_template="tokenizer.chat_template" in metadata,
             licence=metadata.string("general.license", "") or None,
@@ -73,7 +78,12 @@ def _describe_directory(path: Path) -> ModelDescription:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ModelFileError(path, "holds no .safetensors file")
-    entries = [entry for file in files for entry in read_header(file).values()]
+    quantization = read_quantization(config)
+    sizes = [
+        (entry.dtype, _num_parameters(name, entry, quantization))
+        for file in files
+        for name, entry in read_header(file).items()
+    ]
     architectures = config.get("architectures")
     tokenizer_path = path / "tokenizer_config.json"
     tokenizer = read_json(tokenizer_path) if tokenizer_path.exists() else {}
@@ -86,14 +96,25 @@ def _describe_directory(path: Path) -> ModelDescription:
         architecture=str(architectures[0])
         if isinstance(architectures, list) and architectures
         else str(config.get("model_type", "unknown")),
-        num_parameters=sum(entry.num_elements for entry in entries),
+        num_parameters=sum(size for _, size in sizes),
         max_context_tokens=_integer(config, "max_position_embeddings"),
-        dtype=_commonest((entry.dtype, entry.num_elements) for entry in entries),
+        dtype=_commonest(sizes) if quantization is None else quantization.name,
+        kept=kept_weights((dtype for dtype, _ in sizes), quantization),
         vocab_size=_integer(config, "vocab_size"),
         has_chat_template="chat_template" in tokenizer or path / "chat_template.jinja" in beside,
         licence=None,
         files=(*files, *beside),
     )
+
+
+def _num_parameters(name: str, entry: StoredTensor, quantization: StoredAs | None) -> int:
+    """What a tensor adds to the model's own parameters: scales and orders add none."""
+    if quantization is None:
+        return entry.num_elements
+    kind = name.rpartition(".")[2]
+    if kind in ("qweight", "weight_packed"):
+        return entry.num_elements * 32 // quantization.bits
+    return entry.num_elements if kind in ("weight", "bias") else 0
 
 
 def _commonest(sizes: Iterable[tuple[str, int]]) -> str:

@@ -12,9 +12,12 @@ import torch
 
 from services.engine.core.models import load_model
 from services.engine.core.models.loader import open_model
+from services.engine.core.settings import CoreSettings
+from services.engine.core.startup import build_engine
 from services.engine.core.weights.dequantize import DEQUANTIZERS, FLOATS, dequantize
 from services.engine.core.weights.grouped import GROUPED, read_grouped
 from services.runtime.modelfiles import ModelFileError
+from services.runtime.modelfiles.precision import KEPT_IN_4, KEPT_IN_8, ROUNDED
 from tests.fakes.gguf_files import TYPES, random_blocks, write_gguf
 from tests.fakes.native_steps import Sequences
 from tests.fakes.paged_step import libraries
@@ -172,3 +175,47 @@ def test_parts_that_are_missing_or_others_are_refused_by_name(
     parts[4].unlink()
     with pytest.raises(ModelFileError, match=r"00005-of-00005\.gguf: no such file"):
         open_model(parts[0])
+
+
+def test_what_is_said_of_types_is_what_becomes_of_them() -> None:
+    kept = set(KEPT_IN_4) | set(KEPT_IN_8)
+    assert kept == set(GROUPED)
+    assert kept | set(ROUNDED) | set(FLOATS) == set(DEQUANTIZERS)
+    for kind in kept:
+        storage = TYPES[kind]
+        blocks = np.zeros(storage.block_bytes, np.uint8)
+        bits = read_grouped(blocks, storage, (1, storage.block_elements)).bits
+        assert bits == (4 if kind in KEPT_IN_4 else 8)
+
+
+@pytest.mark.skipif(not KERNELS, reason="no native kernels on this machine")
+def test_an_engine_says_what_it_rounds(
+    make_checkpoint: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, reference = make_checkpoint(**WIDE)
+    path = tmp_path / "model.gguf"
+    write_gguf(reference, path, mixed)
+    with caplog.at_level("INFO"):
+        _, facts = build_engine(CoreSettings(model_path=str(path), kv_cache_memory_bytes=1 << 20))
+    said = "; rounded to 8 bits: 4 of Q6_K"
+    assert said in facts.kernels["step"]
+    assert said in caplog.text
+
+
+@pytest.mark.skipif(not KERNELS, reason="no native kernels on this machine")
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_of_a_quantised_model_takes_eight_bits(
+    tied: bool, make_checkpoint: Any, tmp_path: Path
+) -> None:
+    _, reference = make_checkpoint(**WIDE, tie_word_embeddings=tied)
+    path = tmp_path / "model.gguf"
+    write_gguf(
+        reference, path, lambda name: "F16" if name.startswith(("token", "output")) else "Q4_0"
+    )
+    sequences = Sequences(KERNELS[0], path)
+    assert sequences.model.rounded == {"F16": 1}
+    # Embeddings that are only looked up stay as they are.
+    assert ("bf16" in sequences.model.weight_bytes) == (not tied)
+    with torch.no_grad():
+        expected = reference(torch.tensor([TOKENS])).logits[0]
+    assert error(sequences.step({0: TOKENS})[0], expected) < 0.1

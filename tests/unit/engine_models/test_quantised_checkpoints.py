@@ -113,7 +113,8 @@ def test_logits_are_those_of_the_dequantised_model(
     if KERNELS:
         native = Sequences(KERNELS[0], directory)
         assert error(native.step({0: TOKENS})[0], expected) < 0.06
-        assert set(native.model.weight_bytes) - {"bf16"} == formats
+        # The head, and embeddings that are only looked up.
+        assert set(native.model.weight_bytes) == formats | {"q8", "bf16"}
 
 
 def error(found: Tensor, expected: Tensor) -> float:

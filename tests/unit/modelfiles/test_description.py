@@ -39,6 +39,7 @@ def test_the_demo_model_is_described(demo_model_path: Path) -> None:
     assert description.num_parameters == 134_515_008
     assert description.max_context_tokens == 8192
     assert description.dtype == "Q4_1"
+    assert description.kept == "Q4_1 in 4 bits, Q8_0 in 8 bits"
     assert description.vocab_size == 49_152
     assert description.has_chat_template
     assert description.licence == "apache-2.0"
@@ -53,6 +54,7 @@ def test_a_hf_directory_is_described(hf_directory: Path) -> None:
     assert description.num_parameters == 44
     assert description.max_context_tokens == 128
     assert description.dtype == "F16"
+    assert description.kept == "bf16"
     assert description.vocab_size == 10
     assert description.has_chat_template
     assert {file.name for file in description.files} == {
@@ -60,6 +62,55 @@ def test_a_hf_directory_is_described(hf_directory: Path) -> None:
         "model.safetensors",
         "tokenizer_config.json",
     }
+
+
+@pytest.mark.parametrize(
+    ("config", "parts", "dtype", "kept"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 4, "desc_act": False},
+            {"qweight": (8, 16, "i4"), "scales": (1, 16, "f2"), "qzeros": (1, 2, "i4")},
+            "GPTQ 4 bits",
+            "GPTQ 4 bits in 4 bits, others in bf16, a head in 8 bits",
+        ),
+        (
+            {"quant_method": "gptq", "bits": 4, "desc_act": True},
+            {"qweight": (8, 16, "i4"), "scales": (1, 16, "f2"), "g_idx": (8, 8, "i4")},
+            "GPTQ 4 bits",
+            "GPTQ 4 bits in order of activations rounded to 8 bits, others in bf16, a head in 8 "
+            "bits",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"num_bits": 8}}},
+            },
+            {"weight": (64, 16, "i1"), "weight_scale": (64, 1, "f2")},
+            "compressed-tensors 8 bits",
+            "compressed-tensors 8 bits in 8 bits, others in bf16, a head in 8 bits",
+        ),
+    ],
+)
+def test_parameters_of_quantised_models_are_counted_and_what_becomes_of_them_is_said(
+    config: dict[str, object],
+    parts: dict[str, tuple[int, int, str]],
+    dtype: str,
+    kept: str,
+    hf_directory: Path,
+) -> None:
+    tensors = {
+        f"layer.{kind}": np.zeros((rows, columns), f"<{item}")
+        for kind, (rows, columns, item) in parts.items()
+    }
+    tensors["embedding.weight"] = np.zeros((10, 4), np.float16)
+    save_file(tensors, hf_directory / "model.safetensors")
+    whole = json.loads((hf_directory / "config.json").read_text())
+    text = json.dumps(whole | {"quantization_config": config})
+    (hf_directory / "config.json").write_text(text)
+    description = describe(hf_directory)
+    assert description.num_parameters == 64 * 16 + 10 * 4
+    assert description.dtype == dtype
+    assert description.kept == kept
 
 
 def test_a_directory_that_is_no_model_is_an_error(tmp_path: Path) -> None:

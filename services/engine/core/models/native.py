@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import operator
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -24,7 +26,6 @@ from services.engine.core.kernels.cpu.packing import (
     pack_bf16,
     pack_grouped,
     quantize_4,
-    quantize_8,
 )
 from services.engine.core.kernels.cpu.program import (
     Buffer,
@@ -40,8 +41,10 @@ from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.base import Model
 from services.engine.core.sampler import SampledTokens, SamplingBatch
 from services.engine.core.weights.checkpoint import Checkpoint
+from services.engine.core.weights.stored_linear import rounded
 
-# "auto": quantised matrices in their own precision, others in bf16.
+# "auto": quantised matrices in their own precision, or in 8 bits where they cannot be, a quantised
+# model's head in 8 bits at most, all others in bf16.
 WeightChoice: TypeAlias = Literal["auto", "bfloat16", "int8", "int4"]
 
 
@@ -61,27 +64,18 @@ class NativeModel:
         """
         self.config: ModelConfig = model.config
         self._team = team
-        if model.rotary is None:
-            raise UnsupportedModelError("they rotate queries and keys")
+        packer = Packer(model, checkpoint, weights)
+        # Matrices by what they are stored as, of those that `auto` rounds to 8 bits.
+        self.rounded: Mapping[str, int] = packer.rounded
+        self._builder = lower(model, packer)
+        assert model.rotary is not None
         self._rotary = model.rotary
-        packer = _Packer(model, checkpoint, weights)
-        self._builder = ProgramBuilder(packer.pack, packer.vector)
-        try:
-            check_head_dim(model.config.head_dim)
-            with torch.inference_mode():
-                model.lower(self._builder)
-        except (NotImplementedError, ValueError) as error:
-            raise UnsupportedModelError(str(error)) from None
         self._program: Program | None = None
 
     @property
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of the packed matrices, by their format."""
-        sizes: dict[str, int] = {}
-        for packed in self._builder.packed:
-            name = packed.weight_format.name.lower()
-            sizes[name] = sizes.get(name, 0) + packed.num_bytes
-        return sizes
+        return bytes_by_format(self._builder.packed)
 
     def bind(self, kv_cache: PackedKVCache, *, max_batch_tokens: int) -> None:
         """Take the cache that all steps use. Raises MemoryError where buffers do not fit."""
@@ -173,12 +167,40 @@ class NativeModel:
         self._wanted_logits = self._logits[: step.num_rows]
 
 
-class _Packer:
+def lower(model: Model, packer: Packer) -> ProgramBuilder:
+    """Return a model's step on the native kernels.
+
+    Raises UnsupportedModelError where they do not serve its shape.
+    """
+    if model.rotary is None:
+        raise UnsupportedModelError("they rotate queries and keys")
+    builder = ProgramBuilder(packer.pack, packer.vector)
+    try:
+        check_head_dim(model.config.head_dim)
+        with torch.inference_mode():
+            model.lower(builder)
+    except (NotImplementedError, ValueError) as error:
+        raise UnsupportedModelError(str(error)) from None
+    return builder
+
+
+def bytes_by_format(matrices: Iterable[PackedLinear]) -> dict[str, int]:
+    """Return what matrices take, by the name of their format."""
+    sizes: dict[str, int] = {}
+    for packed in matrices:
+        name = packed.weight_format.name.lower()
+        sizes[name] = sizes.get(name, 0) + packed.num_bytes
+    return sizes
+
+
+class Packer:
     """Reads a model's matrices from its checkpoint and packs them, one module at a time."""
 
     def __init__(self, model: Model, checkpoint: Checkpoint, weights: WeightChoice) -> None:
         self._checkpoint = checkpoint
         self._weights = weights
+        self.rounded: Counter[str] = Counter()
+        self._logits = "embedding" if model.config.tie_embeddings else "head"
         self._paths = {id(module): path for path, module in model.named_modules()}
 
     def vector(self, module: Any) -> Tensor:
@@ -193,18 +215,27 @@ class _Packer:
         return packed
 
     def _pack(self, module: Any, gated: bool) -> PackedLinear:
-        path = self._paths[id(module)]
-        names = [path]
-        if isinstance(module, MergedLinear) and f"{path}.weight" not in self._checkpoint.shapes:
-            parent = path.rpartition(".")[0]
-            names = [f"{parent}.{part}" for part in module.sizes]
         bias = None
         if getattr(module, "bias", None) is not None:
+            names = self._names(module)
             bias = torch.cat([self._checkpoint.read(f"{name}.bias").float() for name in names])
+        weight = self.choose(module)
+        if isinstance(weight, GroupedWeight):
+            return pack_grouped(weight, bias, gated=gated)
+        return pack_bf16(weight, bias, gated=gated)
+
+    def choose(self, module: Any) -> GroupedWeight | Tensor:
+        """Return a module's matrix as it is to be kept."""
+        names, path = self._names(module), self._paths[id(module)]
         grouped = self._grouped(names, is_head=isinstance(module, Embedding) or path == "head")
-        if grouped is not None:
-            return pack_grouped(grouped, bias, gated=gated)
-        return pack_bf16(self._floats(names), bias, gated=gated)
+        return self._floats(names) if grouped is None else grouped
+
+    def _names(self, module: Any) -> list[str]:
+        path = self._paths[id(module)]
+        if isinstance(module, MergedLinear) and f"{path}.weight" not in self._checkpoint.shapes:
+            parent = path.rpartition(".")[0]
+            return [f"{parent}.{part}" for part in module.sizes]
+        return [path]
 
     def _floats(self, names: list[str]) -> Tensor:
         parts = [self._checkpoint.read(f"{name}.weight") for name in names]
@@ -213,7 +244,7 @@ class _Packer:
     def _grouped(self, names: list[str], *, is_head: bool) -> GroupedWeight | None:
         if self._weights == "bfloat16":
             return None
-        parts = [self._checkpoint.read_grouped(f"{name}.weight") for name in names]
+        parts = [self._read_grouped(name) for name in names]
         stored = [part for part in parts if part is not None]
         own = concatenate(stored) if len(stored) == len(names) else None
         if self._weights == "auto":
@@ -223,4 +254,17 @@ class _Packer:
         # A head stays at eight bits: logits show every error in it.
         if own is not None and own.minima is None:
             return own
-        return quantize_8(self._floats(names))
+        return self.round(self._floats(names))
+
+    def round(self, floats: Tensor) -> GroupedWeight:
+        """Return a matrix of floats rounded to 8 bits."""
+        return rounded(lambda rows: floats[rows], (floats.shape[0], floats.shape[1]))
+
+    def _read_grouped(self, name: str) -> GroupedWeight | None:
+        weight = self._checkpoint.read_grouped(f"{name}.weight")
+        if weight is None and name == self._logits and self._checkpoint.is_quantised:
+            # Every step reads all of it: in 16 bits it can take longer than all layers together.
+            weight = self.round(self._checkpoint.read(f"{name}.weight"))
+        if weight is not None and weight.is_rounded:
+            self.rounded[self._checkpoint.stored_as(f"{name}.weight")] += 1
+        return weight

@@ -44,6 +44,9 @@ class AWQ:
             raise config.error("zero_point", "weights without zero points are not supported")
         return AWQ(read_group_size(config))
 
+    def __str__(self) -> str:
+        return f"AWQ {_BITS} bits"
+
     def owns(self, kind: str, entry: TensorEntry) -> bool:
         return kind in _KINDS
 

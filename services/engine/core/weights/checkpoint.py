@@ -33,6 +33,10 @@ class Checkpoint(Protocol):
     def num_bytes(self) -> int:
         """Bytes of all tensors, as they are stored."""
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether matrices are stored in fewer than 16 bits."""
+
     def read(self, name: str) -> Tensor:
         """Return a tensor of floating-point type on the CPU; raises ModelFileError."""
 
@@ -42,6 +46,13 @@ class Checkpoint(Protocol):
         Its levels are its own where groups of 32 hold them, else it is rounded to 8 bits. Raises
         ModelFileError.
         """
+
+    def stored_as(self, name: str) -> str:
+        """Return what a tensor's type is called, for people."""
+
+    def outline(self, name: str) -> GroupedWeight | None:
+        """Return what `read_grouped` would, with levels on the meta device and, of a GGUF file,
+        zeros for scales: for its shape and format, without reading the matrix."""
 
     def stored_bytes(self, name: str) -> int:
         """Bytes that a tensor takes as it is stored."""
@@ -122,6 +133,15 @@ class DirectoryCheckpoint:
             )
         return self._sources[name]
 
+    @property
+    def is_quantised(self) -> bool:
+        return bool(self._parts)
+
+    def stored_as(self, name: str) -> str:
+        if name in self._parts:
+            return str(self._scheme)
+        return self._files.entries[self._sources[name]].dtype
+
     def stored_bytes(self, name: str) -> int:
         sources = self._parts[name].values() if name in self._parts else [self._sources[name]]
         return sum(self._files.entries[source].nbytes for source in sources)
@@ -134,12 +154,21 @@ class DirectoryCheckpoint:
     def read_grouped(self, name: str) -> GroupedWeight | None:
         return self._read_stored(name).grouped() if name in self._parts else None
 
-    def _read_stored(self, name: str) -> StoredLinear:
+    def outline(self, name: str) -> GroupedWeight | None:
+        if name not in self._parts:
+            return None
+        return self._read_stored(name, without_levels=True).outline()
+
+    def _read_stored(self, name: str, *, without_levels: bool = False) -> StoredLinear:
         assert self._scheme is not None
         parts = self._parts[name]
+        levels = self.source_name(name) if without_levels else None
         try:
             stored = self._scheme.read(
-                {kind: self._files.read(source) for kind, source in parts.items()}
+                {
+                    kind: self._files.read(source).to("meta" if source == levels else "cpu")
+                    for kind, source in parts.items()
+                }
             )
             stored.check()
         except ValueError as error:

@@ -40,6 +40,9 @@ class CompressedTensors:
 
     bits: int
 
+    def __str__(self) -> str:
+        return f"compressed-tensors {self.bits} bits"
+
     def owns(self, kind: str, entry: TensorEntry) -> bool:
         is_levels = kind == "weight" and entry.dtype == "I8"
         return is_levels or kind in _KINDS or kind in _OF_ACTIVATIONS

@@ -11,7 +11,7 @@ from services.engine.core.kernels.cpu.packing import GroupedWeight
 from services.engine.core.weights.dequantize import DEQUANTIZERS, FLOATS, dequantize
 from services.engine.core.weights.grouped import GROUPED, read_grouped
 from services.engine.core.weights.names import Names
-from services.engine.core.weights.stored_linear import rounded
+from services.engine.core.weights.stored_linear import no_scales, rounded, rounded_outline
 from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.gguf import TensorInfo
 from services.runtime.modelfiles.gguf_model import GGUFModel
@@ -46,6 +46,13 @@ class GGUFCheckpoint:
     def num_bytes(self) -> int:
         return sum(info.nbytes for info in self._infos.values())
 
+    @property
+    def is_quantised(self) -> bool:
+        return any(info.type.name not in FLOATS for info in self._infos.values())
+
+    def stored_as(self, name: str) -> str:
+        return self._infos[name].type.name
+
     def stored_bytes(self, name: str) -> int:
         return self._infos[name].nbytes
 
@@ -72,6 +79,20 @@ class GGUFCheckpoint:
                 raise self._error(info, "has scales that are no finite numbers")
         order = self._row_order(name, info)
         return weight if order is None else weight.map(lambda rows: rows[order])
+
+    def outline(self, name: str) -> GroupedWeight | None:
+        info = self._infos[name]
+        if info.type.name in FLOATS or len(info.shape) != 2:
+            return None
+        shape = info.shape[0], info.shape[1]
+        if info.type.name not in GROUPED:
+            return rounded_outline(shape)
+        # A block of zeros tells whether the type has minima, and its bits.
+        block = torch.zeros(1, info.type.block_bytes, dtype=torch.uint8)
+        _, _, minima, bits = GROUPED[info.type.name](block)
+        scales = no_scales(shape)
+        levels = torch.empty(shape, dtype=torch.uint8, device="meta")
+        return GroupedWeight(levels, scales, None if minima is None else scales, bits)
 
     def _rows(self, info: TensorInfo, rows: slice) -> Tensor:
         raw = self._file.tensor_bytes(info.name).reshape(info.shape[0], -1)[rows]

@@ -33,6 +33,9 @@ class GPTQ:
     group_size: int  # -1: all inputs
     zero_offset: int  # what is to be added to stored zero points
 
+    def __str__(self) -> str:
+        return f"GPTQ {self.bits} bits"
+
     def owns(self, kind: str, entry: TensorEntry) -> bool:
         return kind in _KINDS
 

@@ -22,6 +22,9 @@ class Scheme(Protocol):
     A tensor MODULE.KIND belongs to the projection MODULE.
     """
 
+    def __str__(self) -> str:
+        """What it is called, for people."""
+
     def owns(self, kind: str, entry: TensorEntry) -> bool:
         """Whether a tensor is part of a quantised projection."""
 

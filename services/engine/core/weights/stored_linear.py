@@ -59,6 +59,11 @@ class StoredLinear:
         own = self._own_groups()
         return own if own is not None else rounded(self.dequantize, self.shape)
 
+    def outline(self) -> GroupedWeight:
+        """Return what `grouped` would, where levels are on the meta device."""
+        own = self._own_groups()
+        return own if own is not None else rounded_outline(self.shape)
+
     def _own_groups(self) -> GroupedWeight | None:
         inputs, groups = self.shape[1], self.scales.shape[1]
         if self.group_of is not None or inputs % GROUP_INPUTS or inputs // groups % GROUP_INPUTS:
@@ -92,7 +97,19 @@ def rounded(dequantize: Callable[[slice], Tensor], shape: tuple[int, int]) -> Gr
         rows = slice(start, start + step)
         part = quantize_8(dequantize(rows))
         levels[rows], scales[rows] = part.levels, part.scales
-    return GroupedWeight(levels, scales, None, bits=8)
+    return GroupedWeight(levels, scales, None, bits=8, is_rounded=True)
+
+
+def rounded_outline(shape: tuple[int, int]) -> GroupedWeight:
+    """Return what `rounded` would, without its numbers: levels on the meta device, no scales."""
+    return GroupedWeight(
+        torch.empty(shape, dtype=torch.uint8, device="meta"), no_scales(shape), None, bits=8
+    )
+
+
+def no_scales(shape: tuple[int, int]) -> Tensor:
+    """Zeros in place of the scales of a matrix, which take no memory."""
+    return torch.zeros((), dtype=torch.float16).expand(shape[0], shape[1] // GROUP_INPUTS)
 
 
 def _repeated(values: Tensor, times: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypeVar
 
@@ -62,6 +62,7 @@ class GroupedWeight:
     scales: Tensor
     minima: Tensor | None
     bits: int  # 4 or 8
+    is_rounded: bool = False  # not with the levels that a file has
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,7 +82,7 @@ class GroupedWeight:
     def map(self, change: Callable[[Tensor], Tensor]) -> GroupedWeight:
         """Return what comes of the same change to the outputs of all parts."""
         minima = None if self.minima is None else change(self.minima)
-        return GroupedWeight(change(self.levels), change(self.scales), minima, self.bits)
+        return replace(self, levels=change(self.levels), scales=change(self.scales), minima=minima)
 
 
 def quantize_8(weight: Tensor) -> GroupedWeight:
@@ -137,13 +138,14 @@ def concatenate(parts: list[GroupedWeight]) -> GroupedWeight | None:
         torch.cat([p.scales for p in parts]),
         torch.cat(minima) if minima else None,
         bits,
+        any(p.is_rounded for p in parts),
     )
 
 
 def _with_minima(weight: GroupedWeight) -> GroupedWeight:
     if weight.minima is not None:
         return weight
-    return GroupedWeight(weight.levels, weight.scales, weight.scales * -128, weight.bits)
+    return replace(weight, minima=weight.scales * -128)
 
 
 class PackedLinear:
@@ -187,7 +189,7 @@ def pack_bf16(weight: Tensor, bias: Tensor | None = None, *, gated: bool = False
     if gated:
         weight, bias = _alternate_tiles(weight), _alternate_tiles(bias)
     num_strips, num_pairs = -(-shape[0] // STRIP_OUTPUTS), shape[1] // 2
-    memory = _arena.take(num_strips * STRIP_OUTPUTS * shape[1] * 2)
+    memory = _arena.take(_packed_bytes(shape, WeightFormat.BF16))
     packed = torch.from_numpy(memory).view(torch.int16)
     packed = packed.view(num_strips, num_pairs, 2, TILE_OUTPUTS, 2)
     for strips, rows in _chunks(num_strips, shape[1]):
@@ -207,20 +209,43 @@ def pack_grouped(
     shape = _check_sizes(weight.shape, gated)
     if gated:
         weight, bias = weight.map(_alternate_tiles), _alternate_tiles(bias)
+    weight_format, has_minima = _format_of(weight), weight.minima is not None
     num_groups, num_strips = shape[1] // GROUP_INPUTS, -(-shape[0] // STRIP_OUTPUTS)
-    parts = 1 if weight.minima is None else 2
-    tile_bytes = TILE_OUTPUTS * (GROUP_INPUTS * weight.bits // 8 + 2 * parts)
-    memory = _arena.take(num_strips * num_groups * 2 * tile_bytes)
-    packed = torch.from_numpy(memory).view(num_strips, num_groups, 2, tile_bytes)
+    memory = _arena.take(_packed_bytes(shape, weight_format, has_minima=has_minima))
+    packed = torch.from_numpy(memory).view(num_strips, num_groups, 2, -1)
     for strips, rows in _chunks(num_strips, shape[1]):
         _pack_strips(weight, rows, packed[strips])
-    return PackedLinear(
-        WeightFormat.Q4 if weight.bits == 4 else WeightFormat.Q8,
-        shape,
-        memory,
-        has_minima=weight.minima is not None,
-        bias=bias,
-    )
+    return PackedLinear(weight_format, shape, memory, has_minima=has_minima, bias=bias)
+
+
+def outline(weight: Tensor | GroupedWeight, *, gated: bool = False) -> PackedLinear:
+    """Return what packing would, of the same size and with no memory behind it.
+
+    weight: may lie on the meta device, as may the levels of a quantised one. Raises ValueError for
+    sizes that the kernels do not serve.
+    """
+    shape = _check_sizes(weight.shape, gated)
+    is_grouped = isinstance(weight, GroupedWeight)
+    weight_format = _format_of(weight) if is_grouped else WeightFormat.BF16
+    has_minima = is_grouped and weight.minima is not None
+    num_bytes = _packed_bytes(shape, weight_format, has_minima=has_minima)
+    nothing = np.broadcast_to(np.zeros(1, np.uint8), num_bytes)
+    return PackedLinear(weight_format, shape, nothing, has_minima=has_minima)
+
+
+def _format_of(weight: GroupedWeight) -> WeightFormat:
+    return WeightFormat.Q4 if weight.bits == 4 else WeightFormat.Q8
+
+
+def _packed_bytes(
+    shape: tuple[int, int], weight_format: WeightFormat, *, has_minima: bool = False
+) -> int:
+    rows = -(-shape[0] // STRIP_OUTPUTS) * STRIP_OUTPUTS
+    if weight_format is WeightFormat.BF16:
+        return rows * shape[1] * 2
+    bits = 4 if weight_format is WeightFormat.Q4 else 8
+    group_bytes = GROUP_INPUTS * bits // 8 + 2 * (1 + has_minima)
+    return rows * shape[1] // GROUP_INPUTS * group_bytes
 
 
 def _pack_strips(weight: GroupedWeight, rows: slice, packed: Tensor) -> None:

@@ -124,13 +124,46 @@ class Backend:
         )
         if not kept:
             return False
+        await self._index([key], ttl_ms)
+        return True
+
+    async def read_many(self, keys_of_one_pair: Sequence[EntryKey]) -> list[bytes | None]:
+        """The stored answers of entries of one scope and model, None where there is none of the
+        current generations; one round trip, whatever their number."""
+        generation_keys = keys_of_one_pair[0].generations
+        names = [key.answer for key in keys_of_one_pair]
+        with self._timed("read"):
+            commands: list[tuple[str, ...]] = [("MGET", *names)]
+            if self._client.is_cluster:
+                commands = [("GET", name) for name in names]
+            generations, *found = await self._client.execute_many(
+                ("MGET", *generation_keys), *commands
+            )
+        values: list[bytes | None] = found if self._client.is_cluster else found[0]
+        if None in generations:
+            # One is gone, and with it the answers that it stood for.
+            return [None] * len(values)
+        stamp = _stamp(generations)
+        return [
+            value if value is not None and _may_serve(value, stamp) else None for value in values
+        ]
+
+    async def store_many(self, entries: Sequence[tuple[EntryKey, bytes]], ttl_ms: int) -> None:
+        """Keeps encoded answers of one scope and model that were computed without leases."""
+        with self._timed("store"):
+            await self._client.execute_many(
+                *(("SET", key.answer, value, "PX", ttl_ms) for key, value in entries)
+            )
+        await self._index([key for key, _ in entries], ttl_ms)
+
+    async def _index(self, keys_of_one_pair: Sequence[EntryKey], ttl_ms: int) -> None:
+        first = keys_of_one_pair[0]
         await self._run(
             "index",
-            scripts.INDEX_ANSWER,
-            (keys.PAIRS, key.index, *key.generations),
-            (key.pair, key.digest, ttl_ms),
+            scripts.INDEX_ANSWERS,
+            (keys.PAIRS, first.index, *first.generations),
+            (first.pair, ttl_ms, *(key.digest for key in keys_of_one_pair)),
         )
-        return True
 
     async def discard(self, key: EntryKey, value: bytes) -> None:
         """Deletes a value that cannot be used, unless it has been replaced already."""

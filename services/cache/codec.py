@@ -55,6 +55,14 @@ def stamp_of(value: bytes) -> bytes | None:
 
 def decode(value: bytes, *, entry_digest: str) -> cache_pb2.CachedAnswer:
     """The answer that `encode` was given. Raises CorruptAnswerError."""
+    try:
+        return cache_pb2.CachedAnswer.FromString(message_of(value, entry_digest=entry_digest))
+    except DecodeError as error:
+        raise CorruptAnswerError(str(error)) from error
+
+
+def message_of(value: bytes, *, entry_digest: str) -> bytes:
+    """The serialized message that `encode` was given. Raises CorruptAnswerError."""
     if stamp_of(value) is None:
         raise CorruptAnswerError("not an answer of this version")
     head, message = value[: STAMP_LAST + 1], value[_HEADER_BYTES:]
@@ -62,10 +70,10 @@ def decode(value: bytes, *, entry_digest: str) -> cache_pb2.CachedAnswer:
         raise CorruptAnswerError("the checksum does not match")
     try:
         if value[len(MAGIC)] & _COMPRESSED:
-            message = zlib.decompress(message)
-        return cache_pb2.CachedAnswer.FromString(message)
-    except (zlib.error, DecodeError) as error:
+            return zlib.decompress(message)
+    except zlib.error as error:
         raise CorruptAnswerError(str(error)) from error
+    return message
 
 
 def _checksum(head: bytes, message: bytes, entry_digest: str) -> bytes:

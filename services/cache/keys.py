@@ -9,6 +9,7 @@ keys on one of them:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from meshserve.v1 import cache_pb2
@@ -35,12 +36,21 @@ class EntryKey:
     @classmethod
     def of(cls, key: cache_pb2.CacheKey) -> EntryKey:
         """Equal for equal cache keys; different scopes, models or requests never meet."""
-        digest = hashlib.blake2b(digest_size=_ENTRY_DIGEST_BYTES, person=b"mesh.cache.entry")
-        for part in (key.scope.encode(), key.model.encode(), key.request):
-            # Lengths keep the boundaries, so that no two keys run into the same bytes.
-            digest.update(len(part).to_bytes(8, "big"))
-            digest.update(part)
-        return cls(digest.hexdigest(), name_digest(key.scope), name_digest(key.model))
+        return cls.of_each(key.scope, key.model, (key.request,))[0]
+
+    @classmethod
+    def of_each(cls, scope: str, model: str, requests: Iterable[bytes]) -> list[EntryKey]:
+        """The same for several requests of one scope and model."""
+        common = hashlib.blake2b(digest_size=_ENTRY_DIGEST_BYTES, person=b"mesh.cache.entry")
+        for name in (scope.encode(), model.encode()):
+            _add_part(common, name)
+        scope_digest, model_digest = name_digest(scope), name_digest(model)
+        keys = []
+        for request in requests:
+            digest = common.copy()
+            _add_part(digest, request)
+            keys.append(cls(digest.hexdigest(), scope_digest, model_digest))
+        return keys
 
     @property
     def answer(self) -> str:
@@ -71,6 +81,12 @@ class EntryKey:
     def generations(self) -> tuple[str, str, str]:
         """Keys of the generations that the answer belongs to: of all, its scope, its model."""
         return GENERATION_ALL, scope_generation(self.scope), model_generation(self.model)
+
+
+def _add_part(digest: hashlib.blake2b, part: bytes) -> None:
+    # Lengths keep the boundaries, so that no two keys run into the same bytes.
+    digest.update(len(part).to_bytes(8, "big"))
+    digest.update(part)
 
 
 def name_digest(name: str) -> str:

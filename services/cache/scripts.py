@@ -80,18 +80,18 @@ return kept
 """
 )
 
-# KEYS: pairs, index, generations... ARGV: pair, entry digest, TTL in ms.
-# Enters an answer under its scope and model, and drops what has run out.
-INDEX_ANSWER = Script(
+# KEYS: pairs, index, generations... ARGV: pair, TTL in ms, entry digests...
+# Enters answers under their scope and model, and drops what has run out.
+INDEX_ANSWERS = Script(
     _NOW
     + f"""
 local now_ms = math.floor(now_us / 1000)
-local ttl_ms = tonumber(ARGV[3])
+local ttl_ms = tonumber(ARGV[2])
 local function extend(key, ttl)
   if redis.call('PTTL', key) < ttl then redis.call('PEXPIRE', key, string.format('%.0f', ttl)) end
 end
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now_ms)
-redis.call('ZADD', KEYS[2], now_ms + ttl_ms, ARGV[2])
+for i = 3, #ARGV do redis.call('ZADD', KEYS[2], now_ms + ttl_ms, ARGV[i]) end
 extend(KEYS[2], ttl_ms)
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now_ms)
 local pair_end = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or '0')

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grpc
 
 from meshserve.v1 import cache_pb2, cache_pb2_grpc
-from services.cache import codec
+from services.cache import codec, embeddings
 from services.cache.backend import MAX_LEASE_S, Backend, Invalidation, NoLease, Reading
 from services.cache.keys import EntryKey
 from services.cache.leases import LeaseToken
@@ -105,11 +105,7 @@ class CacheServicer(cache_pb2_grpc.CacheServiceServicer):
         """Keeps an answer, unless it is too large or was forgotten while it was computed."""
         key = checked_key(request.key)
         check_answer(request.answer)
-        ttl_ms = self._settings.default_ttl_s * 1000
-        if request.HasField("ttl"):
-            ttl_ms = checked_duration_ms(
-                request.ttl, "ttl", at_least_ms=1, at_most_s=self._settings.max_ttl_s
-            )
+        ttl_ms = self._ttl_ms(request)
         token = checked_lease_token(request.lease_token) if request.lease_token else None
         with self._backend_errors():
             try:
@@ -139,6 +135,50 @@ class CacheServicer(cache_pb2_grpc.CacheServiceServicer):
             released = await self._backend.release_lease(key, token)
         self._watches.nudge(key)
         return cache_pb2.ReleaseLeaseResponse(released=released)
+
+    async def LookUpEmbeddings(  # noqa: N802
+        self,
+        request: cache_pb2.LookUpEmbeddingsRequest,
+        context: grpc.aio.ServicerContext[
+            cache_pb2.LookUpEmbeddingsRequest, cache_pb2.LookUpEmbeddingsResponse
+        ],
+    ) -> cache_pb2.LookUpEmbeddingsResponse:
+        """The vectors that are kept of many texts."""
+        keys = embeddings.checked_keys(request)
+        with self._backend_errors():
+            try:
+                found = await embeddings.look_up(self._backend, keys)
+            except ValkeyError:
+                self._lookups.labels("error").inc()
+                raise
+        hits = sum(each.HasField("embedding") for each in found)
+        self._counts.hits += hits
+        self._counts.misses += len(found) - hits
+        self._lookups.labels("hit").inc(hits)
+        self._lookups.labels("miss").inc(len(found) - hits)
+        return cache_pb2.LookUpEmbeddingsResponse(embeddings=found)
+
+    async def StoreEmbeddings(  # noqa: N802
+        self,
+        request: cache_pb2.StoreEmbeddingsRequest,
+        context: grpc.aio.ServicerContext[
+            cache_pb2.StoreEmbeddingsRequest, cache_pb2.StoreEmbeddingsResponse
+        ],
+    ) -> cache_pb2.StoreEmbeddingsResponse:
+        """Keeps the vectors of many texts."""
+        keys = embeddings.checked_keys(request)
+        if len(request.embeddings) != len(keys):
+            raise invalid_field("embeddings", "one per request")
+        ttl_ms = self._ttl_ms(request)
+        with self._backend_errors():
+            try:
+                await embeddings.store(self._backend, keys, request.embeddings, ttl_ms)
+            except ValkeyError:
+                self._stores.labels("error").inc()
+                raise
+        self._stores.labels("stored").inc(len(keys))
+        self._counts.stores += len(keys)
+        return cache_pb2.StoreEmbeddingsResponse(stored=len(keys))
 
     async def Invalidate(  # noqa: N802
         self,
@@ -270,6 +310,13 @@ class CacheServicer(cache_pb2_grpc.CacheServiceServicer):
         value = await asyncio.to_thread(encode) if large else encode()
         kept = await self._backend.store(key, value, ttl_ms, token)
         return "stored" if kept else "outdated"
+
+    def _ttl_ms(self, request: cache_pb2.StoreRequest | cache_pb2.StoreEmbeddingsRequest) -> int:
+        if not request.HasField("ttl"):
+            return self._settings.default_ttl_s * 1000
+        return checked_duration_ms(
+            request.ttl, "ttl", at_least_ms=1, at_most_s=self._settings.max_ttl_s
+        )
 
     async def _reclaim(self, invalidation: Invalidation) -> None:
         try:

@@ -13,6 +13,7 @@ from opentelemetry.trace import Span
 from meshserve.v1 import cache_pb2, engine_pb2, gateway_pb2, types_pb2
 from services.gateway.events import Event
 from services.gateway.models import ServedModel
+from services.gateway.validation import validate
 from services.runtime.telemetry.distributions import Distribution
 
 ANONYMOUS = "anonymous"
@@ -29,13 +30,15 @@ class Tenant:
     operator: bool = False
 
 
-@dataclass(slots=True)
-class RequestContext:
-    """One inference request. Each field below the first group is set by the stage it is named for
-    and may be read by those after it."""
+Operation = Literal["chat", "text_completion", "embeddings", "classify", "score"]
 
-    request: gateway_pb2.GenerateRequest
-    operation: Literal["chat", "text_completion"]
+
+@dataclass(slots=True, kw_only=True)
+class CallContext:
+    """What inference requests of every kind have. Each field below the first group is set by the
+    stage it is named for and may be read by those after it."""
+
+    operation: Operation
     streaming: bool
     metadata: Mapping[str, str]
     request_id: str
@@ -50,11 +53,7 @@ class RequestContext:
     # route
     model: ServedModel | None = None
     # look_up
-    cache_key: cache_pb2.CacheKey | None = None
     policy_revision: str | None = None
-    # The first question to the cache; it outlives a caller who leaves, for it may bring a lease.
-    look_up: asyncio.Task[cache_pb2.LookUpResponse] | None = None
-    lease_token: str = ""
     cached_answer: cache_pb2.CachedAnswer | None = None
     # screen
     prompt_safety: types_pb2.SafetyVerdict | None = None
@@ -64,11 +63,7 @@ class RequestContext:
     unchecked: bool = False
     # tokenize
     tokenized_version: int = 0
-    prompt_token_ids: list[int] = field(default_factory=list)
-    stop_sequences: list[list[int]] = field(default_factory=list)
-    max_tokens: int = 0
     # generate: tokens of each choice so far, whether or not their text could be sent
-    prompt_logprobs: types_pb2.Logprobs | None = None
     usages: dict[int, types_pb2.Usage] = field(default_factory=dict)
     # generate: what the engine has told of each choice, with its first token and with its end
     engine_timings: dict[int, engine_pb2.EngineTimings] = field(default_factory=dict)
@@ -92,5 +87,41 @@ class RequestContext:
     @property
     def choices(self) -> int:
         """Number of completions asked for."""
+        return 0
+
+    @property
+    def cached(self) -> bool:
+        """Whether the whole answer came from the response cache."""
+        return self.cached_answer is not None
+
+    def validate(self, max_prompt_bytes: int) -> None:
+        """Raises ServiceError with every field of the request that is wrong."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestContext(CallContext):
+    """A request for completions."""
+
+    request: gateway_pb2.GenerateRequest
+    # look_up
+    cache_key: cache_pb2.CacheKey | None = None
+    # The first question to the cache; it outlives a caller who leaves, for it may bring a lease.
+    look_up: asyncio.Task[cache_pb2.LookUpResponse] | None = None
+    lease_token: str = ""
+    # tokenize
+    prompt_token_ids: list[int] = field(default_factory=list)
+    stop_sequences: list[list[int]] = field(default_factory=list)
+    max_tokens: int = 0
+    # generate
+    prompt_logprobs: types_pb2.Logprobs | None = None
+
+    @property
+    def choices(self) -> int:
+        """Number of completions asked for."""
         sampling = self.request.sampling
         return sampling.n if sampling.HasField("n") else 1
+
+    def validate(self, max_prompt_bytes: int) -> None:
+        """Raises ServiceError with every field of the request that is wrong."""
+        validate(self.request, max_prompt_bytes)

@@ -8,8 +8,10 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, Literal
 
+from opentelemetry.trace import Span
+
 from meshserve.v1 import gateway_pb2, types_pb2
-from services.gateway.context import RequestContext
+from services.gateway.context import CallContext, Operation, RequestContext
 from services.gateway.events import Event
 from services.gateway.field_paths import under_request
 from services.gateway.pipeline import Pipeline, departure
@@ -20,6 +22,8 @@ from services.runtime.settings import GatewaySettings
 from services.runtime.telemetry import Metrics, exemplar_of, get_tracer
 from services.runtime.telemetry.tracing import in_span, mark_failed, server_attributes
 
+Attributes = dict[str, str | int | float | bool]
+
 UNROUTED = "unknown"
 MAX_ATTRIBUTE_CHARS = 128
 
@@ -27,7 +31,9 @@ MAX_ATTRIBUTE_CHARS = 128
 class Inference:
     """Runs requests through the pipeline and records how they went; `recent` holds the last."""
 
-    def __init__(self, settings: GatewaySettings, pipeline: Pipeline, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: GatewaySettings, pipeline: Pipeline[RequestContext], metrics: Metrics
+    ) -> None:
         self._settings = settings
         self._pipeline = pipeline
         self.recent = RecentRequests()
@@ -49,39 +55,58 @@ class Inference:
 
         `request` is changed on its way. A ServiceError of the block gets the request's id.
         """
-        if deadline.remaining_s() is None:
-            deadline.set_remaining(self._settings.default_timeout_s)
-        request_id = request.request_id or uuid.uuid4().hex
-        span = self._tracer.start_span(
-            f"{operation} {request.model[:MAX_ATTRIBUTE_CHARS]}".rstrip(),
-            attributes={
-                **self._server,
-                **_request_attributes(request, operation, request_id, streaming),
-            },
-        )
+        request_id = request.request_id or new_request_id()
         context = RequestContext(
             request=request,
             operation=operation,
             streaming=streaming,
-            metadata={key: value for key, value in metadata if isinstance(value, str)},
+            metadata=text_metadata(metadata),
             request_id=request_id,
-            span=span,
+            span=self.span(
+                operation, request.model, request_id, _request_attributes(request, streaming)
+            ),
         )
+        with self.under_way(context):
+            yield context
+
+    def span(
+        self, operation: Operation, model: str, request_id: str, attributes: Attributes
+    ) -> Span:
+        """The span of a request that has just arrived."""
+        named = model[:MAX_ATTRIBUTE_CHARS]
+        return self._tracer.start_span(
+            f"{operation} {named}".rstrip(),
+            attributes={
+                **self._server,
+                "gen_ai.operation.name": operation,
+                "gen_ai.provider.name": "meshserve",
+                "gen_ai.request.model": named,
+                "gen_ai.response.id": request_id[:MAX_ATTRIBUTE_CHARS],
+                **attributes,
+            },
+        )
+
+    @contextmanager
+    def under_way(self, context: CallContext) -> Iterator[None]:
+        """A block in which a request of any kind is worked on, whose span and count end with it. A
+        ServiceError of the block gets the request's id."""
+        if deadline.remaining_s() is None:
+            deadline.set_remaining(self._settings.default_timeout_s)
         number = self.recent.begin(context)
         failure: ServiceError | None = None
-        with in_span(span):
+        with in_span(context.span):
             try:
-                yield context
+                yield
             except ServiceError as error:
                 failure = error
-                error.metadata.setdefault("request_id", request_id)
+                error.metadata.setdefault("request_id", context.request_id)
                 raise
             except Exception as error:
                 failure = ServiceError(Reason.INTERNAL, str(error))
                 raise
             except BaseException:
                 failure = departure()
-                span.set_attribute("meshserve.cancelled", True)
+                context.span.set_attribute("meshserve.cancelled", True)
                 raise
             finally:
                 self._end(context, failure)
@@ -102,7 +127,7 @@ class Inference:
         """Waits for what outlives cancelled requests."""
         await self._pipeline.drain()
 
-    def _end(self, context: RequestContext, error: ServiceError | None) -> None:
+    def _end(self, context: CallContext, error: ServiceError | None) -> None:
         model = context.model.name if context.model is not None else UNROUTED
         reason = error.reason.value if error is not None else ""
         if error is not None:
@@ -117,17 +142,19 @@ class Inference:
         self._duration.labels(model).observe(time.perf_counter() - context.arrived_at, exemplar)
 
 
-def _request_attributes(
-    request: gateway_pb2.GenerateRequest, operation: str, request_id: str, streaming: bool
-) -> dict[str, str | int | float | bool]:
+def new_request_id() -> str:
+    """An id for a request that came without one."""
+    return uuid.uuid4().hex
+
+
+def text_metadata(metadata: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """The entries of a call's metadata that are text."""
+    return {key: value for key, value in metadata if isinstance(value, str)}
+
+
+def _request_attributes(request: gateway_pb2.GenerateRequest, streaming: bool) -> Attributes:
     sampling: types_pb2.SamplingParams = request.sampling
-    attributes: dict[str, str | int | float | bool] = {
-        "gen_ai.operation.name": operation,
-        "gen_ai.provider.name": "meshserve",
-        "gen_ai.request.model": request.model[:MAX_ATTRIBUTE_CHARS],
-        "gen_ai.response.id": request_id[:MAX_ATTRIBUTE_CHARS],
-        "gen_ai.request.stream": streaming,
-    }
+    attributes: Attributes = {"gen_ai.request.stream": streaming}
     if request.stopping.HasField("max_tokens"):
         attributes["gen_ai.request.max_tokens"] = request.stopping.max_tokens
     for field, name in (

@@ -13,12 +13,12 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from opentelemetry.trace import Span, Tracer
 from prometheus_client import Histogram
 
-from services.gateway.context import RequestContext
+from services.gateway.context import CallContext, RequestContext
 from services.gateway.events import ChoiceEnd, Event
 from services.gateway.replay import replay
 from services.runtime import deadline
@@ -30,34 +30,38 @@ from services.runtime.telemetry.tracing import in_span, mark_failed
 log = logging.getLogger(__name__)
 
 
-class Stage:
+# The kind of request that a stage works on.
+Context = TypeVar("Context", bound=CallContext, contravariant=True)
+
+
+class Step(Generic[Context]):
     """One step of the request path. All methods may raise ServiceError but `after`."""
 
     name: ClassVar[str]
     # Whether the stage is entered for an answer that is replayed from the cache as well.
     on_replay: ClassVar[bool] = False
 
-    async def before(self, context: RequestContext) -> None:
+    async def before(self, context: Context) -> None:
         """Runs on the way in, with the stage's span as the current one."""
 
-    def waits(self, context: RequestContext) -> bool:
+    def waits(self, context: Context) -> bool:
         """Whether `before` may have to wait for another service; else it runs ahead of the stages
         beside it."""
         return True
 
-    def is_outdated(self, context: RequestContext) -> bool:
+    def is_outdated(self, context: Context) -> bool:
         """Whether a stage beside this one has changed what `before` worked on; it then runs again,
         alone."""
         return False
 
     def stream(
-        self, context: RequestContext, events: AsyncGenerator[Event], span: Span
+        self, context: Context, events: AsyncGenerator[Event], span: Span
     ) -> AsyncGenerator[Event]:
         """What becomes of the events; the default lets them pass. Async generators that take over
         `events` must exhaust or close them."""
         return events
 
-    def after(self, context: RequestContext, error: ServiceError | None) -> Awaitable[None] | None:
+    def after(self, context: Context, error: ServiceError | None) -> Awaitable[None] | None:
         """Runs once at the end, whatever happened; `error` is None after success. A cancelled
         request ends with reason CANCELLED or DEADLINE_EXCEEDED. May be a coroutine function; what
         there is to wait for is waited for even if the caller has left."""
@@ -66,14 +70,18 @@ class Stage:
     @classmethod
     def transforms_stream(cls) -> bool:
         """Whether the stage works on what is generated."""
-        return cls.stream is not Stage.stream
+        return cls.stream is not Step.stream
 
 
-class SideBySide:
+class Stage(Step[RequestContext]):
+    """A step of the path of completions."""
+
+
+class SideBySide(Generic[Context]):
     """Stages whose ways in run at the same time, as if none changed what another works on: one that
     is outdated at the end runs again. The first error ends the others."""
 
-    def __init__(self, *stages: Stage) -> None:
+    def __init__(self, *stages: Step[Context]) -> None:
         self.stages = stages
 
 
@@ -83,10 +91,12 @@ async def _nothing() -> AsyncGenerator[Event]:
         yield event
 
 
-class Pipeline:
+class Pipeline(Generic[Context]):
     """Runs requests through the stages."""
 
-    def __init__(self, steps: Sequence[Stage | SideBySide], metrics: Metrics) -> None:
+    def __init__(
+        self, steps: Sequence[Step[Context] | SideBySide[Context]], metrics: Metrics
+    ) -> None:
         self._steps = steps
         self._tracer = get_tracer()
         durations = metrics.histogram("meshserve_gateway_stage_duration_seconds")
@@ -99,7 +109,7 @@ class Pipeline:
         # Ways out that outlive a cancelled call; held so that they are not collected.
         self._closing: set[asyncio.Task[None]] = set()
 
-    async def run(self, context: RequestContext) -> AsyncGenerator[Event]:
+    async def run(self, context: Context) -> AsyncGenerator[Event]:
         """Yields the events of a request. Raises ServiceError."""
         passage = _Passage(context, self._tracer, self._durations)
         error: ServiceError | None = None
@@ -149,7 +159,7 @@ def _has_text(event: Event) -> bool:
     return isinstance(event, ChoiceEnd) or bool(event.text)
 
 
-def _note_time(context: RequestContext, event: Event) -> None:
+def _note_time(context: CallContext, event: Event) -> None:
     """Remembers when text was passed on to the caller, and counts how long after the text before it
     that was: as it goes, since an answer may go on for many minutes."""
     now = time.perf_counter()
@@ -164,27 +174,27 @@ def _note_time(context: RequestContext, event: Event) -> None:
     context.text_at[event.index] = now
 
 
-class _Passage:
+class _Passage(Generic[Context]):
     """One request on its way through the stages."""
 
     def __init__(
-        self, context: RequestContext, tracer: Tracer, durations: Mapping[str, Histogram]
+        self, context: Context, tracer: Tracer, durations: Mapping[str, Histogram]
     ) -> None:
         self._context = context
         self._tracer = tracer
         self._durations = durations
-        self._entered: list[Stage] = []
-        self._open_spans: list[tuple[Stage, Span, float]] = []
+        self._entered: list[Step[Context]] = []
+        self._open_spans: list[tuple[Step[Context], Span, float]] = []
 
-    async def enter(self, step: Stage | SideBySide) -> None:
+    async def enter(self, step: Step[Context] | SideBySide[Context]) -> None:
         """Runs the way in of a stage, or of several at the same time."""
-        if isinstance(step, Stage):
+        if isinstance(step, Step):
             if self._context.cached_answer is None or step.on_replay:
                 await self._enter(step)
             return
         if self._context.cached_answer is not None:
             return
-        waiting: list[Stage] = []
+        waiting: list[Step[Context]] = []
         for stage in step.stages:
             if stage.waits(self._context):
                 waiting.append(stage)
@@ -226,7 +236,7 @@ class _Passage:
         return None
 
     async def _leave_slowly(
-        self, stage: Stage, rest: Awaitable[None], error: ServiceError | None
+        self, stage: Step[Context], rest: Awaitable[None], error: ServiceError | None
     ) -> None:
         try:
             await rest
@@ -236,7 +246,7 @@ class _Passage:
         if others is not None:
             await others
 
-    async def _enter_together(self, stages: list[Stage]) -> None:
+    async def _enter_together(self, stages: list[Step[Context]]) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 for stage in stages:
@@ -244,7 +254,7 @@ class _Passage:
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
 
-    async def _enter(self, stage: Stage) -> None:
+    async def _enter(self, stage: Step[Context]) -> None:
         # Entered even if it fails: what it has taken by then is given back on its way out.
         self._entered.append(stage)
         entry = await self._work(stage)
@@ -253,7 +263,7 @@ class _Passage:
         else:
             self._end(*entry, None)
 
-    async def _work(self, stage: Stage) -> tuple[Stage, Span, float]:
+    async def _work(self, stage: Step[Context]) -> tuple[Step[Context], Span, float]:
         """The way in of a stage under a span, which is left open unless it fails."""
         started = time.perf_counter()
         span = self._context.span
@@ -270,7 +280,9 @@ class _Passage:
             raise
         return stage, span, started
 
-    def _end(self, stage: Stage, span: Span, started: float, error: ServiceError | None) -> None:
+    def _end(
+        self, stage: Step[Context], span: Span, started: float, error: ServiceError | None
+    ) -> None:
         now = time.perf_counter()
         self._context.stage_times.append((stage.name, started, now))
         self._durations[stage.name].observe(now - started)

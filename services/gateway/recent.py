@@ -12,7 +12,7 @@ import uuid
 from collections import deque
 
 from meshserve.v1 import mesh_pb2
-from services.gateway.context import RequestContext
+from services.gateway.context import CallContext
 from services.gateway.events import ChoiceEnd
 from services.gateway.timings import engine_phases
 from services.gateway.usage import total_usage
@@ -32,10 +32,10 @@ class RecentRequests:
         self._finished: deque[mesh_pb2.RequestOverview] = deque(maxlen=kept)
         # How many have ended, those included that are not kept any more.
         self._ended = 0
-        self._active: dict[int, RequestContext] = {}
+        self._active: dict[int, CallContext] = {}
         self._last_number = 0
 
-    def begin(self, context: RequestContext) -> int:
+    def begin(self, context: CallContext) -> int:
         """Takes note of a request that has arrived; returns its number."""
         self._last_number += 1
         self._active[self._last_number] = context
@@ -83,7 +83,7 @@ class RecentRequests:
 
 
 def _record(
-    number: int, context: RequestContext, reason: str, *, in_flight: bool
+    number: int, context: CallContext, reason: str, *, in_flight: bool
 ) -> mesh_pb2.RequestOverview:
     began = context.arrived_at
     duration_ms = (time.perf_counter() - began) * 1000
@@ -98,7 +98,7 @@ def _record(
         streaming=context.streaming,
         duration_ms=duration_ms,
         usage=total_usage(context),
-        cached=context.cached_answer is not None,
+        cached=context.cached,
         reason=reason,
         finish_reasons=dict.fromkeys(end.finish_reason for end in _ends(context)),
         trace_id=f"{trace.trace_id:032x}" if trace.trace_flags.sampled else "",
@@ -114,7 +114,7 @@ def _record(
     return record
 
 
-def _add_engine(record: mesh_pb2.RequestOverview, context: RequestContext) -> None:
+def _add_engine(record: mesh_pb2.RequestOverview, context: CallContext) -> None:
     times = context.engine_timings.values()
     record.engine_steps = max(each.steps for each in times)
     record.preemptions = sum(each.preemptions for each in times)
@@ -145,7 +145,7 @@ def _add_engine(record: mesh_pb2.RequestOverview, context: RequestContext) -> No
         )
 
 
-def _ends(context: RequestContext) -> list[ChoiceEnd]:
+def _ends(context: CallContext) -> list[ChoiceEnd]:
     # From the back, so that few of a long answer's thousand deltas are looked at.
     ends: list[ChoiceEnd] = []
     for event in reversed(context.events):

@@ -10,6 +10,7 @@ import grpc
 from meshserve.v1 import gateway_pb2_grpc, mesh_pb2_grpc
 from services.gateway.api_keys import ApiKeys
 from services.gateway.console.routes import Console
+from services.gateway.context import RequestContext
 from services.gateway.http.calls import Calls
 from services.gateway.http.server import HttpServer
 from services.gateway.inference import Inference
@@ -72,7 +73,7 @@ class GatewayService(Service):
         tokenizer = self._peers.tokenizer
         self._policy = PolicyWatch(self._peers.safety, enabled=settings.safety.enabled)
         limiter = valkey.RateLimiter(self._valkey)
-        pipeline = Pipeline(
+        pipeline: Pipeline[RequestContext] = Pipeline(
             [
                 Authenticate(authenticator),
                 Admit(gateway, limiter, metrics),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from meshserve.v1 import engine_pb2, types_pb2
-from services.gateway.context import RequestContext
+from services.gateway.context import CallContext
 
 
-def generation_timings(context: RequestContext, index: int) -> types_pb2.GenerationTimings | None:
+def generation_timings(context: CallContext, index: int) -> types_pb2.GenerationTimings | None:
     """Those of one choice, for the caller; None where the engine has told nothing of it."""
     times = context.engine_timings.get(index)
     if times is None or not times.queued_time_unix_ns:
@@ -22,7 +22,7 @@ def generation_timings(context: RequestContext, index: int) -> types_pb2.Generat
     return timings
 
 
-def engine_phases(context: RequestContext) -> Iterator[tuple[str, int, int]]:
+def engine_phases(context: CallContext) -> Iterator[tuple[str, int, int]]:
     """(`queue`, `prefill` or `decode`, begin, end) in nanoseconds since the Unix epoch by the
     engine's clock, from when the first choice of the request came into each until the last one left
     it; the end of one under way is 0."""

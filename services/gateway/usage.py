@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from meshserve.v1 import types_pb2
-from services.gateway.context import RequestContext
+from services.gateway.context import CallContext
 from services.runtime.settings import PriceSettings
 
 
-def total_usage(context: RequestContext) -> types_pb2.Usage:
+def total_usage(context: CallContext) -> types_pb2.Usage:
     """Tokens over all choices so far, those of a cached answer included."""
     if context.cached_answer is not None:
         return summed(end.usage for end in context.cached_answer.ends)

@@ -36,3 +36,13 @@ class ChatTemplateError(ValueError):
 
 class NoChatTemplateError(ChatTemplateError):
     """The model brings no chat template."""
+
+
+class TooManyTokensError(ValueError):
+    """An input has more tokens than the model takes; `index` is its place in the batch."""
+
+    def __init__(self, index: int, tokens: int, limit: int) -> None:
+        self.index = index
+        self.tokens = tokens
+        self.limit = limit
+        super().__init__(f"has {tokens} tokens, more than the {limit} that the model takes")

@@ -19,14 +19,15 @@ from services.tokenizer.chat_template import ChatTemplate, RenderLimits, Templat
 from services.tokenizer.control_tokens import ControlTokens
 from services.tokenizer.definition import DEFAULT_TEMPLATE, TOOL_TEMPLATE, TokenizerDefinition
 from services.tokenizer.detokenizer import Detokenizer
+from services.tokenizer.encoder_inputs import InputEncoder
 from services.tokenizer.errors import (
     ChatTemplateError,
-    InvalidTextError,
     NoChatTemplateError,
     TokenizerLoadError,
 )
 from services.tokenizer.gguf_definition import definition_from_gguf
 from services.tokenizer.huggingface_definition import definition_from_directory
+from services.tokenizer.library import is_panic, library_failures
 from services.tokenizer.long_texts import CHUNK_CHARS, can_be_cut, cut, in_rounds
 from services.tokenizer.token_bytes import detokenizer_of
 
@@ -61,6 +62,7 @@ class ModelTokenizer:
         kind: kind of tokenizer, for example `byte-level-bpe`.
         revision: identifies its content.
         detokenizer: token ids to text, also piece by piece.
+        inputs: texts and pairs of texts to inputs of an encoder.
         bos_token_id, eos_token_ids: tokens that begin and end a sequence.
 
     Raises:
@@ -70,6 +72,7 @@ class ModelTokenizer:
     def __init__(self, definition: TokenizerDefinition) -> None:
         self._control = _control_tokens(definition)
         self._backend = _backend(definition, self._control)
+        self.inputs = InputEncoder(self._backend, definition.document)
         self.kind = definition.kind
         self.revision = definition.revision()
         self.bos_token_id = definition.bos_token_id
@@ -191,18 +194,12 @@ class ModelTokenizer:
     ) -> list[Encoding]:
         encode = self._backend.encode_batch if with_offsets else self._backend.encode_batch_fast
         encodings: list[Encoding] = []
-        try:
+        with library_failures():
             if len(texts) == 1 and len(texts[0]) <= INLINE_CHARS:
                 # Not handed to the library's thread pool, where it would wait for long texts.
                 return [self._backend.encode(texts[0], add_special_tokens=add_special_tokens)]
             for batch in in_rounds(texts):
                 encodings += encode(batch, add_special_tokens=add_special_tokens)
-        except (UnicodeEncodeError, TypeError):
-            raise InvalidTextError("the text holds lone surrogates") from None
-        except BaseException as error:
-            if not _is_panic(error):
-                raise
-            raise RuntimeError(f"the tokenizers library failed: {error}") from None
         return encodings
 
 
@@ -245,7 +242,7 @@ def _backend(definition: TokenizerDefinition, control: ControlTokens) -> Tokeniz
     try:
         backend = Tokenizer.from_str(json.dumps(control.hide(document)))
     except BaseException as error:
-        if not isinstance(error, Exception) and not _is_panic(error):
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise TokenizerLoadError(definition.source, f"not a valid tokenizer: {error}") from None
     for token_id in control.contents:
@@ -255,11 +252,6 @@ def _backend(definition: TokenizerDefinition, control: ControlTokens) -> Tokeniz
                 f"the added token {control.contents[token_id]!r} does not get its id {token_id}",
             )
     return backend
-
-
-def _is_panic(error: BaseException) -> bool:
-    """Whether the library's native code gave up; it is no Exception, to pass through handlers."""
-    return type(error).__name__ == "PanicException"
 
 
 def _byte_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

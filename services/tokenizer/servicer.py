@@ -18,6 +18,7 @@ from services.runtime.telemetry import Metrics
 from services.tokenizer.chat_template import RenderLimits
 from services.tokenizer.conversation import template_input
 from services.tokenizer.decode_session import DecodeSession
+from services.tokenizer.encoder_messages import check_inputs, encode_inputs
 from services.tokenizer.errors import (
     ChatTemplateError,
     InvalidTextError,
@@ -81,6 +82,28 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self._encoded_tokens.labels(name).inc(
             sum(len(entry.token_ids) for entry in response.encoded)
         )
+        return response
+
+    async def EncodeInputs(  # noqa: N802
+        self,
+        request: tokenizer_pb2.EncodeInputsRequest,
+        context: grpc.aio.ServicerContext[
+            tokenizer_pb2.EncodeInputsRequest, tokenizer_pb2.EncodeInputsResponse
+        ],
+    ) -> tokenizer_pb2.EncodeInputsResponse:
+        """Texts, or pairs of them, to inputs of an encoder."""
+        name, tokenizer = self._models.find(request.model)
+        check_inputs(request)
+        for field in ("texts", "second_texts"):
+            for index, text in enumerate(getattr(request, field)):
+                self._check_size(_utf8_bytes(text), f"{field}[{index}]")
+        size_bytes = request.ByteSize()
+        response = (
+            encode_inputs(tokenizer.inputs, request)
+            if size_bytes <= INLINE_BYTES
+            else await self._work(size_bytes, partial(encode_inputs, tokenizer.inputs, request))
+        )
+        self._encoded_tokens.labels(name).inc(sum(len(each.token_ids) for each in response.inputs))
         return response
 
     async def Decode(  # noqa: N802

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from services.gateway.context import RequestContext, Tenant
-from services.gateway.pipeline import Stage
-from services.gateway.validation import validate
+from services.gateway.context import CallContext, Tenant
+from services.gateway.pipeline import Step
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import GatewaySettings
 from services.runtime.telemetry import Metrics
@@ -20,7 +19,7 @@ OVERLOAD_RETRY_S = 1.0
 RequestName = tuple[str, str]
 
 
-class Admit(Stage):
+class Admit(Step[CallContext]):
     """Refuses what is malformed, too often or too much."""
 
     name = "admit"
@@ -32,21 +31,21 @@ class Admit(Stage):
         self._gauge = metrics.gauge("meshserve_gateway_active_requests")
         self._denials = metrics.counter("meshserve_gateway_denials")
 
-    async def before(self, context: RequestContext) -> None:
+    async def before(self, context: CallContext) -> None:
         """Raises ServiceError (INVALID_ARGUMENT, ALREADY_EXISTS, RESOURCE_EXHAUSTED)."""
-        validate(context.request, self._settings.max_prompt_bytes)
+        context.validate(self._settings.max_prompt_bytes)
         # Before the rate: what is refused for want of room must not cost any of it.
         self._take_place(context)
         await self._limit_rate(context.tenant)
 
-    def after(self, context: RequestContext, error: ServiceError | None) -> None:
+    def after(self, context: CallContext, error: ServiceError | None) -> None:
         """Gives the place back."""
         if context.admitted:
             context.admitted = False
             self._active.remove(_name(context))
             self._gauge.set(len(self._active))
 
-    def _take_place(self, context: RequestContext) -> None:
+    def _take_place(self, context: CallContext) -> None:
         if len(self._active) >= self._settings.max_active_requests:
             raise ServiceError(
                 Reason.QUEUE_FULL,
@@ -91,5 +90,5 @@ class Admit(Stage):
             )
 
 
-def _name(context: RequestContext) -> RequestName:
+def _name(context: CallContext) -> RequestName:
     return context.tenant.name, context.request_id

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from services.gateway.context import ANONYMOUS, RequestContext, Tenant
-from services.gateway.pipeline import Stage
+from services.gateway.context import ANONYMOUS, CallContext, Tenant
+from services.gateway.pipeline import Step
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.settings import ApiKeySettings, GatewaySettings
 from services.runtime.telemetry import Metrics
@@ -78,7 +78,7 @@ class Authenticator:
         return tenant
 
 
-class Authenticate(Stage):
+class Authenticate(Step[CallContext]):
     """Sets the tenant."""
 
     name = "authenticate"
@@ -86,7 +86,7 @@ class Authenticate(Stage):
     def __init__(self, authenticator: Authenticator) -> None:
         self._authenticator = authenticator
 
-    async def before(self, context: RequestContext) -> None:
+    async def before(self, context: CallContext) -> None:
         """Raises ServiceError (UNAUTHENTICATED)."""
         context.tenant = self._authenticator.tenant(context.metadata.get("authorization"))
         context.span.set_attribute("meshserve.tenant", context.tenant.name)

@@ -114,6 +114,8 @@ def engine_request(context: RequestContext) -> engine_pb2.EngineServiceGenerateR
         request.constraint.CopyFrom(source.constraint)
     if source.output.HasField("logprobs"):
         request.logprobs = source.output.logprobs
+        if source.output.echo:
+            request.prompt_logprobs = source.output.logprobs
     if source.output.HasField("prompt_logprobs"):
         request.prompt_logprobs = source.output.prompt_logprobs
     return request

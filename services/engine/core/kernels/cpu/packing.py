@@ -225,9 +225,9 @@ def outline(weight: Tensor | GroupedWeight, *, gated: bool = False) -> PackedLin
     sizes that the kernels do not serve.
     """
     shape = _check_sizes(weight.shape, gated)
-    is_grouped = isinstance(weight, GroupedWeight)
-    weight_format = _format_of(weight) if is_grouped else WeightFormat.BF16
-    has_minima = is_grouped and weight.minima is not None
+    weight_format, has_minima = WeightFormat.BF16, False
+    if isinstance(weight, GroupedWeight):
+        weight_format, has_minima = _format_of(weight), weight.minima is not None
     num_bytes = _packed_bytes(shape, weight_format, has_minima=has_minima)
     nothing = np.broadcast_to(np.zeros(1, np.uint8), num_bytes)
     return PackedLinear(weight_format, shape, nothing, has_minima=has_minima)

@@ -96,12 +96,12 @@ class Console:
 
     async def _requests(self, call: Call) -> web.StreamResponse:
         """Requests of all gateways as they come: everybody's for an operator, else one's own."""
-        with self._watchers.one_more():
+        with self._watchers.one_more(call.tenant):
             return await answer_watch(call, self._everywhere.requests(call), self._draining)
 
     async def _usage(self, call: Call) -> web.StreamResponse:
         """What the caller may use and has used, of all gateways."""
-        with self._watchers.one_more():
+        with self._watchers.one_more(call.tenant):
             return await answer_watch(call, self._everywhere.usage(call), self._draining)
 
     async def _mesh(self, call: Call) -> web.StreamResponse:

@@ -42,14 +42,14 @@ class MeshServicer(mesh_pb2_grpc.MeshServiceServicer):
     ) -> AsyncGenerator[mesh_pb2.WatchMeshResponse]:
         """The mesh at once and then at an interval, until the caller goes away."""
         authorization = _authorization(context)
-        self._authenticator.operator(authorization)
+        operator = self._authenticator.operator(authorization)
         interval_ms = request.interval_ms or DEFAULT_INTERVAL_MS
         if not MIN_INTERVAL_MS <= interval_ms <= MAX_INTERVAL_MS:
             raise invalid_field(
                 "interval_ms", f"must be from {MIN_INTERVAL_MS} to {MAX_INTERVAL_MS}"
             )
         watching = self._watch.snapshots(interval_ms / 1000, authorization)
-        with self._watchers.one_more():
+        with self._watchers.one_more(operator):
             async with aclosing(watching) as snapshots:
                 async for mesh in snapshots:
                     # The key may have been taken away since.

@@ -95,7 +95,8 @@ class GatewaySettings(ServerSettings):
     max_watchers: Positive = Field(
         64,
         description="How many may watch one gateway at a time, before it refuses more: "
-        "`meshserve top`, and each live view of a console's page.",
+        "`meshserve top`, and each live view of a console's page. One tenant that is no operator may "
+        "take an eighth.",
     )
 
     @field_validator("http_listen")

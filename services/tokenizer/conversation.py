@@ -9,8 +9,8 @@ from google.protobuf import json_format, struct_pb2
 
 from meshserve.v1 import types_pb2
 from services.runtime.errors import ServiceError, invalid_field
+from services.runtime.tokenizerfiles.huggingface_definition import SPECIAL_TOKEN_NAMES
 from services.tokenizer.chat_template import TemplateInput
-from services.tokenizer.huggingface_definition import SPECIAL_TOKEN_NAMES
 
 ROLE_NAMES = {
     types_pb2.ROLE_SYSTEM: "system",

@@ -15,21 +15,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+from services.runtime.tokenizerfiles.token_bytes import TextBeginning
 from services.tokenizer.errors import UnknownTokenIdError
-
-
-@dataclass(frozen=True, slots=True)
-class TextBeginning:
-    """How the beginning of a text differs from the rest.
-
-    `pieces` are the bytes of tokens where they come first, for those that differ there;
-    `stripped_spaces` is how many spaces at the very beginning are dropped.
-    """
-
-    pieces: dict[int, bytes]
-    stripped_spaces: int = 0
 
 
 class Detokenizer:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from services.tokenizer.definition import steps_of
-from services.tokenizer.pretokenizers import PRE_TOKENIZER_KINDS
+from services.runtime.tokenizerfiles.definition import steps_of
+from services.runtime.tokenizerfiles.pretokenizers import PRE_TOKENIZER_KINDS
 
 CHUNK_CHARS = 1 << 15
 # The library works off a batch before it looks at the next; a round keeps every core busy and ends

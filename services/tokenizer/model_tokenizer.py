@@ -15,21 +15,24 @@ from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
+from services.runtime.tokenizerfiles.definition import (
+    DEFAULT_TEMPLATE,
+    TOOL_TEMPLATE,
+    TokenizerDefinition,
+)
+from services.runtime.tokenizerfiles.errors import TokenizerLoadError
+from services.runtime.tokenizerfiles.opening import checked_layout, open_definition
+from services.runtime.tokenizerfiles.token_bytes import token_bytes
 from services.tokenizer.chat_template import ChatTemplate, RenderLimits, TemplateInput
 from services.tokenizer.control_tokens import ControlTokens
-from services.tokenizer.definition import DEFAULT_TEMPLATE, TOOL_TEMPLATE, TokenizerDefinition
 from services.tokenizer.detokenizer import Detokenizer
 from services.tokenizer.encoder_inputs import InputEncoder
 from services.tokenizer.errors import (
     ChatTemplateError,
     NoChatTemplateError,
-    TokenizerLoadError,
 )
-from services.tokenizer.gguf_definition import definition_from_gguf
-from services.tokenizer.huggingface_definition import definition_from_directory
 from services.tokenizer.library import is_panic, library_failures
 from services.tokenizer.long_texts import CHUNK_CHARS, can_be_cut, cut, in_rounds
-from services.tokenizer.token_bytes import detokenizer_of
 
 # Encoded where it stands: less work than handing it to a thread pool.
 INLINE_CHARS = 1024
@@ -77,7 +80,8 @@ class ModelTokenizer:
         self.revision = definition.revision()
         self.bos_token_id = definition.bos_token_id
         self.eos_token_ids = tuple(definition.eos_token_ids)
-        self.detokenizer: Detokenizer = detokenizer_of(definition)
+        table = token_bytes(definition)
+        self.detokenizer = Detokenizer(table.pieces, table.special_ids, table.beginning)
         self._special_tokens = dict(definition.special_tokens)
         self._template_of_source = lru_cache(CACHED_TEMPLATES)(
             partial(
@@ -206,23 +210,10 @@ class ModelTokenizer:
 def load_model_tokenizer(path: Path) -> ModelTokenizer:
     """The tokenizer of a model on disk: a GGUF file, or a directory of the Hugging Face layout.
 
-    A directory without a tokenizer.json but with one GGUF file stands for that file.
     Raises TokenizerLoadError.
     """
-    if not path.exists():
-        raise TokenizerLoadError(path, "no such file or directory")
-    try:
-        if not path.is_dir():
-            return ModelTokenizer(definition_from_gguf(path))
-        files = sorted(path.glob("*.gguf"))
-        if not (path / "tokenizer.json").is_file() and len(files) == 1:
-            return ModelTokenizer(definition_from_gguf(files[0]))
-        return ModelTokenizer(definition_from_directory(path))
-    except TokenizerLoadError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        problem = f"the tokenizer is not laid out as expected: {type(error).__name__}: {error}"
-        raise TokenizerLoadError(path, problem) from error
+    with checked_layout(path):
+        return ModelTokenizer(open_definition(path))
 
 
 def _control_tokens(definition: TokenizerDefinition) -> ControlTokens:

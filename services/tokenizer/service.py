@@ -11,7 +11,7 @@ from services.runtime.modelfiles.errors import ModelFileError, ModelStoreError
 from services.runtime.server import Service, StartupError
 from services.runtime.settings import Settings
 from services.runtime.telemetry import Metrics
-from services.tokenizer.errors import TokenizerLoadError
+from services.runtime.tokenizerfiles.errors import TokenizerLoadError
 from services.tokenizer.models import ServedModels
 from services.tokenizer.servicer import TokenizerServicer
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from services.tokenizer.definition import TokenizerDefinition
+from services.runtime.tokenizerfiles.definition import TokenizerDefinition
 from services.tokenizer.model_tokenizer import ModelTokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from services.runtime.tokenizerfiles.definition import TokenizerDefinition, added_token
 from services.tokenizer.chat_template import TemplateInput
 from services.tokenizer.control_tokens import ControlTokens
-from services.tokenizer.definition import TokenizerDefinition, added_token
 from services.tokenizer.model_tokenizer import ModelTokenizer
 from services.tokenizer.traced_text import TracedText, concatenate, trusted_text
 

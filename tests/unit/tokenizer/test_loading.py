@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from services.tokenizer.errors import TokenizerLoadError
+from services.runtime.tokenizerfiles.errors import TokenizerLoadError
+from services.runtime.tokenizerfiles.pretokenizers import PRE_TOKENIZER_KINDS
 from services.tokenizer.model_tokenizer import load_model_tokenizer
-from services.tokenizer.pretokenizers import PRE_TOKENIZER_KINDS
 
 CONTROL, NORMAL, USER_DEFINED = 3, 1, 4
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.tokenizer.definition import TokenizerDefinition, added_token
+from services.runtime.tokenizerfiles.definition import TokenizerDefinition, added_token
+from services.runtime.tokenizerfiles.pretokenizers import PRE_TOKENIZER_KINDS
 from services.tokenizer.long_texts import can_be_cut, cut, in_rounds
 from services.tokenizer.model_tokenizer import ModelTokenizer
-from services.tokenizer.pretokenizers import PRE_TOKENIZER_KINDS
 
 WORDS = [
     "fox",

@@ -12,8 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from services.tokenizer.definition import DEFAULT_TEMPLATE, TokenizerDefinition, added_token
-from services.tokenizer.errors import TokenizerLoadError
+from services.runtime.tokenizerfiles.definition import (
+    DEFAULT_TEMPLATE,
+    TokenizerDefinition,
+    added_token,
+)
+from services.runtime.tokenizerfiles.errors import TokenizerLoadError
 
 SPECIAL_TOKEN_NAMES = (
     "bos_token",

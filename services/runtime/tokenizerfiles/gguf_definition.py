@@ -14,9 +14,13 @@ import numpy as np
 
 from services.runtime.modelfiles.errors import ModelFileError
 from services.runtime.modelfiles.gguf import GGUFFile, GGUFMetadata
-from services.tokenizer.definition import DEFAULT_TEMPLATE, TokenizerDefinition, added_token
-from services.tokenizer.errors import TokenizerLoadError
-from services.tokenizer.pretokenizers import PRE_TOKENIZER_KINDS, PreTokenizerKind
+from services.runtime.tokenizerfiles.definition import (
+    DEFAULT_TEMPLATE,
+    TokenizerDefinition,
+    added_token,
+)
+from services.runtime.tokenizerfiles.errors import TokenizerLoadError
+from services.runtime.tokenizerfiles.pretokenizers import PRE_TOKENIZER_KINDS, PreTokenizerKind
 
 SPACE_MARK = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

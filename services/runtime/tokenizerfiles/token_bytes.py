@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from services.tokenizer.byte_alphabet import spelled_bytes
-from services.tokenizer.definition import TokenizerDefinition, steps_of
-from services.tokenizer.detokenizer import Detokenizer, TextBeginning
-from services.tokenizer.errors import TokenizerLoadError
+from services.runtime.tokenizerfiles.byte_alphabet import spelled_bytes
+from services.runtime.tokenizerfiles.definition import TokenizerDefinition, steps_of
+from services.runtime.tokenizerfiles.errors import TokenizerLoadError
 
 MAX_VOCABULARY = 1 << 24
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -30,7 +30,34 @@ _WORDPIECE_CLEAN_UP = (
 Piece = Callable[[str], bytes]
 
 
-def detokenizer_of(definition: TokenizerDefinition) -> Detokenizer:
+@dataclass(frozen=True, slots=True)
+class TextBeginning:
+    """How the beginning of a text differs from the rest.
+
+    `pieces` are the bytes of tokens where they come first, for those that differ there;
+    `stripped_spaces` is how many spaces at the very beginning are dropped.
+    """
+
+    pieces: Mapping[int, bytes]
+    stripped_spaces: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBytes:
+    """What each token of a vocabulary stands for.
+
+    Attributes:
+        pieces: bytes of each token id, [vocabulary size]; empty for ids that have no token.
+        special_ids: control tokens, which are no text.
+        beginning: how the beginning of a text differs.
+    """
+
+    pieces: Sequence[bytes]
+    special_ids: Sequence[int]
+    beginning: TextBeginning
+
+
+def token_bytes(definition: TokenizerDefinition) -> TokenBytes:
     """The table that turns token ids into bytes.
 
     Raises TokenizerLoadError if the decoder is of a kind whose text cannot be sent piece by piece.
@@ -53,7 +80,7 @@ def detokenizer_of(definition: TokenizerDefinition) -> Detokenizer:
         if first_piece is not None and (first := first_piece(token)) != pieces[token_id]:
             first_pieces[token_id] = first
     special = [token_id for token_id, token in added.items() if token["special"]]
-    return Detokenizer(pieces, special, TextBeginning(first_pieces, stripped_spaces))
+    return TokenBytes(pieces, special, TextBeginning(first_pieces, stripped_spaces))
 
 
 def vocabulary_of(document: Mapping[str, Any]) -> dict[int, str]:

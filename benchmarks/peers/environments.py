@@ -192,4 +192,10 @@ OPENVINO = Environment(
     install_openvino,
     ("openvino", "openvino-genai", "optimum-intel", "nncf"),
 )
-ALL = (VLLM, LLAMACPP, OPENVINO)
+SENTENCE_TRANSFORMERS = Environment(
+    "sentence-transformers",
+    (TORCH, "sentence-transformers==6.2.0"),
+    install_in_order,
+    ("sentence-transformers", "torch"),
+)
+ALL = (VLLM, LLAMACPP, OPENVINO, SENTENCE_TRANSFORMERS)

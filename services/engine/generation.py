@@ -103,7 +103,7 @@ class Generation:
         self._client = client
         self._request_id = sequences[0].request_id
         choices = {sequence.sequence_id: sequence.choice_index for sequence in sequences}
-        self._builder = ResponseBuilder(choices, len(sequences[0].prompt_token_ids))
+        self._builder = ResponseBuilder(choices, sequences[0].prompt_token_ids)
         self._spans = spans
         self._forget = forget
 

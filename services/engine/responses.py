@@ -18,16 +18,21 @@ _FAILURES = (FinishReason.ABORTED, FinishReason.ERROR)
 class ResponseBuilder:
     """Turns what has accrued for one request into messages: a chunk, then a complete per end."""
 
-    def __init__(self, choices: Mapping[int, int], prompt_tokens: int) -> None:
-        """`choices` maps sequence ids to choice indices."""
+    def __init__(self, choices: Mapping[int, int], prompt: list[int]) -> None:
+        """`choices` maps sequence ids to choice indices; `prompt` are token ids."""
         self._choices = choices
-        self._prompt_tokens = prompt_tokens
+        self._prompt = prompt
         self._completion_tokens = dict.fromkeys(choices, 0)
 
     def add_tokens(self, chunk: engine_pb2.TokenChunk, deltas: list[Delta]) -> None:
         """Adds the tokens of `deltas` to an empty chunk, one entry for each choice."""
         by_sequence: dict[int, list[Delta]] = {}
         for delta in deltas:
+            if delta.prompt_logprobs is not None:
+                chunk.prompt_logprobs.positions.extend(
+                    map(_position, self._prompt[1:], delta.prompt_logprobs)
+                )
+                chunk.prompt_logprobs.SetInParent()
             if delta.token_ids:
                 by_sequence.setdefault(delta.sequence_id, []).append(delta)
         for sequence_id, added in by_sequence.items():
@@ -66,7 +71,7 @@ class ResponseBuilder:
             stop_token_id=finish.stop_token_id,
             stop_sequence_index=finish.stop_sequence_index,
             usage=types_pb2.Usage(
-                prompt_tokens=self._prompt_tokens,
+                prompt_tokens=len(self._prompt),
                 completion_tokens=self._completion_tokens[sequence_id],
                 cached_prompt_tokens=timing.cached_prompt_tokens,
             ),

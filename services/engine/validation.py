@@ -7,6 +7,8 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 
+from msgspec.structs import replace
+
 from meshserve.v1 import engine_pb2, types_pb2
 from services.engine.core.messages import ModelFacts, Sampling, SequenceRequest, Stopping
 from services.runtime.errors import Reason, ServiceError, invalid_field
@@ -39,6 +41,8 @@ def sequence_requests(
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         raise invalid_field("priority", f"must lie in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
     sampling = _sampling(request, facts)
+    # The prompt is scored once, by the choice that computes it for all.
+    further = replace(sampling, prompt_logprobs=None)
     stopping = _stopping(request, facts)
     _check_length(len(prompt), stopping.max_tokens, facts)
     received_ns = time.time_ns()
@@ -46,7 +50,7 @@ def sequence_requests(
         SequenceRequest(
             sequence_id=next_sequence_id(),
             prompt_token_ids=prompt,
-            sampling=sampling,
+            sampling=further if index else sampling,
             stopping=stopping,
             choice_index=index,
             priority=request.priority,
@@ -85,10 +89,6 @@ def _check_capabilities(request: engine_pb2.EngineServiceGenerateRequest) -> Non
         raise missing_capability("adapters", "this engine has no adapters loaded")
     if request.constraint.WhichOneof("constraint") is not None:
         raise missing_capability("constraints", "this engine does not constrain its output")
-    if request.HasField("prompt_logprobs"):
-        raise missing_capability(
-            "prompt_logprobs", "this engine reports no log-probabilities of prompts"
-        )
     sampling = request.sampling
     if sampling.HasField("beam_width"):
         raise missing_capability("beam_search", "this engine does not search beams")
@@ -117,8 +117,9 @@ def _sampling(request: engine_pb2.EngineServiceGenerateRequest, facts: ModelFact
         raise invalid_field("sampling.allowed_token_ids", "every one of them is banned")
     if len(banned) >= facts.vocab_size:
         raise invalid_field("sampling.banned_token_ids", "no token is left")
-    if request.HasField("logprobs") and request.logprobs > MAX_LOGPROBS:
-        raise invalid_field("logprobs", f"must lie in [0, {MAX_LOGPROBS}]")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(request, name) > MAX_LOGPROBS:
+            raise invalid_field(name, f"must lie in [0, {MAX_LOGPROBS}]")
     return Sampling(
         temperature=_number(params, "temperature", own.get("temperature", 1.0), 0, 100),
         top_k=params.top_k if params.HasField("top_k") else int(own.get("top_k", 0)),
@@ -139,6 +140,7 @@ def _sampling(request: engine_pb2.EngineServiceGenerateRequest, facts: ModelFact
         allowed_token_ids=tuple(dict.fromkeys(params.allowed_token_ids)),
         banned_token_ids=tuple(banned),
         logprobs=request.logprobs if request.HasField("logprobs") else None,
+        prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
     )
 
 

@@ -37,6 +37,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     allowed_token_ids: tuple[int, ...] = ()  # empty: all
     banned_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # report log-probabilities, with this many likeliest tokens
+    prompt_logprobs: int | None = None  # the same of the prompt
 
 
 class Stopping(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -209,6 +210,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] | None = None
     timing: Timing | None = None
     finish: Finish | None = None
+    # Of the prompt's tokens from the second on, with the first token; None: not asked for.
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

@@ -60,13 +60,14 @@ class SequenceOutput(msgspec.Struct, frozen=True):
     """What a step brought one sequence: tokens sampled (none after a chunk of a prefill).
 
     With a draft there may be several, of which `num_accepted` are the draft's own: their K and V
-    are in the cache.
+    are in the cache. `prompt_logprobs` are those of further tokens of a prompt that is scored.
     """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     error: Exception | None = None
     num_accepted: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

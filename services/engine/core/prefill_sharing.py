@@ -51,7 +51,7 @@ class PrefillSharing:
         original = sequence.fork_of
         if original is not None and original in self._followers:
             return original
-        if not self._leaders:
+        if not self._leaders or sequence.num_unscored_tokens:
             return None
         hashes = self._prefix_cache.known_hashes(sequence)
         first = index = len(match.blocks) + (match.copied_block is not None)

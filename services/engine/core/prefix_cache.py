@@ -66,7 +66,8 @@ class PrefixCache:
     def match(self, sequence: Sequence) -> Match:
         """The longest prefix of `sequence` that published blocks hold.
 
-        At least one token is left to compute: only that gives the logits to sample from.
+        At least one token is left to compute: only that gives the logits to sample from. Of a
+        prompt that is to be scored, all are left whose logits say something new.
         """
         blocks: list[int] = []
         if self.enabled:
@@ -76,7 +77,7 @@ class PrefixCache:
                     break
                 blocks.append(block)
         size = self._pool.block_size
-        return Match.of(blocks, min(len(blocks) * size, sequence.num_tokens - 1), size)
+        return Match.of(blocks, min(len(blocks) * size, sequence.most_cached_tokens), size)
 
     def known_hashes(self, sequence: Sequence) -> list[bytes]:
         """The hashes of all blocks that the known tokens of `sequence` fill."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from services.engine.core.logit_edits import LogitEdits
 from services.engine.core.plan import Plan
 from services.engine.core.sampler import SamplingBatch
+from services.engine.core.sequence import Sequence
 from services.engine.core.sequence_rows import SequenceRows
 
 
@@ -26,6 +28,9 @@ class Preparation:
     context_lengths: tuple[int, ...]
     logits_rows: list[int]
     sampled: list[int]  # indices of the planned sequences that are sampled from
+    # Positions of each planned sequence whose logits score its next prompt token; their rows come
+    # before those that are sampled from. Empty: nothing is scored.
+    scores: list[range]
     sampling: SamplingBatch | None  # None: nothing is sampled
 
 
@@ -47,7 +52,16 @@ def prepare(
     ends = list(accumulate(counts))
     total = ends[-1]
     sampled = [index for index, ahead in enumerate(beyond) if ahead >= 0]
-    if drafts is None:
+    # Where all decode, their prompts have been scored.
+    decodes = drafts is not None or total == len(sampled)
+    scores = [] if decodes else _scores(sequences, computed, contexts)
+    if scores:
+        logits_rows = []
+        for end, context, ahead, scored in zip(ends, contexts, beyond, scores, strict=True):
+            logits_rows += [end - context + position for position in scored]
+            if ahead >= 0:
+                logits_rows.append(end - 1)
+    elif drafts is None:
         logits_rows = [ends[index] - 1 for index in sampled]
     else:
         logits_rows = [
@@ -70,8 +84,42 @@ def prepare(
         context_lengths=tuple(contexts),
         logits_rows=logits_rows,
         sampled=sampled,
-        sampling=_sampling(plan, drafts, sampled, state, num_pending_tokens),
+        scores=scores,
+        sampling=(
+            _scoring(plan, sampled, scores, state)
+            if scores
+            else _sampling(plan, drafts, sampled, state, num_pending_tokens)
+        ),
     )
+
+
+def _scores(sequences: Iterable[Sequence], computed: list[int], contexts: list[int]) -> list[range]:
+    """The positions of each sequence to be scored from, or nothing at all."""
+    scores = []
+    for sequence, start, end in zip(sequences, computed, contexts, strict=True):
+        known = sequence.num_prompt_tokens - 1 - sequence.num_unscored_tokens
+        scores.append(range(max(start, known), min(end, sequence.num_prompt_tokens - 1)))
+    return scores if any(scores) else []
+
+
+def _scoring(
+    plan: Plan, sampled: list[int], scores: list[range], state: SequenceRows
+) -> SamplingBatch:
+    """How rows are sampled of which some score prompts. Nothing is drafted in such a step."""
+    given: list[int] = []
+    logprobs: list[int] = []
+    places: list[int] = []  # of the rows that are sampled from
+    sampled_indices = frozenset(sampled)
+    for index, (sequence, positions) in enumerate(zip(plan.sequences, scores, strict=True)):
+        given += sequence.token_ids[positions.start + 1 : positions.stop + 1]
+        logprobs += [sequence.sampling.prompt_logprobs or 0] * len(positions)
+        if index in sampled_indices:
+            places.append(len(given))
+            given.append(-1)
+            logprobs.append(-1)
+    among = _sampling(plan, None, sampled, state, 0, places)
+    scoring = SamplingBatch.scoring(np.array(given), np.array(logprobs))
+    return scoring if among is None else scoring.with_rows(np.array(places), among)
 
 
 def _sampling(
@@ -80,7 +128,10 @@ def _sampling(
     sampled: list[int],
     state: SequenceRows,
     num_pending_tokens: int,
+    places: list[int] | None = None,
 ) -> SamplingBatch | None:
+    """How the rows of `sampled` are sampled. Edits name rows of the step, where those of the first
+    token of each sequence are `places`, if given."""
     if not sampled:
         return None
     chosen = [plan.sequences[index] for index in sampled]
@@ -92,8 +143,10 @@ def _sampling(
     if any(state.has_edits[row] for row in rows):
         edits = LogitEdits()
         first = 0
-        for index, sequence in zip(sampled, chosen, strict=True):
+        for number, (index, sequence) in enumerate(zip(sampled, chosen, strict=True)):
             draft = () if drafts is None else drafts[index]
+            if places is not None:
+                first = places[number]
             if state.has_edits[sequence.row]:
                 counts = state.token_counts(sequence)
                 for length in range(len(draft) + 1):

@@ -13,6 +13,7 @@ from torch import Tensor
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.beside import Helper, Work
 from services.engine.core.clock import now_ns
+from services.engine.core.messages import TokenLogprobs
 from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
 from services.engine.core.preparation import Preparation, prepare
 from services.engine.core.sampler import SampledTokens, SamplingBatch, sample
@@ -137,6 +138,8 @@ class Runner:
 
 
 def _outputs(step: Preparation, tokens: SampledTokens) -> tuple[SequenceOutput, ...]:
+    if step.scores:
+        return _scored_outputs(step, tokens)
     outputs = [_NO_OUTPUT] * len(step.plan.sequences)
     drafts = step.drafts
     row = 0
@@ -152,6 +155,25 @@ def _outputs(step: Preparation, tokens: SampledTokens) -> tuple[SequenceOutput, 
             error,
         )
         row += 1
+    return tuple(outputs)
+
+
+def _scored_outputs(step: Preparation, tokens: SampledTokens) -> tuple[SequenceOutput, ...]:
+    outputs = []
+    row = 0
+    sampled = frozenset(step.sampled)
+    for index, positions in enumerate(step.scores):
+        end = row + len(positions)
+        scored = tuple(entry for entry in tokens.logprobs[row:end] if entry is not None)
+        chosen: tuple[int, ...] = ()
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        last = end + (index in sampled)
+        error = next((each for each in tokens.errors[row:last] if each is not None), None)
+        if error is None and last > end:
+            chosen = tuple(tokens.token_ids[end:last])
+            logprobs = tuple(entry for entry in tokens.logprobs[end:last] if entry is not None)
+        outputs.append(SequenceOutput(chosen, logprobs, error, prompt_logprobs=scored))
+        row = last
     return tuple(outputs)
 
 

@@ -6,8 +6,9 @@ depends on its logits, its parameters and its (seed, position) alone, never on t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,8 @@ class SamplingBatch:
     Values that are off: temperature 0 (greedy), top_k 0, top_p 1, min_p 0. `logprobs[i]` is the
     number of likeliest tokens to report for row i, or -1 for no log-probabilities at all. Tokens
     that a row's mask bars do not exist for it: log-probabilities are those among the others.
+    `given[i]` is the token of a row whose token is known, and only its log-probability is not; -1
+    where it is chosen.
     """
 
     temperature: npt.NDArray[np.float32]
@@ -47,6 +50,7 @@ class SamplingBatch:
     logprobs: npt.NDArray[np.int64]
     edits: LogitEdits | None = None
     masks: TokenMasks | None = None
+    given: npt.NDArray[np.int64] | None = None
     is_greedy: bool = False  # all rows are, and nothing else is on
 
     @staticmethod
@@ -62,6 +66,21 @@ class SamplingBatch:
             logprobs=np.full(num_rows, -1, np.int64),
             is_greedy=True,
         )
+
+    @staticmethod
+    def scoring(given: npt.NDArray[np.int64], logprobs: npt.NDArray[np.int64]) -> SamplingBatch:
+        """The log-probabilities of tokens that are known."""
+        greedy = SamplingBatch.greedy(len(given))
+        return replace(greedy, given=given, logprobs=logprobs, is_greedy=False)
+
+    def with_rows(self, rows: npt.NDArray[np.int64], other: SamplingBatch) -> SamplingBatch:
+        """The same, but row `rows[i]` is sampled like row i of `other`, whose edits and masks name
+        the rows of the whole."""
+        columns: dict[str, Any] = {}
+        for name in ("temperature", "top_k", "top_p", "min_p", "uniforms", "logprobs"):
+            columns[name] = getattr(self, name).copy()
+            columns[name][rows] = getattr(other, name)
+        return replace(self, **columns, edits=other.edits, masks=other.masks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +107,16 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
     if batch.edits is not None:
         batch.edits.apply(logits)
     drawn = np.flatnonzero(batch.temperature > 0)
-    if raw is None and not drawn.size and logits.device.type == "cpu":
+    if raw is None and not drawn.size and batch.given is None and logits.device.type == "cpu":
         return _likeliest(logits)
     peaks, token_ids = logits.max(dim=-1)
     if drawn.size:
         rows = _index(drawn, logits.device)
         everything = drawn.size == len(batch.temperature)
         token_ids[rows] = _draw(logits if everything else logits[rows], batch, drawn)
+    if batch.given is not None:
+        given = torch.from_numpy(batch.given).to(logits.device)
+        token_ids = torch.where(given >= 0, given, token_ids)
     # One transfer for all rows. NaN and +Inf reach the maximum, -Inf alone means nothing is left.
     host = torch.stack((token_ids, peaks.isfinite().long())).cpu()
     ids: list[int] = host[0].tolist()

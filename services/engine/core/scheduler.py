@@ -195,6 +195,8 @@ class Scheduler:
             if num_prompt_left > 0:
                 self.prompt_tokens += min(known, num_prompt_left)
             sequence.num_computed_tokens += known + output.num_accepted
+            if output.prompt_logprobs and sequence.prompt_logprobs is not None:
+                sequence.prompt_logprobs += output.prompt_logprobs
             sequence.draft_token_ids = ()
             if contended:
                 cost = (known if uncomputed > 1 else 0) * PROMPT_TOKEN_COST

@@ -33,6 +33,8 @@ class Sequence:
       - tokens [0, num_computed_tokens) have their K and V in the blocks of `block_table`;
       - num_computed_tokens < len(token_ids) while the sequence lives: the token sampled last has
         been computed by no step yet;
+      - the logits before a prompt token that is to be scored have not been computed, or its
+        log-probability is known;
       - a RUNNING sequence owns a row and the blocks in its table; a sequence in any other state
         owns neither.
     """
@@ -59,6 +61,7 @@ class Sequence:
         "preemptions",
         "prefill_start_ns",
         "priority",
+        "prompt_logprobs",
         "queued_ns",
         "rank",
         "request",
@@ -88,6 +91,10 @@ class Sequence:
         self.token_ids = array("q", request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.max_tokens = max_tokens
+        # Of the prompt's tokens from the second on, as far as they are known; None: not wanted.
+        self.prompt_logprobs: list[TokenLogprobs] | None = (
+            None if request.sampling.prompt_logprobs is None else []
+        )
         self.num_computed_tokens = 0
         self.block_table: list[int] = []
         # Of the blocks that known tokens fill, as far as they were wanted; see PrefixCache.
@@ -143,6 +150,21 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def num_unscored_tokens(self) -> int:
+        """Tokens of the prompt whose log-probabilities are wanted and not known."""
+        if self.prompt_logprobs is None:
+            return 0
+        return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
+
+    @property
+    def most_cached_tokens(self) -> int:
+        """Tokens that it may have from the KV cache on entry, so that all logits that are wanted
+        are computed: those before the next token, and those before tokens to be scored."""
+        if self.num_unscored_tokens:
+            return self.num_prompt_tokens - 1 - self.num_unscored_tokens
+        return len(self.token_ids) - 1
+
+    @property
     def is_finished(self) -> bool:
         """Whether it has ended, however that came."""
         return self.state is SequenceState.FINISHED
@@ -194,6 +216,7 @@ class Sequence:
             list(logprobs) or None,
             self.timing() if is_first or self.finish is not None else None,
             self.finish,
+            self.prompt_logprobs if is_first else None,
         )
 
     def check_integrity(self, block_size: int) -> None:
@@ -210,6 +233,8 @@ class Sequence:
                 raise IntegrityError(
                     f"{name} computed {self.num_computed_tokens} of {self.num_tokens} tokens"
                 )
+            if self.num_unscored_tokens and self.num_computed_tokens > self.most_cached_tokens:
+                raise IntegrityError(f"{name} has passed a prompt token without scoring it")
             if len(self.block_table) * block_size < self.num_computed_tokens:
                 raise IntegrityError(f"{name} computed more tokens than its blocks hold")
             if self.num_published_blocks * block_size > self.num_computed_tokens:

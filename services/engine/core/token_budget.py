@@ -55,6 +55,10 @@ class TokenBudget:
             )
 
 
+# Tokens of prompts that are scored in a step: each takes the logits of a whole vocabulary.
+_MAX_SCORED_TOKENS = 256
+
+
 def share(num_tokens: int, prefills: list[Sequence]) -> dict[Sequence, int]:
     """How many of `num_tokens` each of the prefills under way (best rank first) computes now.
 
@@ -63,7 +67,21 @@ def share(num_tokens: int, prefills: list[Sequence]) -> dict[Sequence, int]:
     in a step or two, never wait for a long one (shortest first gives the least mean wait), and the
     long one, which is the earliest sooner or later, advances by half a budget per step at least.
     Lower priorities get what higher ones leave.
+
+    Of prompts that are scored, `_MAX_SCORED_TOKENS` are computed at most.
     """
+    shares = _share(num_tokens, prefills)
+    num_scored = 0
+    for sequence in list(shares):
+        if sequence.num_unscored_tokens:
+            shares[sequence] = min(shares[sequence], _MAX_SCORED_TOKENS - num_scored)
+            num_scored += shares[sequence]
+            if not shares[sequence]:
+                del shares[sequence]
+    return shares
+
+
+def _share(num_tokens: int, prefills: list[Sequence]) -> dict[Sequence, int]:
     shares: dict[Sequence, int] = {}
     if not prefills or num_tokens <= 0:
         return shares

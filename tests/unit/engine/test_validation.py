@@ -88,6 +88,12 @@ def test_choices_are_sequences_that_share_all_but_their_index() -> None:
     assert len({choice.sampling.seed for choice in choices}) == 1
 
 
+def test_a_prompt_is_scored_once_for_all_choices() -> None:
+    request = generate_request([1], sampling=types_pb2.SamplingParams(n=3), prompt_logprobs=2)
+    wanted = [choice.sampling.prompt_logprobs for choice in sequences(request)]
+    assert wanted == [2, None, None]
+
+
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
@@ -115,6 +121,7 @@ def test_choices_are_sequences_that_share_all_but_their_index() -> None:
         ("sampling.n", {"sampling": {"n": 0}}),
         ("sampling.n", {"sampling": {"n": 129}}),
         ("logprobs", {"logprobs": 21}),
+        ("prompt_logprobs", {"prompt_logprobs": 21}),
         ("stopping.max_tokens", {"stopping": {"max_tokens": 0}}),
         ("stopping.min_tokens", {"stopping": {"max_tokens": 2, "min_tokens": 3}}),
         ("stopping.stop_token_ids", {"stopping": {"stop_token_ids": [VOCAB_SIZE]}}),
@@ -154,7 +161,6 @@ def test_what_exceeds_the_context_is_refused_with_the_limit(
     [
         ("adapters", {"adapter": "a"}),
         ("constraints", {"constraint": {"regex": "a+"}}),
-        ("prompt_logprobs", {"prompt_logprobs": 1}),
         ("beam_search", {"sampling": {"beam_width": 2}}),
         ("best_of", {"sampling": {"n": 1, "best_of": 2}}),
     ],

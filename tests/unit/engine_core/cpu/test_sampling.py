@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -326,6 +327,26 @@ def test_a_mask_that_leaves_nothing_fails_its_row_alone() -> None:
         assert isinstance(chosen.errors[0], LogitsError)
         assert chosen.errors[1] is None
         assert isinstance(sample.reference(logits.clone(), batch).errors[0], LogitsError)
+
+
+def test_a_given_token_is_reported_and_not_chosen() -> None:
+    logits = torch.stack([row_of(row, 300, "peaked") for row in range(4)])
+    columns = {"temperature": [0.0, 0.0, 1.0, 0.0], "logprobs": [2, -1, 1, 0]}
+    known = replace(batch_of(4, **columns), given=np.array([299, -1, -1, 7]))
+    chosen = on_every_set(logits, known)
+    free = on_every_set(logits, batch_of(4, **columns))
+    expected = sample.reference(logits.clone(), known)
+    assert chosen.token_ids == [299, *free.token_ids[1:3], 7] == expected.token_ids
+    own = logits.log_softmax(dim=-1)
+    for answer in (chosen, expected):
+        for row in (0, 3):
+            entry, freely = answer.logprobs[row], free.logprobs[row]
+            assert entry is not None
+            assert freely is not None
+            assert entry.logprob == pytest.approx(float(own[row, chosen.token_ids[row]]), abs=1e-5)
+            assert entry.top_token_ids == freely.top_token_ids
+    beyond = replace(known, given=np.array([300, -1, -1, -1]))
+    assert "does not have" in str(on_every_set(logits, beyond).errors[0])
 
 
 def test_extreme_temperatures_stay_in_their_limits() -> None:

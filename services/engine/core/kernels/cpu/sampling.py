@@ -58,6 +58,7 @@ class SampleArgs(ctypes.Structure):
         ("min_p", ctypes.c_void_p),
         ("uniforms", ctypes.c_void_p),
         ("logprobs", ctypes.c_void_p),
+        ("given", ctypes.c_void_p),
         ("repetition", _TokenNumbers),
         ("subtracted", _TokenNumbers),
         ("added", _TokenNumbers),
@@ -147,6 +148,7 @@ class SampleRequest:
             self._kept = _add_edits(self.args, batch.edits, self._num_rows)
             self._kept += _add_masks(self.args, batch.masks, self._num_rows)
             self._reports = _Reports(self.args, batch.logprobs)
+            self.args.given = None if batch.given is None else _address(batch.given)
             _add_numbers(self.args, batch)
         _workspace.point_to(self.args, logits)
 

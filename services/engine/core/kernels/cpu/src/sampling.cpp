@@ -94,7 +94,12 @@ float floor_for_mass(LogitsRow& row, double top_p, float floor, float scale, Scr
   return smallest_kept<true>(scratch.first, scratch.second, top_p * mass);
 }
 
+bool is_given(const SampleArgs& args, int row) {
+  return args.given != nullptr && args.given[row] >= 0;
+}
+
 int choose(LogitsRow& row, const SampleArgs& args, int index, Scratch& scratch) {
+  if (is_given(args, index)) return static_cast<int>(args.given[index]);
   const float temperature = args.temperature == nullptr ? 0.0f : args.temperature[index];
   if (!(temperature > 0.0f)) return row.argmax();
   // In bounds, so that neither 0 nor -Inf times it is NaN.
@@ -139,6 +144,7 @@ SampleStatus sample_row(const SampleArgs& args, int index, Scratch& scratch) {
   float* logits = args.logits + index * args.stride;
   const bool reported = args.logprobs != nullptr && args.logprobs[index] >= 0;
   const bool edited = has_edits(args, index);
+  if (is_given(args, index) && args.given[index] >= args.vocab) return SampleStatus::unknown_token;
   if (has_mask(args, index)) apply_mask(args, index, logits);
   LogitsRow row(logits, args.vocab, scratch.maxima, scratch.masses);
   if (!reported) {

@@ -46,6 +46,7 @@ struct SampleArgs {
   const float* min_p;
   const double* uniforms;   // in [0, 1)
   const int64_t* logprobs;  // likeliest tokens to report, -1 for no log-probabilities; may be null
+  const int64_t* given;     // tokens that are not chosen but known, -1 for none; may be null
 
   // In this order. A row with allowed tokens loses all others; `numbers` of the last two is unused.
   TokenNumbers repetition, subtracted, added, allowed, banned;

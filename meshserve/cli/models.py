@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshserve.cli.connection import connection_options, make_connection
-from meshserve.cli.exits import CommandError
+from meshserve.cli.exits import EXIT_FAILED, CommandError
 from meshserve.cli.jsonify import write_json
 from meshserve.cli.output import print_table, stderr_console
 from meshserve.cli.status import describe_model
@@ -79,35 +79,44 @@ def list_models(
 
 @command.command("show")
 @click.argument("source")
-@click.option("--json", "as_json", is_flag=True, help="Write the description as JSON.")
-def show(source: str, as_json: bool) -> None:
-    """Describe a model on this machine: a name, a .gguf file, a directory or a hub id."""
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1, 1 << 20),
+    multiple=True,
+    metavar="N",
+    help="Memory for N sequences at a time; may be repeated.  [default: 1, 8, 64]",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(1, 1 << 30),
+    metavar="M",
+    help="Tokens of each sequence, prompt and answer.  [default: 4096, or the model's context]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Write the report as JSON.")
+def show(source: str, concurrency: tuple[int, ...], tokens: int | None, as_json: bool) -> int:
+    """Tell what a model is, what memory it takes and whether it runs here, without loading it.
+
+    SOURCE is a name, a .gguf file, a directory or a hub id that was pulled. Exits with 1 where the
+    model does not run here.
+    """
     services = _store()
+    from meshserve.cli.model_report.report import CONCURRENCIES, build_report
+    from meshserve.cli.model_report.table import print_report
     from services.runtime.modelfiles import locate
-    from services.runtime.modelfiles.description import describe
 
     with services.store_errors():
-        description = describe(locate(source, services.model_cache()))
-        size_bytes = description.size_bytes
+        cache_dir = services.model_cache()
+        report = build_report(
+            locate(source, cache_dir),
+            cache_dir=cache_dir,
+            concurrencies=concurrency or CONCURRENCIES,
+            tokens=tokens,
+        )
     if as_json:
-        write_json(description, sys.stdout)
-        return
-    table = Table.grid(padding=(0, 2))
-    rows = [
-        ("name", description.name),
-        ("architecture", description.architecture),
-        ("parameters", f"{description.num_parameters / 1e6:.1f} million, {description.dtype}"),
-        ("kept on a CPU", description.kept),
-        ("context", _tokens(description.max_context_tokens)),
-        ("vocabulary", _tokens(description.vocab_size)),
-        ("chat template", "yes" if description.has_chat_template else "no"),
-        ("licence", description.licence or "not stated"),
-        ("size", f"{size_bytes / 1e6:.1f} MB"),
-        ("path", str(description.path)),
-    ]
-    for name, value in rows:
-        table.add_row(Text(name, style="dim"), Text(value, overflow="fold"))
-    print_table(table)
+        write_json(report, sys.stdout)
+    else:
+        print_report(report)
+    return 0 if report["verdict"]["runs"] else EXIT_FAILED
 
 
 def _list_offline(as_json: bool) -> None:
@@ -144,7 +153,3 @@ def _store() -> ModuleType:
             f"the model store is not installed ({error})", "pip install 'meshserve[all]'"
         ) from None
     return services
-
-
-def _tokens(count: int | None) -> str:
-    return "not stated" if count is None else f"{count} tokens"

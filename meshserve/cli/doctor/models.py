@@ -5,45 +5,66 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from meshserve.cli.doctor.findings import Finding, ok, problem, warning
-from services.engine.core.memory import free_memory_bytes
-from services.engine.core.models import read_config
+from services.engine.core.fitness import examine
+from services.engine.core.kernels.cpu.kv_cache import KvFormat
 from services.runtime.modelfiles import ModelFileError, ModelStoreError, check_source, locate
 from services.runtime.modelfiles.description import describe
-from services.runtime.settings import Settings
+from services.runtime.settings import ModelSettings, Settings
 
 GIB = 2**30
+# A model that has no room for one sequence of so many tokens, or of its context, is of no use.
+LEAST_TOKENS = 1024
 
 
 def models(settings: Settings, cache_dir: Path, *, starting: bool) -> Iterator[Finding]:
     """Each model of the settings; `starting`: none of them is in memory yet."""
-    sources = {f"the model {name!r}": model.source for name, model in settings.models.items()}
+    found = {f"the model {name!r}": model for name, model in settings.models.items()}
     if settings.engine.speculation.draft_model is not None:
-        sources["the draft model"] = settings.engine.speculation.draft_model
-    for what, source in sources.items():
-        yield _model(what, source, cache_dir, starting=starting)
+        found["the draft model"] = ModelSettings(source=settings.engine.speculation.draft_model)
+    for what, model in found.items():
+        yield _model(what, model, settings, cache_dir, starting=starting)
 
 
-def _model(what: str, source: str, cache_dir: Path, *, starting: bool) -> Finding:
+def _model(
+    what: str, model: ModelSettings, settings: Settings, cache_dir: Path, *, starting: bool
+) -> Finding:
     try:
-        check_source(source)
+        check_source(model.source)
     except ModelStoreError as error:
         return problem(f"{what}: {error.problem}", error.way_out)
     try:
-        path = locate(source, cache_dir)
+        path = locate(model.source, cache_dir)
     except ModelStoreError as error:
         return warning(f"{what} is not here yet: {error.problem}", error.way_out)
     try:
         described = describe(path)
-        read_config(path)
     except ModelFileError as error:
         return problem(f"{what}: {error}", "pull the model again, or give another one")
-    size, free = described.size_bytes, free_memory_bytes(torch.device("cpu"))
-    text = f"{what} is a {described.architecture} of {described.num_parameters / 1e6:,.0f}M"
-    text += f" parameters, {size / GIB:.2f} GiB of {described.dtype}"
-    if starting and size > free and not torch.cuda.is_available():
+    fitness = examine(
+        path,
+        dtype=model.dtype,
+        max_context_tokens=model.context_tokens,
+        cache_dir=cache_dir,
+        weights=(model.weights,),
+    )
+    if fitness.problem is not None:
+        return problem(f"{what}: {fitness.problem}", "pull the model again, or give another one")
+    footprint = fitness.footprints.get(model.weights)
+    if footprint is None:
+        return problem(
+            f"{what} has weights in {model.weights}, which plain torch does not keep",
+            f"set models.NAME.weights to auto; `meshserve models show {model.source}` tells more",
+        )
+    size, free = footprint.total_weight_bytes, fitness.free_bytes
+    text = f"{what} is a {described.architecture} of {(fitness.num_parameters or 0) / 1e6:,.0f}M"
+    text += f" parameters, {size / GIB:.2f} GiB in memory, on "
+    text += "the native kernels" if footprint.native else f"plain torch: {footprint.reason}"
+    kv_format = KvFormat.INT8 if settings.engine.kv_cache_format == "int8" else KvFormat.BF16
+    needed = size + fitness.kv_cache_bytes(
+        model.weights, sequences=1, tokens=LEAST_TOKENS, kv_format=kv_format
+    )
+    if starting and needed > free:
         return problem(
             f"{text}; only {free / GIB:.1f} GiB of memory are free",
             "take a smaller or quantised model, or a machine with more memory",

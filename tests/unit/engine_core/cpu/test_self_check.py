@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.engine.core.kernels import paged_attention
-from services.engine.core.kernels.cpu import self_check
+from services.engine.core.kernels.cpu import encoder_check, self_check
 from services.engine.core.kernels.cpu.library import Library
 from tests.fakes.amx_processor import libraries_with_amx
 
@@ -20,6 +20,21 @@ pytestmark = [
 def test_the_kernels_pass_their_own_checks(kernels: Library) -> None:
     assert self_check.multiplies_correctly(kernels)
     assert self_check.attends_correctly(kernels)
+    assert encoder_check.encodes_correctly(kernels)
+
+
+def test_an_encoder_whose_sequences_mix_is_noticed(
+    kernels: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = encoder_check._reference
+
+    def as_one_sequence(*arguments):
+        with monkeypatch.context() as patched:
+            patched.setattr(encoder_check, "_LENGTHS", (145,))
+            return right(*arguments)
+
+    monkeypatch.setattr(encoder_check, "_reference", as_one_sequence)
+    assert not encoder_check.encodes_correctly(kernels)
 
 
 def test_weights_that_are_not_the_packed_ones_are_noticed(

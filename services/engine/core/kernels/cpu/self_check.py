@@ -72,7 +72,7 @@ def multiplies_correctly(library: Library) -> bool:
 @check("attention")
 def attends_correctly(library: Library) -> bool:
     """Whether one layer's attention gives what the reference gives."""
-    projected = _values(_VOCAB, 3 * _HEAD_DIM)
+    projected = known_values(_VOCAB, 3 * _HEAD_DIM)
     modules = {"embedding": projected, "head": torch.eye(_HEAD_DIM)}
     builder = _builder(modules, None)
     # The embedding is taken for projected queries, keys and values.
@@ -95,11 +95,11 @@ def attends_correctly(library: Library) -> bool:
     tables = torch.zeros(1, 1, dtype=torch.int32)
     metadata = AttentionMetadata((_TOKENS,), (_TOKENS,), tables, 16)
     expected = paged_attention.reference(queries, key_cache, value_cache, metadata, 1.0)
-    return _is_close(found, expected.flatten(1))
+    return is_close(found, expected.flatten(1))
 
 
 def _linear_is_right(library: Library, rounding: Rounding) -> bool:
-    modules = {"embedding": _values(_VOCAB, _INPUTS), "head": _values(_OUTPUTS, _INPUTS)}
+    modules = {"embedding": known_values(_VOCAB, _INPUTS), "head": known_values(_OUTPUTS, _INPUTS)}
     builder = _builder(modules, rounding)
     builder.embed("embedding")
     builder.norm(SimpleNamespace(eps=1e-5))
@@ -108,17 +108,18 @@ def _linear_is_right(library: Library, rounding: Rounding) -> bool:
     normed = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-5)
     expected = normed @ _rounded(modules["head"], rounding).T
     found = [_run(library, builder, _OUTPUTS, rows) for rows in _ROWS]
-    return _is_close(found[-1], expected) and all(
+    return is_close(found[-1], expected) and all(
         torch.equal(fewer, found[-1][: len(fewer)]) for fewer in found
     )
 
 
-def _is_close(found: Tensor, expected: Tensor) -> bool:
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results differ by no more than rounding."""
     # Activations are rounded to 8 bits at least; a wrong kernel is wrong by whole values.
     return bool(((found - expected).abs() < 0.05 * expected.abs().max()).all())
 
 
-def _values(rows: int, columns: int) -> Tensor:
+def known_values(rows: int, columns: int) -> Tensor:
     """Numbers without a pattern between -1 and 1, the same everywhere."""
     index = torch.arange(rows * columns, dtype=torch.float64)
     return index.mul(0.7390851).sin().mul(43.7).frac().float().view(rows, columns)

@@ -97,4 +97,5 @@ def _reference(modules: dict[str, Any], norm: Any, token_ids: Tensor) -> Tensor:
     )
     hidden = normed(hidden + attended @ modules["output"].weight.T)
     activated = functional.gelu(hidden @ modules["up"].weight.T)
-    return hidden + activated @ modules["down"].weight.T
+    layer: Tensor = hidden + activated @ modules["down"].weight.T
+    return layer

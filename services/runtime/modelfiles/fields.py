@@ -17,13 +17,13 @@ _MOST_BYTES = 32 << 20
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raises ModelFileError for whatever is none."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+        size_bytes = path.stat().st_size
+        content = path.read_bytes() if size_bytes <= _MOST_BYTES else b""
     except FileNotFoundError:
         raise ModelFileError(path, "no such file") from None
     except OSError as error:
         raise ModelFileError(path, f"cannot be read: {error.strerror}") from None
-    if len(content) > _MOST_BYTES:
+    if size_bytes > _MOST_BYTES:
         raise ModelFileError(path, f"is larger than {_MOST_BYTES} bytes")
     try:
         parsed = json.loads(content)

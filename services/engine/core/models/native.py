@@ -42,6 +42,7 @@ from services.engine.core.models.base import Model
 from services.engine.core.sampler import SampledTokens, SamplingBatch
 from services.engine.core.weights.checkpoint import Checkpoint
 from services.engine.core.weights.stored_linear import rounded
+from services.runtime.modelfiles import ModelFileError
 
 # "auto": quantised matrices in their own precision, or in 8 bits where they cannot be, a quantised
 # model's head in 8 bits at most, all others in bf16.
@@ -179,6 +180,8 @@ def lower(model: Model, packer: Packer) -> ProgramBuilder:
         check_head_dim(model.config.head_dim)
         with torch.inference_mode():
             model.lower(builder)
+    except ModelFileError:
+        raise
     except (NotImplementedError, ValueError) as error:
         raise UnsupportedModelError(str(error)) from None
     return builder

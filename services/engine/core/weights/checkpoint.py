@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from services.engine.core.kernels.cpu.packing import GroupedWeight
+from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, GroupedWeight
 from services.engine.core.weights.names import Names, Treatment
 from services.engine.core.weights.schemes import read_scheme
 from services.engine.core.weights.stored_linear import StoredLinear
@@ -41,7 +41,8 @@ class Checkpoint(Protocol):
         """Return a tensor of floating-point type on the CPU; raises ModelFileError."""
 
     def read_grouped(self, name: str) -> GroupedWeight | None:
-        """Return a quantised matrix in groups of 32, None for one that is not quantised.
+        """Return a quantised matrix in groups of 32, None for one that is not quantised or whose
+        inputs are no whole groups.
 
         Its levels are its own where groups of 32 hold them, else it is rounded to 8 bits. Raises
         ModelFileError.
@@ -152,7 +153,9 @@ class DirectoryCheckpoint:
         return _treated(self._files.read(self._sources[name]), self._names.treatment(name))
 
     def read_grouped(self, name: str) -> GroupedWeight | None:
-        return self._read_stored(name).grouped() if name in self._parts else None
+        if name not in self._parts or self.shapes[name][1] % GROUP_INPUTS:
+            return None
+        return self._read_stored(name).grouped()
 
     def outline(self, name: str) -> GroupedWeight | None:
         if name not in self._parts:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from services.engine.core.kernels.cpu.packing import GroupedWeight
+from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, GroupedWeight
 from services.engine.core.weights.dequantize import DEQUANTIZERS, FLOATS, dequantize
 from services.engine.core.weights.grouped import GROUPED, read_grouped
 from services.engine.core.weights.names import Names
@@ -67,7 +67,7 @@ class GGUFCheckpoint:
 
     def read_grouped(self, name: str) -> GroupedWeight | None:
         info = self._infos[name]
-        if info.type.name in FLOATS or len(info.shape) != 2:
+        if info.type.name in FLOATS or len(info.shape) != 2 or info.shape[1] % GROUP_INPUTS:
             return None
         if info.type.name in GROUPED:
             raw = self._file.tensor_bytes(info.name)

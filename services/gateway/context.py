@@ -14,6 +14,7 @@ from meshserve.v1 import cache_pb2, engine_pb2, gateway_pb2, types_pb2
 from services.gateway.events import Event
 from services.gateway.models import ServedModel
 from services.gateway.validation import validate
+from services.runtime.errors import invalid_field
 from services.runtime.telemetry.distributions import Distribution
 
 ANONYMOUS = "anonymous"
@@ -122,6 +123,15 @@ class RequestContext(CallContext):
         sampling = self.request.sampling
         return sampling.n if sampling.HasField("n") else 1
 
+    @property
+    def drawn(self) -> int:
+        """Number of completions that are generated, of which the likeliest are returned."""
+        return max(self.choices, self.request.sampling.best_of)
+
     def validate(self, max_prompt_bytes: int) -> None:
         """Raises ServiceError with every field of the request that is wrong."""
         validate(self.request, max_prompt_bytes)
+        if self.streaming and self.drawn > self.choices:
+            raise invalid_field(
+                "sampling.best_of", "the likeliest are known only at the end: ask without a stream"
+            )

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterator
 from opentelemetry.trace import Span
 
 from meshserve.v1 import engine_pb2, tokenizer_pb2, types_pb2
+from services.gateway.best_of import likeliest
 from services.gateway.context import RequestContext
 from services.gateway.events import ChoiceEnd, Event, TextDelta
 from services.gateway.field_paths import renamed_fields
@@ -46,14 +47,18 @@ class Generate(Stage):
         ServiceError (UNAVAILABLE)."""
         context.model = await self._models.with_engine(context.served.name)
 
-    async def stream(
+    def stream(
         self, context: RequestContext, events: AsyncGenerator[Event], span: Span
     ) -> AsyncGenerator[Event]:
         """Raises ServiceError. Ends once every choice has ended."""
+        drawn = self._generate(context, span)
+        return drawn if context.drawn == context.choices else likeliest(context, drawn)
+
+    async def _generate(self, context: RequestContext, span: Span) -> AsyncGenerator[Event]:
         trace = trace_context_of(span)
         with in_span(span):
             call = context.served.engine_calls.generate(engine_request(context))
-        choices = [_Choice(context, self._pool, index, trace) for index in range(context.choices)]
+        choices = [_Choice(context, self._pool, index, trace) for index in range(context.drawn)]
         unended = len(choices)
         begun = False
         try:
@@ -112,6 +117,10 @@ def engine_request(context: RequestContext) -> engine_pb2.EngineServiceGenerateR
     request.stopping.max_tokens = context.max_tokens
     if source.HasField("constraint"):
         request.constraint.CopyFrom(source.constraint)
+    if context.drawn > context.choices:
+        request.sampling.n = context.drawn
+        request.sampling.ClearField("best_of")
+        request.logprobs = 0
     if source.output.HasField("logprobs"):
         request.logprobs = source.output.logprobs
         if source.output.echo:

@@ -68,6 +68,8 @@ class LookUp(Stage):
             not self._settings.enabled
             or request.cache_control.no_cache
             or not is_deterministic(request)
+            # What was drawn beside the answers counts, and is not kept with them.
+            or context.drawn > context.choices
         ):
             return "bypassed"
         context.policy_revision = await self._policy.revision()

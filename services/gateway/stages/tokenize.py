@@ -6,6 +6,7 @@ from opentelemetry import trace
 
 from meshserve.v1 import gateway_pb2, tokenizer_pb2, tokenizer_pb2_grpc, types_pb2
 from services.gateway.context import RequestContext
+from services.gateway.conversation_cuts import longest_that_fits
 from services.gateway.field_paths import renamed_fields
 from services.gateway.pipeline import Stage
 from services.runtime.errors import Reason, ServiceError, invalid_field
@@ -66,12 +67,22 @@ class Tokenize(Stage):
                     )
             return ids
         if kind == "conversation":
-            rendered = await self._tokenizer.ApplyChatTemplate(
-                tokenizer_pb2.ApplyChatTemplateRequest(
-                    model=request.model, conversation=request.conversation
+
+            async def render(conversation: types_pb2.Conversation) -> list[int]:
+                rendered = await self._tokenizer.ApplyChatTemplate(
+                    tokenizer_pb2.ApplyChatTemplateRequest(
+                        model=request.model, conversation=conversation
+                    )
                 )
-            )
-            return list(rendered.token_ids)
+                return list(rendered.token_ids)
+
+            if request.truncation == types_pb2.TRUNCATION_POLICY_DROP_NEWEST:
+                raise invalid_field(
+                    "truncation", "a conversation can be cut at its oldest turns alone"
+                )
+            if request.truncation == types_pb2.TRUNCATION_POLICY_DROP_OLDEST:
+                return await longest_that_fits(request.conversation, _room(context), render)
+            return await render(request.conversation)
         with renamed_fields({"texts[0]": "text"}):
             encoded = await self._tokenizer.Encode(encode_request(request))
         return list(encoded.encoded[0].token_ids)
@@ -81,11 +92,11 @@ class Tokenize(Stage):
         limit = context.served.context_tokens
         asked = stopping.max_tokens if stopping.HasField("max_tokens") else None
         policy = context.request.truncation
-        if policy in (
+        if context.request.WhichOneof("input") != "conversation" and policy in (
             types_pb2.TRUNCATION_POLICY_DROP_OLDEST,
             types_pb2.TRUNCATION_POLICY_DROP_NEWEST,
         ):
-            room = max(1, limit - (asked or 1))
+            room = _room(context)
             ids = context.prompt_token_ids
             oldest = policy == types_pb2.TRUNCATION_POLICY_DROP_OLDEST
             context.prompt_token_ids = ids[-room:] if oldest else ids[:room]
@@ -109,6 +120,13 @@ class Tokenize(Stage):
         if asked is None:
             asked = min(limit - prompt, self._settings.default_max_tokens or limit)
         context.max_tokens = asked
+
+
+def _room(context: RequestContext) -> int:
+    """Tokens that a prompt may have where it is shortened."""
+    stopping = context.request.stopping
+    asked = stopping.max_tokens if stopping.HasField("max_tokens") else 1
+    return max(1, context.served.context_tokens - asked)
 
 
 def _too_long(field: str, message: str, prompt: int, limit: int) -> ServiceError:

@@ -1,0 +1,113 @@
+"""What a request may ask for beside its text, through five services."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import meshserve
+from services.tokenizer.model_tokenizer import load_model_tokenizer
+from tests.support.mesh import Mesh
+
+TEXT = "The capital of France is Paris, and the capital of Italy is Rome."
+
+
+@pytest.mark.slow
+def test_a_prompt_is_scored_as_transformers_scores_it(mesh: Mesh, demo_model_path: Path) -> None:
+    token_ids = list(load_model_tokenizer(demo_model_path).encode(TEXT).token_ids)
+    judge = AutoModelForCausalLM.from_pretrained(
+        demo_model_path.parent, gguf_file=demo_model_path.name, dtype=torch.float32
+    ).eval()
+    with torch.inference_mode():
+        expected = judge(torch.tensor([token_ids])).logits[0].log_softmax(dim=-1)
+    options = {"temperature": 0, "max_tokens": 2, "cache": False}
+    with mesh.client() as client:
+        client.generate(TEXT, **options)  # so that all of it is in the engine's prefix cache
+        answer = client.generate(TEXT, prompt_logprobs=3, n=2, **options)
+        with client.stream_generate(TEXT, prompt_logprobs=3, **options) as stream:
+            streamed = stream.collect()
+        echoed = client.generate(TEXT, echo=True, logprobs=3, **options)
+        plain = client.generate(TEXT, **options)
+    assert streamed.usage.cached_prompt_tokens == 0
+    assert len(answer.prompt_logprobs) == len(token_ids) - 1
+    for position, entry in enumerate(answer.prompt_logprobs):
+        following = token_ids[position + 1]
+        assert entry.chosen.token_id == following
+        assert entry.chosen.logprob == pytest.approx(float(expected[position, following]), abs=1e-3)
+        likeliest = expected[position].topk(3)
+        assert [each.token_id for each in entry.top] == likeliest.indices.tolist()
+        assert [each.logprob for each in entry.top] == pytest.approx(
+            likeliest.values.tolist(), abs=1e-3
+        )
+    assert streamed.prompt_logprobs == answer.prompt_logprobs == echoed.prompt_logprobs
+    assert echoed.text == TEXT + plain.text
+    assert len(echoed.choices[0].logprobs) == 2
+    assert plain.prompt_logprobs == ()
+
+
+def test_the_best_of_several_are_the_likeliest(mesh: Mesh) -> None:
+    options = {"temperature": 1.0, "seed": 11, "max_tokens": 12, "stop": [" the"], "cache": False}
+    with mesh.client() as client:
+        drawn = client.generate(TEXT, n=6, logprobs=0, **options)
+        best = client.generate(TEXT, n=2, best_of=6, **options)
+    ranked = sorted(
+        drawn.choices, key=lambda choice: -mean(each.chosen.logprob for each in choice.logprobs)
+    )
+    assert [choice.index for choice in best.choices] == [0, 1]
+    assert [choice.text for choice in best.choices] == [choice.text for choice in ranked[:2]]
+    assert [choice.finish_reason for choice in best.choices] == [
+        choice.finish_reason for choice in ranked[:2]
+    ]
+    assert best.choices[0].logprobs == ()
+    assert best.usage.completion_tokens == drawn.usage.completion_tokens
+
+
+def test_the_best_of_several_cannot_be_streamed(mesh: Mesh) -> None:
+    with (
+        mesh.client() as client,
+        pytest.raises(meshserve.InvalidRequestError) as caught,
+        client.stream_generate(TEXT, n=1, best_of=3) as stream,
+    ):
+        stream.collect()
+    assert caught.value.fields[0].path == "request.sampling.best_of"
+
+
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns(mesh: Mesh) -> None:
+    system = {"role": "system", "content": "Answer in one word."}
+    turns = [
+        {"role": role, "content": f"{number} " * 60}
+        for number in range(12)
+        for role in ("user", "assistant")
+    ]
+    last = {"role": "user", "content": "What is the capital of France?"}
+    options = {"temperature": 0, "max_tokens": 8, "cache": False}
+    with mesh.client() as client:
+        with pytest.raises(meshserve.InvalidRequestError):
+            client.chat([system, *turns, last], **options)
+        cut = client.chat([system, *turns, last], truncation="drop_oldest", **options)
+        fitting = next(
+            rest
+            for first in range(0, len(turns) + 1, 2)
+            if client.count_tokens(rest := [system, *turns[first:], last]).tokens <= 2048 - 8
+        )
+        whole = client.chat(fitting, **options)
+        with pytest.raises(meshserve.InvalidRequestError):
+            client.chat([system, *turns, last], truncation="drop_newest", **options)
+    assert len(fitting) < len(turns) + 2
+    assert cut.text == whole.text
+    assert cut.usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_min_tokens_holds_back_every_end(mesh: Mesh) -> None:
+    options = {"temperature": 0, "max_tokens": 24, "cache": False}
+    with mesh.client() as client:
+        free = client.generate(TEXT, ignore_eos=True, return_token_ids=True, **options)
+        stop = free.text[2:5]
+        ended = client.generate(TEXT, ignore_eos=True, stop=[stop], **options)
+        held = client.generate(TEXT, ignore_eos=True, stop=[stop], min_tokens=16, **options)
+    assert ended.usage.completion_tokens < 16 <= held.usage.completion_tokens
+    assert free.text.startswith(held.text)

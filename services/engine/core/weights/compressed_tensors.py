@@ -36,28 +36,46 @@ _OF_ACTIVATIONS = ("input_scale", "input_zero_point")
 
 @dataclass(frozen=True, slots=True)
 class CompressedTensors:
-    """What a checkpoint's projections have in common; see `schemes.Scheme`."""
+    """What a checkpoint's projections have in common; see `schemes.Scheme`.
 
-    bits: int
+    widths: in bits; where there are several, a projection's own follows from its words and its
+    groups of `group_size` inputs.
+    """
+
+    widths: tuple[int, ...]
+    group_size: int | None = None
 
     def __str__(self) -> str:
-        return f"compressed-tensors {self.bits} bits"
+        return f"compressed-tensors {' and '.join(map(str, self.widths))} bits"
+
+    def _bits(self, words: int, scales: tuple[int, ...]) -> int:
+        if len(self.widths) == 1:
+            return self.widths[0]
+        assert self.group_size is not None
+        inputs = (scales[1] if len(scales) == 2 else 0) * self.group_size
+        bits = words * 32 // max(inputs, 1)
+        if bits not in self.widths or words * 32 != inputs * bits:
+            raise ValueError(f"{words} words do not hold {inputs} inputs of {self} each")
+        return bits
 
     def owns(self, kind: str, entry: TensorEntry) -> bool:
         is_levels = kind == "weight" and entry.dtype == "I8"
         return is_levels or kind in _KINDS or kind in _OF_ACTIVATIONS
 
     def shape(self, parts: Mapping[str, TensorEntry]) -> tuple[int, int]:
-        packed = "weight_packed" in parts
+        packed, bits = "weight_packed" in parts, 8
         if packed:
             outputs, words = check_part(parts, "weight_packed", ("I32",), (None, None))
-            inputs = words * 32 // self.bits
+            if "weight_scale" not in parts:
+                raise ValueError("has no weight_scale")
+            bits = self._bits(words, parts["weight_scale"].shape)
+            inputs = words * 32 // bits
         else:
             outputs, inputs = check_part(parts, "weight", ("I8",), (None, None))
         groups = self._groups(parts, outputs, inputs)
         if "weight_zero_point" in parts:
             if packed:
-                rows = outputs * self.bits // 32
+                rows = outputs * bits // 32
                 check_part(parts, "weight_zero_point", ("I32",), (rows, groups))
             else:
                 check_part(parts, "weight_zero_point", ("I8",), parts["weight_scale"].shape)
@@ -77,23 +95,25 @@ class CompressedTensors:
         return groups
 
     def read(self, parts: Mapping[str, Tensor]) -> StoredLinear:
-        middle = 1 << (self.bits - 1)
-        if "weight_packed" in parts:
-            levels = unpack_columns(parts["weight_packed"], self.bits)
+        bits = 8
+        if (packed := parts.get("weight_packed")) is not None:
+            bits = self._bits(packed.shape[1], tuple(parts["weight_scale"].shape))
+            levels = unpack_columns(packed, bits)
         else:
             levels = parts["weight"].view(torch.uint8) ^ 0x80
         outputs, inputs = levels.shape
         scale = parts["weight_scale"]
         scales = (scale.view(1, 1) if scale.numel() == 1 else scale).expand(outputs, -1)
+        middle = 1 << (bits - 1)
         zeros = torch.full(scales.shape, middle, dtype=torch.int16)
         if (stored := parts.get("weight_zero_point")) is not None:
             if stored.dtype == torch.int32:
-                zeros = unpack_rows(stored, self.bits).to(torch.int16)
+                zeros = unpack_rows(stored, bits).to(torch.int16)
             else:
                 zeros = (stored.to(torch.int16) + middle).view(-1, scales.shape[1])
                 zeros = zeros.expand(scales.shape)
         order = group_order(parts.get("weight_g_idx"), inputs, scales.shape[1])
-        return StoredLinear(levels, scales, zeros, self.bits, order)
+        return StoredLinear(levels, scales, zeros, bits, order)
 
 
 def read_compressed_tensors(config: Fields) -> CompressedTensors:
@@ -105,13 +125,19 @@ def read_compressed_tensors(config: Fields) -> CompressedTensors:
     groups = config.table("config_groups")
     if groups is None or not groups.raw:
         raise config.error("config_groups", "names no group of modules")
-    found = {_read_bits(groups, name, written) for name in groups.raw}
-    if len(found) > 1:
-        raise config.error("config_groups", "weights of several widths are not supported")
-    return CompressedTensors(found.pop())
+    found = {_read_group(groups, name, written) for name in groups.raw}
+    widths = tuple(sorted({bits for bits, _ in found}))
+    if len(widths) == 1:
+        return CompressedTensors(widths)
+    sizes = {size for _, size in found}
+    if len(sizes) > 1 or min(sizes) < 1:
+        problem = "weights of several widths are only supported in groups of one size"
+        raise config.error("config_groups", problem)
+    return CompressedTensors(widths, sizes.pop())
 
 
-def _read_bits(groups: Fields, name: str, written: str) -> int:
+def _read_group(groups: Fields, name: str, written: str) -> tuple[int, int]:
+    """The bits of a group of modules, and how many inputs share a scale; -1: all."""
     group = groups.table(name)
     weights = None if group is None else group.table("weights")
     if weights is None:
@@ -122,4 +148,4 @@ def _read_bits(groups: Fields, name: str, written: str) -> int:
     allowed = (8,) if written == "int-quantized" else (4, 8)
     if bits not in allowed:
         raise weights.error("num_bits", f"{bits} is not supported by {written}")
-    return bits
+    return bits, weights.integer("group_size", -1)

@@ -106,6 +106,7 @@ def core_settings(settings: Settings) -> CoreSettings:
             device=engine.device,
             dtype=model.dtype,
             weights=model.weights,
+            allow_pickled=model.allow_pickled,
             kv_cache_format=engine.kv_cache_format,
             threads=engine.threads,
             cpu_kernels=engine.cpu_kernels,

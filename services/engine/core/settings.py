@@ -47,6 +47,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16"
     # How matrices are stored; "auto" keeps the precision of a quantised file, else bfloat16.
     weights: Literal["auto", "bfloat16", "int8", "int4"] = "auto"
+    allow_pickled: bool = False  # whether weights may be pickled, where there are no others
     kv_cache_format: Literal["auto", "int8"] = "auto"  # "auto": as the dtype
     threads: int | None = None  # CPU threads of one step; None: see processors.py
     # Instruction set of the C++ kernels; "auto" is the best the machine has, "off" plain torch.

@@ -57,7 +57,11 @@ def build_engine(
     selections = select(device.type)
     for selection in selections:
         logger.info("kernel %s", selection)
-    opened = open_model(settings.model_path, max_context_tokens=settings.max_context_tokens)
+    opened = open_model(
+        settings.model_path,
+        max_context_tokens=settings.max_context_tokens,
+        allow_pickled=settings.allow_pickled,
+    )
     config = opened.config
     backend = load_backend(opened, settings, device, selections)
     draft_model = load_draft_model(settings, config, device, selections)

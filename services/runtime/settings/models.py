@@ -61,6 +61,12 @@ class ModelSettings(Section):
         description="How a CPU stores matrices: as the dtype, or rounded to 8 or 4 bits in groups "
         "of 32. Default: a quantised file's own precision, else the dtype.",
     )
+    allow_pickled: bool = Field(
+        False,
+        description="Whether weights are loaded that are there as pickled Python objects alone "
+        "(`pytorch_model.bin`). Only what makes tensors is called while they are; convert what you "
+        "do not trust elsewhere.",
+    )
     context_tokens: Positive | None = Field(
         None, description="Largest number of prompt and completion tokens. Default: the model's."
     )

@@ -63,12 +63,15 @@ class OpenedModel:
         return model.eval().requires_grad_(False)
 
 
-def open_model(path: Path | str, *, max_context_tokens: int | None = None) -> OpenedModel:
+def open_model(
+    path: Path | str, *, max_context_tokens: int | None = None, allow_pickled: bool = False
+) -> OpenedModel:
     """Open a model and check names and shapes of its weights.
 
     `max_context_tokens` serves a context other than the model's own: a shorter one, or, for models
-    whose rope scaling is dynamic, a longer one. Raises ModelFileError for files that are missing,
-    damaged or do not fit the architecture, and for a context that the model does not stretch to.
+    whose rope scaling is dynamic, a longer one. `allow_pickled` is as for `open_checkpoint`. Raises
+    ModelFileError for files that are missing, damaged or do not fit the architecture, and for a
+    context that the model does not stretch to.
     """
     config = read_config(path)
     if max_context_tokens is not None:
@@ -79,7 +82,7 @@ def open_model(path: Path | str, *, max_context_tokens: int | None = None) -> Op
             raise ModelFileError(path, problem)
         config = replace(config, max_context_tokens=max_context_tokens)
     config = replace(config, windows=_binding(config))
-    checkpoint = _open_checkpoint(Path(path), config)
+    checkpoint = _open_checkpoint(Path(path), config, allow_pickled=allow_pickled)
     if config.num_layers > len(checkpoint.shapes):
         problem = f"claims {config.num_layers} layers but has {len(checkpoint.shapes)} tensors"
         raise ModelFileError(path, problem)
@@ -100,9 +103,10 @@ def _binding(config: ModelConfig) -> tuple[int | None, ...]:
     return config.windows if has_one else ()
 
 
-def _open_checkpoint(path: Path, config: ModelConfig) -> Checkpoint:
+def _open_checkpoint(path: Path, config: ModelConfig, *, allow_pickled: bool) -> Checkpoint:
     if path.is_dir():
-        return open_checkpoint(path, HF_FAMILIES[config.architecture].hf_names)
+        names = HF_FAMILIES[config.architecture].hf_names
+        return open_checkpoint(path, names, allow_pickled=allow_pickled)
     family = GGUF_FAMILIES[config.architecture]
     assert family.gguf_names is not None
     pairs = {"q": config.heads, "k": config.kv_heads} if family.gguf_pairs_rows else None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, GroupedWeight
 from services.engine.core.weights.names import Names, Treatment
+from services.engine.core.weights.pickled_files import PickledFiles
 from services.engine.core.weights.schemes import read_scheme
 from services.engine.core.weights.stored_linear import StoredLinear
 from services.engine.core.weights.tensor_files import (
@@ -184,6 +185,13 @@ class DirectoryCheckpoint:
 
     def close(self) -> None:
         self._files.close()
+
+
+class PickledCheckpoint(DirectoryCheckpoint):
+    """A HF directory with one pytorch_model.bin, or shards and their index."""
+
+    def __init__(self, directory: Path, names: Names) -> None:
+        super().__init__(directory, PickledFiles(directory), names)
 
 
 class SafetensorsCheckpoint(DirectoryCheckpoint):

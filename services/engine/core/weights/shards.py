@@ -31,10 +31,24 @@ def safetensors_files(directory: Path) -> list[Path]:
     if pickled:
         problem = (
             f"holds only pickled weights ({pickled[0]}), which can run code when loaded and are "
-            "refused; convert the model to safetensors"
+            "refused; convert the model to safetensors, or set allow_pickled for it where you "
+            "trust its origin"
         )
         raise ModelFileError(directory, problem)
     raise ModelFileError(directory, f"has neither {SAFETENSORS} nor {SAFETENSORS}.index.json")
+
+
+def pickled_files(directory: Path) -> list[Path]:
+    """Return the pickled files of a directory; raises ModelFileError where there are none."""
+    found = _files(directory, PICKLED)
+    if not found:
+        raise ModelFileError(directory, f"has neither {PICKLED} nor {PICKLED}.index.json")
+    return found
+
+
+def has_safetensors(directory: Path) -> bool:
+    """Whether a directory has weights that are not pickled."""
+    return bool(_files(directory, SAFETENSORS))
 
 
 def _files(directory: Path, single: str) -> list[Path]:

@@ -9,8 +9,21 @@ from collections.abc import AsyncGenerator, Callable
 from opentelemetry.context import Context
 
 from meshserve.v1 import engine_pb2
-from services.engine.core.errors import DrainingError, QueueFullError
-from services.engine.core.messages import Delta, FinishReason, ModelFacts, SequenceRequest
+from services.engine.core.errors import (
+    ConstraintFailedError,
+    ConstraintsUnavailableError,
+    DrainingError,
+    InvalidConstraintError,
+    QueueFullError,
+)
+from services.engine.core.messages import (
+    Constraint,
+    Delta,
+    Finish,
+    FinishReason,
+    ModelFacts,
+    SequenceRequest,
+)
 from services.engine.core_client import CoreClient
 from services.engine.request_stream import (
     CoreLostError,
@@ -21,7 +34,7 @@ from services.engine.request_stream import (
 from services.engine.responses import ResponseBuilder
 from services.engine.step_spans import SequenceSpans
 from services.engine.validation import missing_capability, sequence_requests
-from services.runtime.errors import Reason, ServiceError
+from services.runtime.errors import Reason, ServiceError, invalid_field
 from services.runtime.telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -103,6 +116,7 @@ class Generation:
         self._client = client
         self._request_id = sequences[0].request_id
         choices = {sequence.sequence_id: sequence.choice_index for sequence in sequences}
+        self._constraint = sequences[0].constraint
         self._builder = ResponseBuilder(choices, sequences[0].prompt_token_ids)
         self._spans = spans
         self._forget = forget
@@ -171,12 +185,22 @@ class Generation:
                 raise draining_error()
             raise ServiceError(Reason.ABORTED, "the request was aborted by another call")
         if finish.reason is FinishReason.ERROR:
+            if self._constraint is not None:
+                _raise_if_of_constraint(finish, self._constraint)
             log.error("a sequence failed alone: %s: %s", finish.error_kind, finish.error)
             raise ServiceError(
                 Reason.SEQUENCE_FAILED,
                 "the model's computation failed for this request",
                 metadata={"error": finish.error_kind},
             )
+
+
+def _raise_if_of_constraint(finish: Finish, constraint: Constraint) -> None:
+    match finish.error_kind:
+        case InvalidConstraintError.__name__ | ConstraintFailedError.__name__:
+            raise invalid_field(f"constraint.{constraint.kind}", finish.error)
+        case ConstraintsUnavailableError.__name__:
+            raise missing_capability("constraints", finish.error)
 
 
 def as_service_error(error: CoreLostError | RefusedError) -> ServiceError:

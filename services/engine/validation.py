@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import time
@@ -10,7 +11,13 @@ from collections.abc import Callable, Iterable
 from msgspec.structs import replace
 
 from meshserve.v1 import engine_pb2, types_pb2
-from services.engine.core.messages import ModelFacts, Sampling, SequenceRequest, Stopping
+from services.engine.core.messages import (
+    Constraint,
+    ModelFacts,
+    Sampling,
+    SequenceRequest,
+    Stopping,
+)
 from services.runtime.errors import Reason, ServiceError, invalid_field
 
 MAX_REQUEST_ID_CHARS = 256
@@ -20,6 +27,7 @@ MAX_PRIORITY = 100
 MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_SEQUENCES = 1024
 MAX_STOP_SEQUENCE_TOKENS = 1024
+MAX_CONSTRAINT_BYTES = 256 * 1024
 
 
 def sequence_requests(
@@ -45,6 +53,7 @@ def sequence_requests(
     further = replace(sampling, prompt_logprobs=None)
     stopping = _stopping(request, facts)
     _check_length(len(prompt), stopping.max_tokens, facts)
+    constraint = _constraint(request.constraint)
     received_ns = time.time_ns()
     return [
         SequenceRequest(
@@ -58,6 +67,7 @@ def sequence_requests(
             received_ns=received_ns,
             tenant=request.tenant,
             cache_salt=request.cache_salt,
+            constraint=constraint,
         )
         for index in range(_choices(request.sampling))
     ]
@@ -87,8 +97,6 @@ def check_request_id(request_id: str) -> None:
 def _check_capabilities(request: engine_pb2.EngineServiceGenerateRequest) -> None:
     if request.adapter:
         raise missing_capability("adapters", "this engine has no adapters loaded")
-    if request.constraint.WhichOneof("constraint") is not None:
-        raise missing_capability("constraints", "this engine does not constrain its output")
     sampling = request.sampling
     if sampling.HasField("beam_width"):
         raise missing_capability("beam_search", "this engine does not search beams")
@@ -172,6 +180,19 @@ def _stopping(request: engine_pb2.EngineServiceGenerateRequest, facts: ModelFact
         stop_token_ids=tuple(criteria.stop_token_ids),
         stop_sequences=tuple(tuple(stop.ids) for stop in request.stop_sequences),
     )
+
+
+def _constraint(given: types_pb2.OutputConstraint) -> Constraint | None:
+    kind = given.WhichOneof("constraint")
+    if kind is None:
+        return None
+    if given.ByteSize() > MAX_CONSTRAINT_BYTES:
+        raise invalid_field(f"constraint.{kind}", f"at most {MAX_CONSTRAINT_BYTES} bytes")
+    if kind == "choice":
+        if not given.choice.values:
+            raise invalid_field("constraint.choice.values", "at least one is needed")
+        return Constraint(kind, json.dumps([*given.choice.values]))
+    return Constraint(kind, getattr(given, kind))
 
 
 def _check_length(prompt_tokens: int, max_tokens: int | None, facts: ModelFacts) -> None:

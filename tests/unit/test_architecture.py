@@ -17,6 +17,7 @@ FOLDERS = ("services", "meshserve", "tests", "benchmarks", "docs", "deploy")
 LONGEST_FILE = 600
 LONG_FILE = 300
 # services/engine/core runs on a bare GPU machine.
+BARE_RUNTIME = ("services.runtime.modelfiles", "services.runtime.tokenizerfiles")
 CORE_MAY_NOT_IMPORT = ("grpc", "asyncio", "opentelemetry", "prometheus_client", "meshserve")
 
 
@@ -93,7 +94,7 @@ def test_the_runtime_imports_no_service() -> None:
 
 
 def test_the_engine_core_imports_neither_rpc_nor_telemetry() -> None:
-    allowed = ("services.engine.core", "services.runtime.modelfiles")
+    allowed = ("services.engine.core", *BARE_RUNTIME)
     wrong = [
         f"{name(path)} imports {module}"
         for path in python_files("services/engine/core")
@@ -107,10 +108,10 @@ def test_the_engine_core_imports_neither_rpc_nor_telemetry() -> None:
 def test_what_the_engine_core_uses_of_the_runtime_is_as_bare() -> None:
     wrong = [
         f"{name(path)} imports {module}"
-        for path in python_files("services/runtime/modelfiles")
+        for path in python_files(*(package.replace(".", "/") for package in BARE_RUNTIME))
         for module in imports(path)
         if is_within(module, *CORE_MAY_NOT_IMPORT)
-        or (is_within(module, "services") and not is_within(module, "services.runtime.modelfiles"))
+        or (is_within(module, "services") and not is_within(module, *BARE_RUNTIME))
     ]
     assert wrong == []
 

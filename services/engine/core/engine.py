@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 from services.engine.core.clock import now_ns
 from services.engine.core.fault_isolation import IsolatingRunner
-from services.engine.core.messages import Delta, Load, SequenceRequest, Step
+from services.engine.core.messages import Delta, Ended, Load, SequenceRequest, Step
 from services.engine.core.plan import Plan
 from services.engine.core.runner import Runner
 from services.engine.core.scheduler import Scheduler
+
+# How long the core waits for a rule to be compiled before it looks again, if it has nothing else to
+# do.
+_COMPILE_POLL_S = 0.001
 
 
 class EngineCore:
@@ -24,13 +29,15 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a live sequence, so that `step` would compute something."""
-        return self._scheduler.has_work
+        """Whether there is a live sequence, so that `step` brings it on."""
+        return not self._scheduler.is_empty
 
     @property
     def due_in_s(self) -> float | None:
-        """When `step` should be called next: at once; None: there is nothing to compute."""
-        return 0.0 if self._scheduler.has_work else None
+        """When `step` should be called next; None: there is nothing to compute."""
+        if self._scheduler.has_work or self._scheduler.has_compiled:
+            return 0.0
+        return None if self._scheduler.is_empty else _COMPILE_POLL_S
 
     def add(self, requests: list[SequenceRequest]) -> None:
         """Take in sequences: all of them or none.
@@ -49,13 +56,19 @@ class EngineCore:
         """Refuse new sequences from here on."""
         self._scheduler.draining = True
 
-    def step(self) -> Step:
-        """Compute one step. Precondition: `has_work`.
+    def step(self) -> Step | Ended:
+        """Compute one step, unless nothing can be computed before a rule is compiled.
+        Precondition: `has_work`.
 
         Raises:
             FatalEngineError: the engine cannot go on.
             IntegrityError: its state is broken.
         """
+        refused = self._scheduler.settle()
+        if not self._scheduler.has_work:
+            if not refused:
+                time.sleep(_COMPILE_POLL_S)
+            return Ended(refused, self.load())
         started_ns = now_ns()
         plan = self._scheduler.schedule()
         meanwhile = partial(self._plan_ahead, plan) if self._plans_ahead else None
@@ -67,7 +80,7 @@ class EngineCore:
             batch_size=len(plan.sequences),
             num_tokens=plan.num_tokens,
             ended_ns=ended_ns,
-            deltas=deltas,
+            deltas=refused + deltas if refused else deltas,
             load=self.load(),
         )
 

@@ -37,13 +37,25 @@ class Entrance:
         self._concurrency = concurrency
         self._queue = WaitingQueue(tenants)
         self._sharing = PrefillSharing(tables.prefix_cache, tables.pool.block_size)
+        self._compiling: dict[Sequence, None] = {}  # in the order they came
 
     def __len__(self) -> int:
-        return len(self._queue) + len(self._sharing)
+        return len(self._queue) + len(self._sharing) + len(self._compiling)
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self._queue
         yield from self._sharing
+        yield from self._compiling
+
+    @property
+    def num_compiling(self) -> int:
+        """Those whose rules are being compiled, and who stand in no queue yet."""
+        return len(self._compiling)
+
+    @property
+    def compiled(self) -> Iterator[Sequence]:
+        """Of these, those whose rules are compiled or cannot be."""
+        return (each for each in self._compiling if each.compilation and each.compilation.done)
 
     @property
     def num_tokens(self) -> int:
@@ -51,12 +63,27 @@ class Entrance:
         return self._queue.num_tokens
 
     def push(self, sequence: Sequence) -> None:
-        """Let a sequence wait."""
+        """Let a sequence wait, for its rule first where that is not compiled."""
+        if sequence.compilation is not None and sequence.matcher is None:
+            self._compiling[sequence] = None
+        else:
+            self._queue.push(sequence)
+
+    def begin_waiting(self, sequence: Sequence) -> None:
+        """Queue a sequence whose rule has been compiled."""
+        del self._compiling[sequence]
+        assert sequence.compilation is not None
+        assert sequence.compilation.grammar is not None
+        sequence.matcher = sequence.compilation.grammar.matcher(
+            ends_by_token=not sequence.request.stopping.ignore_eos
+        )
         self._queue.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence that waits."""
-        if sequence.awaits is not None:
+        if sequence in self._compiling:
+            del self._compiling[sequence]
+        elif sequence.awaits is not None:
             self._sharing.remove(sequence)
         else:
             self._queue.remove(sequence)

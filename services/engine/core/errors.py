@@ -45,3 +45,16 @@ class IntegrityError(EngineError):
 
 class FatalEngineError(EngineError):
     """The device or the engine is beyond repair; the process must be replaced."""
+
+
+class InvalidConstraintError(EngineError):
+    """A rule for completions is not valid, not supported or too costly; the text is for the
+    caller."""
+
+
+class ConstraintFailedError(EngineError):
+    """A completion cannot go on under its rule: a limit on its complexity is exceeded."""
+
+
+class ConstraintsUnavailableError(EngineError):
+    """Completions of this model cannot be held to rules."""

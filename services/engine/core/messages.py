@@ -50,6 +50,13 @@ class Stopping(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_sequences: tuple[tuple[int, ...], ...] = ()
 
 
+class Constraint(msgspec.Struct, frozen=True):
+    """A rule that the output follows."""
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    text: str  # choice: a JSON list of strings
+
+
 class SequenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """One sequence to generate: one choice of one request."""
 
@@ -63,6 +70,7 @@ class SequenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     received_ns: int = 0
     tenant: str = ""  # fairness is kept between tenants, and their prefixes are kept apart
     cache_salt: bytes = b""  # prefixes are shared under the same salt only
+    constraint: Constraint | None = None
 
 
 class EncodeTask(msgspec.Struct, frozen=True, array_like=True):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
+from services.engine.core.constraints.masks import Follower, StepMasks
 from services.engine.core.logit_edits import LogitEdits
 from services.engine.core.plan import Plan
 from services.engine.core.sampler import SamplingBatch
@@ -32,6 +33,7 @@ class Preparation:
     # before those that are sampled from. Empty: nothing is scored.
     scores: list[range]
     sampling: SamplingBatch | None  # None: nothing is sampled
+    masks: StepMasks | None  # those of `sampling`, to be filled; None: it has none
 
 
 def prepare(
@@ -75,6 +77,15 @@ def prepare(
         positions = np.arange(total) + np.repeat(np.subtract(contexts, ends), counts)
     tables = state.block_tables
     slots = tables[owners, positions // block_size] * np.int64(block_size) + positions % block_size
+    sampling = (
+        _scoring(plan, sampled, scores, state)
+        if scores
+        else _sampling(plan, drafts, sampled, state, num_pending_tokens)
+    )
+    masks = None
+    if sampling is not None and any(sequences[index].matcher for index in sampled):
+        masks = _masks(plan, drafts, sampled, scores)
+        sampling = replace(sampling, masks=masks.masks)
     return Preparation(
         plan=plan,
         drafts=drafts,
@@ -85,12 +96,28 @@ def prepare(
         logits_rows=logits_rows,
         sampled=sampled,
         scores=scores,
-        sampling=(
-            _scoring(plan, sampled, scores, state)
-            if scores
-            else _sampling(plan, drafts, sampled, state, num_pending_tokens)
-        ),
+        sampling=sampling,
+        masks=masks,
     )
+
+
+def _masks(
+    plan: Plan,
+    drafts: tuple[tuple[int, ...], ...] | None,
+    sampled: list[int],
+    scores: list[range],
+) -> StepMasks:
+    followers = []
+    row = 0
+    sampled_indices = frozenset(sampled)
+    for index, sequence in enumerate(plan.sequences):
+        row += len(scores[index]) if scores else 0
+        if index in sampled_indices:
+            draft = () if drafts is None else drafts[index]
+            if sequence.matcher is not None:
+                followers.append(Follower(index, row, sequence.matcher, draft))
+            row += 1 + len(draft)
+    return StepMasks(followers)
 
 
 def _scores(sequences: Iterable[Sequence], computed: list[int], contexts: list[int]) -> list[range]:

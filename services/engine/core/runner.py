@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.beside import Helper, Work
 from services.engine.core.clock import now_ns
+from services.engine.core.constraints.masks import StepMasks
+from services.engine.core.errors import EngineError
 from services.engine.core.messages import TokenLogprobs
 from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
 from services.engine.core.preparation import Preparation, prepare
@@ -81,7 +84,8 @@ class Runner:
         The K and V of the planned tokens are in the cache afterwards. Running the same plan again
         is harmless: it writes the same values to the same slots.
 
-        `meanwhile` is done while the device computes; it may `prepare` what comes next.
+        `meanwhile` is done while the device computes; it may `prepare` what comes next. Where it is
+        given, masks are filled meanwhile too.
         """
         started_ns = now_ns()
         step, self._prepared = self._prepared, None
@@ -91,15 +95,31 @@ class Runner:
             if plan.block_copies:
                 self._kv_cache.copy_blocks(plan.block_copies)
             batch = self._batch(step)
+            errors: dict[int, EngineError] = {}
+            if step.masks is not None and meanwhile is None:
+                errors = step.masks.fill()
+            elif step.masks is not None and meanwhile is not None:
+                meanwhile = partial(_fill_first, step.masks, errors, meanwhile)
             if meanwhile is None:
                 tokens = self._compute(batch, step.sampling)
             elif self._computes_here:
                 self._helper = self._helper or Helper()
                 with self._helper.doing(meanwhile):
-                    tokens = self._compute(batch, step.sampling)
+                    if step.masks is None:
+                        tokens = self._compute(batch, step.sampling)
+                    else:
+                        logits = self._model(batch, self._kv_cache)
+                if step.masks is not None and step.sampling is not None:
+                    tokens = sample(logits, step.sampling)
             else:
                 tokens = self._compute(batch, step.sampling, meanwhile)
-        return StepOutputs(plan, _outputs(step, tokens), started_ns, now_ns())
+        outputs = _outputs(step, tokens)
+        if errors:
+            outputs = tuple(
+                SequenceOutput(error=errors[index]) if index in errors else output
+                for index, output in enumerate(outputs)
+            )
+        return StepOutputs(plan, outputs, started_ns, now_ns())
 
     def _compute(
         self, batch: ForwardBatch, sampling: SamplingBatch | None, meanwhile: Work | None = None
@@ -135,6 +155,11 @@ class Runner:
             context_lengths=step.context_lengths,
             logits_rows=rows_there,
         )
+
+
+def _fill_first(masks: StepMasks, errors: dict[int, EngineError], work: Work) -> None:
+    errors.update(masks.fill())
+    work()
 
 
 def _outputs(step: Preparation, tokens: SampledTokens) -> tuple[SequenceOutput, ...]:

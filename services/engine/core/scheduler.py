@@ -6,8 +6,15 @@ from services.engine.core.admission import AdmissionLimits, ConcurrencyLimit, Qu
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.block_tables import BlockTables
 from services.engine.core.clock import now_ns
+from services.engine.core.constraints.compilation import Compiler
 from services.engine.core.entrance import Entrance
-from services.engine.core.errors import DrainingError, DuplicateSequenceError, IntegrityError
+from services.engine.core.errors import (
+    ConstraintFailedError,
+    DrainingError,
+    DuplicateSequenceError,
+    IntegrityError,
+    InvalidSequenceError,
+)
 from services.engine.core.fairness import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, TenantCounters
 from services.engine.core.lookahead import Lookahead
 from services.engine.core.messages import Delta, Finish, FinishReason, SequenceRequest
@@ -49,7 +56,9 @@ class Scheduler:
         step_latency_target_ms: float,
         prefix_cache: bool,
         speculator: Speculator | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
+        """compiler: of the rules that outputs follow; without one there can be none."""
         self.pool = pool
         self.limits = limits
         self.draining = False
@@ -72,6 +81,7 @@ class Scheduler:
         )
         self.lookahead = Lookahead(self._running, self._entrance, self.block_tables)
         self._speculator = speculator
+        self._compiler = compiler
         self._arrivals = 0
         self._live: dict[int, Sequence] = {}
 
@@ -98,7 +108,17 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would compute anything."""
-        return bool(self._live)
+        return len(self._live) > self._entrance.num_compiling
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no live sequence, not even one whose rule is being compiled."""
+        return not self._live
+
+    @property
+    def has_compiled(self) -> bool:
+        """Whether there is something to `settle`."""
+        return any(True for _ in self._entrance.compiled)
 
     def add(self, requests: list[SequenceRequest]) -> None:
         """Queue the sequences of a request: all of them or, where one is refused, none.
@@ -112,6 +132,8 @@ class Scheduler:
         """
         if self.draining:
             raise DrainingError("the engine drains and takes no new sequences")
+        if self._compiler is None and any(request.constraint for request in requests):
+            raise InvalidSequenceError("outputs of this engine follow no rules")
         max_tokens = [self.limits.max_output_tokens(request) for request in requests]
         ids = {request.sequence_id for request in requests}
         if len(ids) < len(requests) or not ids.isdisjoint(self._live):
@@ -134,6 +156,9 @@ class Scheduler:
         )
         self._arrivals += len(added)
         for sequence in added:
+            if (rule := sequence.request.constraint) is not None and self._compiler is not None:
+                sequence.compilation = self._compiler.compile(rule)
+        for sequence in added:
             self._live[sequence.sequence_id] = sequence
             self._entrance.push(sequence)
 
@@ -145,8 +170,23 @@ class Scheduler:
         self._end(sequence, Finish(FinishReason.ABORTED), now_ns())
         return sequence.delta()
 
+    def settle(self) -> list[Delta]:
+        """Queue the sequences whose rules have been compiled, and end those whose rules cannot be;
+        returns one delta for each of the latter."""
+        failed: list[Delta] = []
+        for sequence in [*self._entrance.compiled]:
+            assert sequence.compilation is not None
+            error = sequence.compilation.error
+            if error is None:
+                self._entrance.begin_waiting(sequence)
+                continue
+            finish = Finish(FinishReason.ERROR, error=str(error), error_kind=type(error).__name__)
+            self._end(sequence, finish, now_ns())
+            failed.append(sequence.delta())
+        return failed
+
     def schedule(self) -> Plan:
-        """The next step. It is empty only if there is no live sequence.
+        """The next step. It is empty only if there is nothing to compute.
 
         Postcondition: the block table of each planned sequence holds all tokens it will have after
         the step.
@@ -156,7 +196,7 @@ class Scheduler:
         if self._speculator is not None and len(planned) == sum(planned.values()):
             room = self._max_batch_tokens - len(planned)
             plan_drafts(self._speculator, planned, self.block_tables, self.pool, max_tokens=room)
-        if not planned and self._live:
+        if not planned and self.has_work:
             raise IntegrityError("sequences are live, but none can be scheduled")
         self.steps += 1
         self._concurrency.stepped()
@@ -284,9 +324,11 @@ class Scheduler:
         finish = None
         accepted = 0
         for token_id in output.token_ids:
-            sequence.token_ids.append(token_id)
+            try:
+                finish = sequence.take(token_id)
+            except ConstraintFailedError as error:
+                return self._fail(sequence, error, ended_ns)
             accepted += 1
-            finish = sequence.stops.check(sequence.token_ids, sequence.num_prompt_tokens)
             if finish is not None:
                 break
         self.sampled_tokens += accepted

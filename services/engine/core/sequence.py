@@ -5,11 +5,14 @@ from __future__ import annotations
 import enum
 from array import array
 
+from services.engine.core.constraints.compilation import Compilation
+from services.engine.core.constraints.grammar import Matcher
 from services.engine.core.errors import IntegrityError
 from services.engine.core.messages import (
     MAX_INTERRUPTIONS,
     Delta,
     Finish,
+    FinishReason,
     Sampling,
     SequenceRequest,
     Timing,
@@ -47,6 +50,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "cached_prompt_tokens",
+        "compilation",
         "draft_token_ids",
         "drafted_tokens",
         "finish",
@@ -54,6 +58,7 @@ class Sequence:
         "first_token_ns",
         "fork_of",
         "interruptions_ns",
+        "matcher",
         "max_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -106,6 +111,9 @@ class Sequence:
         # The choice of the same request that computes the prompt for both, until this one enters.
         self.fork_of: Sequence | None = None
         self.awaits: Sequence | None = None  # whose prefill it waits for beside the queue
+        # The rule its output follows, if any, and what follows it: not before that is compiled.
+        self.compilation: Compilation | None = None
+        self.matcher: Matcher | None = None
         self.row = -1  # where the runner keeps this sequence's buffers, while RUNNING
         self.admissions = 0  # how often it has entered RUNNING
         self.preemptions = 0
@@ -168,6 +176,19 @@ class Sequence:
     def is_finished(self) -> bool:
         """Whether it has ended, however that came."""
         return self.state is SequenceState.FINISHED
+
+    def take(self, token_id: int) -> Finish | None:
+        """Append a token that was sampled; returns how the sequence ends with it, or None.
+
+        Raises:
+            ConstraintFailedError: its rule cannot be followed any further.
+        """
+        self.token_ids.append(token_id)
+        finish = self.stops.check(self.token_ids, self.num_prompt_tokens)
+        if self.matcher is None or (finish is not None and finish.reason is FinishReason.STOP):
+            return finish
+        self.matcher.advance(token_id)
+        return Finish(FinishReason.STOP) if self.matcher.ended else finish
 
     def interrupt(self, at_ns: int) -> None:
         """Note that it was preempted."""

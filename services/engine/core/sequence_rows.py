@@ -87,7 +87,12 @@ class SequenceRows:
         self._noise_key[row] = stream_key(sampling.seed, sequence.request.choice_index)
         self._logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
         self._token_counts[row] = TokenCounts() if counts_tokens(sampling) else None
-        self.has_edits[row] = has_edits(sampling) or sequence.request.stopping.min_tokens > 0
+        # A rule's mask depends on what was said before, as some edits do.
+        self.has_edits[row] = (
+            has_edits(sampling)
+            or sequence.request.stopping.min_tokens > 0
+            or sequence.matcher is not None
+        )
         self.is_greedy[row] = (
             sampling.temperature == 0 and sampling.logprobs is None and not self.has_edits[row]
         )

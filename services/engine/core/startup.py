@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from services.engine.core.admission import AdmissionLimits
 from services.engine.core.backends import load_backend
 from services.engine.core.block_pool import BlockPool
+from services.engine.core.constraints.compilation import Compiler
+from services.engine.core.constraints.vocabulary import read_vocabulary
 from services.engine.core.encoding.core import EncoderCore
 from services.engine.core.encoding.loader import is_encoder
 from services.engine.core.encoding.startup import build_encoder
@@ -102,6 +105,9 @@ def build_engine(
         step_latency_target_ms=settings.step_latency_target_ms,
         prefix_cache=settings.prefix_cache,
         speculator=speculator,
+        compiler=Compiler(
+            partial(read_vocabulary, settings.model_path, config.vocab_size, config.eos_token_ids)
+        ),
     )
     runner = make_runner(
         model,

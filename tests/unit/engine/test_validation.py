@@ -160,7 +160,6 @@ def test_what_exceeds_the_context_is_refused_with_the_limit(
     ("capability", "fields"),
     [
         ("adapters", {"adapter": "a"}),
-        ("constraints", {"constraint": {"regex": "a+"}}),
         ("beam_search", {"sampling": {"beam_width": 2}}),
         ("best_of", {"sampling": {"n": 1, "best_of": 2}}),
     ],

@@ -22,6 +22,8 @@ def plan_drafts(
     """
     sequences = list(planned)
     for sequence, draft in zip(sequences, speculator.propose(sequences, max_tokens), strict=True):
+        if draft and sequence.matcher is not None:
+            draft = draft[: sequence.matcher.num_valid(draft)]
         missing = tables.missing_blocks(sequence, len(draft))
         if missing > pool.num_free:
             continue

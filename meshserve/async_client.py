@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -12,12 +12,16 @@ import grpc
 from meshserve.accumulators import ChatAccumulator, CompletionAccumulator
 from meshserve.async_streams import AsyncStream
 from meshserve.attempts import Attempts
+from meshserve.encodings import Classifications, Embeddings, Scores
 from meshserve.options import (
     ChatOptions,
+    ClassifyOptions,
     CountOptions,
+    EmbedOptions,
     GenerateOptions,
     Messages,
     Prompt,
+    ScoreOptions,
 )
 from meshserve.transport import (
     DEFAULT_TARGET,
@@ -36,7 +40,7 @@ from meshserve.types import (
     TokenCount,
 )
 from meshserve.v1 import gateway_pb2, gateway_pb2_grpc
-from meshserve.wire import requests, responses
+from meshserve.wire import encodings, requests, responses
 from meshserve.wire.statuses import error_from_rpc
 
 AsyncCompletionStream = AsyncStream[gateway_pb2.StreamGenerateResponse, CompletionChunk, Completion]
@@ -144,6 +148,43 @@ class AsyncClient:
         """Counts the tokens that an input would cost."""
         request = requests.count_tokens_request(prompt, options)
         return responses.token_count(await self._call("CountTokens", request, timeout, metadata))
+
+    async def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        timeout: Timeout = USE_CLIENT_DEFAULT,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Embeddings:
+        """Turns texts into vectors."""
+        request = encodings.embed_request(texts, options)
+        return encodings.embeddings(await self._call("Embed", request, timeout, metadata))
+
+    async def classify(
+        self,
+        texts: str | Sequence[str],
+        *,
+        timeout: Timeout = USE_CLIENT_DEFAULT,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[ClassifyOptions],
+    ) -> Classifications:
+        """Sorts texts into the classes of a model."""
+        request = encodings.classify_request(texts, options)
+        return encodings.classifications(await self._call("Classify", request, timeout, metadata))
+
+    async def score(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        timeout: Timeout = USE_CLIENT_DEFAULT,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Scores:
+        """Scores how well documents fit a query."""
+        request = encodings.score_request(query, documents, options)
+        return encodings.scores(await self._call("Score", request, timeout, metadata))
 
     async def models(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -11,12 +11,16 @@ import grpc
 
 from meshserve.accumulators import ChatAccumulator, CompletionAccumulator
 from meshserve.attempts import Attempts
+from meshserve.encodings import Classifications, Embeddings, Scores
 from meshserve.options import (
     ChatOptions,
+    ClassifyOptions,
     CountOptions,
+    EmbedOptions,
     GenerateOptions,
     Messages,
     Prompt,
+    ScoreOptions,
 )
 from meshserve.streams import Stream
 from meshserve.transport import (
@@ -36,7 +40,7 @@ from meshserve.types import (
     TokenCount,
 )
 from meshserve.v1 import gateway_pb2, gateway_pb2_grpc
-from meshserve.wire import requests, responses
+from meshserve.wire import encodings, requests, responses
 from meshserve.wire.statuses import error_from_rpc
 
 CompletionStream = Stream[gateway_pb2.StreamGenerateResponse, CompletionChunk, Completion]
@@ -148,6 +152,45 @@ class Client:
         """Counts the tokens that an input would cost."""
         request = requests.count_tokens_request(prompt, options)
         return responses.token_count(self._call(self._stub.CountTokens, request, timeout, metadata))
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        timeout: Timeout = USE_CLIENT_DEFAULT,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Embeddings:
+        """Turns texts into vectors."""
+        request = encodings.embed_request(texts, options)
+        return encodings.embeddings(self._call(self._stub.Embed, request, timeout, metadata))
+
+    def classify(
+        self,
+        texts: str | Sequence[str],
+        *,
+        timeout: Timeout = USE_CLIENT_DEFAULT,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[ClassifyOptions],
+    ) -> Classifications:
+        """Sorts texts into the classes of a model."""
+        request = encodings.classify_request(texts, options)
+        return encodings.classifications(
+            self._call(self._stub.Classify, request, timeout, metadata)
+        )
+
+    def score(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        timeout: Timeout = USE_CLIENT_DEFAULT,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Scores:
+        """Scores how well documents fit a query."""
+        request = encodings.score_request(query, documents, options)
+        return encodings.scores(self._call(self._stub.Score, request, timeout, metadata))
 
     def models(
         self,

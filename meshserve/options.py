@@ -55,10 +55,12 @@ class RequestOptions(TypedDict, total=False):
     """Added to the logit of a token id."""
     allowed_token_ids: Sequence[int] | None
     banned_token_ids: Sequence[int] | None
+    logits_processors: Sequence[str | Mapping[str, Any]] | None
+    """Plugins of the engine that edit logits: names, or mappings with `name` and `arguments`."""
     n: int | None
     """Number of completions."""
     best_of: int | None
-    """Completions drawn, of which the `n` likeliest are returned."""
+    """Completions drawn, of which the `n` likeliest are returned. Not with a stream."""
     beam_width: int | None
     """Beam search with this many beams instead of sampling."""
     stop: str | Sequence[str] | None
@@ -84,6 +86,7 @@ class RequestOptions(TypedDict, total=False):
     logprobs: int | None
     """Log-probability of each token, with this many alternatives."""
     prompt_logprobs: int | None
+    """The same of each prompt token from the second on."""
     echo: bool
     """Whether the prompt is repeated before the completion."""
     return_token_ids: bool
@@ -128,3 +131,38 @@ class CountOptions(TemplateOptions, total=False):
 
     model: str
     add_special_tokens: bool | None
+
+
+class EncodingOptions(TypedDict, total=False):
+    """Options that `embed`, `classify` and `score` share."""
+
+    model: str
+    """Name or alias of a model. Default: the first one that can do what is asked for."""
+    request_id: str
+    """Names the request in logs, traces and the answer. Default: chosen by the server."""
+    truncation: Literal["refuse", "drop_oldest", "drop_newest"] | None
+    """What happens to a text that does not fit. Default: it is refused."""
+
+
+class EmbedOptions(EncodingOptions, total=False):
+    """Options of `embed`."""
+
+    pooling: Literal["mean", "first", "last"] | None
+    """How the vectors of tokens become one. Default: the model's own."""
+    normalize: bool | None
+    """Whether vectors have length 1. Default: the model's own."""
+    dimensions: int | None
+    """Components kept of each vector, the first ones, before its length is made 1."""
+    cache: bool | CacheControl | None
+    """False keeps the request away from the response cache."""
+
+
+class ClassifyOptions(EncodingOptions, total=False):
+    """Options of `classify`."""
+
+    top_k: int
+    """Classes returned per text, likeliest first; 0 returns all."""
+
+
+class ScoreOptions(EncodingOptions, total=False):
+    """Options of `score`."""

@@ -2,6 +2,7 @@
 
 from meshserve.async_client import AsyncChatStream, AsyncClient, AsyncCompletionStream
 from meshserve.client import ChatStream, Client, CompletionStream
+from meshserve.encodings import Classifications, ClassScore, Embeddings, Scores
 from meshserve.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -59,6 +60,8 @@ __all__ = [
     "ChatCompletion",
     "ChatStream",
     "Choice",
+    "ClassScore",
+    "Classifications",
     "Client",
     "Completion",
     "CompletionChunk",
@@ -67,6 +70,7 @@ __all__ = [
     "ConflictError",
     "ConnectError",
     "DeadlineExceededError",
+    "Embeddings",
     "FailedPreconditionError",
     "FieldViolation",
     "FinishReason",
@@ -85,6 +89,7 @@ __all__ = [
     "SafetyAction",
     "SafetyFinding",
     "SafetyVerdict",
+    "Scores",
     "ServerError",
     "ServiceUnavailableError",
     "Timings",

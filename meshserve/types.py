@@ -296,4 +296,8 @@ class Model:
     ready: bool = False
     """Whether an engine is serving it now."""
     is_default: bool = False
-    """Whether requests that name no model get this one."""
+    """Whether requests that name no model get this one, if it can do what they ask for."""
+    embedding_size: int = 0
+    """Components of its embeddings; 0: it makes none."""
+    labels: tuple[str, ...] = ()
+    """Classes that it tells apart, in its own order."""

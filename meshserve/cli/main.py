@@ -30,7 +30,11 @@ COMMANDS = {
     "probe": "Ask one service whether it can do its work now.",
     "chat": "Talk to a model.",
     "generate": "Complete a prompt.",
+    "embed": "Turn texts into vectors.",
+    "classify": "Sort texts into the classes of a model.",
+    "score": "Score documents against a query.",
     "models": "Pull, list and show models.",
+    "quantize": "Write a model in 4 or 8 bits, and measure what it costs.",
 }
 CRASH_REPORT = "crash.txt"
 

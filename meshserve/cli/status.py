@@ -147,6 +147,12 @@ def describe_model(model: Model) -> str:
     """A model's outline in one line."""
     parts = [model.architecture, f"{model.parameters / 1e6:.0f}M parameters", model.dtype]
     parts.append(f"{model.context_tokens} tokens of context")
+    if model.capabilities:
+        parts.append("can " + " and ".join(model.capabilities))
+    if model.embedding_size:
+        parts.append(f"{model.embedding_size} components")
+    if model.labels:
+        parts.append(f"{len(model.labels)} classes")
     if model.is_default:
         parts.append("default")
     if model.aliases:

@@ -94,7 +94,8 @@ class Display:
     def _line(self, status: ProcessStatus) -> Text:
         mark, style = _STYLES[status.state]
         line = Text.assemble((time.strftime("%H:%M:%S "), "dim"))
-        line.append(f"{mark} {status.name:<10}", style=style)
+        width = max(len(each) for each in self._statuses) + 1
+        line.append(f"{mark} {status.name:<{width}}", style=style)
         line.append(f"{status.state}", style=style)
         if status.state is ProcessState.HEALTHY and status.start_took_s is not None:
             line.append(f" after {status.start_took_s:.1f} s", style="dim")

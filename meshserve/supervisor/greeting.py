@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.console import Console
 
 from meshserve.async_client import AsyncClient
 from meshserve.supervisor.logview import printable
+from meshserve.types import Model
 
 PROMPT = "In one short sentence: what is the capital of France?"
 MAX_TOKENS = 48
@@ -27,6 +29,19 @@ class Greeting:
     def tokens_per_s(self) -> float:
         """Rate over the whole answer: text that was held back and came at once counts fairly."""
         return self.completion_tokens / self.total_s
+
+
+async def embed_greeting(client: AsyncClient, console: Console) -> None:
+    """The vector of a sentence, for a mesh whose models do not generate. Raises MeshServeError."""
+    answer = await client.embed(PROMPT, cache=False, timeout=TIMEOUT_S)
+    console.print(f"\n[dim]you>[/] {PROMPT}", highlight=False)
+    shown = ", ".join(f"{value:.4f}" for value in answer.vector[:4])
+    console.print(f"[dim]mesh>[/] [{shown}, ...]: {len(answer.vector)} components", highlight=False)
+
+
+def generates(models: Iterable[Model]) -> bool:
+    """Whether one of the models makes text, as far as is known what they can do."""
+    return any(not model.capabilities or "generate" in model.capabilities for model in models)
 
 
 async def stream_greeting(client: AsyncClient, console: Console) -> Greeting:

@@ -17,7 +17,12 @@ from rich.text import Text
 from meshserve.async_client import AsyncClient
 from meshserve.errors import AuthenticationError, MeshServeError
 from meshserve.supervisor.display import Display
-from meshserve.supervisor.greeting import stream_greeting
+from meshserve.supervisor.greeting import (
+    Greeting,
+    embed_greeting,
+    generates,
+    stream_greeting,
+)
 from meshserve.supervisor.groups import REAPER_GRACE_S
 from meshserve.supervisor.keyboard import key_presses
 from meshserve.supervisor.logview import LogFollower, format_line, format_lines
@@ -147,7 +152,7 @@ class Mesh:
         """One answer through the whole mesh. A failure is shown; the mesh goes on."""
         tls = self._gateway_tls
         async with AsyncClient(self._mesh.gateway.target, tls=tls) as client:
-            greeting = asyncio.create_task(stream_greeting(client, self._console))
+            greeting = asyncio.create_task(self._first_answer(client))
             stopping = asyncio.create_task(self._stop_requested.wait())
             try:
                 ready_at = time.monotonic()
@@ -155,6 +160,8 @@ class Mesh:
                 if not greeting.done():
                     return
                 result = await greeting
+                if result is None:
+                    return
             except AuthenticationError:
                 self._console.print(
                     f"[yellow]No greeting:[/] the gateway asks for an API key; "
@@ -177,6 +184,14 @@ class Mesh:
             highlight=False,
             soft_wrap=True,
         )
+
+    async def _first_answer(self, client: AsyncClient) -> Greeting | None:
+        models = await client.models()
+        if generates(models):
+            return await stream_greeting(client, self._console)
+        if any("embed" in model.capabilities for model in models):
+            await embed_greeting(client, self._console)
+        return None
 
     def _show_how_to_talk(self) -> None:
         target, traces_url = self._mesh.gateway.target, self._mesh.traces_url

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from meshserve.supervisor.engines import local_engines, target_environment
 from meshserve.supervisor.phoenix import page_url, phoenix_spec
 from meshserve.supervisor.probes import GrpcProbe, ValkeyProbe
 from meshserve.supervisor.spec import ListenAddress, ProcessSpec
@@ -38,16 +39,15 @@ def process_specs(
 
     Raises EmbeddedValkeyError when Valkey is needed and cannot be set up, and PhoenixMissingError.
     """
-    child_environment = _child_environment(environment)
+    child_environment = _child_environment(environment) | target_environment(settings)
     specs = []
     if settings.valkey.is_embedded:
         specs.append(_valkey_spec(settings, state, child_environment))
     if show_traces:
         # Before the services, so that it outlives them and gets their last spans.
         specs.append(phoenix_spec(settings.telemetry.phoenix, state, child_environment))
-    for name in SERVICES:
-        section = settings.server(name)
-        command = [sys.executable, "-m", f"services.{name}"]
+    for service, name, section, own in _services(settings):
+        command = [sys.executable, "-m", f"services.{service}"]
         if config is not None:
             command += ["--config", str(config)]
         addresses = [ListenAddress(f"{name}.listen", section.listen)]
@@ -60,7 +60,7 @@ def process_specs(
                 name=name,
                 command=tuple(command),
                 probe=GrpcProbe(own_endpoint(section).address, service_tls(section)),
-                environment=child_environment,
+                environment=child_environment | own,
                 addresses=tuple(addresses),
                 stage=1,
                 stop_timeout_s=section.drain_timeout_s + STOP_MARGIN_S,
@@ -74,10 +74,10 @@ def running_mesh(settings: Settings, *, show_traces: bool = False) -> RunningMes
     services = tuple(
         ServiceEntry(
             name,
-            own_endpoint(section := settings.server(name)).address,
+            own_endpoint(section).address,
             str(section.tls.certificate.absolute()) if section.tls is not None else None,
         )
-        for name in SERVICES
+        for _, name, section, _ in _services(settings)
     )
     gateway = next(entry for entry in services if entry.name == "gateway")
     return RunningMesh(
@@ -87,6 +87,18 @@ def running_mesh(settings: Settings, *, show_traces: bool = False) -> RunningMes
         traces_url=page_url(settings.telemetry.phoenix) if show_traces else None,
         console_url=_console_url(settings.gateway),
     )
+
+
+def _services(settings: Settings) -> Iterator[tuple[str, str, ServerSettings, dict[str, str]]]:
+    """The processes of services: the service, the process's name, its section of the settings, and
+    what of them is its own."""
+    for service in SERVICES:
+        if service == "engine":
+            for engine in local_engines(settings):
+                own = engine.environment if engine.name != service else {}
+                yield service, engine.name, engine.section, own
+        else:
+            yield service, service, settings.server(service), {}
 
 
 def service_tls(section: ServerSettings) -> TLS | bool:

@@ -28,7 +28,7 @@ from meshserve.wire.assign import (
 )
 from meshserve.wire.conversations import fill_conversation
 
-_TRUNCATIONS = {
+TRUNCATIONS = {
     "refuse": types_pb2.TRUNCATION_POLICY_REFUSE,
     "drop_oldest": types_pb2.TRUNCATION_POLICY_DROP_OLDEST,
     "drop_newest": types_pb2.TRUNCATION_POLICY_DROP_NEWEST,
@@ -55,7 +55,7 @@ _SAMPLING_SCALARS = (
 
 def generate_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.GenerateRequest:
     """The message that asks for the completion of `prompt`. Raises InvalidRequestError."""
-    _refuse_unknown(options, GenerateOptions)
+    refuse_unknown(options, GenerateOptions)
     request = gateway_pb2.GenerateRequest()
     if isinstance(prompt, str):
         request.text = checked_text(prompt, "text")
@@ -73,7 +73,7 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Ge
 
 def chat_request(messages: str | Messages, options: ChatOptions) -> gateway_pb2.ChatRequest:
     """The message that asks for the answer to a conversation. Raises InvalidRequestError."""
-    _refuse_unknown(options, ChatOptions)
+    refuse_unknown(options, ChatOptions)
     request = gateway_pb2.ChatRequest()
     if isinstance(messages, str):
         messages = [Message("user", checked_text(messages, "conversation.messages[0].content"))]
@@ -93,7 +93,7 @@ def count_tokens_request(
     prompt: str | Messages, options: CountOptions
 ) -> gateway_pb2.CountTokensRequest:
     """The message that asks what an input costs. Raises InvalidRequestError."""
-    _refuse_unknown(options, CountOptions)
+    refuse_unknown(options, CountOptions)
     request = gateway_pb2.CountTokensRequest()
     if isinstance(prompt, str):
         request.text = checked_text(prompt, "text")
@@ -147,16 +147,16 @@ def _fill_common(
     _fill_sampling(request.sampling, options)
     _fill_stopping(request.stopping, options)
     _fill_constraint(request, options)
-    _fill_cache_control(request, options.get("cache"))
+    fill_cache_control(request, options.get("cache"))
     output = request.output
     for name in ("logprobs", "prompt_logprobs", "echo", "keep_special_tokens"):
         assign(output, name, options.get(name), f"output.{name}")
     assign(output, "token_ids", options.get("return_token_ids"), "output.token_ids")
     truncation = options.get("truncation")
     if truncation is not None:
-        if truncation not in _TRUNCATIONS:
-            raise invalid_field("truncation", one_of(truncation, _TRUNCATIONS))
-        request.truncation = _TRUNCATIONS[truncation]
+        if truncation not in TRUNCATIONS:
+            raise invalid_field("truncation", one_of(truncation, TRUNCATIONS))
+        request.truncation = TRUNCATIONS[truncation]
 
 
 def _fill_sampling(
@@ -166,6 +166,7 @@ def _fill_sampling(
         assign(sampling, name, options.get(name), f"sampling.{name}")
     for name in ("allowed_token_ids", "banned_token_ids"):
         extend(sampling, name, options.get(name), f"sampling.{name}")
+    _fill_logits_processors(sampling, options.get("logits_processors") or ())
     biases = options.get("logit_bias")
     if biases is not None and not isinstance(biases, Mapping):
         raise invalid_field("sampling.logit_bias", "must map token ids to numbers")
@@ -176,6 +177,20 @@ def _fill_sampling(
             raise invalid_field(
                 "sampling.logit_bias", f"{token_id!r}: {bias!r} is not a token id with a number"
             ) from None
+
+
+def _fill_logits_processors(
+    sampling: types_pb2.SamplingParams, processors: Sequence[str | Mapping[str, Any]]
+) -> None:
+    for position, given in enumerate(processors):
+        path = f"sampling.logits_processors[{position}]"
+        named = {"name": given} if isinstance(given, str) else given
+        if not isinstance(named, Mapping) or not {"name"} <= named.keys() <= {"name", "arguments"}:
+            raise invalid_field(path, "must be a name, or a mapping with name and arguments")
+        processor = sampling.logits_processors.add()
+        assign(processor, "name", named["name"], f"{path}.name")
+        if "arguments" in named:
+            assign_struct(processor.arguments, named["arguments"], f"{path}.arguments")
 
 
 def _fill_stopping(
@@ -215,10 +230,11 @@ def _fill_constraint(
     assign(constraint, name, value, f"constraint.{name}")
 
 
-def _fill_cache_control(
-    request: gateway_pb2.GenerateRequest | gateway_pb2.ChatRequest,
+def fill_cache_control(
+    request: gateway_pb2.GenerateRequest | gateway_pb2.ChatRequest | gateway_pb2.EmbedRequest,
     cache: bool | CacheControl | None,
 ) -> None:
+    """Sets what a request wants of the response cache. Raises InvalidRequestError."""
     if cache is None or cache is True:
         return
     if cache is False:
@@ -243,7 +259,8 @@ def _refuse_template_options(options: TemplateOptions) -> None:
             raise invalid_field(f"conversation.{name}", "applies to a conversation alone")
 
 
-def _refuse_unknown(options: Mapping[str, Any], schema: type) -> None:
+def refuse_unknown(options: Mapping[str, Any], schema: type) -> None:
+    """Raises TypeError for an option that the schema does not have, with the nearest one."""
     known = _names_of(schema)
     for name in options:
         if name not in known:

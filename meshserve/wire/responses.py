@@ -153,6 +153,8 @@ def model(source: gateway_pb2.Model) -> Model:
         ),
         ready=source.ready,
         is_default=source.is_default,
+        embedding_size=source.embedding_size,
+        labels=tuple(source.labels),
     )
 
 

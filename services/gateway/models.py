@@ -7,7 +7,7 @@ import difflib
 import logging
 from dataclasses import dataclass
 
-from meshserve.v1 import engine_pb2, gateway_pb2, tokenizer_pb2, types_pb2
+from meshserve.v1 import engine_pb2, engine_pb2_grpc, gateway_pb2, tokenizer_pb2, types_pb2
 from services.gateway.activation import Activation
 from services.gateway.engine_calls import EngineCalls
 from services.gateway.peers import Peers
@@ -28,6 +28,7 @@ class ServedModel:
     """A model that can be routed to, as its engine and tokenizer describe it."""
 
     name: str
+    engine: engine_pb2_grpc.EngineServiceAsyncStub
     engine_calls: EngineCalls
     info: engine_pb2.GetModelInfoResponse
     tokenizer: tokenizer_pb2.GetTokenizerInfoResponse
@@ -58,6 +59,21 @@ class ServedModel:
                 types_pb2.MODEL_CAPABILITY_GENERATE
             )
         return capability in self.info.capabilities
+
+    def check_can(self, capability: types_pb2.ModelCapability.ValueType) -> None:
+        """Raises ServiceError (CAPABILITY_MISSING)."""
+        if not self.can(capability):
+            label = types_pb2.ModelCapability.Name(capability)
+            verb = label.removeprefix("MODEL_CAPABILITY_").lower()
+            able = [
+                types_pb2.ModelCapability.Name(each).removeprefix("MODEL_CAPABILITY_").lower()
+                for each in self.info.capabilities
+            ]
+            raise ServiceError(
+                Reason.CAPABILITY_MISSING,
+                f"the model {self.name!r} cannot {verb}; it can {', '.join(able)}",
+                metadata={"capability": label},
+            )
 
 
 class ModelDirectory:
@@ -117,9 +133,24 @@ class ModelDirectory:
         allows every model."""
         return not allowed or any(self._names.get(each) == name for each in allowed)
 
-    def allowed_name(self, name: str, allowed: frozenset[str]) -> str:
-        """The configured name, as `canonical_name`. Raises ServiceError (MODEL_NOT_ALLOWED) too."""
+    def allowed_name(
+        self,
+        name: str,
+        allowed: frozenset[str],
+        capability: types_pb2.ModelCapability.ValueType | None = None,
+    ) -> str:
+        """The configured name, as `canonical_name`; where none is given, that of the first model
+        that is not known to lack the capability. Raises ServiceError (MODEL_NOT_ALLOWED) too."""
         canonical = self.canonical_name(name)
+        if not name and capability is not None:
+            canonical = next(
+                (
+                    each
+                    for each in self._settings.models
+                    if (served := self._served.get(each)) is None or served.can(capability)
+                ),
+                canonical,
+            )
         if not self.is_allowed(canonical, allowed):
             self._denials.labels(Reason.MODEL_NOT_ALLOWED.value).inc()
             raise ServiceError(
@@ -160,6 +191,8 @@ class ModelDirectory:
             model.vocabulary_size = info.vocabulary_size
             model.parameters = info.parameters
             model.dtype = info.dtype
+            model.embedding_size = info.embedding_size
+            model.labels.extend(info.labels)
             model.capabilities.extend(info.capabilities)
             if (
                 served.can(types_pb2.MODEL_CAPABILITY_CHAT)
@@ -181,7 +214,7 @@ class ModelDirectory:
         except ServiceError:
             self._ready[name] = False
             raise
-        served = ServedModel(name, engines.calls, info, tokenizer)
+        served = ServedModel(name, engines.stub, engines.calls, info, tokenizer)
         self._served[name] = served
         self._ready[name] = True
         self._activation.answered(name)

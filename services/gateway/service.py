@@ -11,6 +11,14 @@ from meshserve.v1 import gateway_pb2_grpc, mesh_pb2_grpc
 from services.gateway.api_keys import ApiKeys
 from services.gateway.console.routes import Console
 from services.gateway.context import RequestContext
+from services.gateway.encoding.calls import Encodings
+from services.gateway.encoding.context import EncodingContext
+from services.gateway.encoding.encode import Encode
+from services.gateway.encoding.look_up import LookUpVectors
+from services.gateway.encoding.route import RouteEncoding
+from services.gateway.encoding.screen import ScreenInputs
+from services.gateway.encoding.settle import SettleEncoding
+from services.gateway.encoding.tokenize import TokenizeInputs
 from services.gateway.http.calls import Calls
 from services.gateway.http.server import HttpServer
 from services.gateway.inference import Inference
@@ -24,6 +32,7 @@ from services.gateway.own_usage import OwnUsage
 from services.gateway.peers import Peers
 from services.gateway.pipeline import Pipeline, SideBySide
 from services.gateway.policy import PolicyWatch
+from services.gateway.prompt_check import PromptCheck
 from services.gateway.servicer import InferenceServicer
 from services.gateway.stages.admit import Admit
 from services.gateway.stages.authenticate import Authenticate, Authenticator
@@ -73,14 +82,18 @@ class GatewayService(Service):
         tokenizer = self._peers.tokenizer
         self._policy = PolicyWatch(self._peers.safety, enabled=settings.safety.enabled)
         limiter = valkey.RateLimiter(self._valkey)
+        check = PromptCheck(settings.safety, self._peers.safety, self._policy)
+        # One for requests of every kind: they have the limits in common.
+        authenticate = Authenticate(authenticator)
+        admit = Admit(gateway, limiter, metrics)
         pipeline: Pipeline[RequestContext] = Pipeline(
             [
-                Authenticate(authenticator),
-                Admit(gateway, limiter, metrics),
+                authenticate,
+                admit,
                 Route(self._models),
                 LookUp(settings.cache, self._peers.cache, self._policy),
                 SideBySide(
-                    Screen(settings.safety, self._peers.safety, tokenizer, self._policy),
+                    Screen(check, tokenizer),
                     Tokenize(gateway, tokenizer),
                 ),
                 Generate(self._peers.decode_sessions, self._models),
@@ -89,9 +102,23 @@ class GatewayService(Service):
             ],
             metrics,
         )
+        look_up = LookUpVectors(settings.cache, self._peers.cache, self._policy)
+        encoding_pipeline: Pipeline[EncodingContext] = Pipeline(
+            [
+                authenticate,
+                admit,
+                RouteEncoding(self._models, gateway.max_message_bytes),
+                look_up,
+                SideBySide(ScreenInputs(check), TokenizeInputs(tokenizer)),
+                Encode(self._models),
+                SettleEncoding(settings, metrics),
+            ],
+            metrics,
+        )
         self._inference = Inference(gateway, pipeline, metrics)
+        self._encodings = Encodings(self._inference, encoding_pipeline, look_up)
         self._servicer = InferenceServicer(
-            gateway, self._inference, self._models, authenticator, tokenizer
+            gateway, self._inference, self._encodings, self._models, authenticator, tokenizer
         )
         places = Places(settings, self._peers, metrics)
         collector = Collector(
@@ -145,6 +172,7 @@ class GatewayService(Service):
         try:
             async with asyncio.timeout(KEEP_TIMEOUT_S):
                 await self._inference.drain()
+                await self._encodings.drain()
         except TimeoutError:
             log.warning("requests are still on their way out; their answers may not be kept")
         await self._keys.stop()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, NoReturn
+from typing import Any
 
 from meshserve.v1 import (
     gateway_pb2,
     gateway_pb2_grpc,
     tokenizer_pb2,
     tokenizer_pb2_grpc,
-    types_pb2,
 )
 from services.gateway.coalesce import at_intervals
 from services.gateway.context import RequestContext, Tenant
+from services.gateway.encoding.calls import Encodings
 from services.gateway.events import Event
 from services.gateway.field_paths import renamed_fields
 from services.gateway.inference import Inference
@@ -45,12 +45,14 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
         self,
         settings: GatewaySettings,
         inference: Inference,
+        encodings: Encodings,
         models: ModelDirectory,
         authenticator: Authenticator,
         tokenizer: tokenizer_pb2_grpc.TokenizerServiceAsyncStub,
     ) -> None:
         self._settings = settings
         self._inference = inference
+        self._encodings = encodings
         self._models = models
         self._authenticator = authenticator
         self._tokenizer = tokenizer
@@ -173,20 +175,20 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
     async def Embed(  # noqa: N802
         self, request: gateway_pb2.EmbedRequest, context: Any
     ) -> gateway_pb2.EmbedResponse:
-        """No engine has the capability so far, which the answer says by name."""
-        self._refuse(context, request.model, types_pb2.MODEL_CAPABILITY_EMBED)
+        """The vectors of texts."""
+        return await self._encodings.embed(request, context.invocation_metadata())
 
     async def Classify(  # noqa: N802
         self, request: gateway_pb2.ClassifyRequest, context: Any
     ) -> gateway_pb2.ClassifyResponse:
-        """No engine has the capability so far, which the answer says by name."""
-        self._refuse(context, request.model, types_pb2.MODEL_CAPABILITY_CLASSIFY)
+        """The classes of texts."""
+        return await self._encodings.classify(request, context.invocation_metadata())
 
     async def Score(  # noqa: N802
         self, request: gateway_pb2.ScoreRequest, context: Any
     ) -> gateway_pb2.ScoreResponse:
-        """No engine has the capability so far, which the answer says by name."""
-        self._refuse(context, request.model, types_pb2.MODEL_CAPABILITY_SCORE)
+        """The scores of documents against a query."""
+        return await self._encodings.score(request, context.invocation_metadata())
 
     async def _exhaust(self, call: RequestContext) -> None:
         async with aclosing(self._inference.events(call)) as events:
@@ -211,17 +213,6 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
             deadline.set_remaining(self._settings.default_timeout_s)
         metadata = dict(context.invocation_metadata() or ())
         return self._authenticator.tenant(metadata.get("authorization"))
-
-    def _refuse(
-        self, context: Any, model: str, capability: types_pb2.ModelCapability.ValueType
-    ) -> NoReturn:
-        name = self._models.allowed_name(model, self._tenant(context).models)
-        label = types_pb2.ModelCapability.Name(capability)
-        raise ServiceError(
-            Reason.CAPABILITY_MISSING,
-            f"the model {name!r} cannot {label.removeprefix('MODEL_CAPABILITY_').lower()}",
-            metadata={"capability": label},
-        )
 
 
 def _as_generation(request: gateway_pb2.ChatRequest) -> gateway_pb2.GenerateRequest:

@@ -39,7 +39,7 @@ Violations = list[tuple[str, str]]
 def validate(request: gateway_pb2.GenerateRequest, max_prompt_bytes: int) -> None:
     """Raises ServiceError with every field that is wrong."""
     violations: Violations = []
-    violations += _check_request_id(request.request_id)
+    violations += check_request_id(request.request_id)
     violations += _check_input(request)
     violations += _check_sampling(request.sampling)
     violations += _check_stopping(request.stopping)
@@ -101,7 +101,8 @@ def prompt_bytes(request: gateway_pb2.GenerateRequest | gateway_pb2.CountTokensR
     return part.ByteSize()
 
 
-def _check_request_id(request_id: str) -> Violations:
+def check_request_id(request_id: str) -> Violations:
+    """What is wrong with the id that a caller chose."""
     if len(request_id) > MAX_REQUEST_ID_CHARS:
         return [("request_id", f"at most {MAX_REQUEST_ID_CHARS} characters")]
     if not all("!" <= character <= "~" for character in request_id):

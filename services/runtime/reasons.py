@@ -91,7 +91,9 @@ REASONS: Mapping[Reason, ReasonEntry] = {
     Reason.PROMPT_BLOCKED: ReasonEntry(
         _C.INVALID_ARGUMENT,
         "The safety filter blocked the prompt.",
-        "Metadata names the categories; the text is never repeated.",
+        "Metadata names the categories, and the fields say which texts; their text is never "
+        "repeated.",
+        ("BadRequest",),
     ),
     Reason.API_KEY_MISSING: ReasonEntry(
         _C.UNAUTHENTICATED,

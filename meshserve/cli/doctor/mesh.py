@@ -15,6 +15,7 @@ from meshserve.cli.status import check_services
 from meshserve.cli.top_feed import watch
 from meshserve.errors import MeshServeError, PermissionDeniedError
 from meshserve.health import Health
+from meshserve.supervisor.greeting import generates
 from meshserve.supervisor.logview import format_line
 from meshserve.supervisor.statedir import RunningMesh, StateDir
 from meshserve.types import Model
@@ -65,7 +66,7 @@ async def gateway(connection: Connection) -> AsyncIterator[Finding]:
             return
         for finding in _ready(models):
             yield finding
-        if any(model.ready and model.is_default for model in models):
+        if generates(model for model in models if model.ready):
             yield await _answer(client)
     async for finding in _replicas(connection):
         yield finding

@@ -6,7 +6,6 @@ from meshserve.v1 import types_pb2
 from services.gateway.context import RequestContext
 from services.gateway.models import ModelDirectory
 from services.gateway.pipeline import Stage
-from services.runtime.errors import Reason, ServiceError
 
 
 class Route(Stage):
@@ -20,20 +19,14 @@ class Route(Stage):
     async def before(self, context: RequestContext) -> None:
         """Raises ServiceError (NOT_FOUND, PERMISSION_DENIED, UNIMPLEMENTED, UNAVAILABLE)."""
         request = context.request
-        name = self._models.allowed_name(request.model, context.tenant.models)
-        model = await self._models.resolve(name)
         needed = (
             types_pb2.MODEL_CAPABILITY_CHAT
             if request.WhichOneof("input") == "conversation"
             else types_pb2.MODEL_CAPABILITY_GENERATE
         )
-        if not model.can(needed):
-            capability = types_pb2.ModelCapability.Name(needed)
-            raise ServiceError(
-                Reason.CAPABILITY_MISSING,
-                f"the model {name!r} has no {capability.removeprefix('MODEL_CAPABILITY_').lower()}",
-                metadata={"capability": capability},
-            )
+        name = self._models.allowed_name(request.model, context.tenant.models, needed)
+        model = await self._models.resolve(name)
+        model.check_can(needed)
         if not request.model:
             context.span.update_name(f"{context.operation} {name}")
             context.span.set_attribute("gen_ai.request.model", name)

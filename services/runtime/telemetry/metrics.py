@@ -120,6 +120,8 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("counter", "gateway", "meshserve_gateway_completion_tokens", "Completion tokens sent.", "model", "tenant"),
     _row("counter", "gateway", "meshserve_gateway_cached_responses", "Requests answered from the response cache.", "model", "tenant"),
     _row("counter", "gateway", "meshserve_gateway_cached_completion_tokens", "Completion tokens sent from the response cache, which no engine computed. Not among the completion tokens above.", "model", "tenant"),
+    _row("counter", "gateway", "meshserve_gateway_inputs", "Texts, or pairs of texts, of the requests to encoders that were answered; `operation` is embeddings, classify or score.", "model", "tenant", "operation"),
+    _row("counter", "gateway", "meshserve_gateway_cached_inputs", "Of these, texts whose vectors came from the response cache.", "model", "tenant"),
     _row("counter", "gateway", "meshserve_gateway_cost", "What the tokens of answers cost, by the prices of the models. Answers from the response cache cost nothing.", "model", "tenant", "currency"),
     _row("counter", "gateway", "meshserve_gateway_denials", "Calls denied for who makes them, of any method: keys, permissions, rate limits.", "reason"),
     _row("counter", "gateway", "meshserve_gateway_unchecked_requests", "Requests with text that passed while the safety filter was away.", "model"),

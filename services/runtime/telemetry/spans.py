@@ -45,13 +45,20 @@ STAGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "look_up",
         "The response cache: `hit`, `coalesced` (an equal request was being computed, and its "
-        "answer was waited for), `pending` (waited for in vain), `miss`, `bypassed` (the request "
-        "has no answer that could be kept) or `unavailable`.",
-        ("meshserve.cache.outcome", "meshserve.cache.kind"),
+        "answer was waited for), `pending` (waited for in vain), `miss`, `partial` (some of the "
+        "vectors asked for were found), `bypassed` (the request has no answer that could be kept) "
+        "or `unavailable`.",
+        (
+            "meshserve.cache.outcome",
+            "meshserve.cache.kind",
+            "meshserve.inputs",
+            "meshserve.cached_inputs",
+        ),
     ),
     ("screen", "The prompt check, side by side with tokenization.", SAFETY_ATTRIBUTES),
     ("tokenize", "The prompt's token ids.", ("meshserve.prompt_tokens",)),
     ("generate", "The engine's tokens, turned into text, stop strings cut.", ()),
+    ("encode", "The engine's vectors, classes or scores of all inputs.", ()),
     ("moderate", "The completion check.", SAFETY_ATTRIBUTES),
     ("settle", "Usage counted, answer kept, limits settled.", ()),
 )
@@ -82,7 +89,8 @@ SPANS: tuple[SpanDeclaration, ...] = (
         "{operation} {model}",
         "gateway",
         "internal",
-        "An inference request: `chat` or `text_completion`, then the model. Parent of the stages.",
+        "An inference request: `chat`, `text_completion`, `embeddings`, `classify` or `score`, "
+        "then the model. Parent of the stages.",
         (
             "gen_ai.operation.name",
             "gen_ai.provider.name",
@@ -98,6 +106,7 @@ SPANS: tuple[SpanDeclaration, ...] = (
             "gen_ai.request.seed",
             "gen_ai.request.stream",
             "gen_ai.request.choice.count",
+            "gen_ai.embeddings.dimension.count",
             "gen_ai.response.finish_reasons",
             "gen_ai.usage.input_tokens",
             "gen_ai.usage.cache_read.input_tokens",
@@ -107,6 +116,7 @@ SPANS: tuple[SpanDeclaration, ...] = (
             "server.port",
             "meshserve.tenant",
             "meshserve.cached",
+            "meshserve.inputs",
             "meshserve.cancelled",
         ),
     ),

@@ -1,0 +1,1 @@
+"""The path of requests to encoders: embeddings, classes and scores."""

@@ -16,8 +16,7 @@ from services.engine.core.block_pool import BlockPool
 from services.engine.core.constraints.compilation import Compiler
 from services.engine.core.constraints.vocabulary import read_vocabulary
 from services.engine.core.encoding.core import EncoderCore
-from services.engine.core.encoding.loader import is_encoder
-from services.engine.core.encoding.startup import build_encoder
+from services.engine.core.encoding.startup import build_encoder, reads_whole_sequences
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
@@ -55,7 +54,7 @@ def build_engine(
     device = resolve_device(settings.device)
     if device.type == "cpu":
         cpu.activate(settings.cpu_kernels)
-    if is_encoder(settings.model_path):
+    if reads_whole_sequences(settings.model_path):
         return build_encoder(settings, device)
     selections = select(device.type)
     for selection in selections:

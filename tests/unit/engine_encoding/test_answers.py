@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from services.engine.core.encoding.answers import Answers, load_dense
-from services.engine.core.encoding.config import EncoderConfig
 from services.engine.core.encoding.heads import ClassificationHead
 from services.engine.core.encoding.outputs import OutputConfig, read_outputs
 from services.engine.core.encoding.pooling import POOLINGS, Pooling, pool
@@ -25,17 +23,6 @@ from services.runtime.modelfiles.fields import Fields
 
 SIZE = 8
 LENGTHS = (3, 1, 6)
-CONFIG = EncoderConfig(
-    architecture="BertModel",
-    num_layers=1,
-    hidden_size=SIZE,
-    intermediate_size=8,
-    heads=1,
-    vocab_size=8,
-    positions=8,
-    norm_eps=1e-5,
-    activation="gelu",
-)
 PREFIX = "sentence_transformers.models."
 
 
@@ -68,8 +55,9 @@ def write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content))
 
 
-def read(directory: Path, config: EncoderConfig = CONFIG, **fields: Any) -> OutputConfig:
-    return read_outputs(directory, Fields(directory / "config.json", fields), config)
+def read(directory: Path, num_labels: int = 0, **fields: Any) -> OutputConfig:
+    config = Fields(directory / "config.json", fields)
+    return read_outputs(directory, config, SIZE, labels=("class",) * num_labels)
 
 
 def write_modules(directory: Path, *modules: tuple[str, str]) -> None:
@@ -162,8 +150,7 @@ def test_each_sequence_gets_what_its_own_task_asks_for() -> None:
 def test_activations_follow_the_configuration(
     tmp_path: Path, labels: int, fields: dict[str, object], classes: str, score: str
 ) -> None:
-    config = dataclasses.replace(CONFIG, labels=tuple(map(str, range(labels))))
-    outputs = read(tmp_path, config, **fields)
+    outputs = read(tmp_path, labels, **fields)
     assert (outputs.class_activation, outputs.score_activation) == (classes, score)
 
 

@@ -12,8 +12,10 @@ import torch
 from services.engine.core.encoding.config import architecture_of
 from services.engine.core.encoding.families import ARCHITECTURES
 from services.engine.core.encoding.heads import ClassificationHead
-from services.engine.core.encoding.model import Encoder
-from services.engine.core.encoding.outputs import OutputConfig, read_outputs
+from services.engine.core.encoding.model import Encoder, EncoderShape
+from services.engine.core.encoding.native import NativeEncoder, WeightChoice
+from services.engine.core.encoding.outputs import OutputConfig, read_outputs, served_tokens
+from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.weights.checkpoint import SafetensorsCheckpoint
 from services.engine.core.weights.loading import check_weights, load_weights, weight_slots
 from services.engine.core.weights.names import Names
@@ -38,18 +40,37 @@ class OpenedEncoder:
     skeleton: Encoder  # on the meta device
     checkpoint: SafetensorsCheckpoint
     outputs: OutputConfig
+    max_tokens: int
 
-    def load(self, dtype: torch.dtype, device: torch.device | str) -> Encoder:
-        """Load it for inference on plain torch, its head in float32.
+    @property
+    def shape(self) -> EncoderShape:
+        """What the engine says of it."""
+        config = self.skeleton.config
+        return EncoderShape(
+            config.architecture,
+            config.num_layers,
+            config.hidden_size,
+            config.vocab_size,
+            self.max_tokens,
+            config.labels,
+        )
 
-        Raises ModelFileError for a tensor that cannot be read and torch.OutOfMemoryError where the
-        device has not the room.
-        """
+    def load(
+        self, dtype: torch.dtype, device: torch.device | str, *, batch_tokens: int = 0
+    ) -> Encoder:
+        """Load it for inference on plain torch, its head in float32, for batches of any size."""
         model = _build(type(self.skeleton), self.skeleton.config, dtype, device)
         if model.head is not None:
             model.head.float()
         load_weights(model, self.checkpoint)
         return model.eval().requires_grad_(False)
+
+    def load_natively(
+        self, team: Team, weights: WeightChoice, *, batch_tokens: int = 0
+    ) -> tuple[NativeEncoder, dict[str, int]]:
+        """Load it for the native kernels, for batches of any size."""
+        model = NativeEncoder(self.skeleton, self.checkpoint, team, weights)
+        return model, model.weight_bytes
 
     def load_head(self, device: torch.device | str) -> ClassificationHead | None:
         """Load its classification head alone, in float32; None where it has none."""
@@ -72,8 +93,10 @@ def is_encoder(path: Path | str) -> bool:
         return False
 
 
-def open_encoder(path: Path | str) -> OpenedEncoder:
+def open_encoder(path: Path | str, *, max_context_tokens: int | None = None) -> OpenedEncoder:
     """Open an encoder and check names and shapes of its weights.
+
+    `max_context_tokens`: the longest sequence that it is to take; None: as it was made for.
 
     Raises ModelFileError for files that are missing, damaged or do not fit the architecture.
     """
@@ -95,7 +118,9 @@ def open_encoder(path: Path | str) -> OpenedEncoder:
     # Without memory, so that a wrong file is refused before any is taken.
     skeleton = _build(family, config, torch.float32, "meta")
     check_weights(skeleton, checkpoint, tied=False)
-    return OpenedEncoder(skeleton, checkpoint, read_outputs(directory, fields, config))
+    outputs = read_outputs(directory, fields, config.hidden_size, labels=config.labels)
+    max_tokens = served_tokens(directory, config.max_tokens, outputs.max_tokens, max_context_tokens)
+    return OpenedEncoder(skeleton, checkpoint, outputs, max_tokens)
 
 
 def _names(family: type[Encoder], *, has_head: bool) -> Names:

@@ -4,11 +4,11 @@ say: an embedding, or the scores of classes."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from services.engine.core.encoding.config import EncoderConfig
 from services.engine.core.encoding.pooling import POOLINGS, Pooling
 from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.fields import Fields, read_json
@@ -60,19 +60,23 @@ class OutputConfig:
     score_activation: Activation = "sigmoid"
 
 
-def read_outputs(directory: Path, fields: Fields, config: EncoderConfig) -> OutputConfig:
+def read_outputs(
+    directory: Path, fields: Fields, hidden_size: int, *, labels: Sequence[str]
+) -> OutputConfig:
     """Read what there is in a model's directory; without modules.json, tokens are averaged.
+
+    fields: of its config.json; labels: the classes that it tells apart.
 
     Raises ModelFileError for a file that is damaged or asks for what is not supported.
     """
     poolings: tuple[Pooling, ...] = ("mean",)
     dense: list[DenseConfig] = []
     normalize = False
-    width = config.hidden_size
+    width = hidden_size
     for kind, path in _modules(directory):
         if kind == "Pooling":
             poolings = _read_pooling(path)
-            width = config.hidden_size * len(poolings)
+            width = hidden_size * len(poolings)
         elif kind == "Dense":
             layer = _read_dense(path, width)
             dense.append(layer)
@@ -84,9 +88,22 @@ def read_outputs(directory: Path, fields: Fields, config: EncoderConfig) -> Outp
         dense=tuple(dense),
         normalize=normalize,
         max_tokens=_read_max_tokens(directory),
-        class_activation=_class_activation(fields, config),
+        class_activation=_class_activation(fields, len(labels)),
         score_activation=_score_activation(fields),
     )
+
+
+def served_tokens(directory: Path, positions: int, own: int | None, wanted: int | None) -> int:
+    """The longest sequence that is taken: as it is `wanted`, else the model's `own`, else as many
+    as it has positions.
+
+    Raises ModelFileError where more are wanted than it has positions.
+    """
+    if wanted is None:
+        return min(own or positions, positions)
+    if wanted > positions:
+        raise ModelFileError(directory, f"has positions for {positions} tokens, not for {wanted}")
+    return wanted
 
 
 def _modules(directory: Path) -> list[tuple[str, Path]]:
@@ -161,11 +178,11 @@ def _read_max_tokens(directory: Path) -> int | None:
     return max_tokens
 
 
-def _class_activation(fields: Fields, config: EncoderConfig) -> Activation:
+def _class_activation(fields: Fields, num_labels: int) -> Activation:
     problem = fields.text("problem_type", "")
     if problem == "regression":
         return "none"
-    if problem == "multi_label_classification" or len(config.labels) == 1:
+    if problem == "multi_label_classification" or num_labels == 1:
         return "sigmoid"
     return "softmax"
 

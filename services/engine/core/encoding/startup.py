@@ -6,7 +6,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -14,9 +13,9 @@ from services.engine.core.admission import QueueLimits
 from services.engine.core.encoding.answers import Answers, load_dense
 from services.engine.core.encoding.batcher import DynamicBatcher
 from services.engine.core.encoding.core import EncoderCore, EncoderRunner
-from services.engine.core.encoding.loader import OpenedEncoder, open_encoder
-from services.engine.core.encoding.model import Encodes
-from services.engine.core.encoding.native import NativeEncoder
+from services.engine.core.encoding.decoder import makes_embeddings, open_decoder
+from services.engine.core.encoding.loader import is_encoder, open_encoder
+from services.engine.core.encoding.model import EncoderShape, Encodes, OpenedModel
 from services.engine.core.errors import StartupError
 from services.engine.core.kernels import cpu
 from services.engine.core.kernels.cpu.team import Team
@@ -25,7 +24,6 @@ from services.engine.core.models.dtype import resolve_dtype
 from services.engine.core.models.native import UnsupportedModelError
 from services.engine.core.processors import default_threads, own_processors
 from services.engine.core.settings import CoreSettings
-from services.runtime.modelfiles import ModelFileError
 
 logger = logging.getLogger(__name__)
 
@@ -47,24 +45,28 @@ def build_encoder(
         ModelFileError: the model files are missing or damaged.
     """
     started_s = time.monotonic()
-    opened = open_encoder(settings.model_path)
-    config = opened.skeleton.config
-    max_tokens = _max_tokens(settings, opened)
+    opened = _open(settings)
+    shape = opened.shape
     try:
         with contextlib.closing(opened.checkpoint):
             model, dtype, kernels = _load(opened, settings, device)
-            answers = _load_answers(opened, device)
+            answers = Answers(
+                opened.outputs,
+                shape.hidden_size,
+                opened.load_head(device),
+                [load_dense(config, device) for config in opened.outputs.dense],
+            )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise StartupError(f"the weights do not fit on {device}: {error}") from None
     runner = make_runner(model, answers, device)
-    tasks = _tasks(opened)
-    _warm_up(runner, tasks[0], max_tokens)
+    tasks = _tasks(shape)
+    _warm_up(runner, tasks[0], shape.max_tokens)
     facts = ModelFacts(
-        architecture=config.architecture,
-        num_layers=config.num_layers,
+        architecture=shape.architecture,
+        num_layers=shape.num_layers,
         num_parameters=sum(weight.numel() for weight in opened.skeleton.parameters()),
-        vocab_size=config.vocab_size,
-        max_context_tokens=max_tokens,
+        vocab_size=shape.vocab_size,
+        max_context_tokens=shape.max_tokens,
         eos_token_ids=(),
         dtype=dtype,
         device=str(device),
@@ -75,7 +77,7 @@ def build_encoder(
         kernels=kernels,
         tasks=tasks,
         embedding_size=answers.embedding_size if "embed" in tasks else 0,
-        labels=config.labels,
+        labels=shape.labels,
     )
     logger.info(
         "loaded %s (%.0f M parameters, %s) on %s in %.1f s; it can %s sequences of at most %d "
@@ -86,7 +88,7 @@ def build_encoder(
         facts.device,
         facts.load_time_s,
         " and ".join(tasks),
-        max_tokens,
+        shape.max_tokens,
     )
     batcher = DynamicBatcher(
         settings.batcher,
@@ -96,27 +98,26 @@ def build_encoder(
     return EncoderCore(batcher, runner), facts
 
 
-def _tasks(opened: OpenedEncoder) -> tuple[str, ...]:
-    labels = opened.skeleton.config.labels
-    if not labels:
+def reads_whole_sequences(path: str) -> bool:
+    """Whether a model answers with vectors or scores, not with tokens."""
+    return is_encoder(path) or makes_embeddings(path)
+
+
+def _open(settings: CoreSettings) -> OpenedModel:
+    path, max_tokens = settings.model_path, settings.max_context_tokens
+    if is_encoder(path):
+        return open_encoder(path, max_context_tokens=max_tokens)
+    return open_decoder(path, max_context_tokens=max_tokens)
+
+
+def _tasks(shape: EncoderShape) -> tuple[str, ...]:
+    if not shape.labels:
         return ("embed",)
-    return ("classify", "score") if len(labels) == 1 else ("classify",)
-
-
-def _max_tokens(settings: CoreSettings, opened: OpenedEncoder) -> int:
-    """As the settings say, else as the model was made for; never more than it has positions."""
-    most = opened.skeleton.config.max_tokens
-    wanted = settings.max_context_tokens
-    if wanted is None:
-        return min(opened.outputs.max_tokens or most, most)
-    if wanted > most:
-        problem = f"has positions for {most} tokens, not for {wanted}"
-        raise ModelFileError(Path(settings.model_path), problem)
-    return wanted
+    return ("classify", "score") if len(shape.labels) == 1 else ("classify",)
 
 
 def _load(
-    opened: OpenedEncoder, settings: CoreSettings, device: torch.device
+    opened: OpenedModel, settings: CoreSettings, device: torch.device
 ) -> tuple[Encodes, str, dict[str, str]]:
     """The model, its dtype, and what computes it."""
     reason = _why_not_native(settings, device)
@@ -127,13 +128,15 @@ def _load(
         torch.set_num_threads(1)
         team = Team(library, num_threads, own_processors(num_threads))
         try:
-            model = NativeEncoder(opened.skeleton, opened.checkpoint, team, settings.weights)
+            model, weight_bytes = opened.load_natively(
+                team, settings.weights, batch_tokens=settings.batcher.max_tokens
+            )
         except UnsupportedModelError as error:
             reason = f"the native kernels do not serve this model: {error}"
             torch.set_num_threads(num_threads)
         else:
             stored = ", ".join(
-                f"{name} {size / 2**20:.0f} MiB" for name, size in model.weight_bytes.items()
+                f"{name} {size / 2**20:.0f} MiB" for name, size in weight_bytes.items()
             )
             logger.info(
                 "batches run natively: %s, weights %s, %d threads",
@@ -151,7 +154,7 @@ def _load(
         dtype = resolve_dtype(settings.dtype, device)
     except ValueError as error:
         raise StartupError(str(error)) from None
-    loaded = opened.load(dtype, device)
+    loaded = opened.load(dtype, device, batch_tokens=settings.batcher.max_tokens)
     return loaded, str(dtype).removeprefix("torch."), {"encoder": "torch"}
 
 
@@ -161,15 +164,6 @@ def _why_not_native(settings: CoreSettings, device: torch.device) -> str | None:
     if settings.dtype not in ("auto", "bfloat16"):
         return f"the dtype is {settings.dtype}"
     return cpu.why_not()
-
-
-def _load_answers(opened: OpenedEncoder, device: torch.device) -> Answers:
-    return Answers(
-        opened.outputs,
-        opened.skeleton.config.hidden_size,
-        opened.load_head(device),
-        [load_dense(config, device) for config in opened.outputs.dense],
-    )
 
 
 def _warm_up(runner: EncoderRunner, kind: str, max_tokens: int) -> None:

@@ -21,6 +21,7 @@ from meshserve.types import Message
 from meshserve.v1 import gateway_pb2, types_pb2
 from meshserve.wire.assign import (
     assign,
+    assign_struct,
     checked_text,
     extend,
     invalid_field,
@@ -184,7 +185,7 @@ def _fill_logits_processors(
 ) -> None:
     for position, given in enumerate(processors):
         path = f"sampling.logits_processors[{position}]"
-        named = {"name": given} if isinstance(given, str) else given
+        named: Mapping[str, Any] = {"name": given} if isinstance(given, str) else given
         if not isinstance(named, Mapping) or not {"name"} <= named.keys() <= {"name", "arguments"}:
             raise invalid_field(path, "must be a name, or a mapping with name and arguments")
         processor = sampling.logits_processors.add()

@@ -6,11 +6,13 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+from google.protobuf import json_format
 from msgspec.structs import replace
 
 from meshserve.v1 import engine_pb2, types_pb2
+from services.engine.core.logits_processors import processor_names
 from services.engine.core.messages import (
     Constraint,
     ModelFacts,
@@ -25,6 +27,7 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
 MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGITS_PROCESSORS = 8
 MAX_STOP_SEQUENCES = 1024
 MAX_STOP_SEQUENCE_TOKENS = 1024
 MAX_CONSTRAINT_BYTES = 256 * 1024
@@ -149,7 +152,23 @@ def _sampling(request: engine_pb2.EngineServiceGenerateRequest, facts: ModelFact
         banned_token_ids=tuple(banned),
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
+        logits_processors=tuple(_logits_processors(params)),
     )
+
+
+def _logits_processors(params: types_pb2.SamplingParams) -> Iterator[tuple[str, str]]:
+    if len(params.logits_processors) > MAX_LOGITS_PROCESSORS:
+        raise invalid_field("sampling.logits_processors", f"at most {MAX_LOGITS_PROCESSORS}")
+    for index, processor in enumerate(params.logits_processors):
+        path = f"sampling.logits_processors[{index}]"
+        if processor.name not in processor_names():
+            known = ", ".join(sorted(processor_names())) or "none"
+            raise invalid_field(f"{path}.name", f"this engine has: {known}")
+        try:
+            arguments = json.dumps(json_format.MessageToDict(processor.arguments), sort_keys=True)
+        except (ValueError, json_format.Error):
+            raise invalid_field(f"{path}.arguments", "must be JSON") from None
+        yield processor.name, arguments
 
 
 def _stopping(request: engine_pb2.EngineServiceGenerateRequest, facts: ModelFacts) -> Stopping:

@@ -9,8 +9,13 @@ KEY_VERSION = 1
 
 
 def is_deterministic(request: gateway_pb2.GenerateRequest) -> bool:
-    """Whether equal requests have equal answers: greedy choice, or a seed."""
+    """Whether equal requests have equal answers: greedy choice, or a seed.
+
+    What a plugin does is nobody's word but its own.
+    """
     sampling = request.sampling
+    if sampling.logits_processors:
+        return False
     if sampling.HasField("seed"):
         return True
     if sampling.HasField("top_k") and sampling.top_k == 1:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from services.engine.core.logits_processors import LogitsProcessorError, process
 from services.engine.core.messages import Sampling
 from services.engine.core.sequence import Sequence
 from services.engine.core.token_counts import TokenCounts
@@ -26,6 +27,7 @@ def has_edits(sampling: Sampling) -> bool:
         or sampling.logit_bias
         or sampling.allowed_token_ids
         or sampling.banned_token_ids
+        or sampling.logits_processors
     )
 
 
@@ -65,8 +67,20 @@ def counts_tokens(sampling: Sampling) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessedLogits:
+    """What the logits processors of requests have made of some rows."""
+
+    rows: npt.NDArray[np.int64]  # [processed]
+    logits: Tensor  # [processed, vocab]
+    errors: dict[int, LogitsProcessorError]  # by row; its logits are as they were
+
+
 class LogitEdits:
-    """The edits of one step. Order: penalties, biases, allowed tokens, banned tokens."""
+    """The edits of one step.
+
+    Order: processors, penalties, biases, allowed tokens, banned tokens.
+    """
 
     def __init__(self) -> None:
         self._repetition = _Triples()
@@ -74,6 +88,7 @@ class LogitEdits:
         self._added = _Triples()
         self._banned = _Triples()
         self._allowed: list[tuple[int, tuple[int, ...]]] = []
+        self._processed: list[tuple[int, Sequence, tuple[int, ...]]] = []
 
     def add(
         self,
@@ -105,6 +120,8 @@ class LogitEdits:
             if said.size and (sampling.presence_penalty or sampling.frequency_penalty):
                 penalties = sampling.presence_penalty + sampling.frequency_penalty * in_output[said]
                 self._subtracted.add(row, seen[said], penalties)
+        if sampling.logits_processors:
+            self._processed.append((row, sequence, draft))
         if sampling.logit_bias:
             biases = np.fromiter(sampling.logit_bias.values(), np.float32)
             self._added.add(row, sampling.logit_bias.keys(), biases)
@@ -113,8 +130,33 @@ class LogitEdits:
         if sampling.banned_token_ids:
             self._banned.add(row, sampling.banned_token_ids, 0.0)
 
+    @property
+    def has_processors(self) -> bool:
+        """Whether a row is edited by logits processors."""
+        return bool(self._processed)
+
+    def process(self, logits: Tensor) -> ProcessedLogits | None:
+        """Run the logits processors on their rows of `logits` ([rows, vocab] float32), which are
+        not changed; None where there are none."""
+        if not self._processed:
+            return None
+        made: list[Tensor] = []
+        errors: dict[int, LogitsProcessorError] = {}
+        for row, sequence, draft in self._processed:
+            prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+            output = (*sequence.token_ids[sequence.num_prompt_tokens :], *draft)
+            try:
+                calls = sequence.sampling.logits_processors
+                made.append(process(calls, prompt, output, logits[row]))
+            except LogitsProcessorError as error:
+                errors[row] = error
+                made.append(logits[row])
+        return ProcessedLogits(
+            np.array([row for row, _, _ in self._processed]), torch.stack(made), errors
+        )
+
     def apply(self, logits: Tensor) -> None:
-        """Edit `logits` ([rows, vocab] float32) in place."""
+        """Edit `logits` ([rows, vocab] float32), which have been processed, in place."""
         if self._repetition:
             rows, ids, penalty = self._repetition.tensors(logits.device)
             seen = logits[rows, ids]

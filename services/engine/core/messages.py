@@ -38,6 +38,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     banned_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # report log-probabilities, with this many likeliest tokens
     prompt_logprobs: int | None = None  # the same of the prompt
+    logits_processors: tuple[tuple[str, str], ...] = ()  # (name, arguments as JSON), in this order
 
 
 class Stopping(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -316,6 +317,7 @@ class Log(msgspec.Struct, frozen=True, tag="log"):
     level: int  # as in the standard library's logging
     logger: str
     message: str
+    progress: float | None = None  # share of the weights that is read, where it tells that
 
 
 Event: TypeAlias = Ready | Step | Encoded | Ended | Refused | LoadChanged | Pong | Log | Fatal

@@ -89,22 +89,26 @@ class SampledTokens:
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
-    errors: list[LogitsError | None]
+    errors: list[EngineError | None]
 
 
 @declare
 def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
     """Choose one token per row of `logits` ([rows, vocab] float32, edited in place).
 
-    Order: masks, penalties and biases, temperature, top-k, top-p over what top-k left, min-p.
-    Tokens that tie with the last one kept are kept too, so that the choice does not hang on sort
-    order.
+    Order: masks, processors, penalties and biases, temperature, top-k, top-p over what top-k left,
+    min-p. Tokens that tie with the last one kept are kept too, so that the choice does not hang on
+    sort order.
     """
     if batch.masks is not None:
         batch.masks.apply(logits)
     reported = np.flatnonzero(batch.logprobs >= 0)
     raw = logits[_index(reported, logits.device)] if reported.size else None
+    processed = None
     if batch.edits is not None:
+        processed = batch.edits.process(logits)
+        if processed is not None:
+            logits[_index(processed.rows, logits.device)] = processed.logits
         batch.edits.apply(logits)
     drawn = np.flatnonzero(batch.temperature > 0)
     if raw is None and not drawn.size and batch.given is None and logits.device.type == "cpu":
@@ -120,7 +124,12 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
     # One transfer for all rows. NaN and +Inf reach the maximum, -Inf alone means nothing is left.
     host = torch.stack((token_ids, peaks.isfinite().long())).cpu()
     ids: list[int] = host[0].tolist()
-    errors = [None if fine else _logits_error() for fine in host[1].tolist()]
+    errors: list[EngineError | None] = [
+        None if fine else _logits_error() for fine in host[1].tolist()
+    ]
+    if processed is not None:
+        for row, error in processed.errors.items():
+            errors[row] = error
     logprobs: list[TokenLogprobs | None] = [None] * len(ids)
     if raw is not None:
         chosen = token_ids[_index(reported, logits.device)]
@@ -136,7 +145,7 @@ def _likeliest(logits: Tensor) -> SampledTokens:
     rows = logits.numpy()
     ids = rows.argmax(axis=-1)
     fine = np.isfinite(rows[np.arange(len(ids)), ids])
-    errors: list[LogitsError | None] = [None if each else _logits_error() for each in fine.tolist()]
+    errors: list[EngineError | None] = [None if each else _logits_error() for each in fine.tolist()]
     return SampledTokens(ids.tolist(), [None] * len(ids), errors)
 
 

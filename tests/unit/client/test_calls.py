@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import grpc
 import pytest
-from google.protobuf import json_format
+from google.protobuf import json_format, struct_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -136,6 +136,7 @@ def test_every_option_has_its_place_in_the_request(
         logit_bias={5: -1.0},
         allowed_token_ids=[1, 2],
         banned_token_ids=[3],
+        logits_processors=["plain", {"name": "other", "arguments": {"by": 2}}],
         n=2,
         best_of=3,
         beam_width=4,
@@ -157,6 +158,8 @@ def test_every_option_has_its_place_in_the_request(
         add_special_tokens=False,
     )
 
+    arguments = struct_pb2.Struct()
+    arguments.update({"by": 2})
     assert gateway.requests[0] == gateway_pb2.GenerateRequest(
         model="m",
         text="x",
@@ -175,6 +178,10 @@ def test_every_option_has_its_place_in_the_request(
             n=2,
             best_of=3,
             beam_width=4,
+            logits_processors=[
+                types_pb2.LogitsProcessor(name="plain"),
+                types_pb2.LogitsProcessor(name="other", arguments=arguments),
+            ],
         ),
         stopping=types_pb2.StoppingCriteria(
             max_tokens=16,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from meshserve.v1 import engine_pb2, types_pb2
+from services.engine.core.logits_processors import processor_names
 from services.engine.core.messages import ModelFacts, SequenceRequest
 from services.engine.validation import default_sampling, sequence_requests
 from services.runtime.errors import Reason, ServiceError
+from tests.fakes import logits_plugins
 
 VOCAB_SIZE = 64
 CONTEXT_TOKENS = 256
@@ -88,6 +91,22 @@ def test_choices_are_sequences_that_share_all_but_their_index() -> None:
     assert len({choice.sampling.seed for choice in choices}) == 1
 
 
+def test_logits_processors_are_known_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits_plugins.install(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    processor_names.cache_clear()
+    try:
+        processor = types_pb2.LogitsProcessor(name="count-down")
+        processor.arguments.update({"start": 3})
+        sampling = types_pb2.SamplingParams(logits_processors=[processor])
+        (sequence,) = sequences(generate_request([1], sampling=sampling))
+        assert sequence.sampling.logits_processors == (("count-down", '{"start": 3.0}'),)
+    finally:
+        processor_names.cache_clear()
+
+
 def test_a_prompt_is_scored_once_for_all_choices() -> None:
     request = generate_request([1], sampling=types_pb2.SamplingParams(n=3), prompt_logprobs=2)
     wanted = [choice.sampling.prompt_logprobs for choice in sequences(request)]
@@ -118,6 +137,11 @@ def test_a_prompt_is_scored_once_for_all_choices() -> None:
             {"sampling": {"allowed_token_ids": [1], "banned_token_ids": [1]}},
         ),
         ("sampling.banned_token_ids", {"sampling": {"banned_token_ids": range(VOCAB_SIZE)}}),
+        ("sampling.logits_processors", {"sampling": {"logits_processors": [{}] * 9}}),
+        (
+            "sampling.logits_processors[0].name",
+            {"sampling": {"logits_processors": [{"name": "nobody-has-this"}]}},
+        ),
         ("sampling.n", {"sampling": {"n": 0}}),
         ("sampling.n", {"sampling": {"n": 129}}),
         ("logprobs", {"logprobs": 21}),

@@ -3,6 +3,7 @@ in which every sequence asks for something else."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from services.engine.core.noise import stream_key, uniforms
 from services.engine.core.settings import CoreSettings
 from services.engine.core.speculation.speculator import Speculator
 from services.engine.core.startup import build_engine
+from tests.fakes.logits_plugins import CountDown, install
 from tests.fakes.paged_step import libraries
 from tests.fakes.small_llama import VOCAB_SIZE, save_small_llama
 
@@ -49,6 +51,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
     save_small_llama(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def processors_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.fixture(
@@ -108,6 +116,9 @@ def requests(seed: int, count: int) -> list[SequenceRequest]:
             else {},
             allowed_token_ids=allowed,
             banned_token_ids=banned,
+            logits_processors=(("count-down", json.dumps({"start": number, "by": 4})),)
+            if chance.random() < 0.2
+            else (),
             logprobs=chance.choice([None, 0, 5]),
             prompt_logprobs=chance.choice([None, None, 0, 3]),
         )
@@ -204,6 +215,15 @@ def processors(request: SequenceRequest) -> LogitsProcessorList:
     """What edits the logits of a request."""
     sampling, stopping = request.sampling, request.stopping
     chain = LogitsProcessorList()
+    for _, arguments in sampling.logits_processors:
+        count_down = CountDown(json.loads(arguments))
+
+        def process(input_ids: Tensor, scores: Tensor, own: CountDown = count_down) -> Tensor:
+            token_ids = input_ids[0].tolist()
+            prompt = len(request.prompt_token_ids)
+            return own(token_ids[:prompt], token_ids[prompt:], scores[0]).unsqueeze(0)
+
+        chain.append(process)
     if sampling.repetition_penalty != 1.0:
         chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
 

@@ -142,6 +142,8 @@ def test_only_what_can_be_repeated_is_deterministic() -> None:
     assert is_deterministic(sampled(temperature=0))
     assert is_deterministic(sampled(temperature=1, seed=0))
     assert is_deterministic(sampled(top_k=1))
+    processor = types_pb2.LogitsProcessor(name="plugin")
+    assert not is_deterministic(sampled(temperature=0, logits_processors=[processor]))
     assert not is_deterministic(sampled())
     assert not is_deterministic(sampled(temperature=1))
     assert not is_deterministic(sampled(top_k=0))

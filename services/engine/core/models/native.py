@@ -39,7 +39,7 @@ from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.layers import Embedding, MergedLinear
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.base import Model
-from services.engine.core.sampler import SampledTokens, SamplingBatch
+from services.engine.core.sampler import SampledTokens, SamplingBatch, sample
 from services.engine.core.weights.checkpoint import Checkpoint
 from services.engine.core.weights.stored_linear import rounded
 from services.runtime.modelfiles import ModelFileError
@@ -122,6 +122,9 @@ class NativeModel:
     def sample(self, batch: ForwardBatch, kv_cache: Any, sampling: SamplingBatch) -> SampledTokens:
         """Compute a step and choose a token by each row of its logits, as `sampler.sample`, on all
         threads and in the same native call."""
+        if sampling.edits is not None and sampling.edits.has_processors:
+            # They read the logits before anything is chosen.
+            return sample(self(batch, kv_cache), sampling)
         self._describe(batch)
         request = SampleRequest(self._wanted_logits, sampling)
         self._step.sampling = ctypes.pointer(request.args)

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from services.engine.core.errors import EngineError
 from services.engine.core.kernels.cpu.library import Library, active, check, why_not
-from services.engine.core.logit_edits import LogitEdits, TokenMasks
+from services.engine.core.logit_edits import LogitEdits, ProcessedLogits, TokenMasks
 from services.engine.core.messages import TokenLogprobs
 from services.engine.core.sampler import LogitsError, SampledTokens, SamplingBatch, sample
 
@@ -44,6 +45,12 @@ class _TokenMasks(ctypes.Structure):
     _fields_ = (("of_rows", ctypes.c_void_p), ("words", ctypes.c_void_p))
 
 
+class _ProcessedLogits(ctypes.Structure):
+    """`struct ProcessedLogits` of src/sampling.h."""
+
+    _fields_ = (("of_rows", ctypes.c_void_p), ("logits", ctypes.c_void_p))
+
+
 class SampleArgs(ctypes.Structure):
     """`struct SampleArgs` of src/sampling.h, which describes it."""
 
@@ -71,6 +78,7 @@ class SampleArgs(ctypes.Structure):
         ("top_tokens", ctypes.c_void_p),
         ("top_logprobs", ctypes.c_void_p),
         ("masks", _TokenMasks),
+        ("processed", _ProcessedLogits),
     )
 
 
@@ -108,7 +116,7 @@ class _Workspace(threading.local):
             self._kernels, self._vocab = kernels, args.vocab
         self._run(None, ctypes.byref(args), self._aligned)
 
-    def read(self, num_rows: int) -> tuple[list[int], list[LogitsError | None]]:
+    def read(self, num_rows: int) -> tuple[list[int], list[EngineError | None]]:
         """The token and the error of each row."""
         errors = list(map(_error, self._statuses[:num_rows].tolist()))
         return self._tokens[:num_rows].tolist(), errors
@@ -135,11 +143,15 @@ def sample_with(kernels: Library, logits: Tensor, batch: SamplingBatch) -> Sampl
 
 class SampleRequest:
     """What a kernel is to choose from `logits` ([rows, vocab] float32, each row contiguous), which
-    may be written until it runs. A thread makes, runs and reads one after the other."""
+    may be written until it runs, except where the batch has logits processors: they read them.
+
+    A thread makes, runs and reads one after the other.
+    """
 
     def __init__(self, logits: Tensor, batch: SamplingBatch) -> None:
         self._num_rows, self._vocab = logits.shape
         self._reports: _Reports | None = None
+        self._processed: ProcessedLogits | None = None
         if batch.is_greedy:
             self.args = _workspace.greedy_args
         else:
@@ -147,6 +159,8 @@ class SampleRequest:
             # The edits' arrays have to outlive the call.
             self._kept = _add_edits(self.args, batch.edits, self._num_rows)
             self._kept += _add_masks(self.args, batch.masks, self._num_rows)
+            self._processed = _processed(batch, logits)
+            self._kept += _add_processed(self.args, self._processed, self._num_rows)
             self._reports = _Reports(self.args, batch.logprobs)
             self.args.given = None if batch.given is None else _address(batch.given)
             _add_numbers(self.args, batch)
@@ -157,6 +171,9 @@ class SampleRequest:
         tokens, errors = _workspace.read(self._num_rows)
         if self._reports is None:
             return SampledTokens(tokens, [None] * self._num_rows, errors)
+        if self._processed is not None:
+            for row, error in self._processed.errors.items():
+                errors[row] = error
         return SampledTokens(tokens, self._reports.read(errors, self._vocab), errors)
 
 
@@ -187,7 +204,7 @@ class _Reports:
         args.top_tokens = _address(self._top_tokens)
         args.top_logprobs = _address(self._top_logprobs)
 
-    def read(self, errors: list[LogitsError | None], vocab: int) -> list[TokenLogprobs | None]:
+    def read(self, errors: list[EngineError | None], vocab: int) -> list[TokenLogprobs | None]:
         """What each row has to report, None for rows that failed or report nothing."""
         logprobs: list[TokenLogprobs | None] = [None] * len(self._counts)
         for row in self._rows:
@@ -231,7 +248,28 @@ def _add_masks(args: SampleArgs, masks: TokenMasks | None, num_rows: int) -> lis
     return [of_rows, masks]
 
 
-def _error(status: int) -> LogitsError | None:
+def _processed(batch: SamplingBatch, logits: Tensor) -> ProcessedLogits | None:
+    if batch.edits is None or not batch.edits.has_processors:
+        return None
+    if batch.masks is not None:
+        batch.masks.apply(logits)
+    return batch.edits.process(logits)
+
+
+def _add_processed(
+    args: SampleArgs, processed: ProcessedLogits | None, num_rows: int
+) -> list[object]:
+    """Point `args` at processed logits; returns the arrays that must outlive the call."""
+    if processed is None:
+        args.processed.of_rows = None
+        return []
+    of_rows = np.full(num_rows, -1, np.int64)
+    of_rows[processed.rows] = np.arange(len(processed.rows))
+    args.processed = _ProcessedLogits(_address(of_rows), processed.logits.data_ptr())
+    return [of_rows, processed]
+
+
+def _error(status: int) -> EngineError | None:
     if status == SampleStatus.CHOSEN:
         return None
     if status == SampleStatus.UNKNOWN_TOKEN:

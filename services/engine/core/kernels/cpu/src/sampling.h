@@ -26,6 +26,12 @@ struct TokenMasks {
   const uint32_t* words;   // [masks, ceil(vocab / 32)], one mask after the other
 };
 
+// What has been made of the logits of some rows before all other edits.
+struct ProcessedLogits {
+  const int64_t* of_rows;  // [rows], the place of each row or -1; null where no row has any
+  const float* logits;     // [processed, vocab]
+};
+
 enum class SampleStatus : int32_t {
   chosen = 0,
   not_finite = 1,     // NaN or +Inf among the logits, or -Inf alone
@@ -61,6 +67,8 @@ struct SampleArgs {
 
   // Applied before all else: log-probabilities too are those among the tokens left.
   TokenMasks masks;
+  // Taken in place of a row's own by all but its log-probabilities.
+  ProcessedLogits processed;
 };
 
 }  // namespace meshserve

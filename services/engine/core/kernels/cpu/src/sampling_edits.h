@@ -12,9 +12,13 @@ inline bool any(const TokenNumbers& of, int row) {
   return of.offsets != nullptr && of.offsets[row] < of.offsets[row + 1];
 }
 
+inline bool has_processed(const SampleArgs& args, int row) {
+  return args.processed.of_rows != nullptr && args.processed.of_rows[row] >= 0;
+}
+
 inline bool has_edits(const SampleArgs& args, int row) {
-  return any(args.repetition, row) || any(args.subtracted, row) || any(args.added, row) ||
-         any(args.allowed, row) || any(args.banned, row);
+  return has_processed(args, row) || any(args.repetition, row) || any(args.subtracted, row) ||
+         any(args.added, row) || any(args.allowed, row) || any(args.banned, row);
 }
 
 inline bool has_mask(const SampleArgs& args, int row) {
@@ -51,6 +55,8 @@ bool for_each_token(const TokenNumbers& of, int row, int vocab, Edit edit) {
 // Edits the logits of a row; `copy` has room for as many. False if a token is out of range.
 inline bool apply_edits(const SampleArgs& args, int row, float* logits, float* copy) {
   const int vocab = args.vocab;
+  if (has_processed(args, row))
+    std::copy_n(args.processed.logits + args.processed.of_rows[row] * vocab, vocab, logits);
   bool known = for_each_token(args.repetition, row, vocab, [&](int64_t token, int64_t i) {
     // CTRL (Keskar et al., arXiv:1909.05858), so that it lowers whatever the sign.
     const float penalty = args.repetition.numbers[i];

@@ -90,6 +90,7 @@ class CoreClient:
         self._on_restart = on_restart
         self._core: CoreProcess | None = None
         self._ready = False
+        self._loading = ""  # how far it is with that
         self.draining = False
         self._first_start: asyncio.Future[ModelFacts] | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -128,7 +129,7 @@ class CoreClient:
 
     def _running_core(self) -> CoreProcess:
         if not self._ready or self._core is None:
-            raise CoreUnavailableError("the engine core is starting")
+            raise CoreUnavailableError(f"the engine core is starting{self._loading}")
         if self._watchdog.is_stalled:
             silent_s = self._watchdog.silent_s
             raise CoreUnavailableError(f"the engine core has been silent for {silent_s:.0f} s")
@@ -247,6 +248,7 @@ class CoreClient:
         except OSError as error:
             return f"its process cannot be started: {error}", False
         self._core = core
+        self._loading = ""
         heartbeat = asyncio.create_task(self._heartbeat(core))
         try:
             async for event in core.events():
@@ -314,6 +316,8 @@ class CoreClient:
                     refused.fail(error)
             case Log():
                 logging.getLogger(event.logger).log(event.level, "%s", event.message)
+                if event.progress is not None:
+                    self._loading = f": {event.progress:.0%} of its weights are read"
             case Ready():
                 self._take_ready(event.facts)
 

@@ -212,7 +212,8 @@ class _LogForwarder(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._mailbox.post(Log(record.levelno, record.name, self.format(record)))
+            progress = getattr(record, "progress", None)
+            self._mailbox.post(Log(record.levelno, record.name, self.format(record), progress))
         except ConnectionClosedError:
             # Nobody is left to tell; the step loop notices by itself.
             print(self.format(record), file=sys.stderr)

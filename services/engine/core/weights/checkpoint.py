@@ -10,6 +10,7 @@ from torch import Tensor
 from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, GroupedWeight
 from services.engine.core.weights.names import Names, Treatment
 from services.engine.core.weights.pickled_files import PickledFiles
+from services.engine.core.weights.progress import ReadingProgress
 from services.engine.core.weights.schemes import read_scheme
 from services.engine.core.weights.stored_linear import StoredLinear
 from services.engine.core.weights.tensor_files import (
@@ -85,6 +86,7 @@ class DirectoryCheckpoint:
             self._add(source)
         for name, parts in self._parts.items():
             self.shapes[name] = self._quantised_shape(name, parts)
+        self._progress = ReadingProgress(self.num_bytes)
 
     @property
     def num_bytes(self) -> int:
@@ -149,6 +151,7 @@ class DirectoryCheckpoint:
         return sum(self._files.entries[source].nbytes for source in sources)
 
     def read(self, name: str) -> Tensor:
+        self._progress.add(self.stored_bytes(name))
         if name in self._parts:
             return self._read_stored(name).dequantize()
         return _treated(self._files.read(self._sources[name]), self._names.treatment(name))
@@ -156,6 +159,7 @@ class DirectoryCheckpoint:
     def read_grouped(self, name: str) -> GroupedWeight | None:
         if name not in self._parts or self.shapes[name][1] % GROUP_INPUTS:
             return None
+        self._progress.add(self.stored_bytes(name))
         return self._read_stored(name).grouped()
 
     def outline(self, name: str) -> GroupedWeight | None:
@@ -182,6 +186,7 @@ class DirectoryCheckpoint:
 
     def release(self) -> None:
         self._files.release()
+        self._progress.report()
 
     def close(self) -> None:
         self._files.close()

@@ -11,6 +11,7 @@ from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, GroupedWeight
 from services.engine.core.weights.dequantize import DEQUANTIZERS, FLOATS, dequantize
 from services.engine.core.weights.grouped import GROUPED, read_grouped
 from services.engine.core.weights.names import Names
+from services.engine.core.weights.progress import ReadingProgress
 from services.engine.core.weights.stored_linear import no_scales, rounded, rounded_outline
 from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.gguf import TensorInfo
@@ -41,6 +42,7 @@ class GGUFCheckpoint:
                 raise self._error(info, f"is stored as {info.type.name}, only {known} can be read")
             self._infos[name] = info
         self.shapes = {name: info.shape for name, info in self._infos.items()}
+        self._progress = ReadingProgress(self.num_bytes)
 
     @property
     def num_bytes(self) -> int:
@@ -61,6 +63,7 @@ class GGUFCheckpoint:
 
     def read(self, name: str) -> Tensor:
         info = self._infos[name]
+        self._progress.add(info.nbytes)
         tensor = dequantize(self._file.tensor_bytes(info.name), info.type, info.shape)
         order = self._row_order(name, info)
         return tensor if order is None else tensor[order]
@@ -69,6 +72,7 @@ class GGUFCheckpoint:
         info = self._infos[name]
         if info.type.name in FLOATS or len(info.shape) != 2 or info.shape[1] % GROUP_INPUTS:
             return None
+        self._progress.add(info.nbytes)
         if info.type.name in GROUPED:
             raw = self._file.tensor_bytes(info.name)
             weight = read_grouped(raw, info.type, (info.shape[0], info.shape[1]))
@@ -100,6 +104,7 @@ class GGUFCheckpoint:
 
     def release(self) -> None:
         self._file.release()
+        self._progress.report()
 
     def close(self) -> None:
         self._file.close()

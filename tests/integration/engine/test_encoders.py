@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import AutoModel
 
 from meshserve.v1 import engine_pb2, types_pb2
 from services.engine.core.encoding.loader import open_encoder
 from services.engine.core.encoding.pooling import pool
-from services.engine.core.settings import CoreSettings
+from services.engine.core.settings import BatcherSettings, CoreSettings
 from services.engine.core_client import CoreStartError
 from services.tokenizer.model_tokenizer import load_model_tokenizer
 from tests.fakes.small_encoders import (
@@ -27,6 +28,7 @@ from tests.fakes.small_encoders import (
     save_small_encoder,
     sequences,
 )
+from tests.fakes.small_llama import save_small_llama
 from tests.support.engine_server import EngineServer, engine_server
 
 
@@ -133,6 +135,37 @@ async def test_pairs_are_scored_with_their_token_types(tmp_path: Path) -> None:
     assert list(scores) == pytest.approx(expected, abs=0.02)
 
 
+async def test_a_decoder_makes_embeddings_of_its_last_token(tmp_path: Path) -> None:
+    """Also of a sequence that takes several steps."""
+    save_small_llama(tmp_path)
+    (tmp_path / "modules.json").write_text(
+        json.dumps(
+            [
+                {"type": "sentence_transformers.models.Transformer", "path": ""},
+                {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"},
+            ]
+        )
+    )
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text('{"pooling_mode_lasttoken": true}')
+    reference = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = torch.stack(
+            [reference(torch.tensor([ids])).last_hidden_state[0, -1] for ids in sequences()]
+        )
+    settings = CoreSettings(
+        model_path=str(tmp_path),
+        device="cpu",
+        dtype="float32",
+        batcher=BatcherSettings(max_tokens=40),
+    )
+    async with engine_server(settings) as server:
+        found = await embed(server, inputs_of(sequences()))
+        info = await server.stub.GetModelInfo(engine_pb2.GetModelInfoRequest())
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert list(info.capabilities) == [types_pb2.MODEL_CAPABILITY_EMBED]
+
+
 async def test_a_model_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     save_small_encoder("bert", tmp_path)
     settings = CoreSettings(model_path=str(tmp_path), device="cpu", max_context_tokens=81)
@@ -153,8 +186,6 @@ TEXTS = (
 @pytest.mark.slow
 async def test_minilm_gives_the_vectors_of_transformers(minilm_path: Path) -> None:
     """The real weights, and the similarities that they are known for."""
-    from transformers import AutoModel
-
     path = minilm_path
     tokenizer = load_model_tokenizer(path)
     token_ids = [tokenizer.encode(text).token_ids for text in TEXTS]

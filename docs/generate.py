@@ -27,7 +27,8 @@ from services.runtime.settings import Settings, TlsSettings  # noqa: E402
 from services.runtime.telemetry.metrics import METRICS  # noqa: E402
 from services.runtime.telemetry.spans import EVENTS, SPANS  # noqa: E402
 
-PAGES = ("configuration.md", "errors.md", "telemetry.md")
+PAGES = ("configuration.md", "errors.md", "parameters.md", "telemetry.md")
+CONTRACT = DOCS.parent / "protos" / "meshserve" / "v1" / "types.proto"
 BLOCK = re.compile(r"(<!-- generated: ([a-z]+) -->\n).*?(<!-- end of generated -->)", re.DOTALL)
 
 
@@ -210,6 +211,43 @@ def events_table() -> str:
     return "\n".join(_table(("Event", "Span", "Attributes", "Meaning"), rows))
 
 
+def message_table(message: str) -> str:
+    """One row per field of a message of the contract, from its comments."""
+    rows = []
+    for declaration, comment in _members("message", message):
+        name = declaration.split("=")[0].split()[-1]
+        bounds = re.search(r"Range (?:of a bias )?([\[(].+?[\])])", comment)
+        default = re.search(r"Default: (.+?)\.(?= |$)", comment)
+        meaning = re.sub(r" ?(Range|Default:) .+?\.(?= |$)", "", comment)
+        cells = (bounds[1] if bounds else "", default[1] if default else "required")
+        rows.append((f"`{name}`", *cells, meaning))
+    return "\n".join(_table(("Parameter", "Range", "Default", "Meaning"), rows))
+
+
+def truncation_table() -> str:
+    """One row per policy."""
+    rows = [
+        (f"`{declaration.split()[0].removeprefix('TRUNCATION_POLICY_').lower()}`", comment)
+        for declaration, comment in _members("enum", "TruncationPolicy")
+    ]
+    return "\n".join(_table(("`truncation`", "What happens"), rows))
+
+
+def _members(kind: str, name: str) -> Iterator[tuple[str, str]]:
+    """(declaration, comment) of what a message or an enum holds."""
+    body = re.search(
+        rf"^{kind} {name} {{\n(.*?)^}}", CONTRACT.read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert body is not None, name
+    comment: list[str] = []
+    for line in map(str.strip, body[1].splitlines()):
+        if line.startswith("//"):
+            comment.append(line.removeprefix("//").strip())
+        else:
+            yield line, " ".join(comment)
+            comment = []
+
+
 def _table(head: tuple[str, ...], rows: typing.Iterable[tuple[str, ...]]) -> list[str]:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
@@ -222,6 +260,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics_table,
     "spans": spans_table,
     "events": events_table,
+    "sampling": lambda: message_table("SamplingParams"),
+    "stopping": lambda: message_table("StoppingCriteria"),
+    "output": lambda: message_table("OutputOptions"),
+    "truncation": truncation_table,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from statistics import mean
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import meshserve
 from services.tokenizer.model_tokenizer import load_model_tokenizer
+from tests.fakes import logits_plugins
 from tests.support.mesh import Mesh
 
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome."
@@ -111,3 +113,26 @@ def test_min_tokens_holds_back_every_end(mesh: Mesh) -> None:
         held = client.generate(TEXT, ignore_eos=True, stop=[stop], min_tokens=16, **options)
     assert ended.usage.completion_tokens < 16 <= held.usage.completion_tokens
     assert free.text.startswith(held.text)
+
+
+@pytest.mark.slow
+def test_a_logits_processor_is_installed_named_and_refused_by_name(
+    tmp_path: Path, demo_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    logits_plugins.install(packages)
+    monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{Path(__file__).parents[3]}")
+    options = {"temperature": 0, "max_tokens": 4, "return_token_ids": True}
+    with Mesh(tmp_path) as own, own.client() as client:
+        plain = client.generate([5, 6], **options)
+        processor = {"name": "count-down", "arguments": {"start": 300}}
+        counted = client.generate([5, 6], n=2, logits_processors=[processor], **options)
+        with pytest.raises(meshserve.InvalidRequestError, match="count-down") as refused:
+            client.generate([5, 6], logits_processors=["count-up"], **options)
+        with pytest.raises(meshserve.ServerError):
+            client.generate([5, 6], logits_processors=["raises"], **options)
+        again = client.generate([5, 6], cache=False, **options)
+    assert [choice.token_ids for choice in counted.choices] == [(305, 304, 303, 302)] * 2
+    assert refused.value.fields[0].path == "sampling.logits_processors[0].name"
+    assert again.choices[0].token_ids == plain.choices[0].token_ids

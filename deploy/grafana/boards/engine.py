@@ -48,6 +48,8 @@ def engine() -> dashboard.Dashboard:
         *_kv_cache(),
         dashboard.Row("Speculation"),
         *_speculation(),
+        dashboard.Row("Encoders"),
+        *_encoders(),
         dashboard.Row("Core"),
         *_core(),
     )
@@ -166,6 +168,39 @@ def _kv_cache() -> Panels:
             "Sequences put back in the queue because the KV cache was full.",
             unit=PER_SECOND,
             width=THIRD,
+        ),
+    )
+
+
+def _encoders() -> Panels:
+    return (
+        graph(
+            "Inputs read by encoders",
+            rate("meshserve_engine_encoded_inputs_total", CHOSEN, "task"),
+            "Texts, or pairs of texts, by what is made of them.",
+            unit=PER_SECOND,
+            width=THIRD,
+        ),
+        graph(
+            "Inputs of answered requests",
+            rate("meshserve_gateway_inputs_total", 'model=~"$model"', "operation"),
+            "What was read and what the response cache held together.",
+            unit=PER_SECOND,
+            width=THIRD,
+        ),
+        graph(
+            "Vectors from the response cache",
+            share(
+                "meshserve_gateway_cached_inputs_total",
+                "meshserve_gateway_inputs_total",
+                'model=~"$model"',
+                "model",
+                whole_matchers='model=~"$model", operation="embeddings"',
+            ),
+            "Share of the texts whose vectors were known.",
+            unit=SHARE,
+            width=THIRD,
+            most=1,
         ),
     )
 

@@ -95,7 +95,7 @@ class GatewaySettings(ServerSettings):
     max_watchers: Positive = Field(
         64,
         description="How many may watch one gateway at a time, before it refuses more: "
-        "`meshserve top`, and each live view of a console's page. One tenant that is no operator may "
+        "`meshserve top`, and each live view of a console's page. A tenant that is no operator may "
         "take an eighth.",
     )
 

@@ -23,6 +23,9 @@ NEVER_HERE = {
     "meshserve_engine_gpu_memory_bytes": "there is no GPU",
     "meshserve_engine_gpu_utilization": "there is no GPU",
     "meshserve_certificate_expiry_seconds": "there is no TLS",
+    "meshserve_engine_encoded_inputs": "no encoder is served",
+    "meshserve_gateway_inputs": "no encoder is served",
+    "meshserve_gateway_cached_inputs": "no encoder is served",
     "meshserve_gateway_requests_awaiting_engine": "no model's engines are started on demand",
 }
 WINDOW = {"$__rate_interval": "10s", "$__range": "5m"}

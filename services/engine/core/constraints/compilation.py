@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from services.engine.core.constraints.checking import CheckProcess
 from services.engine.core.constraints.grammar import Grammar, Tokens
@@ -35,16 +36,23 @@ class Compilation:
         self.done = False  # written last
 
 
+@dataclass(slots=True)
+class CompilerCounts:
+    """What a compiler has done since it was made."""
+
+    compiled: int = 0  # rules, faulty ones included
+    found: int = 0  # rules that were compiled, or being compiled, when they were asked for
+    compile_us: int = 0  # spent on those that were not
+
+
 class Compiler:
-    """Compiles each rule once, in the order they are asked for.
+    """Compiles each rule once, in the order they are asked for, on a thread that ends with it.
 
     Nothing is loaded or started before the first is: who sends no rules pays nothing.
     """
 
     def __init__(self, read_vocabulary: Callable[[], Vocabulary]) -> None:
-        self.compiled = 0  # rules, faulty ones included
-        self.found = 0  # that were compiled, or being compiled, when they were asked for
-        self.compile_us = 0  # spent on them
+        self.counts = CompilerCounts()
         self._read_vocabulary = read_vocabulary
         self._kept: OrderedDict[Constraint, Compilation] = OrderedDict()
         self._kept_bytes = 0
@@ -53,54 +61,62 @@ class Compiler:
     def compile(self, constraint: Constraint) -> Compilation:
         """Have a rule compiled; the same compilation for the same rule."""
         compilation = self._kept.get(constraint)
-        if compilation is not None and not _is_passing(compilation):
-            self.found += 1
-            self._kept.move_to_end(constraint)
-            return compilation
+        if compilation is not None:
+            # What is not the rule's fault may be over by now.
+            if not isinstance(compilation.error, ConstraintsUnavailableError):
+                self.counts.found += 1
+                self._kept.move_to_end(constraint)
+                return compilation
+            self._drop(constraint)
         compilation = self._kept[constraint] = Compilation(constraint)
         self._kept_bytes += len(constraint.text)
-        while len(self._kept) > _MAX_KEPT or (
-            self._kept_bytes > _MAX_KEPT_BYTES and len(self._kept) > 1
+        while len(self._kept) > 1 and (
+            len(self._kept) > _MAX_KEPT or self._kept_bytes > _MAX_KEPT_BYTES
         ):
-            dropped, _ = self._kept.popitem(last=False)
-            self._kept_bytes -= len(dropped.text)
+            self._drop(next(iter(self._kept)))
         if self._work is None:
             self._work = queue.SimpleQueue()
             threading.Thread(
-                target=self._work_off, args=(self._work,), name="constraints", daemon=True
+                target=_work_off,
+                args=(self._work, self._read_vocabulary, self.counts),
+                name="constraints",
+                daemon=True,
             ).start()
         self._work.put(compilation)
         return compilation
 
-    def close(self) -> None:
-        """End the thread and its checker."""
+    def _drop(self, constraint: Constraint) -> None:
+        del self._kept[constraint]
+        self._kept_bytes -= len(constraint.text)
+
+    def __del__(self) -> None:
         if self._work is not None:
             self._work.put(None)
-            self._work = None
-
-    def _work_off(self, work: queue.SimpleQueue[Compilation | None]) -> None:
-        tokens: Tokens | None = None
-        checker: CheckProcess | None = None
-        while (compilation := work.get()) is not None:
-            started_ns = time.monotonic_ns()
-            try:
-                if tokens is None or checker is None:
-                    vocabulary = self._read_vocabulary()
-                    checker = CheckProcess(vocabulary)
-                    tokens = Tokens(vocabulary)
-                compilation.grammar = tokens.compile(checker.check(compilation.constraint))
-            except EngineError as error:
-                compilation.error = error
-            except Exception as error:
-                logger.exception("constraints cannot be compiled")
-                compilation.error = ConstraintsUnavailableError(f"{type(error).__name__}: {error}")
-            self.compiled += 1
-            self.compile_us += (time.monotonic_ns() - started_ns) // 1000
-            compilation.done = True
-        if checker is not None:
-            checker.close()
 
 
-def _is_passing(compilation: Compilation) -> bool:
-    """Whether trying again may end otherwise."""
-    return isinstance(compilation.error, ConstraintsUnavailableError)
+def _work_off(
+    work: queue.SimpleQueue[Compilation | None],
+    read_vocabulary: Callable[[], Vocabulary],
+    counts: CompilerCounts,
+) -> None:
+    tokens: Tokens | None = None
+    checker: CheckProcess | None = None
+    while (compilation := work.get()) is not None:
+        started_ns = time.monotonic_ns()
+        try:
+            if tokens is None or checker is None:
+                vocabulary = read_vocabulary()
+                checker = CheckProcess(vocabulary)
+                tokens = Tokens(vocabulary)
+            compilation.grammar = tokens.compile(checker.check(compilation.constraint))
+        except EngineError as error:
+            compilation.error = error
+        except Exception as error:
+            logger.exception("a rule could not be compiled")
+            compilation.error = ConstraintsUnavailableError(f"{type(error).__name__}: {error}")
+        counts.compiled += 1
+        counts.compile_us += (time.monotonic_ns() - started_ns) // 1000
+        compilation.done = True
+        del compilation  # it may hold the last reference to its grammar
+    if checker is not None:
+        checker.close()

@@ -68,21 +68,25 @@ class Grammar:
         """Begin a completion, to find what only shows then.
 
         Raises:
-            InvalidConstraintError: no completion follows it, the empty one does unless that
-                `may_be_empty`, or the first steps exceed a limit.
+            InvalidConstraintError: no completion follows it, or none but the empty one, or that one
+                too unless it `may_be_empty`, or the first steps exceed a limit.
         """
-        matcher = self.matcher()
+        matcher = self.matcher(ends_by_token=False)
         if matcher.accepts_end and not may_be_empty:
             raise InvalidConstraintError("it describes an empty text")
         words = np.empty((1, matcher.num_words), np.uint32)
-        for _ in range(_TRIED_TOKENS):
+        for number in range(_TRIED_TOKENS):
             if (error := matcher.fill(words)) is not None:
                 raise InvalidConstraintError(str(error))
-            bits = np.unpackbits(words.view(np.uint8), bitorder="little").nonzero()[0]
-            if not bits.size:
+            token_ids = np.unpackbits(words.view(np.uint8), bitorder="little").nonzero()[0]
+            if not token_ids.size and not matcher.accepts_end:
                 raise InvalidConstraintError("no text follows it that the model's tokens can spell")
+            if not token_ids.size and number == 0:
+                raise InvalidConstraintError("it describes an empty text")
+            if not token_ids.size:
+                return
             try:
-                matcher.advance(int(bits[bits.size // 2]))
+                matcher.advance(int(token_ids[token_ids.size // 2]))
             except ConstraintFailedError as error:
                 raise InvalidConstraintError(str(error)) from None
             if matcher.ended:

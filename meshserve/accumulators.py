@@ -165,6 +165,7 @@ class ChatAccumulator(Accumulator[gateway_pb2.StreamChatResponse, ChatChunk, Cha
             usage=self.usage,
             cached=self.cached,
             create_time=self.create_time,
+            prompt_logprobs=self.prompt_logprobs,
             prompt_safety=self.prompt_safety,
         )
 

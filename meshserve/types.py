@@ -220,6 +220,7 @@ class ChatCompletion:
     cached: bool = False
     create_time: datetime | None = None
     prompt_safety: SafetyVerdict | None = None
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
     @property
     def message(self) -> Message:

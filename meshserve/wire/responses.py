@@ -108,6 +108,7 @@ def chat_completion(response: gateway_pb2.ChatResponse) -> ChatCompletion:
         usage=usage(response.usage),
         cached=response.cached,
         create_time=(timestamp(response.create_time) if response.HasField("create_time") else None),
+        prompt_logprobs=logprobs(response.prompt_logprobs),
         prompt_safety=(
             verdict(response.prompt_safety) if response.HasField("prompt_safety") else None
         ),

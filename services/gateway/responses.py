@@ -55,6 +55,7 @@ def chat_response(context: RequestContext) -> gateway_pb2.ChatResponse:
         usage=total_usage(context),
         cached=context.cached_answer is not None,
         create_time=_timestamp(context),
+        prompt_logprobs=_prompt_logprobs(context),
         prompt_safety=context.prompt_safety,
     )
     for index, choice in _choices(context).items():

@@ -51,6 +51,19 @@ def test_a_prompt_is_scored_as_transformers_scores_it(mesh: Mesh, demo_model_pat
     assert plain.prompt_logprobs == ()
 
 
+def test_a_conversation_is_scored_as_its_template_makes_it(mesh: Mesh) -> None:
+    options = {"temperature": 0, "max_tokens": 2, "prompt_logprobs": 1, "cache": False}
+    with mesh.client() as client:
+        answer = client.chat(TEXT, **options)
+        with client.stream_chat(TEXT, **options) as stream:
+            streamed = stream.collect()
+    assert len(answer.prompt_logprobs) == answer.usage.prompt_tokens - 1
+    assert all(
+        entry.chosen.logprob <= entry.top[0].logprob <= 0 for entry in answer.prompt_logprobs
+    )
+    assert streamed.prompt_logprobs == answer.prompt_logprobs
+
+
 def test_the_best_of_several_are_the_likeliest(mesh: Mesh) -> None:
     options = {"temperature": 1.0, "seed": 11, "max_tokens": 12, "stop": [" the"], "cache": False}
     with mesh.client() as client:

@@ -73,6 +73,17 @@ class StepMetrics:
                 "drafted_tokens",
                 "accepted_draft_tokens",
                 "failed_sequences",
+                "compiled_constraints",
+                "found_constraints",
+                "masks",
+            )
+        ]
+        # The same, in microseconds.
+        self._times = [
+            (field, metrics.counter(f"meshserve_engine_{name}_seconds").labels(model))
+            for field, name in (
+                ("constraint_compile_us", "constraint_compile"),
+                ("mask_us", "mask"),
             )
         ]
         self._seen = Load()
@@ -87,8 +98,15 @@ class StepMetrics:
         if isinstance(step, Step):
             self._generated_tokens.inc(sum(len(delta.token_ids) for delta in step.deltas))
         for field, counter in self._growing:
-            before, now = getattr(seen, field), getattr(load, field)
-            if now != before:
-                # A core that was started again counts from nothing.
-                counter.inc(now - before if now > before else now)
+            if growth := _growth(seen, load, field):
+                counter.inc(growth)
+        for field, counter in self._times:
+            if growth_us := _growth(seen, load, field):
+                counter.inc(growth_us / 1e6)
         self._seen = load
+
+
+def _growth(before: Load, now: Load, field: str) -> int:
+    old, new = getattr(before, field), getattr(now, field)
+    # A core that was started again counts from nothing.
+    return int(new - old if new >= old else new)

@@ -92,6 +92,7 @@ class EngineCore:
     def load(self) -> Load:
         """How busy the engine is now."""
         scheduler = self._scheduler
+        counts = scheduler.constraint_counts
         return Load(
             waiting_sequences=scheduler.num_waiting,
             running_sequences=scheduler.num_running,
@@ -108,6 +109,11 @@ class EngineCore:
             cache_hit_tokens=scheduler.block_tables.hit_tokens,
             drafted_tokens=scheduler.drafted_tokens,
             accepted_draft_tokens=scheduler.accepted_draft_tokens,
+            compiled_constraints=counts.compiled,
+            found_constraints=counts.found,
+            constraint_compile_us=counts.compile_us,
+            masks=self._runner.mask_counts.masks,
+            mask_us=self._runner.mask_counts.us,
         )
 
     def check_integrity(self) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from services.engine.core.beside import Work
 from services.engine.core.clock import now_ns
+from services.engine.core.constraints.masks import MaskCounts
 from services.engine.core.errors import FatalEngineError, IntegrityError
 from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
 from services.engine.core.runner import Runner
@@ -30,6 +31,11 @@ class IsolatingRunner:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._hopeless = HopelessSteps()
+
+    @property
+    def mask_counts(self) -> MaskCounts:
+        """The masks made so far."""
+        return self._runner.mask_counts
 
     def prepare(self, plan: Plan) -> None:
         """Prepare a plan as `Runner.prepare` does."""

@@ -170,6 +170,11 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     cache_hit_tokens: int = 0  # of these, found in the KV cache
     drafted_tokens: int = 0  # verified since start
     accepted_draft_tokens: int = 0  # of these, found to be what the model says
+    compiled_constraints: int = 0  # since start, faulty ones included
+    found_constraints: int = 0  # that had been compiled, or were being so, when they were sent
+    constraint_compile_us: int = 0  # spent on those that were not
+    masks: int = 0  # made since start, one for each token of an output that follows a rule
+    mask_us: int = 0  # spent on them
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.beside import Helper, Work
 from services.engine.core.clock import now_ns
-from services.engine.core.constraints.masks import StepMasks
+from services.engine.core.constraints.masks import MaskCounts, StepMasks
 from services.engine.core.errors import EngineError
 from services.engine.core.messages import TokenLogprobs
 from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
@@ -57,6 +57,7 @@ class Runner:
         max_running_sequences: int,
         max_context_tokens: int,
     ) -> None:
+        self.mask_counts = MaskCounts()
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = block_size
@@ -97,9 +98,9 @@ class Runner:
             batch = self._batch(step)
             errors: dict[int, EngineError] = {}
             if step.masks is not None and meanwhile is None:
-                errors = step.masks.fill()
+                errors = step.masks.fill(self.mask_counts)
             elif step.masks is not None and meanwhile is not None:
-                meanwhile = partial(_fill_first, step.masks, errors, meanwhile)
+                meanwhile = partial(_fill_first, step.masks, self.mask_counts, errors, meanwhile)
             if meanwhile is None:
                 tokens = self._compute(batch, step.sampling)
             elif self._computes_here:
@@ -157,8 +158,10 @@ class Runner:
         )
 
 
-def _fill_first(masks: StepMasks, errors: dict[int, EngineError], work: Work) -> None:
-    errors.update(masks.fill())
+def _fill_first(
+    masks: StepMasks, counts: MaskCounts, errors: dict[int, EngineError], work: Work
+) -> None:
+    errors.update(masks.fill(counts))
     work()
 
 

@@ -6,7 +6,7 @@ from services.engine.core.admission import AdmissionLimits, ConcurrencyLimit, Qu
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.block_tables import BlockTables
 from services.engine.core.clock import now_ns
-from services.engine.core.constraints.compilation import Compiler
+from services.engine.core.constraints.compilation import Compiler, CompilerCounts
 from services.engine.core.entrance import Entrance
 from services.engine.core.errors import (
     ConstraintFailedError,
@@ -104,6 +104,11 @@ class Scheduler:
     def accepted_draft_tokens(self) -> int:
         """Of these, how many the model would have chosen."""
         return 0 if self._speculator is None else self._speculator.accepted_tokens
+
+    @property
+    def constraint_counts(self) -> CompilerCounts:
+        """What has been done about rules."""
+        return CompilerCounts() if self._compiler is None else self._compiler.counts
 
     @property
     def has_work(self) -> bool:

@@ -43,6 +43,19 @@ def test_counts_go_on_when_a_core_that_was_started_again_counts_from_nothing() -
     assert value(metrics, "batch_tokens_sum", MODEL) == 5 * 40
 
 
+def test_what_rules_for_outputs_cost_is_counted() -> None:
+    metrics = Metrics("engine")
+    counts = StepMetrics(metrics, "m")
+    counts.observe(step(compiled_constraints=1, constraint_compile_us=500_000))
+    counts.observe(
+        step(compiled_constraints=2, constraint_compile_us=750_000, masks=30, mask_us=1_500)
+    )
+    assert value(metrics, "compiled_constraints_total", MODEL) == 2
+    assert value(metrics, "constraint_compile_seconds_total", MODEL) == 0.75
+    assert value(metrics, "masks_total", MODEL) == 30
+    assert value(metrics, "mask_seconds_total", MODEL) == 0.0015
+
+
 def test_a_load_is_that_of_the_moment_in_which_it_is_asked_for() -> None:
     metrics = Metrics("engine")
     core = client(load=Load(waiting_sequences=7))

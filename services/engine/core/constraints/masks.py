@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,14 @@ class Follower:
     draft: tuple[int, ...]
 
 
+@dataclass(slots=True)
+class MaskCounts:
+    """The masks that have been made."""
+
+    masks: int = 0
+    us: int = 0  # spent on them
+
+
 class StepMasks:
     """Masks for rows of logits, to be filled before these are sampled.
 
@@ -38,8 +47,9 @@ class StepMasks:
         size = (sum(map(len, rows)), followers[0].matcher.num_words)
         self.masks = TokenMasks(np.concatenate(rows), np.empty(size, np.uint32))
 
-    def fill(self) -> dict[int, EngineError]:
+    def fill(self, counts: MaskCounts) -> dict[int, EngineError]:
         """Write the masks; returns the errors of sequences that cannot go on, by their index."""
+        started_ns = time.monotonic_ns()
         errors: dict[int, EngineError] = {}
         start = 0
         for each in self._followers:
@@ -48,4 +58,6 @@ class StepMasks:
             if error is not None:
                 errors[each.index] = error
             start = end
+        counts.masks += start
+        counts.us += (time.monotonic_ns() - started_ns) // 1000
         return errors

@@ -11,7 +11,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
     words: int32; bits: 4 or 8.
     """
-    data = words.contiguous().view(torch.uint8).view(*words.shape, 4)
+    data = words.reshape(-1).view(torch.uint8).view(*words.shape, 4)
     if bits == 8:
         return data
     return torch.stack((data & 0xF, data >> 4), dim=-1).flatten(-2)

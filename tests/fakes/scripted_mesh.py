@@ -153,6 +153,12 @@ class Tokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             encoded=[tokenizer_pb2.EncodedText(token_ids=encode(text)) for text in request.texts]
         )
 
+    async def EncodeInputs(self, request: Any, context: Any) -> Any:
+        self.encoded += request.texts
+        await self.may_encode.wait()
+        inputs = [engine_pb2.EncoderInput(token_ids=encode(text)) for text in request.texts]
+        return tokenizer_pb2.EncodeInputsResponse(inputs=inputs)
+
     async def Decode(self, request: Any, context: Any) -> Any:
         texts = [
             b"".join(map(token_bytes, each.ids)).decode(errors="replace")
@@ -196,6 +202,27 @@ class Engine(engine_pb2_grpc.EngineServiceServicer):
         self.left = 0
         self.active = 0
         self.calls_ended = asyncio.Event()
+        self.capabilities = [types_pb2.MODEL_CAPABILITY_GENERATE, types_pb2.MODEL_CAPABILITY_CHAT]
+        # Waits until `may_embed` is set, as it is at first, and fails where there is a failure.
+        self.embedded: list[list[int]] = []
+        self.may_embed = asyncio.Event()
+        self.may_embed.set()
+        self.embed_failure: ServiceError | None = None
+
+    async def Embed(self, request: Any, context: Any) -> Any:
+        """The vector of an input: how many tokens it has, and the first."""
+        self.active += 1
+        try:
+            await self.may_embed.wait()
+        finally:
+            self.active -= 1
+        if self.embed_failure is not None:
+            raise self.embed_failure
+        inputs = [list(each.token_ids) for each in request.inputs]
+        self.embedded += inputs
+        return engine_pb2.EngineServiceEmbedResponse(
+            embeddings=[types_pb2.Embedding(values=[len(ids), ids[0]]) for ids in inputs]
+        )
 
     async def GenerateMany(
         self, requests: AsyncIterator[engine_pb2.GenerateManyRequest], context: Any
@@ -262,7 +289,8 @@ class Engine(engine_pb2_grpc.EngineServiceServicer):
             model=MODEL,
             context_tokens=4096,
             vocabulary_size=256 + len(WORDS),
-            capabilities=[types_pb2.MODEL_CAPABILITY_GENERATE, types_pb2.MODEL_CAPABILITY_CHAT],
+            capabilities=self.capabilities,
+            embedding_size=2,
         )
 
 
@@ -276,6 +304,19 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.refuses_stores = False
+        self.vectors: dict[bytes, cache_pb2.CachedEmbedding] = {}
+
+    async def LookUpEmbeddings(self, request: Any, context: Any) -> Any:
+        await self.may_answer.wait()
+        none = cache_pb2.CachedEmbedding()
+        return cache_pb2.LookUpEmbeddingsResponse(
+            embeddings=[self.vectors.get(each, none) for each in request.requests]
+        )
+
+    async def StoreEmbeddings(self, request: Any, context: Any) -> Any:
+        await self.may_answer.wait()
+        self.vectors |= dict(zip(request.requests, request.embeddings, strict=True))
+        return cache_pb2.StoreEmbeddingsResponse(stored=len(request.requests))
 
     async def LookUp(self, request: Any, context: Any) -> Any:
         self.look_ups.append(request)

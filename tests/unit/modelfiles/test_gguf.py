@@ -123,6 +123,15 @@ def test_storage_types_are_those_of_the_reference_package() -> None:
         (header(1, 0, string(b"t") + struct.pack("<IQIQ", 1, 0, 0, 0)), "has no elements"),
         (header(1, 0, string(b"t") + struct.pack("<IQIQ", 9, 1, 0, 0)), "9 dimensions"),
         (header(1, 0, string(b"t") + struct.pack("<IQIQ", 1, 1, 0, 7)), "not aligned"),
+        (
+            header(
+                2,
+                0,
+                b"".join(string(n) + struct.pack("<IQIQ", 1, 8, 0, 0) for n in (b"t", b"u"))
+                + bytes(64),
+            ),
+            "tensor 'u': overlaps the tensor before it .at byte",
+        ),
     ],
 )
 def test_a_damaged_file_is_an_error_that_names_file_part_and_place(

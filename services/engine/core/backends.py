@@ -22,6 +22,9 @@ from services.engine.core.settings import CoreSettings
 
 logger = logging.getLogger(__name__)
 
+# Weights that take seconds to pack, on threads that are worth waking.
+_LARGE_BYTES = 1 << 30
+
 
 class Backend(Protocol):
     """A loaded model on its way to its KV cache."""
@@ -103,7 +106,7 @@ class _NativeBackend:
         num_threads = settings.threads or default_threads()
         processors = own_processors(num_threads)
         team = Team(library, num_threads, processors)
-        with _one_torch_thread():
+        with _threads_for_packing(opened.checkpoint.num_bytes):
             self._model = NativeModel(opened.skeleton, opened.checkpoint, team, settings.weights)
         self.dtype = "bfloat16"
         stored = ", ".join(
@@ -150,11 +153,11 @@ class _NativeBackend:
 
 
 @contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Packing weights is many short operations of torch: waking a pool of threads for each costs
-    more than it saves, above all while other services start on the same processors."""
+def _threads_for_packing(num_bytes: int) -> Iterator[None]:
+    """Packing a small model is many short operations of torch: waking a pool of threads for each
+    costs more than it saves, above all while other services start on the same processors."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads if num_bytes >= _LARGE_BYTES else 1)
     try:
         yield
     finally:

@@ -120,6 +120,10 @@ class Encodings:
         except ServiceError as error:
             _record_failure(pending.submitted_ns, error)
             raise
+        except asyncio.CancelledError:
+            gone = ServiceError(Reason.CANCELLED, "the caller went away")
+            _record_failure(pending.submitted_ns, gone)
+            raise
         finally:
             del self.in_flight[request_id]
         self._inputs.labels(self._model, task.kind).inc(len(sequences))
@@ -166,7 +170,10 @@ class Encodings:
 def _record_failure(submitted_ns: int, error: ServiceError) -> None:
     """A request that was not answered has the span `queue` alone."""
     span = get_tracer().start_span("queue", start_time=submitted_ns)
-    mark_failed(span, error)
+    if error.reason is Reason.CANCELLED:
+        span.add_event("cancelled")
+    else:
+        mark_failed(span, error)
     span.end()
 
 

@@ -30,6 +30,7 @@ _FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--json-schema",), {"metavar": "FILE", "help": "The answer is JSON of this schema."}),
     (("--regex",), {"help": "The answer matches this."}),
     (("--choice",), {"multiple": True, "help": "One of the possible answers; repeat it."}),
+    (("--grammar",), {"metavar": "FILE", "help": "The answer follows this grammar in EBNF."}),
     (("--no-cache",), {"is_flag": True, "help": "Keep away from the response cache."}),
     (("--priority",), {"type": int, "help": "Higher runs first; in [-100, 100]."}),
     (("--request-id",), {"help": "Names the request in logs and traces."}),
@@ -52,6 +53,8 @@ def request_options(flags: Mapping[str, Any]) -> RequestOptions:
         options["cache"] = False
     if "json_schema" in options:
         options["json_schema"] = _read(options["json_schema"])
+    if "grammar" in options:
+        options["grammar"] = _read(options["grammar"])
     for name in ("stop", "choice"):
         if name in options:
             options[name] = list(options[name])

@@ -179,6 +179,8 @@ class Scheduler:
         """Queue the sequences whose rules have been compiled, and end those whose rules cannot be;
         returns one delta for each of the latter."""
         failed: list[Delta] = []
+        if not self._entrance.num_compiling:
+            return failed
         for sequence in [*self._entrance.compiled]:
             assert sequence.compilation is not None
             error = sequence.compilation.error

@@ -127,6 +127,17 @@ def test_generate_streams_the_completion_and_passes_the_flags(
     assert gateway.metadata[0]["authorization"] == "Bearer k"
 
 
+def test_a_grammar_is_read_from_its_file(
+    gateway: ScriptedGateway, meshserve: Callable, tmp_path: Path
+) -> None:
+    gateway.on("StreamGenerate", lambda request, context: iter(capital_of_france()))
+    grammar = tmp_path / "answer.lark"
+    grammar.write_text('start: "Paris."')
+    result = meshserve("generate", "x", "--grammar", str(grammar), "--target", gateway.target)
+    assert result.code == 0
+    assert gateway.requests[0].request.constraint.grammar == 'start: "Paris."'
+
+
 def test_flags_that_were_not_given_are_absent(
     gateway: ScriptedGateway, meshserve: Callable
 ) -> None:

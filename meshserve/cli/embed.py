@@ -64,6 +64,6 @@ def command(
         write_json(answer, sys.stdout)
         return
     for vector in answer:
-        # As many digits as tell one float32 from the next.
+        # So many digits tell any float32 from the next.
         sys.stdout.write(json.dumps([float(f"{value:.9g}") for value in vector]) + "\n")
     write_usage(len(answer), answer.usage, cached=answer.cached)

@@ -63,6 +63,15 @@ class ScriptedGateway(gateway_pb2_grpc.InferenceServiceServicer):
     def CountTokens(self, request: Any, context: Any) -> Any:
         return self._play("CountTokens", request, context)
 
+    def Embed(self, request: Any, context: Any) -> Any:
+        return self._play("Embed", request, context)
+
+    def Classify(self, request: Any, context: Any) -> Any:
+        return self._play("Classify", request, context)
+
+    def Score(self, request: Any, context: Any) -> Any:
+        return self._play("Score", request, context)
+
     def ListModels(self, request: Any, context: Any) -> Any:
         return self._play("ListModels", request, context)
 

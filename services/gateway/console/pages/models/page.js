@@ -68,6 +68,8 @@ function modelCard(model, live) {
       fact("Vocabulary", model.vocabulary_size ? count(model.vocabulary_size) : "–"),
       fact("Architecture", model.architecture || "–"),
       fact("Can", can.join(", ") || "–"),
+      model.embedding_size ? fact("Vectors", `${count(model.embedding_size)} components`) : null,
+      model.labels?.length ? fact("Classes", count(model.labels.length)) : null,
       live
         ? [
             fact("Engines", `${live.serving_engines ?? 0} of ${live.engines ?? 0} serving`),

@@ -160,6 +160,18 @@ def test_tools_that_write_biases_of_zeros_are_understood(make_checkpoint: Any) -
     open_model(directory)
 
 
+def test_an_order_of_groups_that_is_said_to_be_none_is_not_read(make_checkpoint: Any) -> None:
+    directory, reference = make_checkpoint(**WIDE)
+
+    def without_order(weight: Tensor) -> Any:
+        parts, values = gptq(weight, 4, 128)
+        return parts | {"g_idx": torch.zeros_like(parts["g_idx"])}, values
+
+    quantise_checkpoint(directory, reference, without_order, gptq_config(4, 128, desc_act=False))
+    found = open_model(directory).checkpoint.read("layers.1.feed_forward.down.weight")
+    assert torch.equal(found, reference.model.layers[1].mlp.down_proj.weight)
+
+
 def test_scales_of_activations_are_not_needed(make_checkpoint: Any) -> None:
     directory, reference = make_checkpoint(**WIDE)
 

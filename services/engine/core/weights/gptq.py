@@ -32,6 +32,7 @@ class GPTQ:
     bits: int
     group_size: int  # -1: all inputs
     zero_offset: int  # what is to be added to stored zero points
+    has_order: bool  # whether g_idx says anything; tools write zeros where it does not
 
     def __str__(self) -> str:
         return f"GPTQ {self.bits} bits"
@@ -58,7 +59,7 @@ class GPTQ:
             parts["scales"].T,
             zeros.T,
             self.bits,
-            group_order(parts.get("g_idx"), levels.shape[1], groups),
+            group_order(parts.get("g_idx"), levels.shape[1], groups) if self.has_order else None,
         )
 
 
@@ -73,7 +74,8 @@ def read_gptq(config: Fields) -> GPTQ:
         raise config.error("checkpoint_format", f"{written!r} is not supported, only {known} are")
     if config.raw.get("dynamic"):
         raise config.error("dynamic", "precisions of single modules are not supported")
-    return GPTQ(bits, read_group_size(config), _ZERO_OFFSETS[written])
+    has_order = config.flag("desc_act", default=True)
+    return GPTQ(bits, read_group_size(config), _ZERO_OFFSETS[written], has_order)
 
 
 def read_group_size(config: Fields) -> int:

@@ -69,7 +69,7 @@ def _leaf(chance: random.Random) -> Schema:
             {"type": "string", "minLength": shortest, "maxLength": shortest + 3},
             {"type": "string", "pattern": "^[A-C]{2}-[0-9]{1,3}$"},
             {"type": "string", "enum": ["red", "grün", 'say "no"']},
-            {"type": "string", "format": "date"},
+            {"type": "string", "format": "ipv4"},
             {"const": {"k": [1, None]}},
             {"enum": ["a", 3, None, False]},
             {"type": "integer", "minimum": low, "maximum": low + chance.randint(0, 200)},

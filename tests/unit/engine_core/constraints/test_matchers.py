@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -83,6 +84,16 @@ def test_the_end_of_sequence_may_be_barred(grammar: Grammar) -> None:
     for token in tokens_of("12"):
         matcher.advance(token)
     assert allowed(matcher) == [expected(b"12") - {EOS_TOKEN_ID}]
+
+
+def test_each_of_the_ends_that_a_model_has_may_end_a_text(vocabulary: Vocabulary) -> None:
+    other = EOS_TOKEN_ID - 1
+    tokens = Tokens(msgspec.structs.replace(vocabulary, eos_token_ids=[EOS_TOKEN_ID, other]))
+    matcher = tokens.compile(lark_source(Constraint("regex", "x+"))).matcher()
+    (x,) = tokens_of("x")
+    assert {EOS_TOKEN_ID, other}.isdisjoint(allowed(matcher)[0])
+    matcher.advance(x)
+    assert {EOS_TOKEN_ID, other, x} <= allowed(matcher)[0]
 
 
 def test_a_token_that_is_not_allowed_is_an_error(grammar: Grammar) -> None:

@@ -63,6 +63,10 @@ class RequestOptions(TypedDict, total=False):
     """Completions drawn, of which the `n` likeliest are returned. Not with a stream."""
     beam_width: int | None
     """Beam search with this many beams instead of sampling."""
+    length_penalty: float | None
+    """What favours longer beams (above 0), or shorter ones. Default: 1."""
+    early_stopping: bool | None
+    """Whether beam search ends as soon as `beam_width` beams have ended."""
     stop: str | Sequence[str] | None
     """Texts that end the completion and are trimmed from it."""
     stop_token_ids: Sequence[int] | None

@@ -51,6 +51,8 @@ _SAMPLING_SCALARS = (
     "n",
     "best_of",
     "beam_width",
+    "length_penalty",
+    "early_stopping",
 )
 
 

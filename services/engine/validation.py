@@ -28,6 +28,16 @@ MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGITS_PROCESSORS = 8
+
+# Nor is a repetition penalty used, but a model may have one by default.
+_NOT_WITH_BEAMS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "banned_token_ids",
+    "logits_processors",
+)
 MAX_STOP_SEQUENCES = 1024
 MAX_STOP_SEQUENCE_TOKENS = 1024
 MAX_CONSTRAINT_BYTES = 256 * 1024
@@ -101,8 +111,6 @@ def _check_capabilities(request: engine_pb2.EngineServiceGenerateRequest) -> Non
     if request.adapter:
         raise missing_capability("adapters", "this engine has no adapters loaded")
     sampling = request.sampling
-    if sampling.HasField("beam_width"):
-        raise missing_capability("beam_search", "this engine does not search beams")
     if sampling.HasField("best_of") and sampling.best_of != _choices(sampling):
         raise missing_capability("best_of", "this engine draws no more choices than it returns")
 
@@ -153,7 +161,32 @@ def _sampling(request: engine_pb2.EngineServiceGenerateRequest, facts: ModelFact
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
         logits_processors=tuple(_logits_processors(params)),
+        beam_width=_beam_width(request),
+        length_penalty=_number(params, "length_penalty", 1.0, -10, 10),
+        early_stopping=params.early_stopping,
     )
+
+
+def _beam_width(request: engine_pb2.EngineServiceGenerateRequest) -> int:
+    params = request.sampling
+    if not params.HasField("beam_width"):
+        for name in ("length_penalty", "early_stopping"):
+            if getattr(params, name):
+                raise invalid_field(f"sampling.{name}", "means something with beam_width only")
+        return 0
+    if not 1 <= params.beam_width <= MAX_CHOICES:
+        raise invalid_field("sampling.beam_width", f"must lie in [1, {MAX_CHOICES}]")
+    if _choices(params) > params.beam_width:
+        raise invalid_field("sampling.n", "at most as many as beam_width")
+    # Beams are ranked by the model's own log-probabilities.
+    for name in _NOT_WITH_BEAMS:
+        if getattr(params, name):
+            raise invalid_field(f"sampling.{name}", "does not go together with beam_width")
+    if request.HasField("prompt_logprobs"):
+        raise invalid_field("prompt_logprobs", "does not go together with sampling.beam_width")
+    if request.constraint.WhichOneof("constraint") is not None:
+        raise invalid_field("constraint", "does not go together with sampling.beam_width")
+    return params.beam_width
 
 
 def _logits_processors(params: types_pb2.SamplingParams) -> Iterator[tuple[str, str]]:

@@ -31,6 +31,7 @@ _SAMPLING_RANGES: dict[str, tuple[float, float, bool]] = {
     "n": (1, MAX_CHOICES, True),
     "best_of": (1, MAX_CHOICES, True),
     "beam_width": (1, MAX_CHOICES, True),
+    "length_penalty": (-10, 10, True),
 }
 
 Violations = list[tuple[str, str]]
@@ -138,6 +139,12 @@ def _check_sampling(sampling: types_pb2.SamplingParams) -> Violations:
             violations.append((f"sampling.logit_bias[{token_id}]", "must lie in [-100, 100]"))
     if sampling.HasField("best_of") and sampling.best_of < max(1, sampling.n):
         violations.append(("sampling.best_of", "must not be less than n"))
+    if sampling.HasField("beam_width"):
+        violations += [
+            (f"sampling.{name}", "does not go together with beam_width")
+            for name in ("best_of", "repetition_penalty")
+            if sampling.HasField(name)
+        ]
     return violations
 
 

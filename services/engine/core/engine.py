@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
+from services.engine.core.beam_search import BeamSearches
 from services.engine.core.clock import now_ns
 from services.engine.core.fault_isolation import IsolatingRunner
 from services.engine.core.messages import Delta, Ended, Load, SequenceRequest, Step
@@ -25,6 +26,7 @@ class EngineCore:
         self._scheduler = scheduler
         self._plans_ahead = plans_ahead
         self._runner = IsolatingRunner(runner)
+        self._beam_searches = BeamSearches(scheduler)
         self._last_step_us = 0
 
     @property
@@ -45,12 +47,21 @@ class EngineCore:
         Raises:
             AdmissionError: one of its subclasses says why they were refused.
         """
-        self._scheduler.add(requests)
+        if requests and requests[0].sampling.beam_width:
+            self._beam_searches.add(requests)
+        else:
+            self._scheduler.add(requests)
 
     def abort(self, sequence_ids: list[int]) -> list[Delta]:
         """End sequences and free their blocks now; ids that are not live are ignored."""
-        deltas = map(self._scheduler.abort, sequence_ids)
-        return [delta for delta in deltas if delta is not None]
+        deltas = [
+            delta
+            for sequence_id in sequence_ids
+            if (delta := self._scheduler.abort(sequence_id)) is not None
+        ]
+        if self._beam_searches:
+            deltas += self._beam_searches.abort(sequence_ids)
+        return deltas
 
     def drain(self) -> None:
         """Refuse new sequences from here on."""
@@ -73,6 +84,8 @@ class EngineCore:
         plan = self._scheduler.schedule()
         meanwhile = partial(self._plan_ahead, plan) if self._plans_ahead else None
         deltas = self._scheduler.apply(self._runner.run(plan, meanwhile))
+        if self._beam_searches:
+            deltas = self._beam_searches.take(deltas)
         ended_ns = now_ns()
         self._last_step_us = (ended_ns - started_ns) // 1000
         return Step(

@@ -38,6 +38,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     banned_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # report log-probabilities, with this many likeliest tokens
     prompt_logprobs: int | None = None  # the same of the prompt
+    beam_width: int = 0  # beams that are followed instead of sampling; 0 is off
+    length_penalty: float = 1.0  # of beams: log-probability / number of tokens to this power
+    early_stopping: bool = False  # of beams: as soon as `beam_width` have ended
     logits_processors: tuple[tuple[str, str], ...] = ()  # (name, arguments as JSON), in this order
 
 

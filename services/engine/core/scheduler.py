@@ -125,8 +125,20 @@ class Scheduler:
         """Whether there is something to `settle`."""
         return any(True for _ in self._entrance.compiled)
 
-    def add(self, requests: list[SequenceRequest]) -> None:
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends a sequence unless it ignores that."""
+        return self._eos_token_ids
+
+    @property
+    def max_waiting_sequences(self) -> int:
+        """Sequences that may wait at the same time."""
+        return self._queue_limits.max_sequences
+
+    def add(self, requests: list[SequenceRequest], *, continuing: bool = False) -> None:
         """Queue the sequences of a request: all of them or, where one is refused, none.
+
+        continuing: whether they go on with what was taken in before, which is done while draining.
 
         Raises:
             DrainingError: the engine takes nothing new.
@@ -135,7 +147,7 @@ class Scheduler:
             InvalidSequenceError: one contradicts itself or the model.
             DuplicateSequenceError: an id is in use.
         """
-        if self.draining:
+        if self.draining and not continuing:
             raise DrainingError("the engine drains and takes no new sequences")
         if self._compiler is None and any(request.constraint for request in requests):
             raise InvalidSequenceError("outputs of this engine follow no rules")

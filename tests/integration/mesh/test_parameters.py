@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,18 @@ from tests.support.mesh import Mesh
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome."
 
 
-@pytest.mark.slow
-def test_a_prompt_is_scored_as_transformers_scores_it(mesh: Mesh, demo_model_path: Path) -> None:
-    token_ids = list(load_model_tokenizer(demo_model_path).encode(TEXT).token_ids)
-    judge = AutoModelForCausalLM.from_pretrained(
+@pytest.fixture(scope="module")
+def judge(demo_model_path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
         demo_model_path.parent, gguf_file=demo_model_path.name, dtype=torch.float32
     ).eval()
+
+
+@pytest.mark.slow
+def test_a_prompt_is_scored_as_transformers_scores_it(
+    mesh: Mesh, judge: Any, demo_model_path: Path
+) -> None:
+    token_ids = list(load_model_tokenizer(demo_model_path).encode(TEXT).token_ids)
     with torch.inference_mode():
         expected = judge(torch.tensor([token_ids])).logits[0].log_softmax(dim=-1)
     options = {"temperature": 0, "max_tokens": 2, "cache": False}
@@ -62,6 +69,31 @@ def test_a_conversation_is_scored_as_its_template_makes_it(mesh: Mesh) -> None:
         entry.chosen.logprob <= entry.top[0].logprob <= 0 for entry in answer.prompt_logprobs
     )
     assert streamed.prompt_logprobs == answer.prompt_logprobs
+
+
+@pytest.mark.slow
+def test_beams_are_those_of_transformers(mesh: Mesh, judge: Any, demo_model_path: Path) -> None:
+    token_ids = list(load_model_tokenizer(demo_model_path).encode(TEXT).token_ids)
+    expected = judge.generate(
+        torch.tensor([token_ids]),
+        attention_mask=torch.ones(1, len(token_ids), dtype=torch.long),
+        num_beams=4,
+        num_return_sequences=2,
+        length_penalty=0.5,
+        do_sample=False,
+        max_new_tokens=10,
+    )
+    options = {"beam_width": 4, "n": 2, "length_penalty": 0.5, "max_tokens": 10}
+    with mesh.client() as client:
+        answer = client.generate(TEXT, return_token_ids=True, logprobs=0, cache=False, **options)
+        with client.stream_generate(TEXT, cache=False, **options) as stream:
+            streamed = stream.collect()
+    for choice, wanted in zip(answer.choices, expected[:, len(token_ids) :].tolist(), strict=True):
+        assert list(choice.token_ids) == wanted[: len(choice.token_ids)]
+        assert len(choice.logprobs) == len(choice.token_ids)
+    assert [choice.text for choice in streamed.choices] == [
+        choice.text for choice in answer.choices
+    ]
 
 
 def test_the_best_of_several_are_the_likeliest(mesh: Mesh) -> None:

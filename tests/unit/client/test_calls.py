@@ -140,6 +140,8 @@ def test_every_option_has_its_place_in_the_request(
         n=2,
         best_of=3,
         beam_width=4,
+        length_penalty=0.5,
+        early_stopping=True,
         stop=["\n", "END"],
         stop_token_ids=[2],
         ignore_eos=True,
@@ -178,6 +180,8 @@ def test_every_option_has_its_place_in_the_request(
             n=2,
             best_of=3,
             beam_width=4,
+            length_penalty=0.5,
+            early_stopping=True,
             logits_processors=[
                 types_pb2.LogitsProcessor(name="plain"),
                 types_pb2.LogitsProcessor(name="other", arguments=arguments),

@@ -117,6 +117,7 @@ def edited(saved: SavedEncoders, name: str, to: Path, **changes: object) -> Path
         ("modernbert", {"rope_parameters": {"full_attention": 3}}, "rope_parameters"),
         ("modernbert", {"rope_parameters": {"full_attention": {"rope_theta": 0}}}, "rope_theta"),
         ("deberta", {"pos_att_type": ["c2p", "x2y"]}, "pos_att_type"),
+        ("deberta", {"pos_att_type": [["c2p"]]}, "pos_att_type"),
         ("deberta", {"position_buckets": 1 << 30}, "span"),
         ("deberta", {"attention_head_size": 8}, "attention_head_size"),
         ("deberta", {"conv_kernel_size": 4}, "conv_kernel_size"),

@@ -324,6 +324,6 @@ def _kinds(fields: Fields) -> tuple[str, ...]:
     kinds: Any = fields.raw.get("pos_att_type") or []
     if isinstance(kinds, str):
         kinds = [each.strip() for each in kinds.lower().split("|")]
-    if not isinstance(kinds, list) or not set(kinds) <= set(_KINDS):
+    if not isinstance(kinds, list) or any(kind not in _KINDS for kind in kinds):
         raise ModelFileError(fields.path, f"{kinds!r} is not of {_KINDS}", what="pos_att_type")
     return tuple(kind for kind in _KINDS if kind in kinds)

@@ -100,6 +100,7 @@ def test_parameters_and_the_conversation_reach_the_engine(
     limit = page.one("#parameter-max_tokens")
     limit.clear()
     limit.send_keys("7")
+    page.one("#parameter-json_schema").send_keys('{"type": "string"}')
     page.ask("hello")
     page.answered()
     page.ask("again")
@@ -108,6 +109,7 @@ def test_parameters_and_the_conversation_reach_the_engine(
     assert request.sampling.temperature == 0.5
     assert request.sampling.seed == 2**64 - 1
     assert request.stopping.max_tokens == 7
+    assert request.constraint.json_schema == '{"type": "string"}'
     assert request.logprobs == 5
     # The system prompt, both questions and the answer between them.
     assert list(request.prompt.ids) == encode("Be brief.\nhello\nonetwo\nagain\n")

@@ -15,6 +15,7 @@ export const DEFAULTS = {
   repetition_penalty: "",
   seed: "",
   stop: "",
+  json_schema: "",
   probabilities: true,
   cache: true,
 };
@@ -70,6 +71,7 @@ export function parametersForm(parameters, models) {
       ),
     ),
     field("stop", "Stop texts, one a line", h("textarea", { rows: 2, placeholder: "None", value: parameters.stop })),
+    field("json_schema", "JSON schema of the answer", h("textarea", { rows: 2, placeholder: "None", value: parameters.json_schema })),
     field("probabilities", "Probabilities of tokens", h("input", { type: "checkbox", checked: parameters.probabilities })),
     field("cache", "Answer from the cache", h("input", { type: "checkbox", checked: parameters.cache })),
   );
@@ -87,6 +89,7 @@ export function asked(parameters, messages) {
   }
   const stop = parameters.stop.split("\n").filter((text) => text !== "");
   if (stop.length) options.stop = stop;
+  if (parameters.json_schema.trim()) options.json_schema = parameters.json_schema;
   if (parameters.probabilities) options.logprobs = ALTERNATIVES;
   if (!parameters.cache) options.cache = false;
   const system = parameters.system.trim() ? [{ role: "system", content: parameters.system }] : [];
@@ -102,6 +105,7 @@ export function chatRequest({ model, messages, options }) {
   if ("max_tokens" in options) stopping.max_tokens = options.max_tokens;
   if ("stop" in options) stopping.stop_strings = options.stop;
   if (Object.keys(stopping).length) request.stopping = stopping;
+  if ("json_schema" in options) request.constraint = { json_schema: options.json_schema };
   if ("logprobs" in options) request.output = { logprobs: options.logprobs };
   if (options.cache === false) request.cache_control = { no_cache: true };
   return request;

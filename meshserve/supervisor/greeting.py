@@ -18,6 +18,20 @@ TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
+class HowToAsk:
+    """An example of a request: of the command line and the client, and of gRPC."""
+
+    command: str
+    text: str
+    method: str
+    document: str
+
+
+FOR_TEXT = HowToAsk("chat", "What is a block table?", "Generate", '{"text": "Once upon a time"}')
+FOR_VECTORS = HowToAsk("embed", "a cat on a mat", "Embed", '{"texts": ["a cat on a mat"]}')
+
+
+@dataclass(frozen=True, slots=True)
 class Greeting:
     """How the first answer went."""
 

@@ -18,6 +18,8 @@ from meshserve.async_client import AsyncClient
 from meshserve.errors import AuthenticationError, MeshServeError
 from meshserve.supervisor.display import Display
 from meshserve.supervisor.greeting import (
+    FOR_TEXT,
+    FOR_VECTORS,
     Greeting,
     embed_greeting,
     generates,
@@ -77,6 +79,7 @@ class Mesh:
         )
         addresses = {spec.name: spec.addresses[0].address for spec in specs if spec.addresses}
         self._display = Display(console, self._supervisor.statuses, addresses)
+        self._how_to_ask = FOR_TEXT
         self._followers: dict[str, LogFollower] = {}
         self._stop_requested = asyncio.Event()
         self._signals = 0
@@ -190,6 +193,7 @@ class Mesh:
         if generates(models):
             return await stream_greeting(client, self._console)
         if any("embed" in model.capabilities for model in models):
+            self._how_to_ask = FOR_VECTORS
             await embed_greeting(client, self._console)
         return None
 
@@ -198,15 +202,14 @@ class Mesh:
         console_url = self._mesh.console_url
         plaintext = "" if self._mesh.gateway.ca_file else "-plaintext "
         tls = ", tls=True" if self._mesh.gateway.ca_file else ""
-        service = "meshserve.v1.InferenceService"
+        service, how = "meshserve.v1.InferenceService", self._how_to_ask
         lines = [
             "",
             f"The gateway listens on {target}. Talk to it:",
-            '  meshserve chat "What is a block table?"',
-            f'  grpcurl {plaintext}-d \'{{"text": "Once upon a time"}}\' '
-            f"{target} {service}/Generate",
+            f'  meshserve {how.command} "{how.text}"',
+            f"  grpcurl {plaintext}-d '{how.document}' {target} {service}/{how.method}",
             "  python -c 'import meshserve; "
-            f'print(meshserve.Client("{target}"{tls}).chat("Hello"))\'',
+            f'print(meshserve.Client("{target}"{tls}).{how.command}("Hello"))\'',
             *([f"Or open the console: {console_url}"] if console_url else []),
             *([f"Traces are shown at {traces_url}"] if traces_url else []),
             f"Logs are in {self._state.log_dir}. Stop with Ctrl-C or `meshserve down`.",

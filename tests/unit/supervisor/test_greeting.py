@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from meshserve import AsyncClient, IncompleteStreamError
-from meshserve.supervisor.greeting import stream_greeting
+from meshserve import AsyncClient, IncompleteStreamError, Model
+from meshserve.supervisor.greeting import embed_greeting, generates, stream_greeting
 from meshserve.v1 import gateway_pb2
 from tests.fakes.scripted_gateway import ScriptedGateway
 
@@ -53,3 +53,20 @@ async def test_an_answer_that_breaks_off_is_an_error(gateway: ScriptedGateway) -
     async with AsyncClient(gateway.target) as client:
         with pytest.raises(IncompleteStreamError):
             await stream_greeting(client, Console(file=io.StringIO()))
+
+
+async def test_a_mesh_that_makes_no_text_shows_a_vector(gateway: ScriptedGateway) -> None:
+    gateway.answer("Embed", gateway_pb2.EmbedResponse(embeddings=[{"values": [0.5] * 384}]))
+    shown = io.StringIO()
+    async with AsyncClient(gateway.target) as client:
+        await embed_greeting(client, Console(file=shown, width=80))
+    assert "mesh> [0.5000, 0.5000, 0.5000, 0.5000, ...]: 384 components" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [(("generate", "chat"), True), (("embed",), False), ((), True)],
+)
+def test_which_mesh_is_asked_for_text(capabilities: tuple[str, ...], expected: bool) -> None:
+    models = [Model("encoder", capabilities=("classify",)), Model("m", capabilities=capabilities)]
+    assert generates(models) is expected

@@ -9,6 +9,7 @@ from typing import Any
 from meshserve.cli.model_report.words import (
     TemplateFacts,
     TokenizerFacts,
+    catalogue_sampling,
     read_licence,
     read_quantization,
     read_words,
@@ -18,7 +19,7 @@ from services.engine.core.fitness import Fitness, examine
 from services.engine.core.generation_defaults import read_generation_defaults
 from services.engine.core.model_config import ModelConfig, RopeConfig
 from services.engine.core.models.native import WeightChoice
-from services.runtime.modelfiles import CATALOGUE, ModelFileError
+from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.description import ModelDescription, describe
 from services.runtime.modelfiles.tensor_kinds import stored_types
 
@@ -69,7 +70,7 @@ def build_report(
         "tokenizer": {"kind": tokenizer.kind, "problem": tokenizer.problem},
         "has_chat_template": template is not None,
         "chat_template": _template(template),
-        "generation": read_generation_defaults(path) | _catalogue_sampling(path),
+        "generation": read_generation_defaults(path) | catalogue_sampling(path),
         "memory": _memory(fitness, concurrencies, wanted),
         "verdict": _verdict(fitness, tokenizer, problem, wanted),
     }
@@ -77,13 +78,6 @@ def build_report(
 
 def _role(config: ModelConfig | EncoderConfig) -> str:
     return "decoder" if isinstance(config, ModelConfig) else "encoder"
-
-
-def _catalogue_sampling(path: Path) -> dict[str, float]:
-    for model in CATALOGUE.values():
-        if not model.beside and path.name == model.file_name:
-            return dict(model.sampling)
-    return {}
 
 
 def _stretching(config: ModelConfig | EncoderConfig | None) -> dict[str, Any] | None:

@@ -154,6 +154,14 @@ def read_licence(path: Path, stated: str | None) -> str | None:
     return None
 
 
+def catalogue_sampling(path: Path) -> dict[str, float]:
+    """How a model of the catalogue answers best, by field of SamplingParams."""
+    for model in CATALOGUE.values():
+        if not model.beside and path.name == model.file_name:
+            return dict(model.sampling)
+    return {}
+
+
 def read_quantization(path: Path) -> dict[str, Any] | None:
     """What config.json says of how weights are quantised, in brief."""
     try:

@@ -282,7 +282,6 @@ def test_features_of_later_engines_are_refused_not_ignored(
     stub: gateway_pb2_grpc.InferenceServiceStub,
 ) -> None:
     for message in (
-        request(constraint=types_pb2.OutputConstraint(regex="[0-9]+")),
         request(adapter="mine"),
         sampling(beam_width=4, best_of=4),
         sampling(beam_width=4, repetition_penalty=1.5),

@@ -91,10 +91,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_model(case: str) -> Any:
-    """A model of a case, random and sure of itself."""
-    kind, changes = CASES[case]
-    fields = {**COMMON, **changes}
+def make_model(case: str, **changes: Any) -> Any:
+    """A model of a case with some changes, random and sure of itself."""
+    kind, own = CASES[case]
+    fields = {**COMMON, **own, **changes}
     if kind == "GPT2":
         renamed = {
             "hidden_size": "n_embd",
@@ -116,9 +116,9 @@ def make_model(case: str) -> Any:
     return model.eval()
 
 
-def save_model(case: str, directory: Path) -> Any:
+def save_model(case: str, directory: Path, **changes: Any) -> Any:
     """Write a model of a case as a HF directory; returns it."""
-    model = make_model(case)
+    model = make_model(case, **changes)
     model.save_pretrained(directory)
     return model
 

@@ -51,7 +51,7 @@ def run(
     """
     table = rows if isinstance(rows, PackedLinear) else pack_grouped(rows)
     ids = torch.arange(table.outputs) if token_ids is None else torch.tensor(token_ids)
-    builder = ProgramBuilder(lambda module, gated: module, lambda module: module.weight)
+    builder = ProgramBuilder(lambda module, gated: module, lambda module, kind: module.weight)
     builder.embed(table)
     if norm is None:
         builder.convert(Buffer.RESIDUAL)
@@ -66,17 +66,13 @@ def run(
     if onto is not None:
         guarded[1:-1] = onto
     starts = torch.zeros(1, dtype=torch.int32)
-    nothing = torch.zeros(1, 8)
     program = Program(
         builder,
         Team(kernels, threads),
         heads=1,
         kv_heads=1,
         head_dim=16,
-        rotary_dim=16,
         attention_scale=1.0,
-        cos=nothing,
-        sin=nothing,
         layers=(KvLayout * 1)(KvLayout(None, None, 0, 16, 1, 16, 0)),
         num_layers=1,
         max_tokens=len(ids),

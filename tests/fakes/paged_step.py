@@ -35,6 +35,8 @@ class Shape:
     kv_heads: int = 2
     head_dim: int = 32
     block_size: int = 16
+    window: int | None = None
+    softcap: float | None = None
 
     @property
     def scale(self) -> float:
@@ -105,7 +107,18 @@ class Pool:
         queries = torch.cat([text.queries[rows] for text, rows in self._rows(step, texts)])
         output = torch.full_like(queries, float("nan"))
         shape = self.shape
-        attention(self.team, step, self.cache, [0], queries, shape.heads, shape.scale, output)
+        attention(
+            self.team,
+            step,
+            self.cache,
+            [0],
+            queries,
+            shape.heads,
+            shape.scale,
+            output,
+            shape.window,
+            shape.softcap,
+        )
         return output
 
     def run(
@@ -149,4 +162,6 @@ def reference(pool: Pool, step: Step, texts: Sequence[Text]) -> Tensor:
         queries = queries.bfloat16().double()
     metadata = AttentionMetadata(tuple(lengths), tuple(contexts), tables, shape.block_size)
     heads = queries.double().view(len(queries), shape.heads, shape.head_dim)
-    return paged_attention(heads, paged[0], paged[1], metadata, shape.scale).flatten(1)
+    return paged_attention(
+        heads, paged[0], paged[1], metadata, shape.scale, shape.window, shape.softcap
+    ).flatten(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from services.engine.core.layers.attention import Attention, PagedAttention, StepContext
 from services.engine.core.layers.feed_forward import (
+    ExpertMatrices,
     Experts,
     FeedForward,
     GatedFeedForward,
@@ -16,6 +17,7 @@ from services.engine.core.layers.rotary import RotaryEmbedding
 __all__ = [
     "Attention",
     "Embedding",
+    "ExpertMatrices",
     "Experts",
     "FeedForward",
     "GatedFeedForward",

@@ -12,6 +12,7 @@ from services.engine.core.kernels import (
     rotary_embedding,
     write_kv,
 )
+from services.engine.core.kernels.cpu.program import Buffer, ProgramBuilder
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layers.linear import Linear, MergedLinear
 from services.engine.core.layers.norm import RMSNorm
@@ -106,3 +107,19 @@ class Attention(nn.Module):
         )
         projected: Tensor = self.output(attended)
         return projected
+
+    def lower(self, program: ProgramBuilder, *, is_last: bool) -> None:
+        """The same as operations of the native kernels, up to what `output` reads."""
+        index = self.attend.layer_index
+        program.linear(self.qkv, Buffer.PROJECTED)
+        program.rotary_kv(index, self.rotary, q_norm=self.q_norm, k_norm=self.k_norm)
+        program.attention(
+            index,
+            self.heads * self.head_dim,
+            window=self.attend.window,
+            softcap=self.attend.softcap,
+        )
+        if is_last:
+            # Later steps read its keys and values, of all tokens; nobody reads the rest.
+            program.select_rows()
+        program.convert(Buffer.ATTENDED)

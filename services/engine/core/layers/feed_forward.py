@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,12 @@ from services.engine.core.kernels import (
     mixture_of_experts,
     silu_and_mul,
 )
+from services.engine.core.kernels.cpu.program import Buffer, Epilogue, ProgramBuilder
 from services.engine.core.layers.linear import Linear, MergedLinear
 from services.engine.core.model_config import ExpertsConfig, ModelConfig
 
 _GATES = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
+_GATE_EPILOGUES = {"silu": Epilogue.GATED_SILU, "gelu_tanh": Epilogue.GATED_GELU}
 
 
 class GatedFeedForward(nn.Module):
@@ -34,6 +37,11 @@ class GatedFeedForward(nn.Module):
         projected: Tensor = self.down(_GATES[self.activation](self.gate_up(hidden)))
         return projected
 
+    def lower(self, program: ProgramBuilder) -> None:
+        """The same as operations of the native kernels, up to what `down` reads."""
+        program.linear(self.gate_up, Buffer.GATED, epilogue=_GATE_EPILOGUES[self.activation])
+        program.convert(Buffer.GATED)
+
 
 class FeedForward(nn.Module):
     """down(gelu(up(x)))."""
@@ -47,6 +55,11 @@ class FeedForward(nn.Module):
         """hidden: [num_tokens, hidden_size] -> the same shape."""
         projected: Tensor = self.down(gelu_tanh(self.up(hidden)))
         return projected
+
+    def lower(self, program: ProgramBuilder) -> None:
+        """The same as operations of the native kernels, up to what `down` reads."""
+        program.linear(self.up, Buffer.GATED, epilogue=Epilogue.GELU)
+        program.convert(Buffer.GATED)
 
 
 class Experts(nn.Module):
@@ -77,6 +90,18 @@ class Experts(nn.Module):
             for index in range(self.count)
             for name, view in parts.items()
         }
+
+    def matrices(self) -> tuple[ExpertMatrices, ExpertMatrices]:
+        """What `gate_up` and `down` are in a checkpoint."""
+        return ExpertMatrices(self, ("gate", "up")), ExpertMatrices(self, ("down",))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertMatrices:
+    """A matrix of each expert, whose outputs checkpoints hold in these parts."""
+
+    experts: Experts
+    parts: tuple[str, ...]
 
 
 class MixtureOfExperts(nn.Module):

@@ -16,7 +16,9 @@ from services.engine.core.kernels.cpu.encoder_program import EncoderProgramBuild
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.packing import GroupedWeight, PackedLinear, outline
 from services.engine.core.kernels.cpu.packing import quantize_4 as round_to_4
+from services.engine.core.kernels.cpu.program import Packed
 from services.engine.core.kv_cache import KVCache
+from services.engine.core.layers import ExpertMatrices
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.loader import OpenedModel
 from services.engine.core.models.native import (
@@ -134,7 +136,9 @@ def kv_cache_bytes(
 class _OutlinePacker(Packer):
     """Packs nothing: matrices keep their shape and get their format."""
 
-    def pack(self, module: Any, gated: bool) -> PackedLinear:
+    def pack(self, module: Any, gated: bool) -> Packed:
+        if isinstance(module, ExpertMatrices):
+            return [outline(each, gated=gated) for each in self.choose_each(module)]
         return outline(self.choose(module), gated=gated)
 
     def round(self, floats: Tensor) -> GroupedWeight:

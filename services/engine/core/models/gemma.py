@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
+from services.engine.core.kernels.cpu.program import Buffer, Epilogue, ProgramBuilder
 from services.engine.core.layers import Attention, GatedFeedForward, RMSNorm, StepContext
 from services.engine.core.layers.rotary import RotaryEmbedding
 from services.engine.core.model_config import ModelConfig, RopeConfig
@@ -51,6 +53,18 @@ class GemmaLayer(nn.Module):
         total: Tensor = hidden + self.feed_forward_post_norm(self.feed_forward(normed))
         return total
 
+    def lower(self, program: ProgramBuilder, *, is_last: bool) -> None:
+        """The same as operations of the native kernels, on the residual stream."""
+        program.norm(self.attention_norm)
+        self.attention.lower(program, is_last=is_last)
+        # The projections of queries, keys and values have been read, so theirs is a place to go.
+        program.linear(self.attention.output, Buffer.PROJECTED)
+        program.add_norm(self.attention_post_norm, Buffer.PROJECTED)
+        program.norm(self.feed_forward_norm)
+        self.feed_forward.lower(program)
+        program.linear(self.feed_forward.down, Buffer.PROJECTED)
+        program.add_norm(self.feed_forward_post_norm, Buffer.PROJECTED)
+
 
 class Gemma(Model):
     """A Gemma 2 or 3 decoder."""
@@ -60,6 +74,20 @@ class Gemma(Model):
 
     def make_norm(self) -> nn.Module:
         return RMSNorm(self.config.hidden_size, self.config.norm_eps)
+
+    def lower(self, program: ProgramBuilder) -> None:
+        # As a number of the weights' precision, as `embed` has it.
+        scale = torch.tensor(self.config.embedding_scale, dtype=torch.bfloat16).item()
+        program.embed(self.embedding, scale=scale)
+        for layer in self.layers:
+            assert isinstance(layer, GemmaLayer)
+            layer.lower(program, is_last=layer is self.layers[-1])
+        program.norm(self.norm)
+        head, cap = self.head or self.embedding, self.config.logit_softcap
+        if cap is None:
+            program.linear(head, Buffer.LOGITS)
+        else:
+            program.linear(head, Buffer.LOGITS, epilogue=Epilogue.CAPPED, cap=cap)
 
 
 def _gemma2_config(hf: HfConfig) -> ModelConfig:

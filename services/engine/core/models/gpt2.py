@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from services.engine.core.batch import ForwardBatch
+from services.engine.core.kernels.cpu.program import Buffer, Epilogue, ProgramBuilder
 from services.engine.core.layers import Attention, Embedding, FeedForward, LayerNorm, StepContext
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.base import Model
@@ -35,6 +36,15 @@ class GPT2Layer(nn.Module):
         total: Tensor = hidden + self.feed_forward(self.feed_forward_norm(hidden))
         return total
 
+    def lower(self, program: ProgramBuilder, *, is_last: bool) -> None:
+        """The same as operations of the native kernels, on the residual stream."""
+        program.norm(self.attention_norm)
+        self.attention.lower(program, is_last=is_last)
+        program.linear(self.attention.output, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
+        program.norm(self.feed_forward_norm)
+        self.feed_forward.lower(program)
+        program.linear(self.feed_forward.down, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
+
 
 class GPT2(Model):
     """A GPT-2 decoder."""
@@ -52,6 +62,14 @@ class GPT2(Model):
     def embed(self, batch: ForwardBatch) -> Tensor:
         embedded: Tensor = self.embedding(batch.token_ids) + self.positions(batch.positions)
         return embedded
+
+    def lower(self, program: ProgramBuilder) -> None:
+        program.embed(self.embedding, positions=self.positions)
+        for layer in self.layers:
+            assert isinstance(layer, GPT2Layer)
+            layer.lower(program, is_last=layer is self.layers[-1])
+        program.norm(self.norm)
+        program.linear(self.embedding if self.head is None else self.head, Buffer.LOGITS)
 
 
 def _hf_config(hf: HfConfig) -> ModelConfig:

@@ -53,22 +53,17 @@ class LlamaLayer(nn.Module):
 
     def lower(self, program: ProgramBuilder, *, is_last: bool) -> None:
         """The same as operations of the native kernels, on the residual stream."""
-        attention, feed_forward = self.attention, self.feed_forward
-        index = attention.attend.layer_index
-        assert isinstance(feed_forward, GatedFeedForward)
         program.norm(self.attention_norm)
-        program.linear(attention.qkv, Buffer.PROJECTED)
-        program.rotary_kv(index)
-        program.attention(index, attention.heads * attention.head_dim)
-        if is_last:
-            # Later steps read its keys and values, of all tokens; nobody reads the rest.
-            program.select_rows()
-        program.convert(Buffer.ATTENDED)
-        program.linear(attention.output, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
+        self.attention.lower(program, is_last=is_last)
+        program.linear(self.attention.output, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            program.mixture_of_experts(
+                self.feed_forward_norm, self.feed_forward, Epilogue.GATED_SILU
+            )
+            return
         program.norm(self.feed_forward_norm)
-        program.linear(feed_forward.gate_up, Buffer.GATED, epilogue=Epilogue.GATED_SILU)
-        program.convert(Buffer.GATED)
-        program.linear(feed_forward.down, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
+        self.feed_forward.lower(program)
+        program.linear(self.feed_forward.down, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
 
 
 class Llama(Model):
@@ -81,25 +76,12 @@ class Llama(Model):
         return RMSNorm(self.config.hidden_size, self.config.norm_eps)
 
     def lower(self, program: ProgramBuilder) -> None:
-        if (missing := _not_native(self.config)) is not None:
-            raise NotImplementedError(f"they have no {missing}")
         program.embed(self.embedding)
         for layer in self.layers:
             assert isinstance(layer, LlamaLayer)
             layer.lower(program, is_last=layer is self.layers[-1])
         program.norm(self.norm)
         program.linear(self.embedding if self.head is None else self.head, Buffer.LOGITS)
-
-
-def _not_native(config: ModelConfig) -> str | None:
-    """What of a model the native kernels lack."""
-    lacking = {
-        "sliding windows": bool(config.windows),
-        "norms of queries and keys": config.qk_norm,
-        "mixtures of experts": config.experts is not None,
-        f"activation {config.activation}": config.activation != "silu",
-    }
-    return next((name for name, is_needed in lacking.items() if is_needed), None)
 
 
 def _qwen2_config(hf: HfConfig) -> ModelConfig:

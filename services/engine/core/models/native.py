@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -29,14 +29,14 @@ from services.engine.core.kernels.cpu.packing import (
 )
 from services.engine.core.kernels.cpu.program import (
     Buffer,
+    Packed,
     Program,
     ProgramBuilder,
     StepInput,
-    rotary_tables,
 )
 from services.engine.core.kernels.cpu.sampling import SampleRequest
 from services.engine.core.kernels.cpu.team import Team
-from services.engine.core.layers import Embedding, MergedLinear
+from services.engine.core.layers import Embedding, ExpertMatrices, MergedLinear
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.base import Model
 from services.engine.core.sampler import SampledTokens, SamplingBatch, sample
@@ -69,8 +69,6 @@ class NativeModel:
         # Matrices by what they are stored as, of those that `auto` rounds to 8 bits.
         self.rounded: Mapping[str, int] = packer.rounded
         self._builder = lower(model, packer)
-        assert model.rotary is not None
-        self._rotary = model.rotary
         self._program: Program | None = None
 
     @property
@@ -81,9 +79,6 @@ class NativeModel:
     def bind(self, kv_cache: PackedKVCache, *, max_batch_tokens: int) -> None:
         """Take the cache that all steps use. Raises MemoryError where buffers do not fit."""
         config = self.config
-        cos, sin = rotary_tables(
-            self._rotary.frequencies, self._rotary.amplitude, config.max_context_tokens
-        )
         layouts = [kv_cache.layout(index) for index in range(config.num_layers)]
         self._program = Program(
             self._builder,
@@ -91,10 +86,7 @@ class NativeModel:
             heads=config.heads,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
-            rotary_dim=2 * cos.shape[1],
             attention_scale=config.scale,
-            cos=cos,
-            sin=sin,
             layers=(KvLayout * config.num_layers)(*layouts),
             num_layers=config.num_layers,
             max_tokens=max_batch_tokens,
@@ -176,9 +168,7 @@ def lower(model: Model, packer: Packer) -> ProgramBuilder:
 
     Raises UnsupportedModelError where they do not serve its shape.
     """
-    if model.rotary is None:
-        raise UnsupportedModelError("they rotate queries and keys")
-    builder = ProgramBuilder(packer.pack, packer.vector)
+    builder = ProgramBuilder(packer.pack, packer.read, model.config.max_context_tokens)
     try:
         check_head_dim(model.config.head_dim)
         with torch.inference_mode():
@@ -209,12 +199,16 @@ class Packer:
         self._logits = "embedding" if model.config.tie_embeddings else "head"
         self._paths = {id(module): path for path, module in model.named_modules()}
 
-    def vector(self, module: Any) -> Tensor:
+    def read(self, module: Any, kind: str) -> Tensor:
         # A copy: the checkpoint's own lies in a file that is closed.
-        return self._checkpoint.read(f"{self._paths[id(module)]}.weight").clone()
+        return self._checkpoint.read(f"{self._paths[id(module)]}.{kind}").clone()
 
-    def pack(self, module: Any, gated: bool) -> PackedLinear:
-        packed = self._pack(module, gated)
+    def pack(self, module: Any, gated: bool) -> Packed:
+        packed: Packed
+        if isinstance(module, ExpertMatrices):
+            packed = [_pack(weight, None, gated) for weight in self.choose_each(module)]
+        else:
+            packed = self._pack(module, gated)
         # What reading and packing took, before the next module takes as much again.
         self._checkpoint.release()
         trim_heap()
@@ -225,16 +219,41 @@ class Packer:
         if getattr(module, "bias", None) is not None:
             names = self._names(module)
             bias = torch.cat([self._checkpoint.read(f"{name}.bias").float() for name in names])
-        weight = self.choose(module)
-        if isinstance(weight, GroupedWeight):
-            return pack_grouped(weight, bias, gated=gated)
-        return pack_bf16(weight, bias, gated=gated)
+        return _pack(self.choose(module), bias, gated)
 
     def choose(self, module: Any) -> GroupedWeight | Tensor:
         """Return a module's matrix as it is to be kept."""
         names, path = self._names(module), self._paths[id(module)]
+        if path.endswith(".router"):
+            # It is small, and an error in it sends tokens elsewhere.
+            return self._floats(names)
         grouped = self._grouped(names, is_head=isinstance(module, Embedding) or path == "head")
         return self._floats(names) if grouped is None else grouped
+
+    def choose_each(self, matrices: ExpertMatrices) -> Iterator[GroupedWeight | Tensor]:
+        """Return the matrix of one expert after the other as it is to be kept."""
+        path, count = self._paths[id(matrices.experts)], matrices.experts.count
+        if f"{path}.{matrices.parts[0]}.weight" not in self._checkpoint.shapes:
+            for index in range(count):
+                names = [f"{path}.{index}.{part}" for part in matrices.parts]
+                grouped = self._grouped(names, is_head=False)
+                yield self._floats(names) if grouped is None else grouped
+            return
+        # The experts' matrices of a part are stored as one stack.
+        names = [f"{path}.{part}" for part in matrices.parts]
+        stacks = [None if self._weights == "bfloat16" else self._read_grouped(n) for n in names]
+        floats: list[Tensor] = []  # read where something is to be rounded
+        for index in range(count):
+
+            def values(index: int = index) -> Tensor:
+                if not floats:
+                    floats.extend(self._checkpoint.read(f"{name}.weight") for name in names)
+                parts = [part[index] for part in floats]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+            parts = [_of_expert(stack, index, count) for stack in stacks]
+            grouped = self._kept(parts, values, is_head=False)
+            yield values() if grouped is None else grouped
 
     def _names(self, module: Any) -> list[str]:
         path = self._paths[id(module)]
@@ -251,16 +270,25 @@ class Packer:
         if self._weights == "bfloat16":
             return None
         parts = [self._read_grouped(name) for name in names]
+        return self._kept(parts, lambda: self._floats(names), is_head=is_head)
+
+    def _kept(
+        self,
+        parts: list[GroupedWeight | None],
+        floats: Callable[[], Tensor],
+        *,
+        is_head: bool,
+    ) -> GroupedWeight | None:
         stored = [part for part in parts if part is not None]
-        own = concatenate(stored) if len(stored) == len(names) else None
-        if self._weights == "auto":
+        own = concatenate(stored) if len(stored) == len(parts) else None
+        if self._weights in ("auto", "bfloat16"):
             return own
         if self._weights == "int4" and not is_head:
-            return own if own is not None and own.bits == 4 else quantize_4(self._floats(names))
+            return own if own is not None and own.bits == 4 else quantize_4(floats())
         # A head stays at eight bits: logits show every error in it.
         if own is not None and own.minima is None:
             return own
-        return self.round(self._floats(names))
+        return self.round(floats())
 
     def round(self, floats: Tensor) -> GroupedWeight:
         """Return a matrix of floats rounded to 8 bits."""
@@ -274,3 +302,17 @@ class Packer:
         if weight is not None and weight.is_rounded:
             self.rounded[self._checkpoint.stored_as(f"{name}.weight")] += 1
         return weight
+
+
+def _pack(weight: GroupedWeight | Tensor, bias: Tensor | None, gated: bool) -> PackedLinear:
+    if isinstance(weight, GroupedWeight):
+        return pack_grouped(weight, bias, gated=gated)
+    return pack_bf16(weight, bias, gated=gated)
+
+
+def _of_expert(stack: GroupedWeight | None, index: int, count: int) -> GroupedWeight | None:
+    """One of `count` matrices that lie one after the other."""
+    if stack is None:
+        return None
+    each = stack.shape[0] // count
+    return stack.map(lambda rows: rows[index * each : (index + 1) * each])

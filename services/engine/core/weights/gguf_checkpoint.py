@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -70,14 +71,15 @@ class GGUFCheckpoint:
 
     def read_grouped(self, name: str) -> GroupedWeight | None:
         info = self._infos[name]
-        if info.type.name in FLOATS or len(info.shape) != 2 or info.shape[1] % GROUP_INPUTS:
+        if info.type.name in FLOATS or len(info.shape) < 2 or info.shape[-1] % GROUP_INPUTS:
             return None
         self._progress.add(info.nbytes)
+        shape = _rows_and_inputs(info)
         if info.type.name in GROUPED:
             raw = self._file.tensor_bytes(info.name)
-            weight = read_grouped(raw, info.type, (info.shape[0], info.shape[1]))
+            weight = read_grouped(raw, info.type, shape)
         else:
-            weight = rounded(lambda rows: self._rows(info, rows), (info.shape[0], info.shape[1]))
+            weight = rounded(lambda rows: self._rows(info, rows), shape)
         for part in (weight.scales, weight.minima):
             if part is not None and not part.isfinite().all():
                 raise self._error(info, "has scales that are no finite numbers")
@@ -86,9 +88,9 @@ class GGUFCheckpoint:
 
     def outline(self, name: str) -> GroupedWeight | None:
         info = self._infos[name]
-        if info.type.name in FLOATS or len(info.shape) != 2:
+        if info.type.name in FLOATS or len(info.shape) < 2:
             return None
-        shape = info.shape[0], info.shape[1]
+        shape = _rows_and_inputs(info)
         if info.type.name not in GROUPED:
             return rounded_outline(shape)
         # A block of zeros tells whether the type has minima, and its bits.
@@ -99,8 +101,9 @@ class GGUFCheckpoint:
         return GroupedWeight(levels, scales, None if minima is None else scales, bits)
 
     def _rows(self, info: TensorInfo, rows: slice) -> Tensor:
-        raw = self._file.tensor_bytes(info.name).reshape(info.shape[0], -1)[rows]
-        return dequantize(raw.reshape(-1), info.type, (len(raw), info.shape[1]))
+        count, inputs = _rows_and_inputs(info)
+        raw = self._file.tensor_bytes(info.name).reshape(count, -1)[rows]
+        return dequantize(raw.reshape(-1), info.type, (len(raw), inputs))
 
     def release(self) -> None:
         self._file.release()
@@ -118,6 +121,11 @@ class GGUFCheckpoint:
         if len(parts) > 2 and parts[-3] == "attention" and parts[-2] in self._paired_heads:
             return _halves_from_pairs(info.shape[0], self._paired_heads[parts[-2]])
         return None
+
+
+def _rows_and_inputs(info: TensorInfo) -> tuple[int, int]:
+    """The size of a matrix; those of a stack lie one after the other."""
+    return math.prod(info.shape[:-1]), info.shape[-1]
 
 
 def _halves_from_pairs(num_rows: int, heads: int) -> Tensor:

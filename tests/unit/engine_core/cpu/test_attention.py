@@ -35,6 +35,8 @@ def shapes(draw: Callable[..., int]) -> Shape:
         kv_heads=kv_heads,
         head_dim=16 * draw(st.integers(1, 16)),
         block_size=draw(st.sampled_from([16, 32, 64])),
+        window=draw(st.one_of(st.none(), st.sampled_from([1, 2, 15, 16, 17, 127, 128, 129, 400]))),
+        softcap=draw(st.sampled_from([None, 0.5, 30.0])),
     )
 
 
@@ -241,3 +243,47 @@ def test_scores_far_apart_do_not_overflow(kernels: Library) -> None:
     attended = pool.run(blocks, [300], [300], [text])
     expected = reference(pool, pool.step(blocks, [300], [300]), [text])
     torch.testing.assert_close(attended.double(), expected, rtol=0, atol=0.02)
+
+
+WINDOWS = [1, 16, 100, 129, 300]
+
+
+@each_format
+@each_isa
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_gives_the_same_bits_however_its_queries_are_spread(
+    kernels: Library, kv_format: KvFormat, window: int
+) -> None:
+    shape = Shape(heads=6, kv_heads=2, head_dim=32, window=window, softcap=4.0)
+    text = Text.random(shape, 700, seed=12)
+    expected = whole(kernels, shape, kv_format, text, 700)
+    pool = Pool(kernels, shape, 60, kv_format, threads=3, seed=5)
+    blocks = [pool.take(700)]
+    begin = 0
+    # Chunks, a draft's verification, and decode, in windows that begin and end within a chunk.
+    for queries in (1, 130, 37, 1, 5, 260, 2, 1, 1, 16, 1, 1, 200, 4, 40):
+        end = min(begin + queries, 700)
+        attended = pool.run(blocks, [end - begin], [end], [text])
+        assert torch.equal(attended, expected[begin:end])
+        begin = end
+    assert begin == 700
+
+
+@each_format
+@each_isa
+@pytest.mark.parametrize("queries", [1, 6, 90])
+def test_what_lies_before_a_window_is_not_read(
+    kernels: Library, kv_format: KvFormat, queries: int
+) -> None:
+    """Its blocks may be somebody else's, or name no memory at all."""
+    shape = Shape(heads=4, kv_heads=2, head_dim=32, window=200)
+    text = Text.random(shape, 900, seed=13)
+    expected = whole(kernels, shape, kv_format, text, 900)[900 - queries :]
+    pool = Pool(kernels, shape, 80, kv_format, threads=3, seed=6)
+    blocks = [pool.take(900)]
+    pool.run(blocks, [900 - queries], [900 - queries], [text])
+    step = pool.step(blocks, [queries], [900])
+    pool.write(step, [text])
+    unseen = (900 - queries + 1 - 200) // 16
+    step.block_tables[0, :unseen] = 2**31 - 1
+    assert torch.equal(pool.attend(step, [text]), expected)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from services.engine.core.kernels import rotary_embedding
 from services.engine.core.kernels.cpu.attention import Step, rotary_kv
@@ -109,3 +110,34 @@ def test_a_vector_that_is_not_finite_is_not_made_finite(kernels: Library, poison
         keys, values = write(kernels, cache, qkv, cos, sin)
         assert (~keys.isfinite()).any(-1).nonzero().tolist() == [[7, 0]]
         assert (~values.isfinite()).any(-1).nonzero().tolist() == [[9, KV_HEADS - 1]]
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda each: each.isa)
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 128, 256])
+def test_queries_and_keys_are_normed_by_head_before_they_are_rotated(
+    kernels: Library, head_dim: int
+) -> None:
+    torch.manual_seed(head_dim)
+    cos, sin = angles(head_dim)
+    cache = PackedKVCache(1, 4, 16, KV_HEADS, head_dim)
+    qkv = torch.randn(LENGTH, (HEADS + 2 * KV_HEADS) * head_dim) * 3
+    query_norm, key_norm = torch.rand(2, head_dim) + 0.5
+    heads = qkv.unflatten(1, (-1, head_dim)).clone()
+    normed = torch.cat(
+        (
+            rms_norm(heads[:, :HEADS], (head_dim,), query_norm, 1e-3),
+            rms_norm(heads[:, HEADS : HEADS + KV_HEADS], (head_dim,), key_norm, 1e-3),
+        ),
+        1,
+    )
+    expected = rotated(normed, cos, sin)
+    step = Step.of([LENGTH], [LENGTH], torch.tensor([[3, 1]]), 16)
+    norms = (query_norm, key_norm, 1e-3)
+
+    rotary_kv(Team(kernels, 2), step, cache, [0], qkv, HEADS, cos, sin, norms)
+
+    after = qkv.unflatten(1, (-1, head_dim))
+    torch.testing.assert_close(after[:, : HEADS + KV_HEADS], expected, rtol=2e-6, atol=2e-6)
+    assert torch.equal(after[:, HEADS + KV_HEADS :], heads[:, HEADS + KV_HEADS :])
+    keys, _ = cache.read(0, step.slots)
+    assert torch.equal(keys, after[:, HEADS : HEADS + KV_HEADS].bfloat16().float())

@@ -25,6 +25,9 @@ class RotaryKvArgs(ctypes.Structure):
         ("qkv", ctypes.c_void_p),
         ("qkv_stride", ctypes.c_int64),
         ("heads", ctypes.c_int32),
+        ("query_norm", ctypes.c_void_p),
+        ("key_norm", ctypes.c_void_p),
+        ("norm_eps", ctypes.c_float),
         ("cos", ctypes.c_void_p),
         ("sin", ctypes.c_void_p),
         ("rotary_dim", ctypes.c_int32),
@@ -40,7 +43,9 @@ class AttentionArgs(ctypes.Structure):
         ("queries", ctypes.c_void_p),
         ("query_stride", ctypes.c_int64),
         ("heads", ctypes.c_int32),
+        ("window", ctypes.c_int32),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("output", ctypes.c_void_p),
         ("output_stride", ctypes.c_int64),
         ("plan", ctypes.c_void_p),
@@ -105,12 +110,15 @@ def rotary_kv(
     heads: int,
     cos: Tensor,
     sin: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None = None,
 ) -> None:
     """Rotate the queries and keys of `qkv` in place; write its keys and values to the cache.
 
     qkv: float32 [num_tokens, (heads + 2 * kv_heads) * head_dim]; cos, sin: float32
-    [max_position, rotary_dim / 2].
+    [max_position, rotary_dim / 2]. norms: RMSNorm's weights of each head of queries and of keys,
+    float32 [head_dim], and its epsilon; they are normed before they are rotated.
     """
+    query_norm, key_norm, eps = norms or (None, None, 0.0)
     view = step.view()
     args = (RotaryKvArgs * len(layers))(
         *(
@@ -120,6 +128,9 @@ def rotary_kv(
                 qkv.data_ptr(),
                 qkv.stride(0),
                 heads,
+                None if query_norm is None else query_norm.data_ptr(),
+                None if key_norm is None else key_norm.data_ptr(),
+                eps,
                 cos.data_ptr(),
                 sin.data_ptr(),
                 2 * cos.shape[1],
@@ -139,11 +150,14 @@ def attention(
     heads: int,
     scale: float,
     output: Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Attend to the cache's layers, one after the other, all with the same queries.
 
     queries: float32 [num_tokens, >= heads * head_dim], rows of any stride; output: float32
-    [num_tokens, heads * head_dim], which the last layer's result is left in.
+    [num_tokens, heads * head_dim], which the last layer's result is left in. window, softcap: as
+    `paged_attention` takes them.
     """
     view = step.view()
     args = (AttentionArgs * len(layers))(
@@ -154,7 +168,9 @@ def attention(
                 queries.data_ptr(),
                 queries.stride(0),
                 heads,
+                window or 0,
                 scale,
+                softcap or 0.0,
                 output.data_ptr(),
                 output.stride(0),
                 None,

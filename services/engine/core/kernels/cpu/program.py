@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Buffer(IntEnum):
     ATTENDED = 2
     GATED = 3
     LOGITS = 4
+    ROUTED = 5
+    MIXED = 6
 
 
 class OpKind(IntEnum):
@@ -36,6 +38,15 @@ class OpKind(IntEnum):
     ROTARY_KV = 4
     ATTENTION = 5
     SELECT_ROWS = 6
+    ADD_NORM = 7
+    ROUTE = 8
+    SCATTER_NORM = 9
+    EXPERT_LINEAR = 10
+    MIX = 11
+
+
+# Those that write what a linear layer reads.
+_CONVERSIONS = (OpKind.NORM, OpKind.CONVERT, OpKind.SCATTER_NORM)
 
 
 class Epilogue(IntEnum):
@@ -44,6 +55,24 @@ class Epilogue(IntEnum):
     STORE = 0
     ADD = 1
     GATED_SILU = 2
+    GATED_GELU = 3
+    GELU = 4
+    CAPPED = 5
+
+    @property
+    def gates(self) -> bool:
+        """Whether half of the outputs are gates of the other half."""
+        return self in (Epilogue.GATED_SILU, Epilogue.GATED_GELU)
+
+
+class ExpertsShape(ctypes.Structure):
+    """`struct ExpertsShape` of src/experts.h."""
+
+    _fields_ = (
+        ("count", ctypes.c_int32),
+        ("per_token", ctypes.c_int32),
+        ("normalizes", ctypes.c_int32),
+    )
 
 
 class OpStruct(ctypes.Structure):
@@ -59,7 +88,17 @@ class OpStruct(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("width", ctypes.c_int32),
         ("norm_weight", ctypes.c_void_p),
+        ("norm_bias", ctypes.c_void_p),
+        ("key_norm", ctypes.c_void_p),
         ("weights", ctypes.POINTER(LinearWeights)),
+        ("scale", ctypes.c_float),
+        ("positions", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("rotary_dim", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("softcap", ctypes.c_float),
+        ("experts", ExpertsShape),
     )
 
 
@@ -72,15 +111,13 @@ class ProgramSpec(ctypes.Structure):
         ("heads", ctypes.c_int32),
         ("kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
-        ("rotary_dim", ctypes.c_int32),
         ("attention_scale", ctypes.c_float),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
         ("layers", ctypes.c_void_p),
         ("num_layers", ctypes.c_int32),
         ("max_tokens", ctypes.c_int32),
         ("widths", ctypes.c_int32 * len(Buffer)),
         ("max_activation_inputs", ctypes.c_int32),
+        ("activation_bytes", ctypes.c_int32),
     )
 
 
@@ -96,103 +133,235 @@ class StepInput(StepView):
     )
 
 
+# Of one matrix, or of those of several experts.
+Packed: TypeAlias = PackedLinear | list[PackedLinear]
+
+
 class ProgramBuilder:
     """Collects a model's operations in order; a model family's `lower` calls its methods.
 
-    `pack(module, gated)` gives the packed weights of a linear layer or embedding, `vector(module)`
-    those of a norm as float32.
+    `pack(module, gated)` gives the packed weights of a linear layer or embedding, or of each of
+    several experts; `read(module, kind)` the "weight" of a norm or its "bias". `max_positions` is
+    the longest sequence.
     """
 
     def __init__(
-        self, pack: Callable[[Any, bool], PackedLinear], vector: Callable[[Any], Tensor]
+        self,
+        pack: Callable[[Any, bool], Packed],
+        read: Callable[[Any, str], Tensor],
+        max_positions: int = 0,
     ) -> None:
         self._pack = pack
-        self._vector = vector
-        self._packed: dict[int, PackedLinear] = {}
-        self._vectors: list[Tensor] = []
+        self._read = read
+        self._max_positions = max_positions
+        self._packed: dict[int, list[PackedLinear]] = {}
+        self._kept: list[Any] = []  # what operations point to
+        self._rotated: list[tuple[OpStruct, Any]] = []  # operations and their rotary embeddings
+        self._written = [0] * len(Buffer)  # width of the rows that were written last
         self.ops: list[OpStruct] = []
         self.widths = [0] * len(Buffer)
         self.max_activation_inputs = 0
+        self.activation_bytes = 0
 
     @property
     def packed(self) -> Iterator[PackedLinear]:
         """The matrices in use, each once."""
-        yield from self._packed.values()
+        for each in self._packed.values():
+            yield from each
 
-    def embed(self, embedding: Any) -> None:
-        """residual = the embeddings of the step's tokens."""
-        packed = self._weights(embedding)
+    def embed(self, embedding: Any, *, scale: float = 1.0, positions: Any = None) -> None:
+        """residual = the embeddings of the step's tokens times `scale`, and of their positions."""
+        packed = self._weights(embedding)[0]
         self._widen(Buffer.RESIDUAL, packed.inputs)
-        self._add(OpKind.EMBED, weights=packed)
+        self._add(
+            OpKind.EMBED,
+            weights=[packed],
+            width=packed.inputs,
+            scale=scale,
+            positions=None if positions is None else self._floats(positions).data_ptr(),
+        )
 
     def norm(self, norm: Any) -> None:
-        """The input of the next linear layer = RMSNorm(residual)."""
-        weight = self._vector(norm).float().contiguous()
-        self._vectors.append(weight)
-        self._add(
-            OpKind.NORM,
-            source=Buffer.RESIDUAL,
-            width=len(weight),
-            eps=norm.eps,
-            norm_weight=weight.data_ptr(),
-        )
+        """The input of the next linear layer = RMSNorm(residual), or LayerNorm."""
+        self._norm(OpKind.NORM, norm, Buffer.RESIDUAL)
+
+    def add_norm(self, norm: Any, source: Buffer) -> None:
+        """residual += RMSNorm(source)."""
+        self._norm(OpKind.ADD_NORM, norm, source)
 
     def convert(self, source: Buffer) -> None:
         """The input of the next linear layer = the rows of `source`."""
-        self._add(OpKind.CONVERT, source=source, width=self.widths[source])
+        self._add(OpKind.CONVERT, source=source, width=self._written[source])
 
-    def linear(self, module: Any, target: Buffer, *, epilogue: Epilogue = Epilogue.STORE) -> None:
-        """target = what was normed or converted last, times the weights of `module`."""
-        packed = self._weights(module, gated=epilogue is Epilogue.GATED_SILU)
-        # The latest norm or conversion writes what this layer reads, in the form that it reads.
-        writes_input = next(
-            op for op in reversed(self.ops) if op.kind in (OpKind.NORM, OpKind.CONVERT)
-        )
-        writes_input.format = int(packed.weight_format is not WeightFormat.BF16)
-        assert writes_input.width == packed.inputs
-        self.max_activation_inputs = max(self.max_activation_inputs, packed.inputs)
-        width = packed.outputs // 2 if epilogue is Epilogue.GATED_SILU else packed.outputs
-        self._widen(target, width)
-        self._add(
-            OpKind.LINEAR,
-            target=target,
-            epilogue=epilogue,
-            format=writes_input.format,
-            weights=packed,
-        )
+    def linear(
+        self,
+        module: Any,
+        target: Buffer,
+        *,
+        epilogue: Epilogue = Epilogue.STORE,
+        cap: float = 0.0,
+    ) -> None:
+        """target = what was normed or converted last, times the weights of `module`.
 
-    def rotary_kv(self, layer_index: int) -> None:
-        """Rotate the queries and keys in `projected`; store keys and values in the cache."""
-        self._add(OpKind.ROTARY_KV, layer=layer_index, source=Buffer.PROJECTED)
+        cap: the bound of Epilogue.CAPPED.
+        """
+        self._linear(OpKind.LINEAR, module, target, epilogue, scale=cap)
 
-    def attention(self, layer_index: int, width: int) -> None:
-        """attended = attention of the queries in `projected`, [num_tokens, width]."""
+    def rotary_kv(
+        self, layer_index: int, rotary: Any = None, *, q_norm: Any = None, k_norm: Any = None
+    ) -> None:
+        """Norm and rotate the queries and keys in `projected`; store keys and values in the cache.
+
+        rotary: a RotaryEmbedding; None where nothing is rotated.
+        """
+        fields: dict[str, Any] = {}
+        if q_norm is not None:
+            fields |= {
+                "eps": q_norm.eps,
+                "norm_weight": self._floats(q_norm).data_ptr(),
+                "key_norm": self._floats(k_norm).data_ptr(),
+            }
+        if rotary is not None:
+            fields["rotary_dim"] = 2 * len(rotary.frequencies)
+        self._add(OpKind.ROTARY_KV, layer=layer_index, source=Buffer.PROJECTED, **fields)
+        if rotary is not None:
+            self._rotated.append((self.ops[-1], rotary))
+
+    def attention(
+        self,
+        layer_index: int,
+        width: int,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        """attended = attention of the queries in `projected`, [num_tokens, width].
+
+        window: how many tokens a token sees, itself included; softcap: bound of the products.
+        """
         self._widen(Buffer.ATTENDED, width)
         self._add(
             OpKind.ATTENTION,
             layer=layer_index,
             source=Buffer.PROJECTED,
             target=Buffer.ATTENDED,
+            window=window or 0,
+            softcap=softcap or 0.0,
         )
+
+    def mixture_of_experts(self, norm: Any, layer: Any, activation: Epilogue) -> None:
+        """residual += what a few experts make of RMSNorm(residual), each by its share.
+
+        layer: `router`, a linear layer; `experts.gate_up` and `experts.down`, matrices of each of
+        `experts.count` experts; `per_token` and `normalize`, as ExpertsConfig's.
+        """
+        shape = ExpertsShape(layer.experts.count, layer.per_token, layer.normalize)
+        self.norm(norm)
+        self.linear(layer.router, Buffer.ROUTED)
+        self._add(OpKind.ROUTE, source=Buffer.ROUTED, experts=shape)
+        self._norm(OpKind.SCATTER_NORM, norm, Buffer.RESIDUAL, experts=shape)
+        gate_up, down = layer.experts.matrices()
+        self._linear(OpKind.EXPERT_LINEAR, gate_up, Buffer.GATED, activation, experts=shape)
+        self._add(
+            OpKind.CONVERT,
+            source=Buffer.GATED,
+            width=self._written[Buffer.GATED],
+            experts=shape,
+        )
+        self._linear(OpKind.EXPERT_LINEAR, down, Buffer.MIXED, Epilogue.STORE, experts=shape)
+        self._add(OpKind.MIX, source=Buffer.MIXED, width=self._written[Buffer.MIXED], experts=shape)
+
+    def fill_rotary_tables(self) -> None:
+        """Compute what the operations that rotate read: before a program runs, not to size one."""
+        tables: dict[int, tuple[Tensor, Tensor]] = {}
+        for op, rotary in self._rotated:
+            if id(rotary) not in tables:
+                tables[id(rotary)] = rotary_tables(
+                    rotary.frequencies, rotary.amplitude, self._max_positions
+                )
+            cos, sin = tables[id(rotary)]
+            op.cos, op.sin = cos.data_ptr(), sin.data_ptr()
+        self._kept += tables.values()
 
     def select_rows(self) -> None:
         """Keep the rows that logits are wanted of, of `residual` and `attended`."""
         self._add(OpKind.SELECT_ROWS)
 
-    def _weights(self, module: Any, *, gated: bool = False) -> PackedLinear:
+    def _norm(self, kind: OpKind, norm: Any, source: Buffer, **fields: Any) -> None:
+        weight = self._floats(norm)
+        has_bias = getattr(norm, "bias", None) is not None
+        self._add(
+            kind,
+            source=source,
+            width=len(weight),
+            eps=norm.eps,
+            norm_weight=weight.data_ptr(),
+            norm_bias=self._floats(norm, "bias").data_ptr() if has_bias else None,
+            **fields,
+        )
+
+    def _linear(
+        self,
+        kind: OpKind,
+        module: Any,
+        target: Buffer,
+        epilogue: Epilogue,
+        *,
+        experts: ExpertsShape | None = None,
+        scale: float = 0.0,
+    ) -> None:
+        packed = self._weights(module, gated=epilogue.gates)
+        first = packed[0]
+        # The latest norm or conversion writes what this layer reads, in the form that it reads.
+        writes_input = next(op for op in reversed(self.ops) if op.kind in _CONVERSIONS)
+        writes_input.format = int(first.weight_format is not WeightFormat.BF16)
+        assert writes_input.width == first.inputs
+        rows = 1 if experts is None else experts.per_token
+        self.max_activation_inputs = max(self.max_activation_inputs, first.inputs)
+        self.activation_bytes = max(self.activation_bytes, rows * _activation_stride(first.inputs))
+        width = first.outputs // 2 if epilogue.gates else first.outputs
+        self._widen(target, width, rows)
+        self._add(
+            kind,
+            target=target,
+            epilogue=epilogue,
+            format=writes_input.format,
+            weights=packed,
+            scale=scale,
+            experts=experts or ExpertsShape(),
+        )
+
+    def _weights(self, module: Any, *, gated: bool = False) -> list[PackedLinear]:
         # A tied head is the embedding's own matrix.
         if id(module) not in self._packed:
-            self._packed[id(module)] = self._pack(module, gated)
+            packed = self._pack(module, gated)
+            self._packed[id(module)] = [packed] if isinstance(packed, PackedLinear) else packed
+            self._kept.append(module)
         return self._packed[id(module)]
 
-    def _widen(self, buffer: Buffer, width: int) -> None:
-        self.widths[buffer] = max(self.widths[buffer], width)
+    def _floats(self, module: Any, kind: str = "weight") -> Tensor:
+        values = self._read(module, kind).float().contiguous()
+        self._kept.append(values)
+        return values
 
-    def _add(self, kind: OpKind, *, weights: PackedLinear | None = None, **fields: Any) -> None:
+    def _widen(self, buffer: Buffer, width: int, rows: int = 1) -> None:
+        self._written[buffer] = width
+        self.widths[buffer] = max(self.widths[buffer], rows * width)
+
+    def _add(
+        self, kind: OpKind, *, weights: list[PackedLinear] | None = None, **fields: Any
+    ) -> None:
         op = OpStruct(kind=int(kind), **{name: _plain(value) for name, value in fields.items()})
         if weights is not None:
-            op.weights = ctypes.pointer(weights.struct)
+            structs = (LinearWeights * len(weights))(*(each.struct for each in weights))
+            self._kept.append(structs)
+            op.weights = ctypes.cast(structs, ctypes.POINTER(LinearWeights))
         self.ops.append(op)
+
+
+def _activation_stride(inputs: int) -> int:
+    """Bytes of a row of activations, `activation_stride` of src/activations.h."""
+    return -(-4 * inputs // 64) * 64
 
 
 def _plain(value: Any) -> Any:
@@ -207,6 +376,7 @@ class Program:
         self._builder = builder  # owns the weights
         self._team = team
         self._keep = shape  # tensors and arrays that the spec points to
+        builder.fill_rotary_tables()
         self._ops = (OpStruct * len(builder.ops))(*builder.ops)
         fields = {
             name: value.data_ptr() if isinstance(value, Tensor) else value
@@ -218,6 +388,7 @@ class Program:
             num_ops=len(self._ops),
             widths=(ctypes.c_int32 * len(Buffer))(*builder.widths),
             max_activation_inputs=builder.max_activation_inputs,
+            activation_bytes=builder.activation_bytes,
             **fields,
         )
         table = team.library.table

@@ -85,7 +85,6 @@ def attends_correctly(library: Library) -> bool:
     builder.convert(Buffer.ATTENDED)
     builder.linear("head", Buffer.LOGITS)
     found = _run(library, builder, _HEAD_DIM, _TOKENS)
-    # At angle 0 nothing is rotated.
     queries, keys, values = (
         projected[_ids(_TOKENS)].bfloat16().float().view(_TOKENS, 3, 1, _HEAD_DIM).unbind(1)
     )
@@ -139,24 +138,20 @@ def _builder(modules: dict[str, Tensor], rounding: Rounding) -> ProgramBuilder:
             return pack_bf16(modules[module], gated=gated)
         return pack_grouped(rounding(modules[module]), gated=gated)
 
-    return ProgramBuilder(pack, lambda _: torch.ones(modules["embedding"].shape[1]))
+    return ProgramBuilder(pack, lambda *_: torch.ones(modules["embedding"].shape[1]))
 
 
 def _run(library: Library, builder: ProgramBuilder, outputs: int, tokens: int) -> Tensor:
     """The logits of all tokens, [tokens, outputs]."""
     cache = PackedKVCache(1, 1, 64, 1, _HEAD_DIM)
     team = Team(library, 1)
-    angles = torch.zeros(tokens, _HEAD_DIM // 2)
     program = Program(
         builder,
         team,
         heads=1,
         kv_heads=1,
         head_dim=_HEAD_DIM,
-        rotary_dim=_HEAD_DIM,
         attention_scale=1.0,
-        cos=torch.ones_like(angles),
-        sin=angles,
         layers=(KvLayout * 1)(cache.layout(0)),
         num_layers=1,
         max_tokens=tokens,

@@ -31,6 +31,12 @@ void store_int8_group(const float* values, Int8Group& to) {
 
 }  // namespace
 
+size_t activation_bytes(const Activations& of) {
+  const auto inputs = static_cast<size_t>(of.inputs);
+  return of.format == ActivationFormat::operands ? inputs * sizeof(Operand)
+                                                 : inputs / group_inputs * sizeof(Int8Group);
+}
+
 void store_activations(const Activations& to, int64_t row, const float* values) {
   if (to.format == ActivationFormat::operands) {
     auto* out = reinterpret_cast<Operand*>(static_cast<char*>(to.rows) + row * to.stride);

@@ -42,10 +42,14 @@ inline Int8Group* int8_row(const Activations& of, int64_t row) {
   return reinterpret_cast<Int8Group*>(static_cast<char*>(of.rows) + row * of.stride);
 }
 
+// Bytes of a row that are in use.
+size_t activation_bytes(const Activations& of);
+
 // Writes row `row` from `inputs` floats.
 void store_activations(const Activations& to, int64_t row, const float* values);
 
 // RMSNorm (Zhang and Sennrich, arXiv:1910.07467) of a row, computed in float.
+// `out` may be `row`.
 void rms_norm(const float* row, const float* weight, float eps, int32_t size, float* out);
 
 }  // namespace meshserve::MESHSERVE_ISA

@@ -27,6 +27,7 @@ class Attention {
         rows_((task.query_end - task.query_begin) * heads_per_kv_),
         kv_head_(task.kv_head),
         scale_(args.scale * log2_e),
+        cap_(args.softcap / args.scale),
         scratch_(memory, args.cache, rows_) {
     const StepView& step = *args.step;
     const int32_t start = step.query_starts[task.sequence];
@@ -44,7 +45,7 @@ class Attention {
         const Tiles next = index + 1 < task_.chunk_end ? locate(kv_head_, index + 1)
                            : kv_head_ + 1 < end        ? locate(kv_head_ + 1, task_.chunk_begin)
                                                        : tiles;
-        attend(tiles, next, index, index == 0 || task_.split >= 0);
+        attend(tiles, next, index, index == task_.chunk_begin || task_.split >= 0);
         if (task_.split >= 0) leave_partials(args_.plan->splits[task_.split], index);
         tiles = next;
       }
@@ -57,19 +58,21 @@ class Attention {
   bool fold_split(AttentionSplit& split) const {
     if (split.unfinished.fetch_sub(1, std::memory_order_acq_rel) > 1) return false;
     split.unfinished.store(split.tasks, std::memory_order_relaxed);
-    for (int32_t index = 0; index < split.num_chunks; ++index) fold_partials(split, index);
+    for (int32_t index = split.chunk_begin; index < split.chunk_end; ++index)
+      fold_partials(split, index);
     return true;
   }
 
   // Tokens of a chunk that exist for the last of the rows.
-  int32_t tokens(int32_t index) const { return visible(rows_ - 1, index); }
+  int32_t tokens(int32_t index) const { return existing(rows_ - 1, index); }
 
   Tiles locate(int32_t kv_head, int32_t index) const {
     const KvLayout& cache = args_.cache;
     const int32_t last = (tokens(index) - 1) / tile_tokens;
+    const int32_t first = hidden(0, index) / tile_tokens;
     Tiles tiles;
     for (int32_t tile = 0; tile < chunk_tiles; ++tile) {
-      const int32_t token = index * attention_chunk + std::min(tile, last) * tile_tokens;
+      const int32_t token = index * attention_chunk + std::clamp(tile, first, last) * tile_tokens;
       const size_t offset = kv_tile_offset(cache, blocks_[token / cache.block_size], kv_head,
                                            token % cache.block_size);
       tiles.keys[tile] = static_cast<const unsigned char*>(cache.keys) + offset;
@@ -78,10 +81,31 @@ class Attention {
     return tiles;
   }
 
-  int32_t visible(int32_t row, int32_t index) const {
+  // Tokens of a chunk up to a row's own.
+  int32_t existing(int32_t row, int32_t index) const {
     const int32_t seen_by_first = first_position_ + 1 - index * attention_chunk;
     if (seen_by_first >= attention_chunk) return attention_chunk;
     return std::clamp(seen_by_first + row / heads_per_kv_, 0, attention_chunk);
+  }
+
+  // Tokens of a chunk that lie before a row's window.
+  int32_t hidden(int32_t row, int32_t index) const {
+    if (args_.window <= 0) return 0;
+    const int32_t first = first_seen(first_position_ + row / heads_per_kv_, args_.window);
+    return std::clamp(first - index * attention_chunk, 0, attention_chunk);
+  }
+
+  // Where what a row sees of a chunk ends; 0 where it sees nothing.
+  int32_t visible(int32_t row, int32_t index) const {
+    const int32_t end = existing(row, index);
+    return hidden(row, index) < end ? end : 0;
+  }
+
+  // Whether a row sees nothing of the chunks before.
+  bool begins(int32_t row, int32_t index) const {
+    if (args_.window <= 0) return index == 0;
+    const int32_t first = first_seen(first_position_ + row / heads_per_kv_, args_.window);
+    return first / attention_chunk >= index;
   }
 
   float* sums(int32_t row) const { return scratch_.sums + int64_t{row} * head_dim_; }
@@ -142,22 +166,31 @@ class Attention {
 
   template <typename Element, int rows, bool fetching>
   void attend_rows(const Chunk& chunk, int32_t index, int32_t begin, bool first) const {
-    int32_t seen[rows];
-    for (int row = 0; row < rows; ++row) seen[row] = visible(begin + row, index);
-    const int32_t most = seen[rows - 1];  // later rows see more
+    int32_t seen[rows], before[rows];
+    int32_t most = 0, least = attention_chunk;
+    for (int row = 0; row < rows; ++row) {
+      seen[row] = visible(begin + row, index);
+      before[row] = hidden(begin + row, index);
+      most = std::max(most, seen[row]);
+      if (seen[row] > 0) least = std::min(least, before[row]);
+    }
+    // What stands in for the tiles before the first window may be in part unwritten.
+    const int32_t first_tile = least / tile_tokens;
     if (most == 0) {
       if (first) store_states(begin, rows, {broadcast(no_score), broadcast(0.0f)});
       return;
     }
     multiply_keys<Element, rows, fetching>(scratch_.queries + int64_t{begin} * head_dim_, chunk,
-                                           (most + tile_tokens - 1) / tile_tokens, head_dim_,
-                                           scratch_.scores);
+                                           first_tile, (most + tile_tokens - 1) / tile_tokens,
+                                           head_dim_, scratch_.scores);
     const auto weigh =
         args_.cache.format == KvFormat::int8 ? weigh_rows<rows, true> : weigh_rows<rows, false>;
-    const RowStates states = weigh(scratch_.scores, chunk, seen, scale_, scratch_.weights);
+    const RowStates states =
+        weigh(scratch_.scores, chunk, before, seen, cap_, scale_, scratch_.weights);
     Fold folds[rows];
-    find_folds(begin, rows, states, seen, first, folds);
-    multiply_values<Element, rows, fetching>(scratch_.weights, chunk, most, head_dim_, folds);
+    find_folds(begin, rows, index, states, seen, first, folds);
+    multiply_values<Element, rows, fetching>(scratch_.weights, chunk, first_tile, most, head_dim_,
+                                             folds);
   }
 
   void store_states(int32_t begin, int32_t rows, const RowStates& states) const {
@@ -167,8 +200,8 @@ class Attention {
 
   // Joins the states of a chunk to those of the rows from `begin` on, and says how to join the
   // sums.
-  void find_folds(int32_t begin, int32_t rows, const RowStates& chunk, const int32_t* seen,
-                  bool first, Fold* folds) const {
+  void find_folds(int32_t begin, int32_t rows, int32_t index, const RowStates& chunk,
+                  const int32_t* seen, bool first, Fold* folds) const {
     alignas(64) float kept[lanes] = {}, added[lanes] = {};
     RowStates states = chunk;
     if (!first) {
@@ -178,13 +211,21 @@ class Attention {
       store(added, factors.added);
     }
     store_states(begin, rows, states);
-    for (int32_t row = 0; row < rows; ++row)
-      folds[row] = {seen[row] > 0 ? sums(begin + row) : nullptr, first, kept[row], added[row]};
+    for (int32_t row = 0; row < rows; ++row) {
+      const bool own_first = first || begins(begin + row, index);
+      folds[row] = {seen[row] > 0 ? sums(begin + row) : nullptr, own_first, kept[row], added[row]};
+      if (own_first && seen[row] == 0) {
+        // Its window begins later.
+        scratch_.maxima[begin + row] = no_score;
+        scratch_.totals[begin + row] = 0.0f;
+      }
+    }
   }
 
   // The results of a split context's chunk: [rows][head_dim], [rows] maxima and [rows] totals.
   float* partials(const AttentionSplit& split, int32_t index) const {
-    return args_.plan->partials + split.partials + int64_t{index} * rows_ * (head_dim_ + 2);
+    const int64_t chunk = index - split.chunk_begin;
+    return args_.plan->partials + split.partials + chunk * rows_ * (head_dim_ + 2);
   }
 
   void leave_partials(const AttentionSplit& split, int32_t index) const {
@@ -204,7 +245,7 @@ class Attention {
       const RowStates states = {load_some(maxima + begin, rows),
                                 load_some(maxima + rows_ + begin, rows)};
       Fold folds[lanes];
-      find_folds(begin, rows, states, seen, index == 0, folds);
+      find_folds(begin, rows, index, states, seen, index == split.chunk_begin, folds);
       for (int32_t row = 0; row < rows; ++row) {
         if (folds[row].sums == nullptr) continue;
         const float* own = from + int64_t{begin + row} * head_dim_;
@@ -234,6 +275,7 @@ class Attention {
   const int32_t head_dim_, heads_per_kv_, rows_;
   int32_t kv_head_;  // in work
   const float scale_;
+  const float cap_;  // of the scores before their scale; 0: none
   const Scratch scratch_;
   int32_t first_token_, first_position_;
   const int32_t* blocks_;

@@ -4,6 +4,9 @@
 // size, any batch, any number of threads. Its keys are taken in chunks of `attention_chunk` at
 // absolute positions; each chunk has a softmax of its own, and chunks are folded in order. How a
 // step is cut into tasks changes who computes a chunk, never how.
+//
+// With a window, a query sees the keys at most `window` - 1 positions before its own. Its first
+// chunk is then the one that the window begins in; what lies before that window's tile is not read.
 #pragma once
 
 #include <atomic>
@@ -17,7 +20,13 @@ constexpr int32_t attention_chunk = 128;
 
 struct AttentionShape {
   int32_t heads, kv_heads, head_dim;
+  int32_t window;  // tokens that a query sees, its own among them; 0: all before it
 };
+
+// The first position that a query at `position` sees.
+inline int32_t first_seen(int32_t position, int32_t window) {
+  return window > 0 && position >= window ? position - window + 1 : 0;
+}
 
 // The queries [query_begin, query_end) of a sequence, for all query heads of the KV heads from
 // `kv_head` on, over the chunks [chunk_begin, chunk_end) of its context.
@@ -26,7 +35,8 @@ struct AttentionTask {
   int32_t kv_head, kv_heads;
   int32_t query_begin, query_end;
   int32_t chunk_begin, chunk_end;
-  // Index into AttentionPlan::splits (of one KV head), or -1: this task has the whole context.
+  // Index into AttentionPlan::splits (of one KV head), or -1: this task has all that is seen of the
+  // context.
   int32_t split;
   int64_t cost;
 };
@@ -36,12 +46,12 @@ struct AttentionTask {
 struct AttentionSplit {
   std::atomic<int32_t> unfinished;  // tasks; the last one sets it back, for the next layer
   int32_t tasks;
-  int32_t num_chunks;
+  int32_t chunk_begin, chunk_end;
   int64_t partials;  // where they begin, in floats
 };
 
-// How a step's attention is cut into tasks; the same for all layers. The longest come first and are
-// many times the shortest, so threads should claim them one by one.
+// How a step's attention is cut into tasks; the same for all layers of one shape. The longest come
+// first and are many times the shortest, so threads should claim them one by one.
 struct AttentionPlan {
   AttentionTask* tasks;
   int32_t num_tasks;
@@ -56,8 +66,10 @@ struct AttentionArgs {
   const float* queries;  // [num_tokens, heads * head_dim], rotated
   int64_t query_stride;
   int32_t heads;
-  float scale;    // on the scores, positive
-  float* output;  // [num_tokens, heads * head_dim]
+  int32_t window;  // as AttentionShape's
+  float scale;     // on the scores, positive
+  float softcap;   // bound that the scaled scores are bent towards, by tanh; 0: none
+  float* output;   // [num_tokens, heads * head_dim]
   int64_t output_stride;
   const AttentionPlan* plan;
 };

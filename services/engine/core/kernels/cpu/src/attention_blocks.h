@@ -53,12 +53,13 @@ void fetch_two_pairs(const unsigned char* tile, int32_t offset, int shift) {
     fetch(tile, offset * int32_t{sizeof(Element)} + line, shift);
 }
 
-// scores[row][16 * tile + token], for `num_tiles` tiles rounded up to a multiple of the width.
+// scores[row][16 * tile + token], for the tiles from `first_tile` to `last_tile`, both rounded to
+// multiples of the width.
 template <typename Element, int rows, bool fetching>
-void multiply_keys(const Operand* queries, const Chunk& chunk, int32_t num_tiles, int32_t head_dim,
-                   float* scores) {
+void multiply_keys(const Operand* queries, const Chunk& chunk, int32_t first_tile,
+                   int32_t last_tile, int32_t head_dim, float* scores) {
   constexpr int width = block_width(rows);
-  for (int32_t tile = 0; tile < num_tiles; tile += width) {
+  for (int32_t tile = first_tile / width * width; tile < last_tile; tile += width) {
     Floats sums[rows][width];
 #pragma GCC unroll 8
     for (int row = 0; row < rows; ++row)
@@ -117,11 +118,11 @@ void load_vectors(const Element* from, Pairs (&pairs)[width]) {
   }
 }
 
-// Folds weights x values of the dimensions [dim, dim + 16 * width). A row without a place for its
-// sums sees nothing of the chunk.
+// Folds weights x values of the dimensions [dim, dim + 16 * width), and of the tokens from the tile
+// `first_tile` to `visible`. A row without a place for its sums sees nothing of the chunk.
 template <typename Element, int rows, int width, bool fetching>
-void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible, int32_t head_dim,
-                     int32_t dim, const Fold* folds) {
+void multiply_values(const Operand* weights, const Chunk& chunk, int32_t first_tile,
+                     int32_t visible, int32_t head_dim, int32_t dim, const Fold* folds) {
   constexpr int32_t tile_pairs = tile_tokens / 2;
   Floats sums[rows][width];
 #pragma GCC unroll 8
@@ -140,7 +141,7 @@ void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible
     return (pair % tile_pairs * head_dim + dim) * 2;
   };
   const int32_t whole_pairs = visible / 2;
-  for (int32_t pair = 0; pair < whole_pairs; ++pair) {
+  for (int32_t pair = first_tile * tile_pairs; pair < whole_pairs; ++pair) {
     const int32_t offset = offset_in_tile(pair);
     const auto* from = static_cast<const Element*>(chunk.values[pair / tile_pairs]) + offset;
     Pairs values[width];
@@ -173,20 +174,23 @@ void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible
 }
 
 template <typename Element, int rows, bool fetching>
-void multiply_values(const Operand* weights, const Chunk& chunk, int32_t visible, int32_t head_dim,
-                     const Fold* folds) {
+void multiply_values(const Operand* weights, const Chunk& chunk, int32_t first_tile,
+                     int32_t visible, int32_t head_dim, const Fold* folds) {
   constexpr int width = block_width(rows) < 4 ? block_width(rows) : 4;
   int32_t dim = 0;
   for (; dim + width * lanes <= head_dim; dim += width * lanes)
-    multiply_values<Element, rows, width, fetching>(weights, chunk, visible, head_dim, dim, folds);
+    multiply_values<Element, rows, width, fetching>(weights, chunk, first_tile, visible, head_dim,
+                                                    dim, folds);
   if constexpr (width > 2) {
     if (dim + 2 * lanes <= head_dim) {
-      multiply_values<Element, rows, 2, fetching>(weights, chunk, visible, head_dim, dim, folds);
+      multiply_values<Element, rows, 2, fetching>(weights, chunk, first_tile, visible, head_dim,
+                                                  dim, folds);
       dim += 2 * lanes;
     }
   }
   if (dim < head_dim)
-    multiply_values<Element, rows, 1, fetching>(weights, chunk, visible, head_dim, dim, folds);
+    multiply_values<Element, rows, 1, fetching>(weights, chunk, first_tile, visible, head_dim, dim,
+                                                folds);
 }
 
 }  // namespace meshserve::MESHSERVE_ISA

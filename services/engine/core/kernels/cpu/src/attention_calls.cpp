@@ -43,7 +43,7 @@ void run_rotary_kv(Team* team, const RotaryKvArgs* layers, int32_t num_layers) {
 
 void run_attention(Team* team, const AttentionArgs* layers, int32_t num_layers) {
   AttentionArgs args = layers[0];
-  const AttentionShape shape = {args.heads, args.cache.kv_heads, args.cache.head_dim};
+  const AttentionShape shape = {args.heads, args.cache.kv_heads, args.cache.head_dim, args.window};
   const Memory workspace = allocate(attention_plan_bytes(*args.step, shape));
   const AttentionPlan plan = plan_attention(*args.step, shape, team->size(), workspace.get());
   args.plan = &plan;

@@ -35,21 +35,28 @@ struct Rows {
 };
 
 struct Sequence {
-  int32_t queries, first_position;
+  int32_t queries, first_position, window;
 
-  Sequence(const StepView& step, int32_t index)
+  Sequence(const StepView& step, int32_t index, const AttentionShape& shape)
       : queries(step.query_starts[index + 1] - step.query_starts[index]),
-        first_position(step.context_lengths[index] - queries) {}
+        first_position(step.context_lengths[index] - queries),
+        window(shape.window) {}
 
-  // Chunks that the queries before `query_end` see.
-  int32_t chunks(int32_t query_end) const {
+  // The chunks that the queries from `query_begin` to `query_end` see: where they begin and end.
+  int32_t chunk_begin(int32_t query_begin) const {
+    return first_seen(first_position + query_begin, window) / attention_chunk;
+  }
+  int32_t chunk_end(int32_t query_end) const {
     return ceil_div(first_position + query_end, attention_chunk);
+  }
+  int32_t chunks(int32_t query_begin, int32_t query_end) const {
+    return chunk_end(query_end) - chunk_begin(query_begin);
   }
 };
 
 bool may_split(const Rows& rows, const Sequence& sequence) {
   return sequence.queries * rows.per_token <= most_split_rows &&
-         sequence.queries <= rows.tokens_per_task && sequence.chunks(sequence.queries) > 1;
+         sequence.queries <= rows.tokens_per_task && sequence.chunks(0, sequence.queries) > 1;
 }
 
 int64_t floats_per_row(const AttentionShape& shape) { return shape.head_dim + 2; }
@@ -61,9 +68,9 @@ struct Sizes {
     const Rows rows(shape);
     const auto kv_heads = static_cast<size_t>(shape.kv_heads);
     for (int32_t index = 0; index < step.num_sequences; ++index) {
-      const Sequence sequence(step, index);
+      const Sequence sequence(step, index, shape);
       if (may_split(rows, sequence)) {
-        const auto chunks = static_cast<size_t>(sequence.chunks(sequence.queries));
+        const auto chunks = static_cast<size_t>(sequence.chunks(0, sequence.queries));
         tasks += chunks * kv_heads;
         splits += kv_heads;
         floats += chunks * kv_heads *
@@ -87,34 +94,36 @@ class Planner {
   int64_t total_cost() const {
     int64_t total = 0;
     for (int32_t index = 0; index < step_.num_sequences; ++index) {
-      const Sequence sequence(step_, index);
+      const Sequence sequence(step_, index, shape_);
       for (int32_t begin = 0; begin < sequence.queries; begin += rows_.tokens_per_task) {
         const int32_t end = std::min(begin + rows_.tokens_per_task, sequence.queries);
-        total += cost(end - begin, sequence.chunks(end));
+        total += cost(end - begin, sequence.chunks(begin, end));
       }
     }
     return total * shape_.kv_heads;
   }
 
   void add(int32_t index, int64_t most_cost) {
-    const Sequence sequence(step_, index);
-    const int32_t chunks = sequence.chunks(sequence.queries);
+    const Sequence sequence(step_, index, shape_);
+    const int32_t chunks = sequence.chunks(0, sequence.queries);
     const int64_t whole = cost(sequence.queries, chunks);
     const bool split = whole > most_cost && may_split(rows_, sequence);
     if (whole * shape_.kv_heads <= most_cost && sequence.queries <= rows_.tokens_per_task) {
       // All heads in one task: a block's heads lie together, and each is fetched during the one
       // before.
-      add_task({index, 0, shape_.kv_heads, 0, sequence.queries, 0, chunks, -1, 0});
+      add_task({index, 0, shape_.kv_heads, 0, sequence.queries, sequence.chunk_begin(0),
+                sequence.chunk_end(sequence.queries), -1, 0});
       return;
     }
     for (int32_t kv_head = 0; kv_head < shape_.kv_heads; ++kv_head) {
       if (split) {
-        add_split(index, kv_head, sequence.queries, chunks, ceil_div(whole, most_cost));
+        add_split(index, kv_head, sequence, ceil_div(whole, most_cost));
         continue;
       }
       for (int32_t begin = 0; begin < sequence.queries; begin += rows_.tokens_per_task) {
         const int32_t end = std::min(begin + rows_.tokens_per_task, sequence.queries);
-        add_task({index, kv_head, 1, begin, end, 0, sequence.chunks(end), -1, 0});
+        add_task({index, kv_head, 1, begin, end, sequence.chunk_begin(begin),
+                  sequence.chunk_end(end), -1, 0});
       }
     }
   }
@@ -124,12 +133,15 @@ class Planner {
     return chunks * (int64_t{queries} * rows_.per_token + fetch_rows);
   }
 
-  void add_split(int32_t index, int32_t kv_head, int32_t queries, int32_t chunks, int64_t parts) {
+  void add_split(int32_t index, int32_t kv_head, const Sequence& sequence, int64_t parts) {
+    const int32_t queries = sequence.queries, first = sequence.chunk_begin(0);
+    const int32_t chunks = sequence.chunks(0, queries);
     const auto tasks = static_cast<int32_t>(std::min<int64_t>(parts, chunks));
-    new (&plan_.splits[plan_.num_splits]) AttentionSplit{tasks, tasks, chunks, partials_};
+    new (&plan_.splits[plan_.num_splits])
+        AttentionSplit{tasks, tasks, first, first + chunks, partials_};
     for (int32_t part = 0; part < tasks; ++part) {
       const int32_t begin = chunks * part / tasks, end = chunks * (part + 1) / tasks;
-      add_task({index, kv_head, 1, 0, queries, begin, end, plan_.num_splits, 0});
+      add_task({index, kv_head, 1, 0, queries, first + begin, first + end, plan_.num_splits, 0});
     }
     ++plan_.num_splits;
     partials_ += int64_t{chunks} * queries * rows_.per_token * floats_per_row(shape_);

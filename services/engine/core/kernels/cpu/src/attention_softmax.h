@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "attention_blocks.h"
+#include "row_functions.h"
 #include "simd.h"
 
 namespace meshserve::MESHSERVE_ISA {
@@ -24,6 +25,24 @@ struct RowStates {
 struct Factors {
   Floats kept, added;
 };
+
+// Makes the scores of keys before a row's window -inf, whatever they were.
+inline void hide_first_scores(float* scores, int32_t hidden) {
+  for (int32_t tile = 0; tile * tile_tokens < hidden; ++tile) {
+    const Mask before = first_lanes(std::min(hidden - tile * tile_tokens, tile_tokens));
+    float* from = scores + tile * tile_tokens;
+    store(from, select(before, broadcast(no_score), load(from)));
+  }
+}
+
+// Bends scores towards `cap`: cap * tanh(score / cap).
+inline void cap_scores(float* scores, int32_t visible, float cap) {
+  const Floats bound = broadcast(cap), inverse = broadcast(1.0f / cap);
+  for (int32_t token = 0; token < visible; token += tile_tokens) {
+    const Floats bent = hyperbolic_tangent(multiply(load(scores + token), inverse));
+    store(scores + token, multiply(bent, bound));
+  }
+}
 
 // Makes the scores of keys that a row does not see -inf, whatever they were.
 inline void hide_scores(float* scores, int32_t visible) {
@@ -71,11 +90,12 @@ float write_weights(const float* scores, float largest, float scale, const float
   return sum(combine_tiles(tiles, add));
 }
 
-// Turns the scores of a few rows into weights. `scale` is on the scores, times log2(e). A row that
-// sees nothing gets weights of 0.
+// Turns the scores of a few rows into weights. Of a chunk a row sees the tokens from `hidden` to
+// `visible`; one that sees nothing gets weights of 0. `scale` is on the scores, times log2(e);
+// `cap`, on those before it, is none where it is 0.
 template <int rows, bool scaled>
-RowStates weigh_rows(float* scores, const Chunk& chunk, const int32_t* visible, float scale,
-                     Operand* weights) {
+RowStates weigh_rows(float* scores, const Chunk& chunk, const int32_t* hidden,
+                     const int32_t* visible, float cap, float scale, Operand* weights) {
   alignas(64) float maxima[lanes], totals[lanes] = {};
   std::fill(maxima, maxima + lanes, no_score);
   for (int row = 0; row < rows; ++row) {
@@ -84,6 +104,8 @@ RowStates weigh_rows(float* scores, const Chunk& chunk, const int32_t* visible, 
       for (int32_t token = 0; token < visible[row]; token += tile_tokens)
         store(own + token, multiply(load(own + token), load(chunk.key_scales + token)));
     }
+    if (cap > 0.0f) cap_scores(own, visible[row], cap);
+    if (hidden[row] > 0) hide_first_scores(own, hidden[row]);
     if (visible[row] < attention_chunk) hide_scores(own, visible[row]);
     maxima[row] = largest_score(own);
   }

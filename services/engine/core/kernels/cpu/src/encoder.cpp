@@ -173,7 +173,8 @@ void Encoder::run_rows(const EncoderInput& input, const Segment& segment, int ra
                               rows,
                               row_of(op.target, rank, first_row, 0),
                               spec_.widths[static_cast<int>(op.target)],
-                              op.epilogue};
+                              op.epilogue,
+                              0.0f};
         linear_run(args, 0, linear_tasks(args));
         break;
       }

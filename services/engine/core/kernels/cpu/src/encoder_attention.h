@@ -206,7 +206,7 @@ class EncoderAttention {
       const Operand* weights =
           scratch_.weights + (at - first_tile) / chunk_tiles * block_rows * attention_chunk;
       // Beyond the last token there are weights and values of 0.
-      multiply_values<uint16_t, block_rows, false>(weights, chunk, count * tile_tokens, dim_,
+      multiply_values<uint16_t, block_rows, false>(weights, chunk, 0, count * tile_tokens, dim_,
                                                    folds);
     }
   }

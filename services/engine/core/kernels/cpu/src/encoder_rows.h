@@ -1,9 +1,10 @@
 // What an encoder does with single rows: embeddings, LayerNorm, activation functions, rotation.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
 
 #include "encoder.h"
+#include "row_functions.h"
 #include "simd.h"
 
 namespace meshserve::MESHSERVE_ISA {
@@ -19,12 +20,6 @@ inline Floats load_bf16(const uint16_t* from) {
   };
   return {expand(_mm_loadu_si128(halves)), expand(_mm_loadu_si128(halves + 1))};
 #endif
-}
-
-// 2**(a * log2(e)), within what exp2 takes.
-inline Floats exponential(Floats a) {
-  const Floats exponent = multiply(a, broadcast(1.44269504f));
-  return exp2(smaller(broadcast(126.0f), larger(broadcast(-126.0f), exponent)));
 }
 
 // a times the normal distribution's share below it. With z = |a| / sqrt(2), erfc(z) is exp(-z * z)
@@ -43,25 +38,6 @@ inline Floats gelu(Floats a) {
   const Floats other = multiply(multiply(magnitude(a), broadcast(-0.5f)), tail);
   const Floats positive = larger(broadcast(0.0f), a);  // NaN where a is
   return add(positive, other);
-}
-
-// a / (1 + exp(-a))
-inline Floats sigmoid_times(Floats a, Floats exponent) {
-  const Floats power = exponential(subtract(broadcast(0.0f), exponent));
-  return divide(a, add(power, broadcast(1.0f)));
-}
-
-// Hendrycks and Gimpel, arXiv:1606.08415: a * sigmoid(2 sqrt(2 / pi) (a + 0.044715 a^3)).
-inline Floats gelu_tanh(Floats a) {
-  const Floats square = multiply(a, a);
-  const Floats inner = fused(multiply(square, a), broadcast(0.044715f), a);
-  return sigmoid_times(a, multiply(inner, broadcast(1.5957691f)));
-}
-
-inline Floats hyperbolic_tangent(Floats a) {
-  const Floats power = exponential(multiply(a, broadcast(2.0f)));
-  const Floats rest = divide(broadcast(2.0f), add(power, broadcast(1.0f)));
-  return subtract(broadcast(1.0f), rest);
 }
 
 inline Floats apply(ActivationFunction function, Floats a) {
@@ -88,26 +64,6 @@ inline void activate_row(ActivationFunction function, bool gated, int32_t width,
   for (int32_t i = 0; i < width; i += lanes) {
     const Floats activated = apply(function, load(row + i));
     store(row + i, gated ? multiply(activated, load(row + width + i)) : activated);
-  }
-}
-
-// LayerNorm (Ba et al., arXiv:1607.06450) of a row; `shift` may be null, and `to` may be `row`.
-inline void layer_norm(const float* row, const float* scale, const float* shift, float eps,
-                       int32_t width, float* to) {
-  Floats total = broadcast(0.0f);
-  for (int32_t i = 0; i < width; i += lanes) total = add(total, load(row + i));
-  const Floats mean = broadcast(sum(total) / static_cast<float>(width));
-  Floats squares = broadcast(0.0f);
-  for (int32_t i = 0; i < width; i += lanes) {
-    const Floats centred = subtract(load(row + i), mean);
-    squares = fused(centred, centred, squares);
-  }
-  const float variance = sum(squares) / static_cast<float>(width);
-  const Floats factor = broadcast(1.0f / std::sqrt(variance + eps));
-  for (int32_t i = 0; i < width; i += lanes) {
-    const Floats normed = multiply(subtract(load(row + i), mean), factor);
-    const Floats scaled = multiply(normed, load(scale + i));
-    store(to + i, shift == nullptr ? scaled : add(scaled, load(shift + i)));
   }
 }
 

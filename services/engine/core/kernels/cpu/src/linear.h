@@ -40,8 +40,11 @@ struct LinearWeights {
 enum class Epilogue : int32_t {
   store = 0,
   add = 1,  // added to the output: a residual stream
-  gated_silu =
-      2,  // even tiles are gates, odd ones values: silu(gate) * value, half as many outputs
+  // Even tiles are gates, odd ones values: f(gate) * value, half as many outputs.
+  gated_silu = 2,
+  gated_gelu = 3,  // in the form that uses tanh, as below
+  gelu = 4,        // gelu(sum)
+  capped = 5,      // cap * tanh(sum / cap)
 };
 
 struct LinearArgs {
@@ -51,6 +54,7 @@ struct LinearArgs {
   float* output;
   int64_t output_stride;  // floats
   Epilogue epilogue;
+  float cap;
 };
 
 inline ActivationFormat activations_for(WeightFormat format) {

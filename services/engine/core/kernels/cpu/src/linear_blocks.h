@@ -5,6 +5,7 @@
 
 #include "integers.h"
 #include "linear.h"
+#include "row_functions.h"
 
 namespace meshserve::MESHSERVE_ISA {
 
@@ -136,6 +137,26 @@ inline Floats silu(Floats a) {
   return divide(a, add(power, broadcast(1.0f)));
 }
 
+// Epilogues that take longer than to be inlined for. Of gates, only the even tiles are theirs.
+inline bool has_function(Epilogue epilogue) {
+  return epilogue == Epilogue::gated_gelu || epilogue == Epilogue::gelu ||
+         epilogue == Epilogue::capped;
+}
+
+[[gnu::noinline]] inline void apply_function(const LinearArgs& args, int tiles, float* sums) {
+  const int step = args.epilogue == Epilogue::gated_gelu ? 2 : 1;
+  for (int t = 0; t < tiles; t += step) {
+    float* tile = sums + t * tile_outputs;
+    const Floats sum = load(tile);
+    if (args.epilogue == Epilogue::capped) {
+      const Floats cap = broadcast(args.cap);
+      store(tile, multiply(hyperbolic_tangent(divide(sum, cap)), cap));
+    } else {
+      store(tile, gelu_tanh(sum));
+    }
+  }
+}
+
 // Writes the sums of the matrix's last outputs, which are no whole block: [rows][T tiles].
 template <int T>
 void finish_last(const LinearArgs& args, int rows, const float* sums, float* output,
@@ -162,13 +183,29 @@ inline void finish(const LinearArgs& args, int strip, int row, Floats (&sums)[R]
     }
   }
   float* output = args.output + row * args.output_stride;
-  if (args.epilogue == Epilogue::gated_silu) {
+  if (has_function(args.epilogue)) {
+    alignas(64) float all[R * T * tile_outputs];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) store(all + (r * T + t) * tile_outputs, sums[r][t]);
+    }
+    apply_function(args, R * T, all);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) sums[r][t] = load(all + (r * T + t) * tile_outputs);
+    }
+  }
+  const bool is_silu = args.epilogue == Epilogue::gated_silu;
+  if (is_silu || args.epilogue == Epilogue::gated_gelu) {
     output += first / 2;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r, output += args.output_stride) {
 #pragma GCC unroll 16
       for (int t = 0; t < T; t += 2) {
-        store(output + t / 2 * tile_outputs, multiply(silu(sums[r][t]), sums[r][t + 1]));
+        const Floats gate = is_silu ? silu(sums[r][t]) : sums[r][t];
+        store(output + t / 2 * tile_outputs, multiply(gate, sums[r][t + 1]));
       }
     }
     return;

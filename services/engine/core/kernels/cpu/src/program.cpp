@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "row_functions.h"
 #include "simd.h"
 
 namespace meshserve::MESHSERVE_ISA {
@@ -15,7 +16,45 @@ constexpr int rows_per_claim = 4;
 // Up to so many rows every thread converts all of them for itself, which costs less than waiting
 // for each other.
 constexpr int private_rows = 2;
-bool converts(OpKind kind) { return kind == OpKind::norm || kind == OpKind::convert; }
+bool converts(OpKind kind) {
+  return kind == OpKind::norm || kind == OpKind::convert || kind == OpKind::route ||
+         kind == OpKind::scatter_norm;
+}
+
+bool adds_to_residual(const Op& op) {
+  return op.kind == OpKind::add_norm || op.kind == OpKind::mix ||
+         (op.kind == OpKind::linear && op.epilogue == Epilogue::add);
+}
+
+std::vector<AttentionShape> attention_shapes(const ProgramSpec& spec, const std::vector<Op>& ops,
+                                             std::vector<int>& index_of_op) {
+  std::vector<AttentionShape> shapes;
+  for (size_t i = 0; i < ops.size(); ++i) {
+    if (ops[i].kind != OpKind::attention) continue;
+    const auto same = [&](const AttentionShape& shape) { return shape.window == ops[i].window; };
+    const auto known = std::find_if(shapes.begin(), shapes.end(), same);
+    index_of_op[i] = static_cast<int>(known - shapes.begin());
+    if (known == shapes.end())
+      shapes.push_back({spec.heads, spec.kv_heads, spec.head_dim, ops[i].window});
+  }
+  return shapes;
+}
+
+ExpertsShape largest_experts(const std::vector<Op>& ops) {
+  ExpertsShape largest = {};
+  for (const Op& op : ops) {
+    largest.count = std::max(largest.count, op.experts.count);
+    largest.per_token = std::max(largest.per_token, op.experts.per_token);
+  }
+  return largest;
+}
+
+// Rows that an operation has for each of a step's.
+int rows_per_row(const Op& op) { return std::max(op.experts.per_token, 1); }
+
+int32_t strips(const LinearWeights& weights) {
+  return (weights.outputs + strip_outputs - 1) / strip_outputs;
+}
 
 double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -30,19 +69,19 @@ Program::Program(const ProgramSpec& spec, Team& team)
           std::find_if(ops_.begin(), ops_.end(),
                        [](const Op& op) { return op.kind == OpKind::select_rows; }) -
           ops_.begin())),
-      num_layer_ops_(
-          static_cast<size_t>(ops_.rend() - std::find_if(ops_.rbegin(), ops_.rend(),
-                                                         [](const Op& op) {
-                                                           return op.kind == OpKind::linear &&
-                                                                  op.epilogue == Epilogue::add;
-                                                         }))),
+      num_layer_ops_(static_cast<size_t>(
+          ops_.rend() - std::find_if(ops_.rbegin(), ops_.rend(), adds_to_residual))),
       layers_(spec.layers, spec.layers + spec.num_layers),
       counters_(ops_.size() + 1),
       team_(team),
       costs_(step_costs(spec, ops_, num_row_ops_, team.size())),
-      parts_(team.size()),
+      plans_(ops_.size()),
+      parts_(team.size(), attention_shapes(spec, ops_, plans_)),
       seconds_(static_cast<size_t>(team.size())),
-      scratch_(static_cast<size_t>(team.size())) {
+      scratch_(static_cast<size_t>(team.size())),
+      largest_experts_(largest_experts(ops_)),
+      expert_orders_(static_cast<size_t>(team.size()),
+                     ExpertOrder(largest_experts_, spec.max_tokens)) {
   for (int i = 0; i < num_buffers; ++i) {
     if (i == static_cast<int>(Buffer::logits)) continue;
     const size_t floats =
@@ -50,11 +89,13 @@ Program::Program(const ProgramSpec& spec, Team& team)
     buffers_[i] = allocate(floats * sizeof(float));
     data_[i] = static_cast<float*>(buffers_[i].get());
   }
-  activations_ = allocate(static_cast<size_t>(activation_stride(spec.max_activation_inputs)) *
-                          static_cast<size_t>(spec.max_tokens));
-  private_activations_ =
-      allocate(static_cast<size_t>(activation_stride(spec.max_activation_inputs)) * private_rows *
-               scratch_.size());
+  const auto activation_bytes = static_cast<size_t>(spec.activation_bytes);
+  activations_ = allocate(activation_bytes * static_cast<size_t>(spec.max_tokens));
+  private_activations_ = allocate(activation_bytes * private_rows * scratch_.size());
+  const size_t route_bytes =
+      static_cast<size_t>(largest_experts_.per_token) * (sizeof(int32_t) + sizeof(float));
+  routes_ = allocate(route_bytes * static_cast<size_t>(spec.max_tokens));
+  private_routes_ = allocate(route_bytes * private_rows * scratch_.size());
 }
 
 void Program::run(const StepInput& input) {
@@ -77,20 +118,21 @@ void Program::run(const StepInput& input) {
 
 // Divides the step and sees to its memory, which grows only when a step is larger than any before.
 void Program::reserve(const StepInput& input) {
-  const AttentionShape shape{spec_.heads, spec_.kv_heads, spec_.head_dim};
   const StepView& view = input.view;
   if (view.num_tokens >= costs_.least_divided) {
-    parts_.divide(view, shape, costs_);
+    parts_.divide(view, costs_);
   } else {
-    parts_.join(view, shape);
+    parts_.join(view);
   }
   size_t needed = static_cast<size_t>(spec_.max_activation_inputs) * sizeof(float);
   for (int rank = 0; rank < team_.size(); ++rank) {
     AttentionArgs attention{};
     attention.cache = layers_.front();
     attention.heads = spec_.heads;
-    attention.plan = &parts_.of(rank).plan;
-    needed = std::max(needed, attention_scratch_bytes(attention));
+    for (const AttentionPlan& plan : parts_.of(rank).plans) {
+      attention.plan = &plan;
+      needed = std::max(needed, attention_scratch_bytes(attention));
+    }
   }
   if (input.sampling != nullptr) {
     needed = std::max(needed, sample_scratch_bytes(*input.sampling));
@@ -166,20 +208,45 @@ void Program::execute(size_t index, const StepInput& input, const Worker& worker
       for (int task = begin; task < end; ++task) run(task);
     });
   };
+  const auto convert_each = [&](int count, const auto& run) {
+    if (worker.rows > private_rows) return share_each(count, rows_per_claim, run);
+    for (int row = 0; row < count; ++row) run(row);
+  };
   switch (op.kind) {
     case OpKind::embed:
-      share_each(worker.rows, rows_per_claim, [&](int row) {
-        unpack_output(*op.weights, static_cast<int32_t>(input.token_ids[first_row + row]),
-                      row_of(Buffer::residual, first_row + row));
-      });
+      share_each(worker.rows, rows_per_claim, [&](int row) { embed_row(op, row, input, part); });
       break;
     case OpKind::norm:
+      convert_each(worker.rows, [&](int row) { convert_row(op, row, worker); });
+      break;
     case OpKind::convert:
-      if (worker.rows <= private_rows) {
-        for (int row = 0; row < worker.rows; ++row) convert_row(op, row, worker);
-      } else {
-        share_each(worker.rows, rows_per_claim, [&](int row) { convert_row(op, row, worker); });
-      }
+      convert_each(worker.rows * rows_per_row(op), [&](int row) { convert_row(op, row, worker); });
+      break;
+    case OpKind::add_norm:
+      share_each(worker.rows, 1, [&](int row) { add_norm_row(op, row, worker); });
+      break;
+    case OpKind::route:
+      convert_each(worker.rows, [&](int row) {
+        const Routes own = routes(op.experts, worker);
+        const int64_t place = int64_t{row} * op.experts.per_token;
+        route_row(row_of(op.source, first_row + row), op.experts, own.ids + place,
+                  own.shares + place);
+      });
+      break;
+    case OpKind::scatter_norm:
+      // Each thread for itself, sooner than it would wait for another to have done it.
+      expert_orders_[static_cast<size_t>(worker.rank)].sort(routes(op.experts, worker).ids,
+                                                            worker.rows, op.experts);
+      convert_each(worker.rows, [&](int row) { scatter_row(op, row, worker); });
+      break;
+    case OpKind::expert_linear: {
+      const ExpertOrder& order = expert_orders_[static_cast<size_t>(worker.rank)];
+      const int tasks = static_cast<int>(order.active().size()) * strips(*op.weights);
+      share(tasks, 1, [&](int begin, int end) { run_experts(op, begin, end, worker); });
+      break;
+    }
+    case OpKind::mix:
+      share_each(worker.rows, 1, [&](int row) { mix_row(op, row, worker); });
       break;
     case OpKind::linear: {
       const LinearArgs args{op.weights,
@@ -187,7 +254,8 @@ void Program::execute(size_t index, const StepInput& input, const Worker& worker
                             worker.rows,
                             row_of(op.target, first_row),
                             spec_.widths[static_cast<int>(op.target)],
-                            op.epilogue};
+                            op.epilogue,
+                            op.scale};
       share(linear_tasks(args), 1, [&](int begin, int end) { linear_run(args, begin, end); });
       break;
     }
@@ -197,9 +265,12 @@ void Program::execute(size_t index, const StepInput& input, const Worker& worker
                               row_of(op.source, first_row),
                               spec_.widths[static_cast<int>(op.source)],
                               spec_.heads,
-                              spec_.cos,
-                              spec_.sin,
-                              spec_.rotary_dim};
+                              op.norm_weight,
+                              op.key_norm,
+                              op.eps,
+                              op.cos,
+                              op.sin,
+                              op.rotary_dim};
       share_each(rotary_kv_tasks(args), 1, [&](int task) { rotary_kv_run(args, task, scratch); });
       break;
     }
@@ -209,10 +280,12 @@ void Program::execute(size_t index, const StepInput& input, const Worker& worker
                                row_of(op.source, first_row),
                                spec_.widths[static_cast<int>(op.source)],
                                spec_.heads,
+                               op.window,
                                spec_.attention_scale,
+                               op.softcap,
                                row_of(op.target, first_row),
                                spec_.widths[static_cast<int>(op.target)],
-                               &part.plan};
+                               &part.plans[static_cast<size_t>(plans_[index])]};
       if (worker.alone) {
         for (int task = 0; task < attention_tasks(args); ++task) attention_run(args, task, scratch);
         break;
@@ -251,20 +324,116 @@ void Program::prefetch_next_weights(size_t index, int rank) const {
   prefetch_strips(weights, rank * share, (rank + 1) * share);
 }
 
-void Program::convert_row(const Op& op, int64_t row, const Worker& worker) {
-  const float* from = row_of(op.source, worker.part.first_row + row);
-  if (op.kind == OpKind::norm) {
-    auto* normed = static_cast<float*>(scratch_[static_cast<size_t>(worker.rank)].get());
-    rms_norm(from, op.norm_weight, op.eps, op.width, normed);
-    from = normed;
+void Program::embed_row(const Op& op, int32_t row, const StepInput& input, const StepPart& part) {
+  const int32_t token = part.first_row + row;
+  float* to = row_of(Buffer::residual, token);
+  unpack_output(*op.weights, static_cast<int32_t>(input.token_ids[token]), to);
+  if (op.scale != 1.0f) {
+    for (int32_t i = 0; i < op.width; i += lanes)
+      store(to + i, multiply(load(to + i), broadcast(op.scale)));
   }
+  if (op.positions != nullptr) {
+    const float* position = op.positions + int64_t{part.view.positions[row]} * op.width;
+    for (int32_t i = 0; i < op.width; i += lanes)
+      store(to + i, add(load(to + i), load(position + i)));
+  }
+}
+
+// A row in a thread's scratch, normed.
+const float* Program::normed(const Op& op, const float* row, int rank) const {
+  auto* to = static_cast<float*>(scratch_[static_cast<size_t>(rank)].get());
+  if (op.norm_bias != nullptr) {
+    layer_norm(row, op.norm_weight, op.norm_bias, op.eps, op.width, to);
+  } else {
+    rms_norm(row, op.norm_weight, op.eps, op.width, to);
+  }
+  return to;
+}
+
+void Program::convert_row(const Op& op, int64_t row, const Worker& worker) {
+  // The rows of a row's experts take the place of a wider one.
+  const float* from = row_of(op.source, worker.part.first_row) + row * row_stride(op, op.source);
+  if (op.kind == OpKind::norm) from = normed(op, from, worker.rank);
   store_activations(activations(op.format, op.width, worker), row, from);
+}
+
+void Program::add_norm_row(const Op& op, int64_t row, const Worker& worker) {
+  const int64_t index = worker.part.first_row + row;
+  const float* added = normed(op, row_of(op.source, index), worker.rank);
+  float* to = row_of(Buffer::residual, index);
+  for (int32_t i = 0; i < op.width; i += lanes) store(to + i, add(load(to + i), load(added + i)));
+}
+
+void Program::scatter_row(const Op& op, int32_t row, const Worker& worker) {
+  const float* from = row_of(Buffer::residual, worker.part.first_row + row);
+  const ExpertOrder& order = expert_orders_[static_cast<size_t>(worker.rank)];
+  const Activations to = activations(op.format, op.width, worker);
+  const auto at = [&](int32_t place) {
+    return static_cast<char*>(to.rows) + order.slot(row, place) * to.stride;
+  };
+  store_activations(to, order.slot(row, 0), normed(op, from, worker.rank));
+  for (int32_t place = 1; place < op.experts.per_token; ++place)
+    std::memcpy(at(place), at(0), activation_bytes(to));
+}
+
+// The tasks of the experts that have rows, one after the other: strips of their matrices.
+void Program::run_experts(const Op& op, int begin, int end, const Worker& worker) {
+  const ExpertOrder& order = expert_orders_[static_cast<size_t>(worker.rank)];
+  const int32_t each = strips(*op.weights);
+  const Activations all = activations(op.format, op.weights->inputs, worker);
+  for (int task = begin; task < end;) {
+    const int32_t expert = order.active()[static_cast<size_t>(task / each)];
+    const int64_t slot = order.first_slot(expert);
+    const int first = task % each, last = std::min(first + end - task, int{each});
+    Activations input = all;
+    input.rows = static_cast<char*>(all.rows) + slot * all.stride;
+    const LinearArgs args{
+        op.weights + expert,
+        input,
+        order.rows(expert),
+        row_of(op.target, worker.part.first_row) + slot * row_stride(op, op.target),
+        row_stride(op, op.target),
+        op.epilogue,
+        op.scale};
+    linear_run(args, first, last);
+    task += last - first;
+  }
+}
+
+void Program::mix_row(const Op& op, int32_t row, const Worker& worker) {
+  const ExpertOrder& order = expert_orders_[static_cast<size_t>(worker.rank)];
+  const float* shares = routes(op.experts, worker).shares + int64_t{row} * op.experts.per_token;
+  const float* all = row_of(op.source, worker.part.first_row);
+  float* to = row_of(Buffer::residual, worker.part.first_row + row);
+  for (int32_t place = 0; place < op.experts.per_token; ++place) {
+    const float* from = all + order.slot(row, place) * row_stride(op, op.source);
+    const Floats share = broadcast(shares[place]);
+    for (int32_t i = 0; i < op.width; i += lanes)
+      store(to + i, fused(load(from + i), share, load(to + i)));
+  }
+}
+
+Program::Routes Program::routes(const ExpertsShape& experts, const Worker& worker) const {
+  const bool is_private = worker.rows <= private_rows;
+  const int64_t most = is_private ? private_rows : spec_.max_tokens;
+  const int64_t owner = is_private ? worker.rank : 0;
+  const int64_t largest = largest_experts_.per_token;
+  auto* ids = static_cast<int32_t*>((is_private ? private_routes_ : routes_).get()) +
+              owner * most * largest * 2;
+  auto* shares = reinterpret_cast<float*>(ids + most * largest);
+  const int64_t first = is_private ? 0 : int64_t{worker.part.first_row} * experts.per_token;
+  return {ids + first, shares + first};
+}
+
+// Floats from a row to the next, of rows that may be those of experts.
+int64_t Program::row_stride(const Op& op, Buffer buffer) const {
+  return spec_.widths[static_cast<int>(buffer)] / rows_per_row(op);
 }
 
 Activations Program::activations(ActivationFormat format, int32_t inputs,
                                  const Worker& worker) const {
   // Where a thread's rows begin must not depend on the operation: others may be elsewhere.
-  const int64_t most = activation_stride(spec_.max_activation_inputs);
+  const int64_t most = spec_.activation_bytes;
   char* memory = static_cast<char*>(activations_.get()) + worker.part.first_row * most;
   if (worker.rows <= private_rows) {
     memory = static_cast<char*>(private_activations_.get()) + worker.rank * private_rows * most;

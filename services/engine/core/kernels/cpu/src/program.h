@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "experts.h"
 #include "linear.h"
 #include "memory.h"
 #include "rotary_kv.h"
@@ -15,18 +16,32 @@
 namespace meshserve {
 
 // Where operations read and write rows of floats.
-enum class Buffer : int32_t { residual = 0, projected = 1, attended = 2, gated = 3, logits = 4 };
-constexpr int num_buffers = 5;
+enum class Buffer : int32_t {
+  residual = 0,
+  projected = 1,
+  attended = 2,
+  gated = 3,
+  logits = 4,
+  routed = 5,  // what a router says of each expert
+  mixed = 6,   // what each expert of a row makes of it
+};
+constexpr int num_buffers = 7;
 
 enum class OpKind : int32_t {
-  embed = 0,      // residual = rows of `weights`, by token id
-  norm = 1,       // activations = RMSNorm(residual) * norm_weight
+  embed = 0,      // residual = rows of `weights`, by token id, times `scale`, plus `positions`
+  norm = 1,       // activations = RMSNorm(residual) * norm_weight, or LayerNorm with a norm_bias
   convert = 2,    // activations = the rows of `source`
   linear = 3,     // target = activations times `weights`
-  rotary_kv = 4,  // rotates queries and keys in `projected`; writes the cache of `layer`
+  rotary_kv = 4,  // norms and rotates queries and keys in `projected`; writes the cache of `layer`
   attention = 5,  // attended = attention of `projected`'s queries over the cache of `layer`
   // residual, attended = their rows that logits are wanted of; later operations see only these
   select_rows = 6,
+  add_norm = 7,  // residual += RMSNorm(source) * norm_weight
+  // Mixtures of experts. What follows `route` has rows for each expert of a row, by expert.
+  route = 8,           // the experts of each row, by its logits in `source`
+  scatter_norm = 9,    // activations = RMSNorm(residual) * norm_weight, for each expert of a row
+  expert_linear = 10,  // target = activations times the `weights` of their expert
+  mix = 11,            // residual += the rows of `source`, by their experts' shares
 };
 
 struct Op {
@@ -35,26 +50,35 @@ struct Op {
   Buffer source;
   Buffer target;
   Epilogue epilogue;
-  ActivationFormat format;   // of the activations that norm and convert write
-  float eps;                 // of norm
-  int32_t width;             // of the rows that norm and convert read
-  const float* norm_weight;  // [width]
-  const LinearWeights* weights;
+  ActivationFormat format;       // of the activations that norm and convert write
+  float eps;                     // of norms
+  int32_t width;                 // of the rows that norms and convert read
+  const float* norm_weight;      // [width]; of rotary_kv, [head_dim] for queries, or null
+  const float* norm_bias;        // [width], or null
+  const float* key_norm;         // of rotary_kv: [head_dim], or null
+  const LinearWeights* weights;  // of expert_linear: [experts.count]
+  float scale;                   // of embed; of linear: the bound of its epilogue
+  const float* positions;        // of embed: [max_positions, width], or null
+  const float* cos;              // of rotary_kv: [max_positions, rotary_dim / 2]
+  const float* sin;
+  int32_t rotary_dim;
+  int32_t window;        // of attention: tokens that a token sees, itself included; 0: all
+  float softcap;         // of attention: bound of its products; 0: none
+  ExpertsShape experts;  // of operations on the rows of experts; a count of 0 elsewhere
 };
 
 // What does not change from step to step.
 struct ProgramSpec {
   const Op* ops;
   int32_t num_ops;
-  int32_t heads, kv_heads, head_dim, rotary_dim;
+  int32_t heads, kv_heads, head_dim;
   float attention_scale;
-  const float* cos;  // [max_positions, rotary_dim / 2]
-  const float* sin;
   const KvLayout* layers;
   int32_t num_layers;
   int32_t max_tokens;             // of a step
   int32_t widths[num_buffers];    // floats in a row; logits are the caller's
   int32_t max_activation_inputs;  // of any norm or convert
+  int32_t activation_bytes;       // of a token, a multiple of 64, whatever its activations are
 };
 
 struct StepInput {
@@ -85,6 +109,11 @@ class Program {
     bool alone;
     int rows;  // of the part, that the operation in hand is about
   };
+  // The experts of a worker's rows, and their shares: [rows, per_token].
+  struct Routes {
+    int32_t* ids;
+    float* shares;
+  };
 
   void reserve(const StepInput& input);
   void run_divided(const StepInput& input, int rank, size_t num_ops);
@@ -94,7 +123,15 @@ class Program {
   void sample(const SampleArgs& args, int rank);
   void await_earlier_tokens(const Worker& worker, int layer);
   void prefetch_next_weights(size_t index, int rank) const;
+  void embed_row(const Op& op, int32_t row, const StepInput& input, const StepPart& part);
   void convert_row(const Op& op, int64_t row, const Worker& worker);
+  void add_norm_row(const Op& op, int64_t row, const Worker& worker);
+  void scatter_row(const Op& op, int32_t row, const Worker& worker);
+  void mix_row(const Op& op, int32_t row, const Worker& worker);
+  void run_experts(const Op& op, int begin, int end, const Worker& worker);
+  const float* normed(const Op& op, const float* row, int rank) const;
+  int64_t row_stride(const Op& op, Buffer buffer) const;
+  Routes routes(const ExpertsShape& experts, const Worker& worker) const;
   Activations activations(ActivationFormat format, int32_t inputs, const Worker& worker) const;
   float* row_of(Buffer buffer, int64_t row) const;
 
@@ -106,13 +143,18 @@ class Program {
   std::vector<TaskCounter> counters_;  // one for each operation, and one for the choice at the end
   Team& team_;
   StepCosts costs_;
+  std::vector<int> plans_;  // of each operation of attention: which of StepPart::plans is its own
   StepParts parts_;
   std::vector<double> seconds_;  // that each thread worked on its part
   Memory buffers_[num_buffers];
   float* data_[num_buffers] = {};
   Memory activations_;
-  Memory private_activations_;   // of each thread
-  std::vector<Memory> scratch_;  // one for each thread
+  Memory private_activations_;         // of each thread
+  std::vector<Memory> scratch_;        // one for each thread
+  ExpertsShape largest_experts_ = {};  // of any operation
+  Memory routes_;
+  Memory private_routes_;                   // of each thread
+  std::vector<ExpertOrder> expert_orders_;  // one for each thread
   size_t scratch_bytes_ = 0;
 };
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "activations.h"
 #include "simd.h"
 
 namespace meshserve::MESHSERVE_ISA {
@@ -117,9 +118,12 @@ void rotary_kv_run(const RotaryKvArgs& args, int task, void*) {
   for (int32_t token = task * tokens_per_task; token < end; ++token) {
     const int64_t angles = int64_t{args.step->positions[token]} * half;
     float* heads = args.qkv + token * args.qkv_stride;
-    for (int32_t head = 0; head < args.heads + args.cache.kv_heads; ++head)
-      rotate(heads + int64_t{head} * args.cache.head_dim, args.cos + angles, args.sin + angles,
-             half);
+    for (int32_t head = 0; head < args.heads + args.cache.kv_heads; ++head) {
+      float* own = heads + int64_t{head} * args.cache.head_dim;
+      const float* norm = head < args.heads ? args.query_norm : args.key_norm;
+      if (norm != nullptr) rms_norm(own, norm, args.norm_eps, args.cache.head_dim, own);
+      rotate(own, args.cos + angles, args.sin + angles, half);
+    }
     write_token(args, token);
   }
 }

@@ -1,4 +1,4 @@
-// Rotates a step's queries and keys in place and writes its keys and values to the cache.
+// Norms and rotates a step's queries and keys in place and writes its keys and values to the cache.
 #pragma once
 
 #include "kv_layout.h"
@@ -11,6 +11,10 @@ struct RotaryKvArgs {
   float* qkv;  // [num_tokens, (heads + 2 * kv_heads) * head_dim]: queries, keys, values
   int64_t qkv_stride;
   int32_t heads;
+  // Of each head of queries and of keys, RMSNorm's weights [head_dim], before rotation; or null.
+  const float* query_norm;
+  const float* key_norm;
+  float norm_eps;
   // [max_position, rotary_dim / 2], any amplitude included. Dimension i < rotary_dim / 2 of a head
   // is rotated against dimension i + rotary_dim / 2; those from rotary_dim on are left alone.
   const float* cos;

@@ -1,5 +1,6 @@
 #include "step_costs.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -25,17 +26,27 @@ double bytes_per_weight(const LinearWeights& weights) {
 
 StepCosts step_costs(const ProgramSpec& spec, const std::vector<Op>& ops, size_t num_ops,
                      int threads) {
-  StepCosts costs = {0, 0, std::numeric_limits<int32_t>::max()};
+  StepCosts costs = {0, {}, std::numeric_limits<int32_t>::max()};
   double bytes = 0;
   for (size_t i = 0; i < num_ops; ++i) {
     const Op& op = ops[i];
-    if (op.kind == OpKind::attention) costs.key += attention_cost * 2 * spec.heads * spec.head_dim;
-    if (op.kind != OpKind::linear) continue;
+    if (op.kind == OpKind::attention) {
+      const auto known =
+          std::find_if(costs.keys.begin(), costs.keys.end(),
+                       [&](const StepCosts::Keys& each) { return each.window == op.window; });
+      const double each = attention_cost * 2 * spec.heads * spec.head_dim;
+      if (known != costs.keys.end()) {
+        known->each += each;
+      } else {
+        costs.keys.push_back({op.window, each});
+      }
+    }
+    if (op.kind != OpKind::linear && op.kind != OpKind::expert_linear) continue;
     const double size = double(op.weights->inputs) * op.weights->outputs;
-    costs.token += size;
-    bytes += size * bytes_per_weight(*op.weights);
+    costs.token += size * std::max(op.experts.per_token, 1);
+    bytes += size * bytes_per_weight(*op.weights) * std::max(op.experts.count, 1);
   }
-  if (threads > 1 && costs.key > 0) {
+  if (threads > 1 && !costs.keys.empty()) {
     const double rows_of_thread = cost_of_byte * bytes * threads / costs.token;
     costs.least_divided = static_cast<int32_t>(std::ceil(rows_of_thread)) * threads;
   }

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "kv_layout.h"
+#include "attention.h"
 
 namespace meshserve {
 
@@ -12,9 +12,22 @@ struct ProgramSpec;
 
 // In multiplications of a linear layer.
 struct StepCosts {
-  double token;           // of a token by itself
-  double key;             // of each token that it attends to
-  int32_t least_divided;  // rows of a step, of which each thread should compute its own
+  // Of each token that a token attends to, in the layers of one window.
+  struct Keys {
+    int32_t window;
+    double each;
+  };
+
+  double token;            // of a token by itself
+  std::vector<Keys> keys;  // of those that it attends to
+  int32_t least_divided;   // rows of a step, of which each thread should compute its own
+
+  double of_token(int32_t position) const {
+    double cost = token;
+    for (const Keys& each : keys)
+      cost += each.each * (position + 1 - first_seen(position, each.window));
+    return cost;
+  }
 };
 
 }  // namespace meshserve

@@ -1,6 +1,7 @@
 #include "step_parts.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace meshserve::MESHSERVE_ISA {
 
@@ -37,23 +38,23 @@ void cut_out(const StepView& step, int32_t sequence, int32_t begin, int32_t end,
 
 }  // namespace
 
-StepParts::StepParts(int threads)
-    : parts_(static_cast<size_t>(threads)), shares_(parts_.size(), 1.0 / threads) {}
+StepParts::StepParts(int threads, std::vector<AttentionShape> shapes)
+    : shapes_(std::move(shapes)),
+      parts_(static_cast<size_t>(threads)),
+      shares_(parts_.size(), 1.0 / threads) {}
 
-void StepParts::join(const StepView& step, const AttentionShape& shape) {
+void StepParts::join(const StepView& step) {
   divided_ = false;
   StepPart& part = parts_.front();
   part.first_row = 0;
   part.end_row = step.num_tokens;
   part.view = step;
-  plan(part, shape, static_cast<int>(parts_.size()));
+  plan(part, static_cast<int>(parts_.size()));
 }
 
-void StepParts::divide(const StepView& step, const AttentionShape& shape, const StepCosts& costs) {
+void StepParts::divide(const StepView& step, const StepCosts& costs) {
   divided_ = true;
-  const auto cost = [&](int32_t row) {
-    return costs.token + costs.key * (step.positions[row] + 1);
-  };
+  const auto cost = [&](int32_t row) { return costs.of_token(step.positions[row]); };
   double total = 0;
   for (int32_t row = 0; row < step.num_tokens; ++row) total += cost(row);
   int32_t row = 0, sequence = 0;
@@ -76,17 +77,23 @@ void StepParts::divide(const StepView& step, const AttentionShape& shape, const 
       while (parts[static_cast<size_t>(part.first_awaited)].end_row <= step.query_starts[sequence])
         ++part.first_awaited;
     }
-    plan(part, shape, 1);
+    plan(part, 1);
   }
 }
 
-void StepParts::plan(StepPart& part, const AttentionShape& shape, int threads) {
-  const size_t bytes = attention_plan_bytes(part.view, shape);
+void StepParts::plan(StepPart& part, int threads) {
+  size_t bytes = 0;
+  for (const AttentionShape& shape : shapes_) bytes += attention_plan_bytes(part.view, shape);
   if (bytes > part.plan_bytes) {
     part.plan_workspace = allocate(bytes);
     part.plan_bytes = bytes;
   }
-  part.plan = plan_attention(part.view, shape, threads, part.plan_workspace.get());
+  auto* workspace = static_cast<unsigned char*>(part.plan_workspace.get());
+  part.plans.clear();
+  for (const AttentionShape& shape : shapes_) {
+    part.plans.push_back(plan_attention(part.view, shape, threads, workspace));
+    workspace += attention_plan_bytes(part.view, shape);
+  }
 }
 
 void StepParts::learn(const std::vector<double>& seconds) {

@@ -20,7 +20,7 @@ namespace meshserve {
 // Consecutive rows of a step, and their sequences, or what is here of them, as a step of its own.
 struct StepPart {
   StepView view;
-  AttentionPlan plan;
+  std::vector<AttentionPlan> plans;  // for each shape of attention
   int32_t first_row = 0, end_row = 0;
   double cost = 0;
   // Earlier tokens of the first sequence are in the parts from this one to the one before.
@@ -28,7 +28,7 @@ struct StepPart {
   // The layers whose keys and values have been stored, in this step.
   alignas(64) std::atomic<int32_t> stored_layers{0};
 
-  // What `view` and `plan` point to.
+  // What `view` and `plans` point to.
   std::vector<int32_t> query_starts, context_lengths;
   Memory plan_workspace;
   size_t plan_bytes = 0;
@@ -40,12 +40,13 @@ namespace meshserve::MESHSERVE_ISA {
 
 class StepParts {
  public:
-  explicit StepParts(int threads);
+  // `shapes`: those of attention that layers have.
+  StepParts(int threads, std::vector<AttentionShape> shapes);
 
   // Makes one part of all rows, which all threads share. Throws std::bad_alloc, as does `divide`.
-  void join(const StepView& step, const AttentionShape& shape);
+  void join(const StepView& step);
   // Makes a part for each thread, of its share of the cost, which may be no row at all.
-  void divide(const StepView& step, const AttentionShape& shape, const StepCosts& costs);
+  void divide(const StepView& step, const StepCosts& costs);
 
   bool divided() const { return divided_; }
   // The part that a thread works on.
@@ -56,8 +57,9 @@ class StepParts {
   void learn(const std::vector<double>& seconds);
 
  private:
-  void plan(StepPart& part, const AttentionShape& shape, int threads);
+  void plan(StepPart& part, int threads);
 
+  std::vector<AttentionShape> shapes_;
   bool divided_ = false;
   std::vector<StepPart> parts_;
   std::vector<double> shares_;  // of each thread; they add up to 1

@@ -12,6 +12,8 @@ from rich.text import Text
 
 from meshserve.supervisor.spec import ProcessState, ProcessStatus
 
+# The longest name of a service, so that lines of most meshes stand alike.
+NAME_WIDTH = len("tokenizer")
 _STYLES = {
     ProcessState.WAITING: ("·", "dim"),
     ProcessState.STARTING: ("…", "yellow"),
@@ -94,7 +96,7 @@ class Display:
     def _line(self, status: ProcessStatus) -> Text:
         mark, style = _STYLES[status.state]
         line = Text.assemble((time.strftime("%H:%M:%S "), "dim"))
-        width = max(len(each) for each in self._statuses) + 1
+        width = max(NAME_WIDTH, *map(len, self._statuses)) + 1
         line.append(f"{mark} {status.name:<{width}}", style=style)
         line.append(f"{status.state}", style=style)
         if status.state is ProcessState.HEALTHY and status.start_took_s is not None:

@@ -48,6 +48,8 @@ def engine() -> dashboard.Dashboard:
         *_kv_cache(),
         dashboard.Row("Speculation"),
         *_speculation(),
+        dashboard.Row("Rules for outputs"),
+        *_rules(),
         dashboard.Row("Encoders"),
         *_encoders(),
         dashboard.Row("Core"),
@@ -169,6 +171,47 @@ def _kv_cache() -> Panels:
             unit=PER_SECOND,
             width=THIRD,
         ),
+    )
+
+
+def _rules() -> Panels:
+    return (
+        graph(
+            "Rules",
+            [
+                Query(f"sum(rate(meshserve_engine_{name}_total{{{CHOSEN}}}[{RATE}]))", legend)
+                for name, legend in (
+                    ("compiled_constraints", "compiled"),
+                    ("found_constraints", "known already"),
+                )
+            ],
+            "JSON Schemas, regular expressions and others that requests bring.",
+            unit=PER_SECOND,
+            width=THIRD,
+        ),
+        graph(
+            "Time to compile a rule",
+            _mean("constraint_compile_seconds", "compiled_constraints"),
+            "The request waits for it, and no other.",
+            unit=SECONDS,
+            width=THIRD,
+        ),
+        graph(
+            "Time to make a mask",
+            _mean("mask_seconds", "masks"),
+            "Once for each token of an output under a rule.",
+            unit=SECONDS,
+            width=THIRD,
+        ),
+    )
+
+
+def _mean(seconds: str, count: str) -> Query:
+    """Seconds that each of the events counted took; nothing while there are none."""
+    pace = f"sum by (instance) (rate(meshserve_engine_{count}_total{{{CHOSEN}}}[{RATE}]) > 0)"
+    return Query(
+        f"sum by (instance) (rate(meshserve_engine_{seconds}_total{{{CHOSEN}}}[{RATE}])) / {pace}",
+        "{{instance}}",
     )
 
 

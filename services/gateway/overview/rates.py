@@ -64,7 +64,8 @@ class Histogram:
             if count and below + count >= rank:
                 if math.isinf(bound):
                     return lower
-                return lower + (bound - lower) * (rank - below) / count
+                # Rounding must not lead out of the bucket.
+                return min(bound, lower + (bound - lower) * (rank - below) / count)
             below += count
             if not math.isinf(bound):
                 lower = bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import typing
 import urllib.request
 import uuid
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 from google.protobuf import json_format
 
 from meshserve.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
+from services.gateway.context import Operation
 from services.runtime.telemetry.spans import COMMON_ATTRIBUTES, EVENTS, SPANS, STAGES
 from tests.support.mesh import Mesh
 from tests.support.otlp import ReceivedSpan, Receiver
@@ -481,7 +483,7 @@ def test_every_span_attribute_and_event_is_declared(mesh: Mesh, otlp: Receiver) 
             service, name = "", "{package}.{Service}/{Method}"
         elif "http.route" in span.attributes:
             service, name = "gateway", "{METHOD} {route}"
-        elif span.name.split(" ")[0] in ("chat", "text_completion"):
+        elif span.name.split(" ")[0] in typing.get_args(Operation):
             service, name = "gateway", "{operation} {model}"
         else:
             service, name = span.service.removeprefix("meshserve-"), span.name

@@ -89,6 +89,7 @@ def _traffic(mesh: Mesh) -> None:
         for _ in range(2):
             client.chat("Say marmalade.", temperature=0, max_tokens=8)
         client.generate("one two three four " * 12, temperature=0, max_tokens=40, ignore_eos=True)
+        client.generate("A number: ", regex="[0-9]{3}", max_tokens=8)
         client.chat("My card is 4111 1111 1111 1111, remember it.", max_tokens=4)
         with contextlib.suppress(meshserve.MeshServeError):
             client.generate("word " * 3000)

@@ -69,4 +69,9 @@ def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"{path} cannot be read: {error}", exit_code=EXIT_USAGE) from None
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        # Who gives the text itself is told what is asked for.
+        way_out = "give the path of a file that holds it" if "{" in path or "\n" in path else ""
+        raise CommandError(
+            f"{path} cannot be read: {reason}", way_out, exit_code=EXIT_USAGE
+        ) from None

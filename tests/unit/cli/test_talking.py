@@ -236,6 +236,7 @@ def test_the_target_comes_from_the_environment(
         (("generate", "x", "--n", "2"), "need --json"),
         (("generate", "x", "--timeout", "-1"), "positive number of seconds"),
         (("generate", "x", "--json-schema", "/no/such/file"), "cannot be read"),
+        (("generate", "x", "--json-schema", '{"type": "object"}'), "give the path of a file"),
         (("chat", "x", "--target", "http://host:1"), "is a URL"),
         (("chat", "x", "--tls-ca", "/no/such.pem"), "/no/such.pem"),
         (("chat", "a\udcffb"), "lone surrogate"),

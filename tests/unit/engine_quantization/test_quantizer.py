@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from services.engine.core.kernels import cpu, select
 from services.engine.core.models import load_model
@@ -138,9 +139,6 @@ def is_part(name: str) -> bool:
 def test_a_gguf_file_becomes_the_directory_that_transformers_reads(
     whole_groups: None, tmp_path: Path
 ) -> None:
-    pytest.importorskip("compressed_tensors")
-    from transformers import AutoModelForCausalLM
-
     save_model("llama", tmp_path / "model")
     save_gguf(tmp_path / "model", "llama", tmp_path / "model.gguf")
     quantize(tmp_path / "model.gguf", tmp_path / "out", "int4", random_texts())

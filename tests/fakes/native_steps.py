@@ -14,7 +14,26 @@ from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.models.loader import open_model
 from services.engine.core.models.native import NativeModel, WeightChoice
+from tests.fakes.decoder_families import VOCAB_SIZE
 from tests.fakes.paged_step import NAN_BYTE
+
+# Steps of (name, number of tokens) that threads divide between them in many ways: one sequence that
+# all compute, cut once or twice; decode; chunks behind what is cached; parts that nobody is left
+# for.
+MIXED_STEPS = [
+    [(0, 60)],
+    [(1, 1), (0, 40), (2, 23), (3, 1)],
+    [(name, 1) for name in range(30)],
+    [(name, 1) for name in range(24)] + [(30, 110)],
+    [(31, 3), (1, 90), (32, 2)],
+    [(name, 7) for name in range(33, 45)],
+]
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    """Token ids of a small vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
 
 
 class Sequences:
@@ -77,3 +96,14 @@ class Sequences:
             tuple(self._lengths[name] for name in tokens),
             torch.arange(len(positions)),
         )
+
+
+def in_company(sequences: Sequences, tokens: list[int], num_others: int, *, before: int) -> Tensor:
+    """Logits of a sequence that comes in four chunks, beside others that grow by a few tokens: so
+    many of them stand before it in a step."""
+    parts = []
+    for begin, end in ((0, 5), (5, 21), (21, 22), (22, len(tokens))):
+        others = {name: text(7 * name % 11 + 1, begin + name) for name in range(1, num_others + 1)}
+        step = dict(list(others.items())[:before]) | {0: tokens[begin:end]} | others
+        parts.append(sequences.step(step)[0])
+    return torch.cat(parts)

@@ -21,7 +21,7 @@ from services.engine.core.models.loader import open_model
 from services.engine.core.models.native import WeightChoice
 from services.engine.core.sampler import SamplingBatch
 from services.tokenizer.model_tokenizer import load_model_tokenizer
-from tests.fakes.native_steps import Sequences
+from tests.fakes.native_steps import MIXED_STEPS, Sequences, in_company, text
 from tests.fakes.paged_step import libraries
 
 KERNELS = libraries()
@@ -53,11 +53,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
     },
 }
-
-
-def text(length: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 97, (length,), generator=generator).tolist()
 
 
 def round_weights(reference: torch.nn.Module, weights: WeightChoice) -> None:
@@ -103,24 +98,7 @@ def test_chunks_and_company_change_no_bit(
     parts = [decoded.step({0: [token]})[0] for token in tokens]
     assert torch.equal(torch.cat(parts), expected)
     together = Sequences(kernels, path, weights, kv_format, seed=2)
-    parts = []
-    for begin, end in ((0, 5), (5, 21), (21, 22), (22, 60)):
-        step = {name: text(7 * name % 11 + 1, begin + name) for name in range(1, 32)}
-        step = dict(list(step.items())[:9]) | {0: tokens[begin:end]} | step
-        parts.append(together.step(step)[0])
-    assert torch.equal(torch.cat(parts), expected)
-
-
-# Steps of (name, tokens) that threads divide between them in many ways: one sequence that all
-# compute, cut once or twice; decode; chunks behind what is cached; parts that nobody is left for.
-MIXED_STEPS = [
-    [(0, 60)],
-    [(1, 1), (0, 40), (2, 23), (3, 1)],
-    [(name, 1) for name in range(30)],
-    [(name, 1) for name in range(24)] + [(30, 110)],
-    [(31, 3), (1, 90), (32, 2)],
-    [(name, 7) for name in range(33, 45)],
-]
+    assert torch.equal(in_company(together, tokens, 31, before=9), expected)
 
 
 @each_isa

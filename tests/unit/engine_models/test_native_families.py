@@ -14,8 +14,8 @@ from services.engine.core.kernels.cpu.kv_cache import KvFormat
 from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.packing import quantize_4, quantize_8
 from services.engine.core.models.native import WeightChoice
-from tests.fakes.decoder_families import CASES, VOCAB_SIZE, WINDOW, save_gguf, save_model
-from tests.fakes.native_steps import Sequences
+from tests.fakes.decoder_families import CASES, WINDOW, save_gguf, save_model
+from tests.fakes.native_steps import MIXED_STEPS, Sequences, in_company, text
 from tests.fakes.paged_step import libraries
 
 KERNELS = libraries()
@@ -61,11 +61,6 @@ KEPT_PRECISE = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "wpe.weight")
 def save(case: str, directory: Path) -> Any:
     changes = SERVED | CHANGES.get(case.split(",")[0], {})
     return save_model(case, directory, **{k: v for k, v in changes.items() if v is not None})
-
-
-def text(length: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
 
 
 def round_weights(reference: torch.nn.Module, weights: WeightChoice) -> None:
@@ -135,22 +130,7 @@ def test_chunks_and_company_change_no_bit(
     parts = [decoded.step({0: [token]})[0] for token in tokens]
     assert torch.equal(torch.cat(parts), expected)
     together = Sequences(kernels, tmp_path, weights, kv_format, seed=2)
-    parts = []
-    for begin, end in ((0, 5), (5, 21), (21, 22), (22, 45)):
-        step = {name: text(7 * name % 11 + 1, begin + name) for name in range(1, 12)}
-        step = dict(list(step.items())[:5]) | {0: tokens[begin:end]} | step
-        parts.append(together.step(step)[0])
-    assert torch.equal(torch.cat(parts), expected)
-
-
-# Steps of (name, tokens) that threads divide between them in many ways.
-MIXED_STEPS = [
-    [(0, 60)],
-    [(1, 1), (0, 40), (2, 23), (3, 1)],
-    [(name, 1) for name in range(30)],
-    [(name, 1) for name in range(24)] + [(30, 110)],
-    [(31, 3), (1, 90), (32, 2)],
-]
+    assert torch.equal(in_company(together, tokens, 11, before=5), expected)
 
 
 @each_isa

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -35,7 +36,7 @@ Operation = Literal["chat", "text_completion", "embeddings", "classify", "score"
 
 
 @dataclass(slots=True, kw_only=True)
-class CallContext:
+class CallContext(ABC):
     """What inference requests of every kind have. Each field below the first group is set by the
     stage it is named for and may be read by those after it."""
 
@@ -95,9 +96,9 @@ class CallContext:
         """Whether the whole answer came from the response cache."""
         return self.cached_answer is not None
 
+    @abstractmethod
     def validate(self, max_prompt_bytes: int) -> None:
         """Raises ServiceError with every field of the request that is wrong."""
-        raise NotImplementedError
 
 
 @dataclass(slots=True, kw_only=True)

@@ -12,11 +12,12 @@ import torch
 from services.engine.core.errors import StartupError
 from services.engine.core.kernels import Selection, cpu
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
+from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.dtype import resolve_dtype
 from services.engine.core.models.loader import OpenedModel
-from services.engine.core.models.native import NativeModel, UnsupportedModelError
+from services.engine.core.models.native import NativeModel
 from services.engine.core.processors import default_threads, own_processors
 from services.engine.core.settings import CoreSettings
 

@@ -13,8 +13,8 @@ from services.engine.core.encoding.batch import make_batch
 from services.engine.core.encoding.loader import open_encoder
 from services.engine.core.encoding.native import NativeEncoder, WeightChoice
 from services.engine.core.kernels.cpu.library import Library
+from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.kernels.cpu.team import Team
-from services.engine.core.models.native import UnsupportedModelError
 from tests.fakes.paged_step import libraries
 from tests.fakes.small_encoders import (
     MODELS,

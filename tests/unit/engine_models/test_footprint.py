@@ -13,6 +13,7 @@ import torch
 from services.engine.core.encoding.loader import open_encoder
 from services.engine.core.encoding.native import NativeEncoder
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
+from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.footprint import (
@@ -22,7 +23,7 @@ from services.engine.core.models.footprint import (
     kv_cache_bytes,
 )
 from services.engine.core.models.loader import open_model
-from services.engine.core.models.native import NativeModel, UnsupportedModelError, WeightChoice
+from services.engine.core.models.native import NativeModel, WeightChoice
 from tests.fakes.decoder_families import CASES as FAMILIES
 from tests.fakes.decoder_families import save_model
 from tests.fakes.gguf_files import write_gguf

@@ -15,6 +15,7 @@ from services.engine.core.encoding.config import EncoderConfig
 from services.engine.core.encoding.heads import ClassificationHead
 from services.engine.core.encoding.outputs import OutputConfig
 from services.engine.core.kernels.cpu.encoder_program import EncoderProgramBuilder
+from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.models.native import WeightChoice
 from services.engine.core.weights.checkpoint import Checkpoint
@@ -106,9 +107,10 @@ class Encoder(nn.Module):
     def lower(self, program: EncoderProgramBuilder) -> None:
         """Append this encoder to a program of the native CPU kernels.
 
-        Raises NotImplementedError for a family that has none: it runs on plain torch.
+        Raises UnsupportedModelError for a family that has no program and runs on plain torch, and
+        ValueError for a shape that they do not serve.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no native program")
+        raise UnsupportedModelError(f"{type(self).__name__} has no native program")
 
     def forward(self, batch: EncoderBatch) -> Tensor:
         """The vectors of all tokens, float32 [num_tokens, hidden_size]."""

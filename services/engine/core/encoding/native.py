@@ -23,9 +23,9 @@ from services.engine.core.kernels.cpu.packing import (
     quantize_4,
     quantize_8,
 )
+from services.engine.core.kernels.cpu.program import lowering
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.layers import MergedLinear
-from services.engine.core.models.native import UnsupportedModelError
 from services.engine.core.weights.checkpoint import Checkpoint
 
 # "auto" is bfloat16.
@@ -47,14 +47,11 @@ class NativeEncoder:
         packer = _Packer(model, checkpoint, weights)
         self._hidden_size = config.hidden_size
         self._token_types = config.token_types
-        try:
+        with lowering():
             self._builder = EncoderProgramBuilder(
                 packer.pack, packer.read, hidden_size=config.hidden_size, heads=config.heads
             )
-            with torch.inference_mode():
-                model.lower(self._builder)
-        except (NotImplementedError, ValueError) as error:
-            raise UnsupportedModelError(str(error)) from None
+            model.lower(self._builder)
         self._program = EncoderProgram(self._builder, team)
 
     @property

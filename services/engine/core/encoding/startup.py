@@ -18,10 +18,10 @@ from services.engine.core.encoding.loader import is_encoder, open_encoder
 from services.engine.core.encoding.model import EncoderShape, Encodes, OpenedModel
 from services.engine.core.errors import StartupError
 from services.engine.core.kernels import cpu
+from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.messages import EncodeRequest, EncodeTask, ModelFacts
 from services.engine.core.models.dtype import resolve_dtype
-from services.engine.core.models.native import UnsupportedModelError
 from services.engine.core.processors import default_threads, own_processors
 from services.engine.core.settings import CoreSettings
 

@@ -82,9 +82,9 @@ class Model(nn.Module):
         windowed = self.config.window(layer_index) is not None
         return self.local_rotary if windowed else self.rotary
 
+    @abstractmethod
     def lower(self, program: ProgramBuilder) -> None:
         """Append this model's step to a program of the native CPU kernels.
 
-        Raises NotImplementedError for a family that has none: it runs on plain torch.
+        Raises ValueError for a shape that they do not serve: it runs on plain torch.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no native program")

@@ -16,14 +16,13 @@ from services.engine.core.kernels.cpu.encoder_program import EncoderProgramBuild
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.packing import GroupedWeight, PackedLinear, outline
 from services.engine.core.kernels.cpu.packing import quantize_4 as round_to_4
-from services.engine.core.kernels.cpu.program import Packed
+from services.engine.core.kernels.cpu.program import Packed, UnsupportedModelError, lowering
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layers import ExpertMatrices
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.loader import OpenedModel
 from services.engine.core.models.native import (
     Packer,
-    UnsupportedModelError,
     WeightChoice,
     bytes_by_format,
     lower,
@@ -97,12 +96,12 @@ def encoder_footprint(
             return outline(rounded_outline(tuple(floats.shape)) if weights == "int8" else floats)
 
         try:
-            builder = EncoderProgramBuilder(
-                pack, getattr, hidden_size=config.hidden_size, heads=config.heads
-            )
-            with torch.inference_mode():
+            with lowering():
+                builder = EncoderProgramBuilder(
+                    pack, getattr, hidden_size=config.hidden_size, heads=config.heads
+                )
                 opened.skeleton.lower(builder)
-        except (NotImplementedError, ValueError) as error:
+        except UnsupportedModelError as error:
             why_not_native = str(error)
         else:
             sizes = bytes_by_format(builder.packed) | {"embeddings": builder.table_bytes}

@@ -33,6 +33,7 @@ from services.engine.core.kernels.cpu.program import (
     Program,
     ProgramBuilder,
     StepInput,
+    lowering,
 )
 from services.engine.core.kernels.cpu.sampling import SampleRequest
 from services.engine.core.kernels.cpu.team import Team
@@ -42,15 +43,10 @@ from services.engine.core.models.base import Model
 from services.engine.core.sampler import SampledTokens, SamplingBatch, sample
 from services.engine.core.weights.checkpoint import Checkpoint
 from services.engine.core.weights.stored_linear import rounded
-from services.runtime.modelfiles import ModelFileError
 
 # "auto": quantised matrices in their own precision, or in 8 bits where they cannot be, a quantised
 # model's head in 8 bits at most, all others in bf16.
 WeightChoice: TypeAlias = Literal["auto", "bfloat16", "int8", "int4"]
-
-
-class UnsupportedModelError(Exception):
-    """The native kernels do not serve this model; plain torch does."""
 
 
 class NativeModel:
@@ -169,14 +165,9 @@ def lower(model: Model, packer: Packer) -> ProgramBuilder:
     Raises UnsupportedModelError where they do not serve its shape.
     """
     builder = ProgramBuilder(packer.pack, packer.read, model.config.max_context_tokens)
-    try:
+    with lowering():
         check_head_dim(model.config.head_dim)
-        with torch.inference_mode():
-            model.lower(builder)
-    except ModelFileError:
-        raise
-    except (NotImplementedError, ValueError) as error:
-        raise UnsupportedModelError(str(error)) from None
+        model.lower(builder)
     return builder
 
 

@@ -14,10 +14,11 @@ from torch.nn import functional
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels import cpu
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
+from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.loader import OpenedModel
-from services.engine.core.models.native import NativeModel, UnsupportedModelError, WeightChoice
+from services.engine.core.models.native import NativeModel, WeightChoice
 from services.engine.core.processors import default_threads
 
 BLOCK_SIZE = 16

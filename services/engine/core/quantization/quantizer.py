@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, outline
+from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.models.loader import OpenedModel, open_model
-from services.engine.core.models.native import UnsupportedModelError, WeightChoice
+from services.engine.core.models.native import WeightChoice
 from services.engine.core.quantization.gptq import round_with_compensation
 from services.engine.core.quantization.grid import Rounded, round_to_nearest
 from services.engine.core.quantization.layers import (

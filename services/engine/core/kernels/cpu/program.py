@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
 from enum import IntEnum
@@ -14,6 +15,7 @@ from services.engine.core.kernels.cpu.kv_cache import StepView
 from services.engine.core.kernels.cpu.packing import LinearWeights, PackedLinear, WeightFormat
 from services.engine.core.kernels.cpu.sampling import SampleArgs
 from services.engine.core.kernels.cpu.team import Team
+from services.runtime.modelfiles import ModelFileError
 
 
 class Buffer(IntEnum):
@@ -135,6 +137,23 @@ class StepInput(StepView):
 
 # Of one matrix, or of those of several experts.
 Packed: TypeAlias = PackedLinear | list[PackedLinear]
+
+
+class UnsupportedModelError(Exception):
+    """The native kernels do not serve this model; plain torch does."""
+
+
+@contextlib.contextmanager
+def lowering() -> Iterator[None]:
+    """Around what appends a model to a program: a shape that the kernels do not serve, which shows
+    as a ValueError, raises UnsupportedModelError. A file that cannot be read is no such case."""
+    try:
+        with torch.inference_mode():
+            yield
+    except ModelFileError:
+        raise
+    except ValueError as error:
+        raise UnsupportedModelError(str(error)) from None
 
 
 class ProgramBuilder:

@@ -27,6 +27,11 @@ class Reason(StrEnum):
     MODEL_NOT_ALLOWED = "MODEL_NOT_ALLOWED"
     NOT_AN_OPERATOR = "NOT_AN_OPERATOR"
     MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+    MODEL_NOT_LOADED = "MODEL_NOT_LOADED"
+    MODEL_BUSY = "MODEL_BUSY"
+    MODEL_LOADING = "MODEL_LOADING"
+    ADAPTER_NOT_FOUND = "ADAPTER_NOT_FOUND"
+    ADAPTER_NAME_TAKEN = "ADAPTER_NAME_TAKEN"
     POLICY_NOT_FOUND = "POLICY_NOT_FOUND"
     PATH_NOT_FOUND = "PATH_NOT_FOUND"
     METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
@@ -43,6 +48,7 @@ class Reason(StrEnum):
     ENGINE_RESTARTED = "ENGINE_RESTARTED"
     CACHE_BACKEND_UNAVAILABLE = "CACHE_BACKEND_UNAVAILABLE"
     LIMITS_UNAVAILABLE = "LIMITS_UNAVAILABLE"
+    HOSTING_UNAVAILABLE = "HOSTING_UNAVAILABLE"
     SEQUENCE_FAILED = "SEQUENCE_FAILED"
     INTERNAL = "INTERNAL"
 
@@ -118,13 +124,42 @@ REASONS: Mapping[Reason, ReasonEntry] = {
     ),
     Reason.NOT_AN_OPERATOR: ReasonEntry(
         _C.PERMISSION_DENIED,
-        "Only operators may see what the whole mesh does.",
+        "Only operators may see what the whole mesh does, and change what it has loaded.",
         "Use a key with `operator: true` in `gateway.auth.keys`.",
     ),
     Reason.MODEL_NOT_FOUND: ReasonEntry(
         _C.NOT_FOUND,
         "No model has this name.",
         "Use a name from `ListModels`; metadata suggests the nearest.",
+    ),
+    Reason.ADAPTER_NOT_FOUND: ReasonEntry(
+        _C.NOT_FOUND,
+        "The model has no adapter of this name.",
+        "Use an adapter that `GetModel` lists, or have an operator load it; metadata suggests the "
+        "nearest.",
+    ),
+    Reason.ADAPTER_NAME_TAKEN: ReasonEntry(
+        _C.ALREADY_EXISTS,
+        "The name of the adapter belongs to a model, to another model's adapter, or to one that "
+        "the settings declare.",
+        "Choose another name; metadata names the model that has it.",
+    ),
+    Reason.MODEL_NOT_LOADED: ReasonEntry(
+        _C.FAILED_PRECONDITION,
+        "No engine has the model in memory, and none is about to: it was unloaded, it is not "
+        "loaded at the start, or it could not be loaded.",
+        "Have an operator load it (`meshserve models load`); metadata tells its state.",
+    ),
+    Reason.MODEL_LOADING: ReasonEntry(
+        _C.UNAVAILABLE,
+        "The model, or the adapter asked for, is being loaded.",
+        "Send the request again after the time in RetryInfo.",
+        ("RetryInfo",),
+    ),
+    Reason.MODEL_BUSY: ReasonEntry(
+        _C.FAILED_PRECONDITION,
+        "A model that works on requests cannot be put to sleep.",
+        "Try again once they have ended, or unload the model, which ends them.",
     ),
     Reason.POLICY_NOT_FOUND: ReasonEntry(
         _C.NOT_FOUND,
@@ -214,6 +249,13 @@ REASONS: Mapping[Reason, ReasonEntry] = {
         "The gateway cannot reach the Redis-protocol server that holds the limits, and is set to "
         "refuse without them.",
         "Check `valkey.url`, or set `gateway.rate_limit.when_unavailable: allow`.",
+        ("RetryInfo",),
+    ),
+    Reason.HOSTING_UNAVAILABLE: ReasonEntry(
+        _C.UNAVAILABLE,
+        "The gateway cannot reach the Redis-protocol server that holds what operators have asked "
+        "to be loaded. What is loaded stays.",
+        "Check `valkey.url`, and send the call again after the time in RetryInfo.",
         ("RetryInfo",),
     ),
     Reason.SEQUENCE_FAILED: ReasonEntry(

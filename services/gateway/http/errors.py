@@ -15,6 +15,7 @@ from services.runtime.errors import REASONS, Reason, ServiceError
 _C = grpc.StatusCode
 _STATUS_OF_CODE: Mapping[grpc.StatusCode, int] = {
     _C.INVALID_ARGUMENT: 400,
+    _C.FAILED_PRECONDITION: 400,
     _C.UNAUTHENTICATED: 401,
     _C.PERMISSION_DENIED: 403,
     _C.NOT_FOUND: 404,

@@ -166,13 +166,18 @@ class Attention {
 
   template <typename Element, int rows, bool fetching>
   void attend_rows(const Chunk& chunk, int32_t index, int32_t begin, bool first) const {
-    int32_t seen[rows], before[rows];
-    int32_t most = 0, least = attention_chunk;
-    for (int row = 0; row < rows; ++row) {
-      seen[row] = visible(begin + row, index);
-      before[row] = hidden(begin + row, index);
-      most = std::max(most, seen[row]);
-      if (seen[row] > 0) least = std::min(least, before[row]);
+    int32_t seen[rows], before[rows] = {};
+    for (int row = 0; row < rows; ++row) seen[row] = existing(begin + row, index);
+    int32_t most = seen[rows - 1], least = 0;  // later rows see more
+    if (args_.window > 0) [[unlikely]] {
+      most = 0;
+      least = attention_chunk;
+      for (int row = 0; row < rows; ++row) {
+        before[row] = hidden(begin + row, index);
+        if (before[row] >= seen[row]) seen[row] = 0;
+        most = std::max(most, seen[row]);
+        if (seen[row] > 0) least = std::min(least, before[row]);
+      }
     }
     // What stands in for the tiles before the first window may be in part unwritten.
     const int32_t first_tile = least / tile_tokens;

@@ -137,22 +137,30 @@ inline Floats silu(Floats a) {
   return divide(a, add(power, broadcast(1.0f)));
 }
 
-// Epilogues that take longer than to be inlined for. Of gates, only the even tiles are theirs.
+// Epilogues that take longer than to be inlined for.
 inline bool has_function(Epilogue epilogue) {
   return epilogue == Epilogue::gated_gelu || epilogue == Epilogue::gelu ||
          epilogue == Epilogue::capped;
 }
 
-[[gnu::noinline]] inline void apply_function(const LinearArgs& args, int tiles, float* sums) {
-  const int step = args.epilogue == Epilogue::gated_gelu ? 2 : 1;
-  for (int t = 0; t < tiles; t += step) {
-    float* tile = sums + t * tile_outputs;
-    const Floats sum = load(tile);
-    if (args.epilogue == Epilogue::capped) {
-      const Floats cap = broadcast(args.cap);
-      store(tile, multiply(hyperbolic_tangent(divide(sum, cap)), cap));
-    } else {
-      store(tile, gelu_tanh(sum));
+// Writes functions of the sums of a block, [rows][tiles], from the output `first` on.
+[[gnu::noinline]] inline void finish_function(const LinearArgs& args, int rows, int tiles,
+                                              int32_t first, const float* sums, float* output) {
+  const Floats cap = broadcast(args.cap);
+  for (int r = 0; r < rows; ++r, output += args.output_stride) {
+    for (int t = 0; t < tiles; ++t, sums += tile_outputs) {
+      const Floats sum = load(sums);
+      const int32_t at = first + t * tile_outputs;
+      if (args.epilogue == Epilogue::gated_gelu) {
+        const Floats value = load(sums + tile_outputs);
+        store(output + at / 2, multiply(gelu_tanh(sum), value));
+        ++t, sums += tile_outputs;
+      } else if (at < args.weights->outputs) {
+        const Floats value = args.epilogue == Epilogue::gelu
+                                 ? gelu_tanh(sum)
+                                 : multiply(hyperbolic_tangent(divide(sum, cap)), cap);
+        store_some(output + at, value, args.weights->outputs - at);
+      }
     }
   }
 }
@@ -183,29 +191,22 @@ inline void finish(const LinearArgs& args, int strip, int row, Floats (&sums)[R]
     }
   }
   float* output = args.output + row * args.output_stride;
-  if (has_function(args.epilogue)) {
+  if (has_function(args.epilogue)) [[unlikely]] {
     alignas(64) float all[R * T * tile_outputs];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) store(all + (r * T + t) * tile_outputs, sums[r][t]);
     }
-    apply_function(args, R * T, all);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) sums[r][t] = load(all + (r * T + t) * tile_outputs);
-    }
+    return finish_function(args, R, T, first, all, output);
   }
-  const bool is_silu = args.epilogue == Epilogue::gated_silu;
-  if (is_silu || args.epilogue == Epilogue::gated_gelu) {
+  if (args.epilogue == Epilogue::gated_silu) {
     output += first / 2;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r, output += args.output_stride) {
 #pragma GCC unroll 16
       for (int t = 0; t < T; t += 2) {
-        const Floats gate = is_silu ? silu(sums[r][t]) : sums[r][t];
-        store(output + t / 2 * tile_outputs, multiply(gate, sums[r][t + 1]));
+        store(output + t / 2 * tile_outputs, multiply(silu(sums[r][t]), sums[r][t + 1]));
       }
     }
     return;

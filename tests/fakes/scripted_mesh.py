@@ -203,7 +203,9 @@ class Engine(engine_pb2_grpc.EngineServiceServicer):
         self.active = 0
         self.calls_ended = asyncio.Event()
         self.capabilities = [types_pb2.MODEL_CAPABILITY_GENERATE, types_pb2.MODEL_CAPABILITY_CHAT]
-        # Waits until `may_embed` is set, as it is at first, and fails where there is a failure.
+        # Fails at once where there is a failure, else waits until `may_embed` is set, as it is at
+        # first.
+        self.embed_calls = 0
         self.embedded: list[list[int]] = []
         self.may_embed = asyncio.Event()
         self.may_embed.set()
@@ -211,13 +213,14 @@ class Engine(engine_pb2_grpc.EngineServiceServicer):
 
     async def Embed(self, request: Any, context: Any) -> Any:
         """The vector of an input: how many tokens it has, and the first."""
+        self.embed_calls += 1
+        if self.embed_failure is not None:
+            raise self.embed_failure
         self.active += 1
         try:
             await self.may_embed.wait()
         finally:
             self.active -= 1
-        if self.embed_failure is not None:
-            raise self.embed_failure
         inputs = [list(each.token_ids) for each in request.inputs]
         self.embedded += inputs
         return engine_pb2.EngineServiceEmbedResponse(
@@ -402,6 +405,7 @@ class ScriptedMesh:
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self.gateway = gateway
         self.http_url = f"http://{settings.gateway.http_listen}"
+        self.channel = channel
         self.stub = gateway_pb2_grpc.InferenceServiceStub(channel)
         self._stack.push_async_callback(self.stop_all)
         self._stack.push_async_callback(gateway.stop)

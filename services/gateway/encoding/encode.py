@@ -13,7 +13,7 @@ from services.gateway.encoding.tokenize import rename_inputs
 from services.gateway.inference import new_request_id
 from services.gateway.models import ModelDirectory
 from services.gateway.pipeline import Step, first_error
-from services.runtime.errors import ServiceError
+from services.runtime.errors import Reason, ServiceError
 
 # What one call asks for at most: so much keeps an engine busy for some batches, and another call
 # can go to another replica meanwhile.
@@ -21,11 +21,17 @@ CALL_INPUTS = 1024
 CALL_TOKENS = 65536
 # A call with fewer is not worth being made apart, though another replica were idle.
 FEWEST_INPUTS = 32
+# Calls of one request that a replica has at a time: one to compute, and one to go on with. What
+# else there is waits here, where it takes no place in an engine's queue from other requests.
+CALLS_OF_A_REPLICA = 2
+# After how long an engine whose queue was full is asked again.
+FULL_QUEUE_DELAY_S = 0.25
 
 
 class Encode(Step[EncodingContext]):
     """Spreads the inputs over calls, and the calls over replicas. The first that fails, or a caller
-    who leaves, ends them all."""
+    who leaves, ends them all. A full queue refuses a request of which nothing is computed yet; one
+    that is under way waits for room."""
 
     name = "encode"
 
@@ -44,21 +50,40 @@ class Encode(Step[EncodingContext]):
         if len(parts) == 1:
             await self._call(context, parts[0])
             return
+        room = asyncio.Semaphore(CALLS_OF_A_REPLICA * max(1, replicas))
+
+        async def call(part: slice) -> None:
+            async with room:
+                await self._call(context, part)
+
         try:
             async with asyncio.TaskGroup() as group:
                 for part in parts:
-                    group.create_task(self._call(context, part))
+                    group.create_task(call(part))
         except BaseExceptionGroup as failures:
             raise first_error(failures) from None
 
     async def _call(self, context: EncodingContext, part: slice) -> None:
         try:
-            answers = await _ask(context, context.inputs[part])
+            answers = await _ask_until_taken(context, context.inputs[part])
         except ServiceError as error:
             rename_inputs(error, context, part.start)
             raise
         for index, answer in zip(context.uncached[part], answers, strict=True):
             context.answers[index] = answer
+
+
+async def _ask_until_taken(
+    context: EncodingContext, inputs: Sequence[engine_pb2.EncoderInput]
+) -> Iterable[Any]:
+    while True:
+        try:
+            return await _ask(context, inputs)
+        except ServiceError as error:
+            under_way = any(context.answers[index] is not None for index in context.uncached)
+            if error.reason is not Reason.QUEUE_FULL or not under_way:
+                raise
+        await asyncio.sleep(FULL_QUEUE_DELAY_S)
 
 
 async def _ask(

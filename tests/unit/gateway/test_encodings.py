@@ -13,7 +13,12 @@ import grpc
 import pytest
 
 from meshserve.v1 import gateway_pb2, types_pb2
-from services.gateway.encoding.encode import CALL_INPUTS, CALL_TOKENS, parts_of
+from services.gateway.encoding.encode import (
+    CALL_INPUTS,
+    CALL_TOKENS,
+    CALLS_OF_A_REPLICA,
+    parts_of,
+)
 from services.gateway.encoding.look_up import vector_keys
 from services.runtime.errors import Reason, ServiceError
 from tests.fakes.scripted_mesh import ScriptedMesh, encode
@@ -122,10 +127,39 @@ async def test_a_part_that_fails_ends_the_others(mesh: ScriptedMesh) -> None:
     assert mesh.count("meshserve_gateway_active_requests") == 0
 
 
+async def test_a_request_of_many_parts_has_few_of_them_in_the_engine(mesh: ScriptedMesh) -> None:
+    mesh.engine.may_embed.clear()
+    texts = list(map(str, range(5 * CALL_INPUTS)))
+    call = asyncio.ensure_future(embed(mesh, *texts))
+    await until(lambda: mesh.engine.active == CALLS_OF_A_REPLICA)
+    with pytest.raises(TimeoutError):
+        await until(lambda: mesh.engine.active > CALLS_OF_A_REPLICA, within_s=0.2)
+    mesh.engine.may_embed.set()
+    assert vectors(await call) == list(map(vector_of, texts))
+
+
+async def test_a_full_queue_holds_up_what_is_under_way_and_refuses_what_is_new(
+    mesh: ScriptedMesh,
+) -> None:
+    mesh.engine.may_embed.clear()
+    texts = list(map(str, range(3 * CALL_INPUTS)))
+    call = asyncio.ensure_future(embed(mesh, *texts))
+    await until(lambda: mesh.engine.active == CALLS_OF_A_REPLICA)
+    asked = mesh.engine.embed_calls
+    # The calls in the engine are answered; the third part meets a full queue.
+    mesh.engine.embed_failure = ServiceError(Reason.QUEUE_FULL, "no room")
+    mesh.engine.may_embed.set()
+    await until(lambda: mesh.engine.embed_calls >= asked + 2)
+    assert not call.done()
+    assert (await failure(embed(mesh, "new"))).reason == "QUEUE_FULL"
+    mesh.engine.embed_failure = None
+    assert vectors(await call) == list(map(vector_of, texts))
+
+
 async def test_a_caller_who_leaves_ends_the_calls_to_the_engine(mesh: ScriptedMesh) -> None:
     mesh.engine.may_embed.clear()
     call = asyncio.ensure_future(embed(mesh, *map(str, range(3000))))
-    await until(lambda: mesh.engine.active == 3)
+    await until(lambda: mesh.engine.active == CALLS_OF_A_REPLICA)
     call.cancel()
     await until(lambda: not mesh.engine.active)
     await until(lambda: not mesh.count("meshserve_gateway_active_requests"))

@@ -41,6 +41,7 @@ from services.engine.request_stream import (
     RefusedError,
     RequestStream,
 )
+from services.engine.starvation import ProcessorWait
 from services.engine.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -270,12 +271,12 @@ class CoreClient:
         return reason, hopeless
 
     async def _heartbeat(self, core: CoreProcess) -> None:
-        watchdog = self._watchdog
+        watchdog, wait = self._watchdog, ProcessorWait(core.pid)
         for number in itertools.count():
             await asyncio.sleep(watchdog.tick_interval_s)
             if not self._ready:
                 continue
-            watchdog.tick(asyncio.get_running_loop().time())
+            watchdog.tick(asyncio.get_running_loop().time(), wait.seconds())
             core.send(Ping(number))
             if watchdog.is_hopeless:
                 log.error(

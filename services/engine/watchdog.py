@@ -30,7 +30,7 @@ class Watchdog:
 
     A front that was itself held up (stopped, or starved by other processes) has heard nothing in
     that time, which says nothing about the core: only the time between ticks that came when they
-    were due is counted.
+    were due is counted. Nor does a core hang that other processes keep from the processors.
     """
 
     def __init__(self, stall_timeout_s: float, restart_after_s: float) -> None:
@@ -62,7 +62,9 @@ class Watchdog:
         """The core has said something."""
         self.silent_s = 0.0
 
-    def tick(self, now_s: float) -> None:
-        """To be called every `tick_interval_s` while the front listens."""
-        self.silent_s += min(max(0.0, now_s - self._last_tick_s), 2 * self.tick_interval_s)
+    def tick(self, now_s: float, starved_s: float = 0.0) -> None:
+        """To be called every `tick_interval_s` while the front listens; `starved_s` is how long the
+        core has waited for a processor since the last tick."""
+        passed_s = min(max(0.0, now_s - self._last_tick_s), 2 * self.tick_interval_s)
+        self.silent_s += max(0.0, passed_s - starved_s)
         self._last_tick_s = now_s

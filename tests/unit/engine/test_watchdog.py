@@ -35,11 +35,13 @@ class Clock:
         self.watchdog = Watchdog(stall_timeout_s=3.0, restart_after_s=10.0)
         self.watchdog.begin(model or facts(), MAX_BATCH_TOKENS)
 
-    def pass_silently(self, seconds: float) -> None:
+    def pass_silently(self, seconds: float, starved: float = 0.0) -> None:
+        """`starved`: the share of the time in which the core waits for a processor."""
         end_s = self.now_s + seconds
+        interval_s = self.watchdog.tick_interval_s
         while self.now_s < end_s:
-            self.now_s += self.watchdog.tick_interval_s
-            self.watchdog.tick(self.now_s)
+            self.now_s += interval_s
+            self.watchdog.tick(self.now_s, starved * interval_s)
 
 
 def test_a_core_that_is_heard_is_not_stalled() -> None:
@@ -72,6 +74,14 @@ def test_a_front_that_was_held_up_itself_suspects_nobody() -> None:
     clock.now_s += 3600  # stopped, or its virtual machine was
     clock.pass_silently(1.0)
     assert not clock.watchdog.is_stalled
+
+
+def test_a_core_that_gets_no_processor_is_not_stalled() -> None:
+    clock = Clock()
+    clock.pass_silently(20.0, starved=0.9)
+    assert not clock.watchdog.is_stalled
+    clock.pass_silently(20.0, starved=0.9)  # it has had 4 seconds of them now
+    assert clock.watchdog.is_stalled
 
 
 def test_a_large_model_may_take_longer() -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from meshserve.supervisor.engines import local_engines, target_environment
 from meshserve.supervisor.phoenix import page_url, phoenix_spec
 from meshserve.supervisor.probes import GrpcProbe, ValkeyProbe
 from meshserve.supervisor.spec import ListenAddress, ProcessSpec
@@ -39,15 +38,16 @@ def process_specs(
 
     Raises EmbeddedValkeyError when Valkey is needed and cannot be set up, and PhoenixMissingError.
     """
-    child_environment = _child_environment(environment) | target_environment(settings)
+    child_environment = _child_environment(environment)
     specs = []
     if settings.valkey.is_embedded:
         specs.append(_valkey_spec(settings, state, child_environment))
     if show_traces:
         # Before the services, so that it outlives them and gets their last spans.
         specs.append(phoenix_spec(settings.telemetry.phoenix, state, child_environment))
-    for service, name, section, own in _services(settings):
-        command = [sys.executable, "-m", f"services.{service}"]
+    for name in SERVICES:
+        section = settings.server(name)
+        command = [sys.executable, "-m", f"services.{name}"]
         if config is not None:
             command += ["--config", str(config)]
         addresses = [ListenAddress(f"{name}.listen", section.listen)]
@@ -60,7 +60,7 @@ def process_specs(
                 name=name,
                 command=tuple(command),
                 probe=GrpcProbe(own_endpoint(section).address, service_tls(section)),
-                environment=child_environment | own,
+                environment=child_environment,
                 addresses=tuple(addresses),
                 stage=1,
                 stop_timeout_s=section.drain_timeout_s + STOP_MARGIN_S,
@@ -77,7 +77,7 @@ def running_mesh(settings: Settings, *, show_traces: bool = False) -> RunningMes
             own_endpoint(section).address,
             str(section.tls.certificate.absolute()) if section.tls is not None else None,
         )
-        for _, name, section, _ in _services(settings)
+        for name, section in ((name, settings.server(name)) for name in SERVICES)
     )
     gateway = next(entry for entry in services if entry.name == "gateway")
     return RunningMesh(
@@ -87,18 +87,6 @@ def running_mesh(settings: Settings, *, show_traces: bool = False) -> RunningMes
         traces_url=page_url(settings.telemetry.phoenix) if show_traces else None,
         console_url=_console_url(settings.gateway),
     )
-
-
-def _services(settings: Settings) -> Iterator[tuple[str, str, ServerSettings, dict[str, str]]]:
-    """The processes of services: the service, the process's name, its section of the settings, and
-    what of them is its own."""
-    for service in SERVICES:
-        if service == "engine":
-            for engine in local_engines(settings):
-                own = engine.environment if engine.name != service else {}
-                yield service, engine.name, engine.section, own
-        else:
-            yield service, service, settings.server(service), {}
 
 
 def service_tls(section: ServerSettings) -> TLS | bool:

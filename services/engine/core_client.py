@@ -67,11 +67,16 @@ class CoreClient:
     flight fail with CoreLostError and a new core is started, after a back-off that doubles each
     time. One silent for longer than `stall_timeout_s` is given no more requests; see `watchdog`.
     `longest_interval_s` bounds the interval at which running streams are told of their tokens.
+
+    Attributes:
+        settings: what the next core is told; needed before `start`.
+        facts: what a core said of its model last; stays when the core has ended.
+        idle_since_s: when the last request ended, or a core became ready, by the loop's clock.
     """
 
     def __init__(
         self,
-        settings: CoreSettings,
+        settings: CoreSettings | None,
         *,
         stall_timeout_s: float = 3.0,
         restart_stalled_after_s: float = 10.0,
@@ -83,7 +88,8 @@ class CoreClient:
         self.load = Load()
         self.gpu_use: GpuUse | None = None
         self.facts: ModelFacts | None = None
-        self._settings = settings
+        self.settings = settings
+        self.idle_since_s = 0.0
         self._watchdog = Watchdog(stall_timeout_s, restart_stalled_after_s)
         self._command = command
         self._pacer = Pacer(longest_interval_s)
@@ -107,20 +113,34 @@ class CoreClient:
         return self._core.pid if self._core is not None else None
 
     async def start(self) -> ModelFacts:
-        """Start the core and wait until it has loaded its model.
+        """Start the core and wait until it has loaded its model. Precondition: there is none.
 
         Raises:
-            CoreStartError: it cannot, and would not on a second attempt.
+            CoreStartError: it cannot, and would not on a second attempt; or `close` was called.
         """
+        self.draining = False
         self._first_start = asyncio.get_running_loop().create_future()
         self._supervisor = asyncio.create_task(self._supervise())
         return await asyncio.shield(self._first_start)
 
     async def close(self) -> None:
-        """End the core. Requests in flight fail with CoreLostError."""
+        """End the core. Requests in flight fail with CoreLostError. It may be started again."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
+        if self._first_start is not None and not self._first_start.done():
+            self._first_start.set_exception(CoreStartError("it was ended before it was ready"))
+            self._first_start.exception()  # nobody may be left to be told
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a core has loaded its model."""
+        return self._ready
+
+    @property
+    def in_flight(self) -> list[RequestStream | PendingAnswers]:
+        """The requests that have not ended."""
+        return [*set(self._streams.values()), *set(self._pending.values())]
 
     def check_health(self) -> None:
         """Raise CoreUnavailableError unless the core takes requests and its step loop turns."""
@@ -218,6 +238,7 @@ class CoreClient:
             self._core.send(Abort(sequence_ids))
         if not (self._streams or self._pending):
             self._nothing_live.set()
+            self.idle_since_s = asyncio.get_running_loop().time()
 
     async def _supervise(self) -> None:
         delay_s = FIRST_RESTART_DELAY_S
@@ -245,7 +266,8 @@ class CoreClient:
         """
         reason, hopeless = "", False
         try:
-            core = await CoreProcess.spawn(self._settings, self._command)
+            assert self.settings is not None
+            core = await CoreProcess.spawn(self.settings, self._command)
         except OSError as error:
             return f"its process cannot be started: {error}", False
         self._core = core
@@ -326,15 +348,17 @@ class CoreClient:
         self.facts = facts
         self._watchdog.begin(facts, self._most_batch_tokens(facts))
         self._ready = True
+        self.idle_since_s = asyncio.get_running_loop().time()
         if self.draining and self._core is not None:
             self._core.send(Drain())
         if self._first_start is not None and not self._first_start.done():
             self._first_start.set_result(facts)
 
     def _most_batch_tokens(self, facts: ModelFacts) -> int:
+        assert self.settings is not None
         if facts.tasks:
-            return max(self._settings.batcher.max_tokens, facts.max_context_tokens)
-        return self._settings.max_batch_tokens
+            return max(self.settings.batcher.max_tokens, facts.max_context_tokens)
+        return self.settings.max_batch_tokens
 
     def _deliver(self, deltas: list[Delta]) -> None:
         for delta in deltas:

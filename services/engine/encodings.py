@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 from opentelemetry import trace
 
 from meshserve.v1 import engine_pb2, types_pb2
 from services.engine.core.messages import EncodeTask, ModelFacts
-from services.engine.core_client import CoreClient
 from services.engine.encode_validation import check_task, embed_task, encode_requests
-from services.engine.generation import as_service_error, draining_error, unavailable_error
+from services.engine.hosted_model import HostedModel
+from services.engine.hosting import Hosting
 from services.engine.pending_answers import (
     AbortedError,
     Answers,
     PendingAnswers,
     SequenceFailedError,
 )
+from services.engine.refusals import as_service_error, draining_error, unavailable_error
 from services.engine.request_stream import CoreLostError, CoreUnavailableError, RefusedError
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.telemetry import Metrics, get_tracer
@@ -32,47 +34,33 @@ class Encodings:
     """Answers requests to an encoder, and knows those in flight by their ids."""
 
     def __init__(
-        self,
-        client: CoreClient,
-        metrics: Metrics,
-        facts_of: Callable[[str], ModelFacts],
-        draining: asyncio.Event,
-        *,
-        model: str,
-        max_inputs: int,
+        self, models: Hosting, metrics: Metrics, draining: asyncio.Event, *, max_inputs: int
     ) -> None:
-        """`facts_of` gives the facts of a model by its name, or raises ServiceError. `model` is the
-        one that the metrics are labelled with, and `max_inputs` the most of one request."""
+        """`max_inputs`: of one request."""
         self.in_flight: dict[str, PendingAnswers] = {}
-        self._client = client
-        self._facts_of = facts_of
+        self._models = models
         self._draining = draining
         self._max_inputs = max_inputs
         self._inputs = metrics.counter("meshserve_engine_encoded_inputs")
-        self._model = model
-        self._queue_duration = metrics.histogram("meshserve_engine_queue_duration_seconds").labels(
-            model
-        )
-        self._prompt_length = metrics.histogram("meshserve_engine_prompt_length_tokens").labels(
-            model
-        )
+        self._queue_duration = metrics.histogram("meshserve_engine_queue_duration_seconds")
+        self._prompt_length = metrics.histogram("meshserve_engine_prompt_length_tokens")
 
     async def embed(
         self, request: engine_pb2.EngineServiceEmbedRequest
     ) -> engine_pb2.EngineServiceEmbedResponse:
         """The vectors of the inputs. Raises ServiceError."""
-        facts = self._facts_of(request.model)
+        model, facts = await self._awake(request.model, "embed")
         task = embed_task(request, facts)
-        values = await self._answer(request.request_id, request.inputs, task, facts)
+        values = await self._answer(request.request_id, request.inputs, task, model)
         return engine_pb2.EngineServiceEmbedResponse(embeddings=map(_embedding, values))
 
     async def classify(
         self, request: engine_pb2.EngineServiceClassifyRequest
     ) -> engine_pb2.EngineServiceClassifyResponse:
         """The classes of the inputs. Raises ServiceError."""
-        facts = self._facts_of(request.model)
+        model, facts = await self._awake(request.model, "classify")
         task = check_task("classify", facts)
-        values = await self._answer(request.request_id, request.inputs, task, facts)
+        values = await self._answer(request.request_id, request.inputs, task, model)
         return engine_pb2.EngineServiceClassifyResponse(
             classifications=[_classification(each, facts.labels) for each in values]
         )
@@ -81,42 +69,54 @@ class Encodings:
         self, request: engine_pb2.EngineServiceScoreRequest
     ) -> engine_pb2.EngineServiceScoreResponse:
         """The scores of the pairs. Raises ServiceError."""
-        facts = self._facts_of(request.model)
+        model, facts = await self._awake(request.model, "score")
         task = check_task("score", facts)
-        values = await self._answer(request.request_id, request.inputs, task, facts)
+        values = await self._answer(request.request_id, request.inputs, task, model)
         return engine_pb2.EngineServiceScoreResponse(scores=_floats(b"".join(values)))
+
+    async def _awake(
+        self, name: str, kind: Literal["embed", "classify", "score"]
+    ) -> tuple[HostedModel, ModelFacts]:
+        """The model that a request is for, once it can take it. Raises ServiceError."""
+        model = self._models.find_able(name, lambda facts: kind in facts.tasks)
+        if self._draining.is_set():
+            raise draining_error()
+        if model.is_asleep:
+            if model.client.facts is not None:
+                check_task(kind, model.client.facts)
+            await model.wake()
+        model.check_ready()
+        return model, model.facts()
 
     async def _answer(
         self,
         request_id: str,
         inputs: Sequence[engine_pb2.EncoderInput],
         task: EncodeTask,
-        facts: ModelFacts,
+        model: HostedModel,
     ) -> list[bytes]:
         """The values of each input. A caller that goes away takes its inputs from the queue."""
-        if self._draining.is_set() or self._client.draining:
-            raise draining_error()
         if request_id in self.in_flight:
             raise ServiceError(Reason.REQUEST_ID_IN_USE, "a request with this id is in flight")
         sequences = encode_requests(
             request_id,
             inputs,
             task,
-            facts,
-            self._client.next_sequence_id,
+            model.facts(),
+            model.client.next_sequence_id,
             max_inputs=self._max_inputs,
         )
         for sequence in sequences:
-            self._prompt_length.observe(len(sequence.token_ids))
+            self._prompt_length.labels(model.name).observe(len(sequence.token_ids))
         try:
-            pending = self._client.encode(sequences)
+            pending = model.client.encode(sequences)
         except CoreUnavailableError as error:
             raise unavailable_error(str(error)) from None
         self.in_flight[request_id] = pending
         num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
         try:
             with pending:
-                answered = await self._wait(pending)
+                answered = await self._wait(pending, model)
         except ServiceError as error:
             _record_failure(pending.submitted_ns, error)
             raise
@@ -126,17 +126,17 @@ class Encodings:
             raise
         finally:
             del self.in_flight[request_id]
-        self._inputs.labels(self._model, task.kind).inc(len(sequences))
-        self._observe(answered, num_tokens)
+        self._inputs.labels(model.name, task.kind).inc(len(sequences))
+        self._observe(answered, num_tokens, model.name)
         return [answer.values for answer in answered.answers]
 
-    async def _wait(self, pending: PendingAnswers) -> Answers:
+    async def _wait(self, pending: PendingAnswers, model: HostedModel) -> Answers:
         try:
             return await pending.wait()
         except (CoreLostError, RefusedError) as error:
             raise as_service_error(error) from None
         except AbortedError as error:
-            if self._client.draining:
+            if model.client.draining:
                 raise draining_error() from None
             raise ServiceError(Reason.ABORTED, str(error)) from None
         except SequenceFailedError as error:
@@ -147,11 +147,12 @@ class Encodings:
                 metadata={"error": error.kind, "input": str(error.index)},
             ) from None
 
-    def _observe(self, answered: Answers, num_tokens: int) -> None:
+    def _observe(self, answered: Answers, num_tokens: int, model: str) -> None:
         """Record how long the inputs waited, and the spans of the request."""
         answers = answered.answers
+        queue_duration = self._queue_duration.labels(model)
         for answer in answers:
-            self._queue_duration.observe((answer.started_ns - answer.queued_ns) / 1e9)
+            queue_duration.observe((answer.started_ns - answer.queued_ns) / 1e9)
         if not trace.get_current_span().is_recording():
             return
         starts = {answer.started_ns for answer in answers}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from opentelemetry.context import Context
 
@@ -12,9 +12,7 @@ from meshserve.v1 import engine_pb2
 from services.engine.core.errors import (
     ConstraintFailedError,
     ConstraintsUnavailableError,
-    DrainingError,
     InvalidConstraintError,
-    QueueFullError,
 )
 from services.engine.core.messages import (
     Constraint,
@@ -25,6 +23,9 @@ from services.engine.core.messages import (
     SequenceRequest,
 )
 from services.engine.core_client import CoreClient
+from services.engine.hosted_model import HostedModel
+from services.engine.hosting import Hosting
+from services.engine.refusals import as_service_error, draining_error, unavailable_error
 from services.engine.request_stream import (
     CoreLostError,
     CoreUnavailableError,
@@ -39,66 +40,75 @@ from services.runtime.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 1.0
-
 
 class Generations:
     """Begins requests, and knows those in flight by their ids."""
 
-    def __init__(
-        self,
-        client: CoreClient,
-        metrics: Metrics,
-        facts_of: Callable[[str], ModelFacts],
-        draining: asyncio.Event,
-        *,
-        model: str,
-    ) -> None:
-        """`facts_of` gives the facts of a model by its name, or raises ServiceError. `model` is the
-        one that the metrics are labelled with."""
-        self.in_flight: dict[str, RequestStream] = {}
-        self._client = client
-        self._facts_of = facts_of
+    def __init__(self, models: Hosting, metrics: Metrics, draining: asyncio.Event) -> None:
+        self.in_flight: dict[str, Generation] = {}
+        self._models = models
         self._draining = draining
-        self._queue_duration = metrics.histogram("meshserve_engine_queue_duration_seconds").labels(
-            model
-        )
-        self._prompt_length = metrics.histogram("meshserve_engine_prompt_length_tokens").labels(
-            model
-        )
+        self._queue_duration = metrics.histogram("meshserve_engine_queue_duration_seconds")
+        self._prompt_length = metrics.histogram("meshserve_engine_prompt_length_tokens")
+
+    def model_of(self, request: engine_pb2.EngineServiceGenerateRequest) -> HostedModel:
+        """The model that a request is for. Raises ServiceError."""
+        return self._models.find_able(request.model, _generates)
+
+    async def wake(self, request: engine_pb2.EngineServiceGenerateRequest) -> None:
+        """Waits until the model of a request can take it, if it is asleep. Raises ServiceError."""
+        model = self.model_of(request)
+        if not model.is_asleep:
+            return
+        if self._draining.is_set():
+            raise draining_error()
+        if model.client.facts is not None:
+            _check_generates(model.client.facts)
+        await model.wake()
 
     def begin(
         self,
         request: engine_pb2.EngineServiceGenerateRequest,
         context: Context | None = None,
     ) -> Generation:
-        """Hands a request to the core. Its spans are made in `context`, or the current one.
+        """Hands a request to the core of its model, which must not be asleep. Its spans are made in
+        `context`, or the current one.
 
         Raises:
             ServiceError: it is not valid, or cannot be taken now.
         """
-        facts = self._facts_of(request.model)
-        if self._draining.is_set() or self._client.draining:
+        model = self.model_of(request)
+        if self._draining.is_set():
             raise draining_error()
-        if facts.tasks:
-            raise missing_capability("generate", "this model generates nothing")
+        model.check_ready()
+        facts, client = model.facts(), model.client
+        _check_generates(facts)
         if request.request_id in self.in_flight:
             raise ServiceError(Reason.REQUEST_ID_IN_USE, "a request with this id is in flight")
-        sequences = sequence_requests(request, facts, self._client.next_sequence_id)
-        self._prompt_length.observe(len(request.prompt.ids))
+        sequences = sequence_requests(request, facts, client.next_sequence_id)
+        self._prompt_length.labels(model.name).observe(len(request.prompt.ids))
         try:
-            stream = self._client.submit(sequences)
+            stream = client.submit(sequences)
         except CoreUnavailableError as error:
             raise unavailable_error(str(error)) from None
-        self.in_flight[request.request_id] = stream
         spans = SequenceSpans(
-            stream.sequence_ids, len(request.prompt.ids), self._queue_duration, context
+            stream.sequence_ids,
+            len(request.prompt.ids),
+            self._queue_duration.labels(model.name),
+            context,
         )
-        return Generation(self._client, stream, sequences, spans, self.in_flight.pop)
+        generation = Generation(client, stream, sequences, spans, self.in_flight.pop)
+        self.in_flight[request.request_id] = generation
+        return generation
 
-    def withdraw(self, generation: Generation, choices: list[int]) -> None:
-        """Ends some choices of a request, while the others go on."""
-        self._client.withdraw(generation.stream, choices)
+
+def _generates(facts: ModelFacts) -> bool:
+    return not facts.tasks
+
+
+def _check_generates(facts: ModelFacts) -> None:
+    if not _generates(facts):
+        raise missing_capability("generate", "this model generates nothing")
 
 
 class Generation:
@@ -157,6 +167,14 @@ class Generation:
             raise as_service_error(error) from None
         output.finished = self.stream.is_over
 
+    def withdraw(self, choices: Sequence[int]) -> bool:
+        """Ends some choices, while the others go on. Returns whether there was any to end."""
+        return self._client.withdraw(self.stream, choices)
+
+    def abort(self) -> None:
+        """Ends the request, which fails with ABORTED."""
+        self._client.abort(self.stream)
+
     def end(self, error: ServiceError | None) -> None:
         """Aborts what has not ended, and records why it did not; does nothing the second time."""
         self._spans.end(error or ServiceError(Reason.CANCELLED, "the caller gave it up"))
@@ -201,33 +219,3 @@ def _raise_if_of_constraint(finish: Finish, constraint: Constraint) -> None:
             raise invalid_field(f"constraint.{constraint.kind}", finish.error)
         case ConstraintsUnavailableError.__name__:
             raise missing_capability("constraints", finish.error)
-
-
-def as_service_error(error: CoreLostError | RefusedError) -> ServiceError:
-    """Why the core did not answer."""
-    if isinstance(error, CoreLostError):
-        return ServiceError(Reason.ENGINE_RESTARTED, str(error), retry_after_s=RETRY_AFTER_S)
-    if error.kind == QueueFullError.__name__:
-        return ServiceError(Reason.QUEUE_FULL, str(error), retry_after_s=RETRY_AFTER_S)
-    if error.kind == DrainingError.__name__:
-        return draining_error()
-    # What else the core refuses has been checked before it was asked.
-    log.error("the engine core refused a valid request: %s: %s", error.kind, error)
-    return ServiceError(Reason.INTERNAL, "internal error; the server's log has the rest")
-
-
-def draining_error() -> ServiceError:
-    """The engine takes nothing new."""
-    return ServiceError(
-        Reason.DRAINING, "this engine takes nothing new", retry_after_s=RETRY_AFTER_S
-    )
-
-
-def unavailable_error(description: str) -> ServiceError:
-    """The engine can take nothing for now."""
-    return ServiceError(
-        Reason.SERVICE_UNAVAILABLE,
-        description,
-        retry_after_s=RETRY_AFTER_S,
-        metadata={"service": "engine"},
-    )

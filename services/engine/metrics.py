@@ -1,11 +1,14 @@
-"""What the core says of itself, as Prometheus metrics, labelled with the one model it runs."""
+"""What an engine's cores say of themselves, as Prometheus metrics, labelled with their models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from services.engine.core.messages import Encoded, GpuUse, Load, Step
 from services.engine.core_client import CoreClient
+from services.engine.hosted_model import State
+from services.engine.hosting import Hosting
 from services.runtime.telemetry import Metrics
 from services.runtime.telemetry.metrics import Reading
 
@@ -20,6 +23,23 @@ _GPU_MEASURES: dict[str, Callable[[GpuUse], float | None]] = {
     "meshserve_engine_gpu_memory_bytes": lambda use: use.memory_bytes,
     "meshserve_engine_gpu_utilization": lambda use: use.utilization,
 }
+
+
+def read_models(metrics: Metrics, models: Hosting) -> None:
+    """Has metrics read, when they are scraped, where the models are and what their cores do."""
+
+    def read_states() -> Iterator[Reading]:
+        for model in models.models:
+            for state in State:
+                yield (model.name, state.value), float(model.state is state)
+
+    metrics.read("meshserve_engine_model_state", read_states)
+    is_alone = len(models.models) == 1
+    for model in models.models:
+        read_core(metrics, model.name, model.client)
+        metrics.processes["core" if is_alone else f"core {model.name}"] = partial(
+            getattr, model.client, "core_pid"
+        )
 
 
 def read_core(metrics: Metrics, model: str, client: CoreClient) -> None:
@@ -42,7 +62,7 @@ def read_core(metrics: Metrics, model: str, client: CoreClient) -> None:
 
     def read_info() -> Iterator[Reading]:
         facts = client.facts
-        if facts is not None:
+        if facts is not None and client.is_ready:
             yield (model, facts.architecture, facts.dtype, facts.device), 1.0
 
     for name, field in _LOAD_FIELDS.items():
@@ -50,7 +70,6 @@ def read_core(metrics: Metrics, model: str, client: CoreClient) -> None:
     for name, measure in _GPU_MEASURES.items():
         metrics.read(name, gpu_reader(measure))
     metrics.read("meshserve_engine_info", read_info)
-    metrics.processes["core"] = lambda: client.core_pid
 
 
 class StepMetrics:

@@ -1,4 +1,4 @@
-"""The engine as a service of the mesh: its core, its server, its health, its end."""
+"""The engine as a service of the mesh: its models, its server, its health, its end."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import grpc
 
 from meshserve.v1 import engine_pb2, engine_pb2_grpc
 from services.engine.core.settings import BatcherSettings, CoreSettings
-from services.engine.core_client import CoreClient, CoreStartError
+from services.engine.core_client import CoreClient
 from services.engine.core_process import CORE_COMMAND
-from services.engine.metrics import StepMetrics, read_core
+from services.engine.hosted_model import HostedModel, State
+from services.engine.hosting import Hosting
+from services.engine.metrics import StepMetrics, read_models
 from services.engine.servicer import EngineServicer
 from services.runtime.modelfiles import CATALOGUE, ModelStoreError, locate
 from services.runtime.server import Service, StartupError
@@ -19,10 +21,11 @@ from services.runtime.telemetry import Metrics
 
 # Where steps take a millisecond or two, the front is woken for several of them at once.
 _EVENT_HOLD_MS = 5.0
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
 
 
 class EngineService(Service):
-    """Runs one model. NOT_SERVING while its core starts, hangs or drains."""
+    """Hosts one model or several. NOT_SERVING while none of them could take a request."""
 
     name = "engine"
     grpc_services = (engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name,)
@@ -35,22 +38,12 @@ class EngineService(Service):
         core_command: Sequence[str] = CORE_COMMAND,
     ) -> None:
         super().__init__(settings, metrics)
-        model_name = settings.engine_model
-        self._client = CoreClient(
-            core_settings(settings),
-            stall_timeout_s=settings.engine.stall_timeout_s,
-            restart_stalled_after_s=settings.engine.restart_stalled_after_s,
-            longest_interval_s=settings.engine.stream_interval_ms / 1000,
-            command=core_command,
-            on_step=StepMetrics(metrics, model_name).observe,
-            on_restart=metrics.counter("meshserve_engine_core_restarts").labels(model_name).inc,
-        )
-        read_core(metrics, model_name, self._client)
+        self._core_command = core_command
+        self._models = Hosting([self._host(name) for name in settings.engine_models])
+        read_models(metrics, self._models)
         self._servicer = EngineServicer(
-            self._client,
+            self._models,
             metrics,
-            model=model_name,
-            aliases=settings.models[model_name].aliases,
             max_inputs=settings.engine.batcher.max_waiting_sequences,
             draining=self.draining,
         )
@@ -60,38 +53,100 @@ class EngineService(Service):
         engine_pb2_grpc.add_EngineServiceServicer_to_server(self._servicer, server)
 
     async def start(self) -> None:
-        """Starts the core and waits until it has loaded the model. Raises StartupError."""
-        try:
-            await self._client.start()
-        except CoreStartError as error:
-            raise StartupError(
-                f"the engine core cannot start: {error}",
-                "check models and engine in the settings, and the log above",
-            ) from None
+        """Loads the models that are to be there from the start, and waits for them. Of several some
+        may fail, and can be loaded later. Raises StartupError where all do."""
+        at_start = [
+            model
+            for model in self._models.models
+            if self.settings.models[model.name].load == "at_start"
+        ]
+        await self._models.start([model.name for model in at_start])
+        failed = [model for model in at_start if model.state is State.FAILED]
+        if not failed or len(failed) < len(self._models.models):
+            return
+        raise self._start_error(failed)
 
     async def probe(self) -> None:
-        """Raises while the core could not take a request or its step loop does not turn."""
-        self._client.check_health()
+        """Raises while no model could take a request, for a core starts or its step loop hangs."""
+        self._models.check_health()
 
     async def drain(self) -> None:
         """Waits for the requests in flight, and aborts those that take too long."""
         # What is cut off needs a moment to tell its caller so before the server ends.
         margin_s = min(3.0, self.settings.engine.drain_timeout_s / 4)
-        await self._client.drain(self.settings.engine.drain_timeout_s - margin_s)
+        await self._models.drain(self.settings.engine.drain_timeout_s - margin_s)
 
     async def stop(self) -> None:
-        """Ends the core."""
-        await self._client.close()
+        """Ends the cores."""
+        await self._models.close()
+
+    def _host(self, name: str) -> HostedModel:
+        settings, metrics = self.settings, self.metrics
+        model, engine = settings.models[name], settings.engine
+        client = CoreClient(
+            None,
+            stall_timeout_s=engine.stall_timeout_s,
+            restart_stalled_after_s=engine.restart_stalled_after_s,
+            longest_interval_s=engine.stream_interval_ms / 1000,
+            command=self._core_command,
+            on_step=StepMetrics(metrics, name).observe,
+            on_restart=metrics.counter("meshserve_engine_core_restarts").labels(name).inc,
+        )
+        return HostedModel(
+            name,
+            client,
+            lambda: core_settings(settings, name, self._waiting_weights(name)),
+            aliases=model.aliases,
+            state=State.SLEEPING if model.load == "on_request" else State.UNLOADED,
+            sleep_after_s=model.sleep_after_s,
+            on_loaded=metrics.histogram("meshserve_engine_load_duration_seconds")
+            .labels(name)
+            .observe,
+        )
+
+    def _waiting_weights(self, name: str) -> int:
+        """Bytes that the weights of the other models will take, of those that are not in memory."""
+        return sum(
+            weight_bytes(self.settings, model.name)
+            for model in self._models.models
+            if model.name != name and model.state not in (State.READY, State.DRAINING)
+        )
+
+    def _start_error(self, failed: list[HostedModel]) -> StartupError:
+        if len(failed) == 1:
+            (model,) = failed
+            return StartupError(model.problem, model.way_out)
+        problems = "; ".join(f"{model.name}: {model.problem}" for model in failed)
+        return StartupError(
+            f"none of the models can be loaded: {problems}",
+            "check models and engine in the settings, and the log above",
+        )
 
 
-def core_settings(settings: Settings) -> CoreSettings:
-    """What the core is told, from the settings of the mesh.
+def weight_bytes(settings: Settings, name: str) -> int:
+    """About what a model's weights take: the size of its files. 0 where it is not here."""
+    try:
+        path = locate(settings.models[name].source, settings.model_cache)
+    except ModelStoreError:
+        return 0
+    files = path.glob("*") if path.is_dir() else [path]
+    sizes = dict.fromkeys(_WEIGHT_SUFFIXES, 0)
+    for file in files:
+        if file.suffix in sizes:
+            sizes[file.suffix] += file.stat().st_size
+    # A folder may have the same weights in several formats.
+    return max(sizes.values())
+
+
+def core_settings(settings: Settings, name: str, waiting_weights_bytes: int = 0) -> CoreSettings:
+    """What the core of a model is told, from the settings of the mesh. `waiting_weights_bytes` are
+    those of other models of the engine that are not in memory now.
 
     Raises:
         StartupError: the model is not on this machine, or limits contradict each other.
     """
     engine = settings.engine
-    model = settings.models[settings.engine_model]
+    model = settings.models[name]
     try:
         model_path = locate(model.source, settings.model_cache)
         draft_model = engine.speculation.draft_model
@@ -111,8 +166,10 @@ def core_settings(settings: Settings) -> CoreSettings:
             threads=engine.threads,
             cpu_kernels=engine.cpu_kernels,
             block_size=engine.block_tokens,
-            kv_cache_memory_bytes=engine.kv_cache_bytes,
+            kv_cache_memory_bytes=model.kv_cache_bytes or engine.kv_cache_bytes,
             kv_cache_memory_fraction=engine.kv_cache_memory_fraction,
+            memory_share=1 / len(settings.engine_models),
+            waiting_weights_bytes=waiting_weights_bytes,
             max_context_tokens=model.context_tokens,
             max_batch_tokens=engine.max_batch_tokens,
             max_running_sequences=engine.max_running_sequences,

@@ -9,25 +9,21 @@ from contextlib import aclosing
 
 import grpc
 
-from meshserve.v1 import engine_pb2, engine_pb2_grpc, types_pb2
-from services.engine.core.messages import ModelFacts
+from meshserve.v1 import engine_pb2, types_pb2
 from services.engine.core.settings import BatcherSettings
-from services.engine.core_client import CoreClient
 from services.engine.encodings import Encodings
-from services.engine.generation import Generations, draining_error, unavailable_error
-from services.engine.pending_answers import PendingAnswers
-from services.engine.request_stream import CoreUnavailableError, RequestStream
+from services.engine.generation import Generations
+from services.engine.hosting import Hosting
+from services.engine.lifecycle import LifecycleServicer, seconds_to_drain
 from services.engine.shared_stream import SharedStream
 from services.engine.validation import default_sampling, missing_capability
 from services.runtime.carried_calls import CarriedCalls
-from services.runtime.errors import Reason, ServiceError, invalid_field
+from services.runtime.errors import ServiceError, invalid_field
 from services.runtime.telemetry import Metrics
 
 GENERATE_METHOD = "meshserve.v1.EngineService/Generate"
 DEFAULT_LOAD_INTERVAL_MS = 1000
 LOAD_INTERVAL_RANGE_MS = (10, 60_000)
-DEFAULT_DRAIN_TIMEOUT_MS = 30_000
-MAX_DRAIN_TIMEOUT_MS = 3_600_000
 
 _GENERATES = [types_pb2.MODEL_CAPABILITY_GENERATE, types_pb2.MODEL_CAPABILITY_CHAT]
 _CAPABILITIES = {
@@ -40,28 +36,22 @@ GenerateRequest = engine_pb2.EngineServiceGenerateRequest
 GenerateResponse = engine_pb2.EngineServiceGenerateResponse
 
 
-class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
-    """Answers for one engine, which runs one model."""
+class EngineServicer(LifecycleServicer):
+    """Answers for one engine and the models that it hosts."""
 
     def __init__(
         self,
-        client: CoreClient,
+        models: Hosting,
         metrics: Metrics,
         *,
-        model: str,
-        aliases: tuple[str, ...],
         draining: asyncio.Event,
         max_inputs: int = BatcherSettings().max_waiting_sequences,
     ) -> None:
         """`max_inputs`: of one request to an encoder."""
-        self._client = client
-        self._model = model
-        self._names = frozenset({"", model, *aliases})
+        super().__init__(models)
         self._draining = draining
-        self._generations = Generations(client, metrics, self._facts, draining, model=model)
-        self._encodings = Encodings(
-            client, metrics, self._facts, draining, model=model, max_inputs=max_inputs
-        )
+        self._generations = Generations(models, metrics, draining)
+        self._encodings = Encodings(models, metrics, draining, max_inputs=max_inputs)
         self._calls = CarriedCalls(GENERATE_METHOD, metrics)
         self._replica_id = uuid.uuid4().hex
 
@@ -71,6 +61,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse],
     ) -> AsyncIterator[GenerateResponse]:
         """Tokens as they come: the first at once, then what has accrued at intervals."""
+        await self._generations.wake(request)
         async with aclosing(self._generations.begin(request).responses()) as responses:
             async for response in responses:
                 yield response
@@ -83,9 +74,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         ],
     ) -> AsyncIterator[engine_pb2.GenerateManyResponse]:
         """The tokens of many requests, on one stream."""
-        stream = SharedStream(
-            self._generations, self._calls, self._check_ready, self._draining, self._replica_id
-        )
+        stream = SharedStream(self._generations, self._calls, self._draining, self._replica_id)
         async with aclosing(stream.serve(request_iterator)) as messages:
             async for message in messages:
                 yield message
@@ -102,13 +91,12 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         if (pending := self._encodings.in_flight.get(request.request_id)) is not None:
             pending.abort()
             return engine_pb2.AbortResponse(aborted=True)
-        stream = self._generations.in_flight.get(request.request_id)
-        if stream is None:
+        generation = self._generations.in_flight.get(request.request_id)
+        if generation is None:
             return engine_pb2.AbortResponse(aborted=False)
         if request.indexes:
-            aborted = self._client.withdraw(stream, request.indexes)
-            return engine_pb2.AbortResponse(aborted=aborted)
-        self._client.abort(stream)
+            return engine_pb2.AbortResponse(aborted=generation.withdraw(request.indexes))
+        generation.abort()
         return engine_pb2.AbortResponse(aborted=True)
 
     async def GetModelInfo(  # noqa: N802
@@ -119,9 +107,10 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         ],
     ) -> engine_pb2.GetModelInfoResponse:
         """What the core loaded."""
-        facts = self._facts(request.model)
+        model = self._models.find(request.model)
+        facts = model.facts()
         return engine_pb2.GetModelInfoResponse(
-            model=self._model,
+            model=model.name,
             architecture=facts.architecture,
             context_tokens=facts.max_context_tokens,
             vocabulary_size=facts.vocab_size,
@@ -165,16 +154,8 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         context: grpc.aio.ServicerContext[engine_pb2.DrainRequest, engine_pb2.DrainResponse],
     ) -> engine_pb2.DrainResponse:
         """Refuses what is new and waits for what is in flight."""
-        timeout_ms = DEFAULT_DRAIN_TIMEOUT_MS
-        if request.HasField("timeout_ms"):
-            timeout_ms = request.timeout_ms
-        if timeout_ms > MAX_DRAIN_TIMEOUT_MS:
-            raise invalid_field("timeout_ms", f"at most {MAX_DRAIN_TIMEOUT_MS}")
-        in_flight: list[RequestStream | PendingAnswers] = [
-            *self._generations.in_flight.values(),
-            *self._encodings.in_flight.values(),
-        ]
-        await self._client.drain(timeout_ms / 1000)
+        in_flight = [each for model in self._models.models for each in model.client.in_flight]
+        await self._models.drain(seconds_to_drain(request))
         aborted = sum(stream.was_aborted for stream in in_flight)
         return engine_pb2.DrainResponse(
             finished_requests=len(in_flight) - aborted, aborted_requests=aborted
@@ -230,36 +211,12 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         """CAPABILITY_MISSING: the model runs without adapters."""
         raise self._cannot(request.model, "adapters", "this model runs without adapters")
 
-    def _facts(self, model: str) -> ModelFacts:
-        self._check_model(model)
-        if self._client.facts is None:
-            raise unavailable_error("the engine core is starting")
-        return self._client.facts
-
-    def _check_ready(self) -> None:
-        """A stream outlives what a channel knows of its replica's health; so each of its requests
-        asks. Raises ServiceError."""
-        try:
-            self._client.check_health()
-        except CoreUnavailableError as error:
-            raise (
-                draining_error() if self._client.draining else unavailable_error(str(error))
-            ) from None
-
-    def _check_model(self, model: str) -> None:
-        if model not in self._names:
-            raise ServiceError(
-                Reason.MODEL_NOT_FOUND,
-                "this engine does not run the model",
-                metadata={"served": self._model},
-            )
-
     def _cannot(self, model: str, capability: str, description: str) -> ServiceError:
-        self._check_model(model)
+        self._models.find(model)
         return missing_capability(capability, description)
 
     def _load(self) -> engine_pb2.WatchLoadResponse:
-        load = self._client.load
+        load = self._models.load()
         return engine_pb2.WatchLoadResponse(
             waiting_sequences=load.waiting_sequences,
             running_sequences=load.running_sequences,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 from meshserve.v1 import engine_pb2
 from services.engine.generation import Generation, Generations
@@ -24,7 +24,6 @@ class SharedStream:
     Args:
         generations: begins requests.
         calls: records each of them as a call of its own.
-        check_ready: raises ServiceError while nothing new can be taken.
         draining: once set the stream ends with its last generation.
         replica_id: names this process.
     """
@@ -33,13 +32,11 @@ class SharedStream:
         self,
         generations: Generations,
         calls: CarriedCalls,
-        check_ready: Callable[[], None],
         draining: asyncio.Event,
         replica_id: str,
     ) -> None:
         self._generations = generations
         self._calls = calls
-        self._check_ready = check_ready
         self._draining = draining
         self._replica_id = replica_id
         self._sessions: dict[int, _Session] = {}
@@ -84,8 +81,7 @@ class SharedStream:
                     self._refuse(message.session_id, error)
                 except Exception:
                     log.exception("a generation failed")
-                    defect = "internal error; the server's log has the rest"
-                    self._refuse(message.session_id, ServiceError(Reason.INTERNAL, defect))
+                    self._refuse(message.session_id, _defect())
 
     def _take(self, message: engine_pb2.GenerationInput) -> None:
         session_id = message.session_id
@@ -100,7 +96,7 @@ class SharedStream:
         elif message.cancel:
             session.close(ServiceError(Reason.CANCELLED, "the caller gave it up"))
         elif message.abort_indexes:
-            self._generations.withdraw(session.generation, list(message.abort_indexes))
+            session.withdraw(message.abort_indexes)
 
     def _open(self, message: engine_pb2.GenerationInput) -> None:
         given = message.open
@@ -112,19 +108,39 @@ class SharedStream:
                     f"the stream holds {MAX_SESSIONS} generations already",
                     retry_after_s=1.0,
                 )
-            self._check_ready()
-            generation = self._generations.begin(given.request, call.context)
+            session = _Session(message.session_id, call, self._closed)
+            if self._generations.model_of(given.request).is_asleep:
+                session.wait(asyncio.create_task(self._wake(session, given.request)))
+            else:
+                self._begin(session, given.request)
         except ServiceError as error:
             call.end(error)
             raise
         except BaseException:
             call.end(ServiceError(Reason.INTERNAL, "internal error"))
             raise
-        session = _Session(message.session_id, generation, call, self._closed)
         self._sessions[message.session_id] = session
-        generation.stream.on_due = lambda: self._become_due(session)
         if given.HasField("timeout_ms"):
             session.expire_after(given.timeout_ms / 1000, self._become_due)
+
+    def _begin(self, session: _Session, request: engine_pb2.EngineServiceGenerateRequest) -> None:
+        generation = self._generations.begin(request, session.call.context)
+        generation.stream.on_due = lambda: self._become_due(session)
+        session.begin(generation)
+
+    async def _wake(
+        self, session: _Session, request: engine_pb2.EngineServiceGenerateRequest
+    ) -> None:
+        try:
+            await self._generations.wake(request)
+            self._begin(session, request)
+        except ServiceError as error:
+            session.failure = error
+            self._become_due(session)
+        except Exception:
+            log.exception("a generation failed")
+            session.failure = _defect()
+            self._become_due(session)
 
     def _become_due(self, session: _Session) -> None:
         if session.session_id in self._sessions:
@@ -152,21 +168,41 @@ class SharedStream:
 
 
 class _Session:
-    """One generation of the stream."""
+    """One generation of the stream.
+
+    Attributes:
+        failure: why it could not begin, once that is known.
+    """
 
     def __init__(
-        self,
-        session_id: int,
-        generation: Generation,
-        call: CarriedCall,
-        on_close: Callable[[_Session], None],
+        self, session_id: int, call: CarriedCall, on_close: Callable[[_Session], None]
     ) -> None:
         self.session_id = session_id
-        self.generation = generation
-        self._call = call
+        self.call = call
+        self.failure: ServiceError | None = None
+        self._generation: Generation | None = None  # none yet: its model is being woken
+        self._waking: asyncio.Task[None] | None = None
+        self._withdrawn: list[int] = []  # before it began
         self._on_close = on_close
         self._expiry: asyncio.TimerHandle | None = None
         self._has_expired = False
+
+    def wait(self, waking: asyncio.Task[None]) -> None:
+        """It begins once its model is awake."""
+        self._waking = waking
+
+    def begin(self, generation: Generation) -> None:
+        """It begins."""
+        self._generation = generation
+        if self._withdrawn:
+            generation.withdraw(self._withdrawn)
+
+    def withdraw(self, choices: Sequence[int]) -> None:
+        """Ends some choices, while the others go on."""
+        if self._generation is None:
+            self._withdrawn += choices
+        else:
+            self._generation.withdraw(choices)
 
     def expire_after(self, delay_s: float, on_due: Callable[[_Session], None]) -> None:
         """Has the generation fail once its time has passed."""
@@ -180,7 +216,10 @@ class _Session:
     def collect(self, output: engine_pb2.GenerationOutput) -> None:
         """Adds what has accrued, and ends the session with the last of it."""
         try:
-            self.generation.collect(output)
+            if self.failure is not None:
+                raise self.failure
+            if self._generation is not None:
+                self._generation.collect(output)
             if self._has_expired and not output.finished:
                 raise ServiceError(Reason.DEADLINE_EXCEEDED, "the deadline passed")
         except ServiceError as error:
@@ -188,7 +227,7 @@ class _Session:
             self.close(error)
         except Exception:
             log.exception("a generation failed")
-            defect = ServiceError(Reason.INTERNAL, "internal error; the server's log has the rest")
+            defect = _defect()
             output.MergeFrom(_failed(self.session_id, defect))
             self.close(defect)
         else:
@@ -200,8 +239,15 @@ class _Session:
         if self._expiry is not None:
             self._expiry.cancel()
         self._on_close(self)
-        self.generation.end(error)
-        self._call.end(error)
+        if self._waking is not None:
+            self._waking.cancel()
+        if self._generation is not None:
+            self._generation.end(error)
+        self.call.end(error)
+
+
+def _defect() -> ServiceError:
+    return ServiceError(Reason.INTERNAL, "internal error; the server's log has the rest")
 
 
 def _failed(session_id: int, error: ServiceError) -> engine_pb2.GenerationOutput:

@@ -12,7 +12,9 @@ import grpc
 
 from meshserve.v1 import engine_pb2_grpc
 from services.engine.core_client import CoreClient
-from services.engine.metrics import StepMetrics, read_core
+from services.engine.hosted_model import HostedModel, State
+from services.engine.hosting import Hosting
+from services.engine.metrics import StepMetrics, read_models
 from services.engine.servicer import EngineServicer
 from services.runtime.server_calls import CallInterceptor
 from services.runtime.telemetry import Metrics
@@ -33,15 +35,14 @@ async def engine_server(settings: Any, **client_options: Any) -> AsyncIterator[E
     """A started core and a server in front of it, for a model called `m`."""
     metrics = Metrics("engine")
     client = CoreClient(settings, on_step=StepMetrics(metrics, "m").observe, **client_options)
-    read_core(metrics, "m", client)
     await client.start()
+    models = Hosting([HostedModel("m", client, state=State.READY)])
+    read_models(metrics, models)
     draining = asyncio.Event()
     server = grpc.aio.server(interceptors=[CallInterceptor(metrics)])
     servicer = EngineServicer(
-        client,
+        models,
         metrics,
-        model="m",
-        aliases=(),
         draining=draining,
         max_inputs=settings.batcher.max_waiting_sequences,
     )

@@ -27,7 +27,8 @@ from panels import (
 )
 
 CHOSEN = 'model=~"$model", instance=~"$engine"'
-CORE = 'process="core", instance=~"$engine"'
+# One process, or one for each of several models.
+CORE = 'process=~"core.*", instance=~"$engine"'
 
 
 def engine() -> dashboard.Dashboard:
@@ -306,6 +307,26 @@ def _core() -> Panels:
                 ),
             ],
             "Restarts of the core, and sequences whose computation failed alone.",
+            width=THIRD,
+        ),
+        graph(
+            "Models",
+            Query(
+                f"count by (model, state) (meshserve_engine_model_state{{{CHOSEN}}} == 1)",
+                "{{model}} {{state}}",
+            ),
+            "Engines by the state that each of their models is in.",
+            width=THIRD,
+        ),
+        graph(
+            "Time to load",
+            Query(
+                f"sum by (model) (meshserve_engine_load_duration_seconds_sum{{{CHOSEN}}}) / "
+                f"sum by (model) (meshserve_engine_load_duration_seconds_count{{{CHOSEN}}})",
+                "{{model}}",
+            ),
+            "How long a model took on average to come into memory, since the engines started.",
+            unit=SECONDS,
             width=THIRD,
         ),
         graph(

@@ -24,13 +24,24 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def kv_cache_budget_bytes(
-    device: torch.device, *, requested_bytes: int | None, fraction: float
+    device: torch.device,
+    *,
+    requested_bytes: int | None,
+    fraction: float,
+    share: float = 1.0,
+    waiting_weights_bytes: int = 0,
 ) -> int:
-    """The size of the KV cache: as requested, or `fraction` of what is free now."""
+    """The size of the KV cache: as requested, or a share of `fraction` of what is free now.
+
+    Where several models share the device, `share` is this one's part of what all caches may take,
+    and `waiting_weights_bytes` is what the weights of those will take that are not there yet.
+    """
     if requested_bytes is not None:
         return requested_bytes
-    budget = int(free_memory_bytes(device) * fraction)
-    return budget if device.type == "cuda" else min(budget, _CPU_DEFAULT_LIMIT_BYTES)
+    budget = int(max(0, free_memory_bytes(device) - waiting_weights_bytes) * fraction)
+    if device.type != "cuda":
+        budget = min(budget, _CPU_DEFAULT_LIMIT_BYTES)
+    return int(budget * share)
 
 
 def _cgroup_allowance_bytes() -> int | None:

@@ -55,6 +55,8 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None  # None: kv_cache_memory_fraction of what is free
     kv_cache_memory_fraction: float = 0.5
+    memory_share: float = 1.0  # of what that fraction allows; the rest is for other models' caches
+    waiting_weights_bytes: int = 0  # of what is free, kept for other models' weights
     max_context_tokens: int | None = None  # None: the model's own
     max_batch_tokens: int = 512  # tokens computed per step, over all sequences
     max_running_sequences: int = 64
@@ -99,6 +101,8 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
         fraction = self.kv_cache_memory_fraction
         if not 0 < fraction <= 1:
             raise ValueError(f"kv_cache_memory_fraction must lie in (0, 1], not {fraction}")
+        if not 0 < self.memory_share <= 1:
+            raise ValueError(f"memory_share must lie in (0, 1], not {self.memory_share}")
         if self.max_batch_tokens < self.max_running_sequences:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least "

@@ -189,6 +189,8 @@ def _count_blocks(
         device,
         requested_bytes=settings.kv_cache_memory_bytes,
         fraction=settings.kv_cache_memory_fraction,
+        share=settings.memory_share,
+        waiting_weights_bytes=settings.waiting_weights_bytes,
     )
     # More than every running sequence at full length could fill would lie idle.
     useful = settings.max_running_sequences * -(-config.max_context_tokens // settings.block_size)

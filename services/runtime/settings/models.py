@@ -75,6 +75,19 @@ class ModelSettings(Section):
         description="Sampling of requests that leave it open. What is not set here comes from the "
         "catalogue or the model's own generation configuration.",
     )
+    load: Literal["at_start", "on_request", "by_operator"] = Field(
+        "at_start",
+        description="When an engine brings it into memory: as the engine starts, with the first "
+        "request for it, or when an operator loads it.",
+    )
+    sleep_after_s: Seconds | None = Field(
+        None,
+        description="An engine takes it out of memory after this time without a request, in "
+        "seconds; the next request brings it back. Default: never.",
+    )
+    kv_cache_bytes: Positive | None = Field(
+        None, description="Size of its KV cache in bytes. Default: `engine.kv_cache_bytes`."
+    )
     engine_target: TargetText | None = Field(
         None, description="Target of the engines that run it. Default: `engine.target`."
     )

@@ -98,9 +98,11 @@ class Settings(Section):
         }
 
     @property
-    def engine_model(self) -> str:
-        """The model that an engine process runs."""
-        return self.engine.model or self.default_model
+    def engine_models(self) -> tuple[str, ...]:
+        """The models that an engine process hosts, by name."""
+        if self.engine.model is not None:
+            return (self.engine.model,)
+        return tuple(self.models_at(self.engine.effective_target)) or (self.default_model,)
 
     def server(self, service: str) -> ServerSettings:
         """The section of a service by its name."""

@@ -80,7 +80,9 @@ class EngineSettings(ServerSettings):
     listen: str = "127.0.0.1:50053"
     metrics_listen: str | None = "127.0.0.1:9453"
     model: str | None = Field(
-        None, description="Model that this engine runs. Default: the first of `models`."
+        None,
+        description="The one model that this engine hosts. Default: all models whose engines are "
+        "at its `target`.",
     )
     device: str = Field(
         "auto", description="`auto` (CUDA when there is a card), `cpu` or `cuda:N`."
@@ -104,10 +106,13 @@ class EngineSettings(ServerSettings):
         "holds nearly twice the tokens. 8 bits need the CPU kernels.",
     )
     kv_cache_bytes: Positive | None = Field(
-        None, description="Size of the KV cache in bytes. Default: from free memory."
+        None,
+        description="Size of the KV cache of each model in bytes. Default: from free memory.",
     )
     kv_cache_memory_fraction: Fraction = Field(
-        0.5, description="Share of the memory left beside the weights that the KV cache may take."
+        0.5,
+        description="Share of the memory left beside the weights that the KV cache may take; those "
+        "of several models take equal parts of it.",
     )
     max_running_sequences: Positive = Field(64, description="Sequences computed in one step.")
     max_batch_tokens: Positive = Field(

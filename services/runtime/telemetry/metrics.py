@@ -87,7 +87,7 @@ def _row(
 METRICS: tuple[MetricDeclaration, ...] = (
     _row("gauge", EVERY_SERVICE, "meshserve_build_info", "1, labelled with the version.", "version", "service"),
     _row("gauge", EVERY_SERVICE, "meshserve_healthy", "1 while the service's own probe succeeds."),
-    _row("counter", EVERY_SERVICE, "meshserve_process_cpu_seconds", "Processor time used, of all threads, in user and system mode. `process` is `main`, or `core` for the process that computes in an engine.", "process", read=True),
+    _row("counter", EVERY_SERVICE, "meshserve_process_cpu_seconds", "Processor time used, of all threads, in user and system mode. `process` is `main`, or `core` for the process that computes in an engine; `core MODEL` where an engine hosts several.", "process", read=True),
     _row("gauge", EVERY_SERVICE, "meshserve_process_resident_memory_bytes", "Memory held (resident set).", "process", read=True),
     _row("gauge", EVERY_SERVICE, "meshserve_process_threads", "Threads.", "process", read=True),
     _row("gauge", EVERY_SERVICE, "meshserve_process_open_fds", "Files and sockets open.", "process", read=True),
@@ -133,6 +133,8 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("gauge", "engine", "meshserve_engine_running_sequences", "Sequences computed in the current step.", "model", read=True),
     _row("gauge", "engine", "meshserve_engine_waiting_sequences", "Sequences waiting to be computed.", "model", read=True),
     _row("gauge", "engine", "meshserve_engine_kv_blocks_used", "Blocks of the KV cache in use.", "model", read=True),
+    _row("gauge", "engine", "meshserve_engine_model_state", "1 for the state that a model of the engine is in, 0 for the others: unloaded, loading, ready, sleeping, waking, draining, failed.", "model", "state", read=True),
+    _row("histogram", "engine", "meshserve_engine_load_duration_seconds", "Time that bringing a model into memory took, at start-up, on request or from sleep.", "model"),
     _row("gauge", "engine", "meshserve_engine_kv_blocks", "Blocks of the KV cache.", "model", read=True),
     _row("counter", "engine", "meshserve_engine_steps", "Steps computed.", "model"),
     _row("histogram", "engine", "meshserve_engine_step_duration_seconds", "Duration of steps.", "model"),

@@ -15,6 +15,8 @@ import pytest
 from meshserve.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 from services.engine.core.messages import Sampling, SequenceRequest, Stopping
 from services.engine.core_client import CoreClient
+from services.engine.hosted_model import HostedModel, State
+from services.engine.hosting import Hosting
 from services.engine.servicer import EngineServicer
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.server_calls import CallInterceptor
@@ -31,9 +33,8 @@ async def stub(client: CoreClient) -> AsyncIterator[Stub]:
     """A channel to a server with the engine's RPCs over the fake core."""
     metrics = Metrics("engine")
     server = grpc.aio.server(interceptors=[CallInterceptor(metrics)])
-    servicer = EngineServicer(
-        client, metrics, model="hash", aliases=("h",), draining=asyncio.Event()
-    )
+    models = Hosting([HostedModel("hash", client, aliases=("h",), state=State.READY)])
+    servicer = EngineServicer(models, metrics, draining=asyncio.Event())
     engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -14,6 +14,8 @@ import pytest
 
 from meshserve.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 from services.engine.core_client import CoreClient
+from services.engine.hosted_model import HostedModel, State
+from services.engine.hosting import Hosting
 from services.engine.servicer import EngineServicer
 from services.runtime.errors import Reason, ServiceError, from_session_status
 from services.runtime.server_calls import CallInterceptor
@@ -46,9 +48,8 @@ class Engine:
 
     async def __aenter__(self) -> Engine:
         self._server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics)])
-        servicer = EngineServicer(
-            self.client, self.metrics, model="hash", aliases=(), draining=self.draining
-        )
+        models = Hosting([HostedModel("hash", self.client, state=State.READY)])
+        servicer = EngineServicer(models, self.metrics, draining=self.draining)
         engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()

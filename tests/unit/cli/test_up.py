@@ -19,7 +19,7 @@ def test_a_name_becomes_the_only_model(model: str) -> None:
     }
     settings = parse_settings(document, model_environment(model))
     assert [(name, entry.source) for name, entry in settings.models.items()] == [(model, model)]
-    assert settings.engine_model == model
+    assert settings.engine_models == (model,)
     assert settings.engine.threads == 1
 
 

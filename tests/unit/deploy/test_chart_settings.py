@@ -79,7 +79,7 @@ def test_each_engine_runs_its_own_model_where_the_gateway_looks_for_it() -> None
         ("engine-smollm2-135m", "smollm2-135m", "cpu"),
     ):
         engine = by_workload[workload]
-        assert (engine.engine_model, engine.engine.device) == (model, device)
+        assert (engine.engine_models, engine.engine.device) == ((model,), device)
         assert engine.engine.effective_target == gateway.models[model].engine_target
     assert by_workload["engine-llama-3-1-8b"].engine.max_batch_tokens == 2048
     assert by_workload["engine-llama-3-1-8b"].engine.speculation.draft_model == "smollm2-135m"

@@ -17,6 +17,8 @@ from meshserve.v1 import engine_pb2
 from services.engine import encodings
 from services.engine.core.messages import Answer, EncodeRequest, ModelFacts
 from services.engine.encodings import Encodings
+from services.engine.hosted_model import HostedModel, State
+from services.engine.hosting import Hosting
 from services.engine.pending_answers import PendingAnswers
 from services.engine.request_stream import CoreLostError
 from services.runtime.errors import Reason, ServiceError
@@ -45,11 +47,15 @@ class Client:
     """Stands for the core client: answers as a test says."""
 
     draining = False
+    facts = FACTS
 
     def __init__(self, answer: Callable[[PendingAnswers, list[EncodeRequest]], None]) -> None:
         self._answer = answer
         self._ids = itertools.count()
         self.aborted: list[int] = []
+
+    def check_health(self) -> None:
+        pass
 
     def next_sequence_id(self) -> int:
         return next(self._ids)
@@ -76,14 +82,8 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
 
 async def embed(client: Client, num_inputs: int = 1) -> engine_pb2.EngineServiceEmbedResponse:
     """A request that is traced."""
-    served = Encodings(
-        client,  # type: ignore[arg-type]
-        Metrics("engine"),
-        lambda _: FACTS,
-        asyncio.Event(),
-        model="m",
-        max_inputs=10,
-    )
+    model = HostedModel("m", client, state=State.READY)  # type: ignore[arg-type]
+    served = Encodings(Hosting([model]), Metrics("engine"), asyncio.Event(), max_inputs=10)
     request = engine_pb2.EngineServiceEmbedRequest(
         request_id="r", inputs=[engine_pb2.EncoderInput(token_ids=[1, 2, 3])] * num_inputs
     )

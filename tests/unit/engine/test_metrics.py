@@ -29,7 +29,7 @@ def value(metrics: Metrics, name: str, labels: dict[str, str]) -> float | None:
 def client(**known: Any) -> Any:
     facts = SimpleNamespace(architecture="llama", dtype="bfloat16", device="cuda:0")
     return SimpleNamespace(
-        **{"load": Load(), "facts": facts, "gpu_use": None, "core_pid": None, **known}
+        **{"load": Load(), "facts": facts, "gpu_use": None, "is_ready": True, **known}
     )
 
 

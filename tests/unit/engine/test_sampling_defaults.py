@@ -15,7 +15,7 @@ def _any_model_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def defaults(**model: object) -> dict[str, float]:
     settings: Settings = parse_settings({"models": {"m": model}}, {})
-    return service.core_settings(settings).default_sampling
+    return service.core_settings(settings, "m").default_sampling
 
 
 def test_a_catalogue_model_is_sampled_as_the_catalogue_recommends() -> None:

@@ -54,6 +54,8 @@ class CallContext(ABC):
     admitted: bool = False
     # route
     model: ServedModel | None = None
+    # route: the name that requests use; the request then has the one that engines know
+    adapter: str = ""
     # look_up
     policy_revision: str | None = None
     cached_answer: cache_pb2.CachedAnswer | None = None

@@ -18,7 +18,7 @@ from services.runtime import deadline
 from services.runtime.attempts import Attempts
 from services.runtime.client_calls import Instruments
 from services.runtime.errors import Reason, ServiceError, from_session_status
-from services.runtime.replicas import Replica, ReplicaSet
+from services.runtime.replicas import Eligible, Replica, ReplicaSet
 from services.runtime.response_streams import ResponseStream
 from services.runtime.telemetry.tracing import trace_context_of
 
@@ -51,13 +51,18 @@ class EngineCalls:
         self._streams: dict[Replica, EngineStream] = {}
         self._ids = itertools.count(1)
 
-    def generate(self, request: engine_pb2.EngineServiceGenerateRequest) -> EngineCall:
-        """A generation, in the trace and under the deadline of the current task.
+    def generate(
+        self,
+        request: engine_pb2.EngineServiceGenerateRequest,
+        eligible: Eligible | None = None,
+    ) -> EngineCall:
+        """A generation, in the trace and under the deadline of the current task, at a replica that
+        is eligible: by default at any.
 
         Raises:
             ServiceError: the deadline has passed, or the gateway shuts down.
         """
-        return EngineCall(self, request)
+        return EngineCall(self, request, eligible)
 
     def next_session_id(self) -> int:
         """An id that no other generation of this process has."""
@@ -88,11 +93,14 @@ class EngineCall:
     """One generation: an async iterator over what the engine says. Exhaust it, or leave it."""
 
     def __init__(
-        self, calls: EngineCalls, request: engine_pb2.EngineServiceGenerateRequest
+        self,
+        calls: EngineCalls,
+        request: engine_pb2.EngineServiceGenerateRequest,
+        eligible: Eligible | None = None,
     ) -> None:
         self._calls = calls
         self._started = time.perf_counter()
-        self._attempts = Attempts(calls.replicas, PEER, deadline.bounded(None))
+        self._attempts = Attempts(calls.replicas, PEER, deadline.bounded(None), eligible=eligible)
         self._replica: Replica | None = None
         self._stream: EngineStream | None = None
         self._session_id = 0

@@ -32,6 +32,7 @@ CheckPool = SessionPool[safety_pb2.CompletionInput, safety_pb2.CompletionOutput]
 class Engines:
     """The engines at one target: generations go on shared streams, all else through the stub."""
 
+    channel: MeshChannel
     stub: engine_pb2_grpc.EngineServiceAsyncStub
     calls: EngineCalls
     loads: EngineLoads
@@ -109,7 +110,7 @@ class Peers:
             stub: engine_pb2_grpc.EngineServiceAsyncStub = engine_pb2_grpc.EngineServiceStub(
                 channel.stubs
             )
-            self._engines[target] = Engines(stub, calls, EngineLoads(channel))
+            self._engines[target] = Engines(channel, stub, calls, EngineLoads(channel))
         return self._engines[target]
 
     async def close(self) -> None:

@@ -26,6 +26,7 @@ def generate_response(context: RequestContext) -> gateway_pb2.GenerateResponse:
     response = gateway_pb2.GenerateResponse(
         request_id=context.request_id,
         model=context.served.name,
+        adapter=context.adapter,
         usage=total_usage(context),
         cached=context.cached_answer is not None,
         create_time=_timestamp(context),
@@ -52,6 +53,7 @@ def chat_response(context: RequestContext) -> gateway_pb2.ChatResponse:
     response = gateway_pb2.ChatResponse(
         request_id=context.request_id,
         model=context.served.name,
+        adapter=context.adapter,
         usage=total_usage(context),
         cached=context.cached_answer is not None,
         create_time=_timestamp(context),
@@ -81,6 +83,7 @@ def started(context: RequestContext) -> gateway_pb2.GenerationStarted:
     prompt_tokens = cached.ends[0].usage.prompt_tokens if cached else len(context.prompt_token_ids)
     return gateway_pb2.GenerationStarted(
         model=context.served.name,
+        adapter=context.adapter,
         create_time=_timestamp(context),
         prompt_tokens=prompt_tokens,
         prompt_logprobs=_prompt_logprobs(context),

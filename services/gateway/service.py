@@ -7,7 +7,7 @@ import logging
 
 import grpc
 
-from meshserve.v1 import gateway_pb2_grpc, mesh_pb2_grpc
+from meshserve.v1 import admin_pb2_grpc, gateway_pb2_grpc, mesh_pb2_grpc
 from services.gateway.api_keys import ApiKeys
 from services.gateway.console.routes import Console
 from services.gateway.context import RequestContext
@@ -19,6 +19,12 @@ from services.gateway.encoding.route import RouteEncoding
 from services.gateway.encoding.screen import ScreenInputs
 from services.gateway.encoding.settle import SettleEncoding
 from services.gateway.encoding.tokenize import TokenizeInputs
+from services.gateway.hosting.calls import HostingCalls
+from services.gateway.hosting.hosting import Hosting
+from services.gateway.hosting.operations import Operations
+from services.gateway.hosting.reconciler import Reconciler
+from services.gateway.hosting.servicer import AdminServicer
+from services.gateway.hosting.store import DesiredStore
 from services.gateway.http.calls import Calls
 from services.gateway.http.server import HttpServer
 from services.gateway.inference import Inference
@@ -60,7 +66,11 @@ class GatewayService(Service):
     """The public edge of the mesh."""
 
     name = "gateway"
-    grpc_services = ("meshserve.v1.InferenceService", "meshserve.v1.MeshService")
+    grpc_services = (
+        "meshserve.v1.InferenceService",
+        "meshserve.v1.MeshService",
+        "meshserve.v1.AdminService",
+    )
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         super().__init__(settings, metrics)
@@ -70,7 +80,11 @@ class GatewayService(Service):
         except valkey.ValkeyUrlError as error:
             raise StartupError(str(error), "mend valkey.url, or its file") from error
         self._peers = Peers(settings, metrics)
-        self._models = ModelDirectory(settings, self._peers, metrics)
+        desired = DesiredStore(self._valkey, shared=not settings.valkey.is_embedded)
+        self._hosting = Hosting(settings, self._peers, desired, metrics)
+        self._models = ModelDirectory(settings, self._peers, self._hosting, metrics)
+        hosting_calls = HostingCalls(metrics)
+        self._reconciler = Reconciler(self._hosting, hosting_calls, settings.models)
         authenticator = Authenticator(gateway, metrics)
         self._keys = ApiKeys(settings, authenticator, metrics)
         if authenticator.required and not self._keys.settings.gateway.auth.keys:
@@ -129,12 +143,20 @@ class GatewayService(Service):
         usage = OwnUsage(settings, limiter, metrics, recent)
         self._watchers = Watchers(gateway.max_watchers, metrics)
         self._mesh_servicer = MeshServicer(watch, authenticator, self._watchers, recent, usage)
+        self._admin_servicer = AdminServicer(
+            settings,
+            self._hosting,
+            self._models.names,
+            Operations(self._hosting, self._models.names, hosting_calls),
+            authenticator,
+        )
         self._http = self._http_server(authenticator)
 
     def register(self, server: grpc.aio.Server) -> None:
-        """Adds InferenceService and MeshService."""
+        """Adds InferenceService, MeshService and AdminService."""
         gateway_pb2_grpc.add_InferenceServiceServicer_to_server(self._servicer, server)
         mesh_pb2_grpc.add_MeshServiceServicer_to_server(self._mesh_servicer, server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin_servicer, server)
 
     def admit_watcher(self, metadata: Metadata) -> None:
         """Raises ServiceError for callers who are no operators."""
@@ -146,6 +168,7 @@ class GatewayService(Service):
         StartupError."""
         self._valkey.start()
         self._keys.start()
+        self._reconciler.start()
         self._models.start()
         self._policy.start()
         if self._http is not None:
@@ -176,6 +199,7 @@ class GatewayService(Service):
         except TimeoutError:
             log.warning("requests are still on their way out; their answers may not be kept")
         await self._keys.stop()
+        await self._reconciler.stop()
         self._models.stop()
         self._policy.stop()
         await self._peers.close()

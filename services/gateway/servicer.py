@@ -132,7 +132,7 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
                 f"the prompt has {size} bytes; at most {limit} are taken",
                 field_violations=[(kind, f"at most {limit} bytes")],
             )
-        request.model = self._models.allowed_name(request.model, tenant.models)
+        request.model = self._models.find_allowed(request.model, "", tenant.models).model
         if kind == "conversation":
             raise_violations(check_conversation(request.conversation))
             rendered = await self._tokenizer.ApplyChatTemplate(
@@ -155,9 +155,8 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
         size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
         models = [
             model
-            for model in self._models.describe_all()
-            if self._models.is_allowed(model.name, tenant.models)
-            and model.name > request.page_token
+            for model in self._models.describe_all(tenant.models)
+            if model.name > request.page_token
         ]
         page = models[:size]
         return gateway_pb2.ListModelsResponse(
@@ -169,8 +168,8 @@ class InferenceServicer(gateway_pb2_grpc.InferenceServiceServicer):
     ) -> gateway_pb2.GetModelResponse:
         """Describes one model."""
         tenant = self._tenant(context)
-        name = self._models.allowed_name(request.model, tenant.models)
-        return gateway_pb2.GetModelResponse(model=self._models.describe(name))
+        name = self._models.find_allowed(request.model, "", tenant.models).model
+        return gateway_pb2.GetModelResponse(model=self._models.describe(name, tenant.models))
 
     async def Embed(  # noqa: N802
         self, request: gateway_pb2.EmbedRequest, context: Any

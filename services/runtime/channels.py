@@ -19,7 +19,7 @@ from services.runtime.attempts import Attempts
 from services.runtime.carrier import Carrier
 from services.runtime.client_calls import Instruments, MakeAttempts, Method, single_response
 from services.runtime.connections import Connection, channel_options
-from services.runtime.replicas import Replica, ReplicaSet
+from services.runtime.replicas import Eligible, Replica, ReplicaSet
 from services.runtime.response_streams import ResponseStream, response_stream, standing
 from services.runtime.settings.targets import grpc_target, parse_target
 from services.runtime.telemetry import Metrics
@@ -166,6 +166,13 @@ class MeshChannel(Stubs):
         are not tried again."""
         peer = self.instruments.peer
         attempts = functools.partial(Attempts, self.replicas, peer, only=replica)
+        return cast(grpc.aio.Channel, Stubs(attempts, self.instruments))
+
+    def among(self, eligible: Eligible) -> grpc.aio.Channel:
+        """A channel for stubs whose calls go to those replicas alone that are eligible then."""
+        attempts = functools.partial(
+            Attempts, self.replicas, self.instruments.peer, eligible=eligible
+        )
         return cast(grpc.aio.Channel, Stubs(attempts, self.instruments))
 
     def _counts(self) -> Iterable[Reading]:

@@ -149,6 +149,10 @@ class Replica:
         return self._paused_until > 0 and time.monotonic() < self._paused_until
 
 
+Eligible = Callable[[Replica], bool]
+"""Whether a replica can take a call that not all of them can."""
+
+
 class ReplicaSet:
     """All replicas of one target.
 
@@ -220,19 +224,23 @@ class ReplicaSet:
             replica.is_leaving = True
         self._note_change()
 
-    def pick(self, avoid: Collection[Replica] = ()) -> Replica | None:
+    def pick(
+        self, avoid: Collection[Replica] = (), eligible: Eligible | None = None
+    ) -> Replica | None:
         """Who gets the next call: of those that serve the one with the least under way, and of
         equals the one that has waited longest. None if nobody can take it.
 
         Those in `avoid` have been tried: they come last. One that connects is better than them, and
-        a call to it waits for that.
+        a call to it waits for that. Who is not `eligible` gets none.
         """
-        if len(self._replicas) == 1 and not self._replaced:
+        if len(self._replicas) == 1 and not self._replaced and eligible is None:
             (only,) = self._replicas.values()
             return only if _preference(only, avoid) < _NOBODY else None
         best: Replica | None = None
         best_rank = (_NOBODY, 0, 0)
         for replica in self:
+            if eligible is not None and not eligible(replica):
+                continue
             rank = (_preference(replica, avoid), replica.load, replica.turn)
             if rank < best_rank:
                 best, best_rank = replica, rank
@@ -241,15 +249,20 @@ class ReplicaSet:
             best.turn = self._turns
         return best
 
-    def has_other(self, avoid: Collection[Replica]) -> bool:
-        """Whether one that is not in `avoid` serves."""
+    def has_other(self, avoid: Collection[Replica], eligible: Eligible | None = None) -> bool:
+        """Whether one serves that is not in `avoid`, and is `eligible`."""
         return any(
-            replica.state is ReplicaState.SERVING and replica not in avoid for replica in self
+            replica.state is ReplicaState.SERVING
+            and replica not in avoid
+            and (eligible is None or eligible(replica))
+            for replica in self
         )
 
-    async def wait_for_other(self, avoid: Collection[Replica], timeout_s: float) -> None:
+    async def wait_for_other(
+        self, avoid: Collection[Replica], timeout_s: float, eligible: Eligible | None = None
+    ) -> None:
         """Returns once `has_other`, or after a time."""
-        await self._wait(lambda: self.has_other(avoid), timeout_s)
+        await self._wait(lambda: self.has_other(avoid, eligible), timeout_s)
 
     async def wait_until_known(self, timeout_s: float) -> None:
         """Returns once `is_known`, or after a time."""

@@ -64,7 +64,11 @@ def test_a_service_lists_and_describes_itself(mesh: Mesh, service: str) -> None:
         assert set(reflected.database.get_services()) == {
             SERVICE_NAMES[service],
             *([CALL_SERVICE] if service in CARRYING else []),
-            *(["meshserve.v1.MeshService"] if service == "gateway" else []),
+            *(
+                ["meshserve.v1.AdminService", "meshserve.v1.MeshService"]
+                if service == "gateway"
+                else []
+            ),
             "meshserve.v1.MonitorService",
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",

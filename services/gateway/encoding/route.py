@@ -6,7 +6,7 @@ from meshserve.v1 import gateway_pb2
 from services.gateway.encoding.context import EncodingContext
 from services.gateway.models import ModelDirectory, ServedModel
 from services.gateway.pipeline import Step
-from services.runtime.errors import invalid_field
+from services.runtime.errors import Reason, ServiceError, invalid_field
 
 _COMPONENT_BYTES = 4
 # Beside its components, in the largest answer.
@@ -26,9 +26,17 @@ class RouteEncoding(Step[EncodingContext]):
         """Raises ServiceError (NOT_FOUND, PERMISSION_DENIED, UNIMPLEMENTED, UNAVAILABLE,
         INVALID_ARGUMENT)."""
         request, capability = context.request, context.task.capability
-        name = self._models.allowed_name(request.model, context.tenant.models, capability)
+        name, adapter = self._models.find_allowed(
+            request.model, "", context.tenant.models, capability
+        )
         model = await self._models.resolve(name)
         model.check_can(capability)
+        if adapter:
+            raise ServiceError(
+                Reason.CAPABILITY_MISSING,
+                f"adapters generate text; {context.operation} takes a model alone",
+                metadata={"capability": "adapters"},
+            )
         if isinstance(request, gateway_pb2.EmbedRequest):
             self._check_size(request, model)
         if not request.model:

@@ -57,7 +57,10 @@ class Generate(Stage):
     async def _generate(self, context: RequestContext, span: Span) -> AsyncGenerator[Event]:
         trace = trace_context_of(span)
         with in_span(span):
-            call = context.served.engine_calls.generate(engine_request(context))
+            call = context.served.engine_calls.generate(
+                engine_request(context),
+                self._models.eligible(context.served.name, context.request.adapter),
+            )
         choices = [_Choice(context, self._pool, index, trace) for index in range(context.drawn)]
         unended = len(choices)
         begun = False

@@ -1,4 +1,4 @@
-"""Which model and which engines: names resolved, defaults of the model filled in."""
+"""Which model, adapter and engines: names resolved, defaults of the model filled in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from services.gateway.pipeline import Stage
 
 
 class Route(Stage):
-    """Sets the model, and the sampling parameters that the request leaves to it."""
+    """Sets the model, the adapter by the name that engines know, and the sampling parameters that
+    the request leaves to the model."""
 
     name = "route"
 
@@ -17,16 +18,23 @@ class Route(Stage):
         self._models = models
 
     async def before(self, context: RequestContext) -> None:
-        """Raises ServiceError (NOT_FOUND, PERMISSION_DENIED, UNIMPLEMENTED, UNAVAILABLE)."""
+        """Raises ServiceError (NOT_FOUND, PERMISSION_DENIED, UNIMPLEMENTED, FAILED_PRECONDITION,
+        UNAVAILABLE)."""
         request = context.request
         needed = (
             types_pb2.MODEL_CAPABILITY_CHAT
             if request.WhichOneof("input") == "conversation"
             else types_pb2.MODEL_CAPABILITY_GENERATE
         )
-        name = self._models.allowed_name(request.model, context.tenant.models, needed)
+        name, adapter = self._models.find_allowed(
+            request.model, request.adapter, context.tenant.models, needed
+        )
         model = await self._models.resolve(name)
         model.check_can(needed)
+        if adapter:
+            context.adapter = adapter
+            context.span.set_attribute("meshserve.adapter", adapter)
+            request.adapter = self._models.hosting.engine_name(name, adapter)
         if not request.model:
             context.span.update_name(f"{context.operation} {name}")
             context.span.set_attribute("gen_ai.request.model", name)

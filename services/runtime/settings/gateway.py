@@ -19,7 +19,11 @@ class ApiKeySettings(Section):
         pattern=r"^[0-9a-f]{64}$",
         description="SHA-256 of the key in hex, as `printf %s KEY | sha256sum` prints it.",
     )
-    models: tuple[str, ...] = Field((), description="Models it may use. Default: all.")
+    models: tuple[str, ...] = Field(
+        (),
+        description="Models it may use, each with its adapters, and single adapters as "
+        "`MODEL:ADAPTER`. Default: all.",
+    )
     requests_per_minute: Positive | None = Field(
         None, description="Requests per minute. Default: `gateway.rate_limit`."
     )

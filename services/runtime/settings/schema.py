@@ -77,7 +77,10 @@ class Settings(Section):
                 )
             digests[key.sha256] = key.name
             for model_name in key.models:
-                if model_name not in models:
+                # Of an adapter, `MODEL:ADAPTER`, only the model is known here.
+                if model_name not in models and not any(
+                    model_name.startswith(f"{name}:") for name in models
+                ):
                     raise ValueError(
                         f"gateway.auth.keys: key {key.name!r} names the unknown model "
                         f"{model_name!r}"

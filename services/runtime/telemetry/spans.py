@@ -115,6 +115,7 @@ SPANS: tuple[SpanDeclaration, ...] = (
             "server.address",
             "server.port",
             "meshserve.tenant",
+            "meshserve.adapter",
             "meshserve.cached",
             "meshserve.inputs",
             "meshserve.cancelled",

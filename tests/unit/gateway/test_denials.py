@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from services.gateway.hosting.hosting import Hosting
 from services.gateway.models import ModelDirectory
 from services.gateway.stages.authenticate import Authenticator
 from services.runtime.errors import Reason, ServiceError
@@ -54,12 +55,13 @@ def test_keys_and_permissions(metrics: Metrics, settings: Settings) -> None:
 
 
 def test_models(metrics: Metrics, settings: Settings) -> None:
-    directory = ModelDirectory(settings, cast(Any, None), metrics)
+    peers, store = cast(Any, None), cast(Any, None)
+    directory = ModelDirectory(settings, peers, Hosting(settings, peers, store, metrics), metrics)
     allowed = frozenset({"small"})
-    assert directory.allowed_name("small", allowed) == "small"
+    assert directory.find_allowed("small", "", allowed) == ("small", "")
     with pytest.raises(ServiceError):
-        directory.allowed_name("large", allowed)
+        directory.find_allowed("large", "", allowed)
     # A name that nobody has is a mistake, not a denial.
     with pytest.raises(ServiceError):
-        directory.allowed_name("medium", allowed)
+        directory.find_allowed("medium", "", allowed)
     assert denied(metrics) == {Reason.MODEL_NOT_ALLOWED: 1}

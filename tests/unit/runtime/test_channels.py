@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import grpc
@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services.runtime import connections
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.health import NOT_SERVING, SERVING
+from services.runtime.reasons import REASONS
 from tests.fakes.shapes import SERVICE, Shapes, ShapesStub
 from tests.support.waiting import until
 
@@ -87,10 +88,7 @@ async def test_unavailable_is_not_tried_for_ever(loopback) -> None:
     assert replica.shapes.calls == 4
 
 
-RETRIED = {Reason(reason) for reason in Reason if reason.value in (
-    "DRAINING", "SERVICE_UNAVAILABLE", "ENGINE_RESTARTED", "CACHE_BACKEND_UNAVAILABLE",
-    "LIMITS_UNAVAILABLE",
-)}  # fmt: skip
+RETRIED = {reason for reason, entry in REASONS.items() if entry.code is grpc.StatusCode.UNAVAILABLE}
 
 
 @pytest.mark.parametrize("reason", sorted(set(Reason) - RETRIED))
@@ -118,6 +116,21 @@ async def test_a_stream_is_tried_again_before_its_first_message(loopback) -> Non
     with pytest.raises(ServiceError):
         await anext(stub.fan_out(StringValue(value="raise DRAINING")))
     assert replica.shapes.calls == 4
+
+
+@pytest.mark.parametrize("shape", ["collect", "exchange"])
+async def test_a_stream_of_requests_is_not_tried_again(shape: str, loopback) -> None:
+    replica = await loopback.serve()
+    call = getattr(loopback.connect(replica), shape)
+
+    async def requests() -> AsyncIterator[StringValue]:
+        yield StringValue(value="raise DRAINING")
+
+    answer = call(requests())
+    with pytest.raises(ServiceError) as caught:
+        await (answer if shape == "collect" else anext(answer))
+    assert caught.value.reason is Reason.DRAINING
+    assert replica.shapes.calls == 1
 
 
 async def test_a_dead_replica_costs_no_call_while_another_lives(loopback) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -247,3 +249,20 @@ async def test_a_closed_pool_opens_nothing(loopback) -> None:
         with pytest.raises(ServiceError) as caught:
             await call
         assert caught.value.reason is Reason.DRAINING
+
+
+async def test_streams_of_replicas_that_are_gone_are_not_kept(
+    loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchanges, "LOST_MEMORY_S", 0.0)
+    gone, stays = await loopback.serve(EchoHost()), await loopback.serve(EchoHost())
+    channel = loopback.channel(gone, stays)
+    await until(lambda: channel.replicas.counts()["serving"] == 2)
+    pool = pool_over(channel)
+    loopback.stack.callback(pool.close)
+    first, second = sorted(channel.replicas, key=lambda replica: f":{gone.port}" in replica.address)
+    lost = weakref.ref(pool.stream_to(second))
+    await gone.server.stop(0)
+    await until(lambda: lost() is None or lost().lost)
+    assert pool.stream_to(first) is not None
+    await until(lambda: gc.collect() >= 0 and lost() is None)

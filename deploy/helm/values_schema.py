@@ -175,6 +175,7 @@ def model(settings: SettingsSchemas) -> Schema:
     """An entry of `models`."""
     schema = settings.of(ModelSettings, "engine_target", "activation_timeout_s")
     schema["properties"]["engine"] = {"$ref": "#/definitions/engine"}
+    schema["properties"]["sharesEngineOf"] = TEXT
     return schema | {"required": ["source"]}
 
 

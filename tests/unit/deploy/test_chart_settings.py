@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,32 @@ def test_each_engine_runs_its_own_model_where_the_gateway_looks_for_it() -> None
     assert by_workload["engine-llama-3-1-8b"].engine.max_batch_tokens == 2048
     assert by_workload["engine-llama-3-1-8b"].engine.speculation.draft_model == "smollm2-135m"
     assert by_workload["engine-smollm2-135m"].engine.max_batch_tokens == 512
+
+
+SHARING: Values = {
+    "gateway": {"auth": {"mode": "off"}},
+    "defaultModel": "first",
+    "models": {
+        "chat": {"source": "org/chat", "engine": {"autoscaling": {"kind": "keda"}}},
+        "first": {"source": "org/first", "sharesEngineOf": "chat", "load": "on_request"},
+        "alone": {"source": "org/alone"},
+    },
+}
+
+
+def test_a_model_that_shares_engines_is_hosted_and_found_there() -> None:
+    by_workload = settings_of(SHARING)
+    assert by_workload["engine-chat"].engine_models == ("first", "chat")
+    assert by_workload["engine-alone"].engine_models == ("alone",)
+    assert "engine-first" not in by_workload
+    models = by_workload["gateway"].models
+    assert models["first"].engine_target == models["chat"].engine_target
+    assert models["first"].load == "on_request"
+    assert by_workload["gateway"].engine.effective_target == models["chat"].engine_target
+    pod = the(render(SHARING), "Deployment", "engine-chat")["spec"]["template"]["spec"]
+    assert [each["args"][-1] for each in pod["initContainers"]] == ["org/chat", "org/first"]
+    queries = json.dumps(of_kind(render(SHARING), "ScaledObject"))
+    assert "chat|first" in queries
 
 
 def test_the_pods_that_read_models_pull_them_first() -> None:
@@ -202,6 +229,10 @@ def test_a_policy_is_read_where_it_is_mounted() -> None:
         ({"safety": {"policies": {"default": {"categories": {}}}}}, {"gateway", "safety"}),
         ({"models": {"another": {"source": "org/other"}}}, {"gateway", "tokenizer"}),
         ({"models": {"one": {"dtype": "float32"}}}, {"gateway", "tokenizer", "engine-one"}),
+        (
+            {"models": {"another": {"source": "org/other", "sharesEngineOf": "one"}}},
+            {"gateway", "tokenizer", "engine-one"},
+        ),
     ],
 )
 def test_new_settings_are_new_pods_of_who_reads_them(change: Values, replaced: set[str]) -> None:

@@ -177,6 +177,31 @@ def test_what_no_value_may_be_is_refused_with_its_place(path: str, value: Any, w
         ({}, "gateway.auth.existingSecret is empty"),
         (at("defaultModel", "bert"), '"bert", which is not among models'),
         (
+            at("models", {"a": {"source": "a", "sharesEngineOf": "bert"}}),
+            'models.a.sharesEngineOf is "bert", which is not among models',
+        ),
+        (
+            at(
+                "models",
+                {
+                    "a": {"source": "a", "sharesEngineOf": "b"},
+                    "b": {"source": "b", "sharesEngineOf": "c"},
+                    "c": {"source": "c"},
+                },
+            ),
+            "b has no engines itself",
+        ),
+        (
+            at(
+                "models",
+                {
+                    "a": {"source": "a", "sharesEngineOf": "b", "engine": {"replicas": 2}},
+                    "b": {"source": "b"},
+                },
+            ),
+            "it has no engines of its own",
+        ),
+        (
             at("models", {"a.b": {"source": "x"}, "a-b": {"source": "x"}}),
             'would both be called "a-b"',
         ),

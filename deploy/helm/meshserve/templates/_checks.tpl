@@ -15,6 +15,17 @@
 {{- fail (printf "models %q and %q would both be called %q in Kubernetes: rename one" (get $slugs $slug) $name $slug) -}}
 {{- end -}}
 {{- $_ := set $slugs $slug $name -}}
+{{- with (get $models $name).sharesEngineOf -}}
+{{- if not (hasKey $models .) -}}
+{{- fail (printf "models.%s.sharesEngineOf is %q, which is not among models" $name .) -}}
+{{- end -}}
+{{- if (get $models .).sharesEngineOf -}}
+{{- fail (printf "models.%s.sharesEngineOf: %s has no engines itself; name the model whose engines it shares" $name .) -}}
+{{- end -}}
+{{- if (get $models $name).engine -}}
+{{- fail (printf "models.%s: it has no engines of its own, so that `engine` says nothing; leave it out, or sharesEngineOf" $name) -}}
+{{- end -}}
+{{- end -}}
 {{- $engine := include "meshserve.engine" (dict "root" $ "model" $name) | fromJson -}}
 {{- $scaling := $engine.autoscaling -}}
 {{- if gt (int $scaling.minReplicas) (int $scaling.maxReplicas) -}}

@@ -7,9 +7,10 @@
 {{- $models := include "meshserve.models" . | fromJson -}}
 models:
 {{- range $name := prepend (without (keys $models | sortAlpha) $default) $default }}
-{{- $engine := include "meshserve.engine" (dict "root" $root "model" $name) | fromJson }}
-{{- $model := omit (get $models $name) "engine" }}
-{{- $target := printf "dns:///%s:50053" (include "meshserve.name" (dict "root" $root "service" "engine" "model" $name)) }}
+{{- $hostName := include "meshserve.hostOf" (dict "root" $root "model" $name) }}
+{{- $engine := include "meshserve.engine" (dict "root" $root "model" $hostName) | fromJson }}
+{{- $model := omit (get $models $name) "engine" "sharesEngineOf" }}
+{{- $target := printf "dns:///%s:50053" (include "meshserve.name" (dict "root" $root "service" "engine" "model" $hostName)) }}
 {{- $model = merge (dict "engine_target" $target) $model }}
 {{- if and (eq $engine.autoscaling.kind "keda") (eq (int $engine.autoscaling.minReplicas) 0) }}
 {{- $model = merge (dict "activation_timeout_s" $engine.autoscaling.activationSeconds) $model }}
@@ -27,7 +28,7 @@ models:
 {{- end }}
 {{- $_ := set $section "auth" $auth }}
 {{- end }}
-{{- $model := ternary $default "" (eq $service "engine") }}
+{{- $model := ternary (include "meshserve.hostOf" (dict "root" $root "model" $default)) "" (eq $service "engine") }}
 {{- $name := include "meshserve.headlessName" (dict "root" $root "service" $service "model" $model) }}
 {{- $_ := set $section "target" (printf "dns:///%s:%v" $name $own.grpc) }}
 {{- if $root.Values.tls.enabled }}
@@ -77,7 +78,11 @@ telemetry:
 {{- else if eq .service "tokenizer" -}}
 {{- $_ := set $own "models" $all.models -}}
 {{- else if eq .service "engine" -}}
-{{- $_ := set $own "models" (pick $all.models .model) -}}
+{{- $hosted := dict -}}
+{{- range $name := include "meshserve.hosted" . | fromJsonArray -}}
+{{- $_ := set $hosted $name (get $all.models $name) -}}
+{{- end -}}
+{{- $_ := set $own "models" $hosted -}}
 {{- /* A variable says its own. */ -}}
 {{- $_ := set $own "engine" (omit $all.engine "target") -}}
 {{- end -}}

@@ -58,7 +58,6 @@
 - {name: MESHSERVE_CACHE, value: /models}
 {{- end }}
 {{- if .engine }}
-- {name: MESHSERVE_ENGINE__MODEL, value: {{ .model | toJson | quote }}}
 - {name: MESHSERVE_ENGINE__TARGET, value: {{ printf "dns:///%s:50053" (include "meshserve.name" .) }}}
 - {name: MESHSERVE_ENGINE__DEVICE, value: {{ ternary "cuda:0" "cpu" (eq .engine.device "cuda") }}}
 {{- range $key, $value := .engine.settings }}

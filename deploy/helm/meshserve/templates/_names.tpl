@@ -85,6 +85,35 @@ safety: meshserve.v1.SafetyService
 {{- default (keys (include "meshserve.models" . | fromJson) | sortAlpha | first) .Values.defaultModel -}}
 {{- end -}}
 
+{{/* The model whose engines host a model: its own, or those that it shares. */}}
+{{- define "meshserve.hostOf" -}}
+{{- default .model (get (get (include "meshserve.models" .root | fromJson) .model) "sharesEngineOf") -}}
+{{- end -}}
+
+{{/* The models that have engines, as JSON. */}}
+{{- define "meshserve.hosts" -}}
+{{- $root := . -}}
+{{- $hosts := list -}}
+{{- range $name := keys (include "meshserve.models" . | fromJson) | sortAlpha -}}
+{{- if eq (include "meshserve.hostOf" (dict "root" $root "model" $name)) $name -}}
+{{- $hosts = append $hosts $name -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $hosts -}}
+{{- end -}}
+
+{{/* The models that the engines of a model host, that one first, as JSON. */}}
+{{- define "meshserve.hosted" -}}
+{{- $own := . -}}
+{{- $hosted := list .model -}}
+{{- range $name := keys (include "meshserve.models" .root | fromJson) | sortAlpha -}}
+{{- if and (ne $name $own.model) (eq (include "meshserve.hostOf" (dict "root" $own.root "model" $name)) $own.model) -}}
+{{- $hosted = append $hosted $name -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $hosted -}}
+{{- end -}}
+
 {{/* What holds for the engines of one model, as JSON: engineDefaults under its own `engine`. */}}
 {{- define "meshserve.engine" -}}
 {{- $own := get (get (include "meshserve.models" .root | fromJson) .model) "engine" | default dict -}}

@@ -131,7 +131,9 @@ capabilities: {drop: [ALL]}
 {{- $sources := list -}}
 {{- $models := include "meshserve.models" $root | fromJson -}}
 {{- if .engine -}}
-{{- $sources = append $sources (get $models .model).source -}}
+{{- range $name := include "meshserve.hosted" . | fromJsonArray -}}
+{{- $sources = append $sources (get $models $name).source -}}
+{{- end -}}
 {{- $shared := $root.Values.settings.engine -}}
 {{- $draft := dig "speculation" "draft_model" (dig "speculation" "draft_model" "" $shared) .engine.settings -}}
 {{- if $draft -}}{{- $sources = append $sources $draft -}}{{- end -}}

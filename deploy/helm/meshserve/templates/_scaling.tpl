@@ -57,6 +57,12 @@ scaleDown:
 {{- $scaling := .engine.autoscaling -}}
 {{- $url := .root.Values.monitoring.prometheusUrl -}}
 {{- $of := printf "{namespace=%q,model=%q}" .root.Release.Namespace .model -}}
+{{- $hosted := include "meshserve.hosted" . | fromJsonArray -}}
+{{- if gt (len $hosted) 1 -}}
+{{- $names := list -}}
+{{- range $hosted -}}{{- $names = append $names (regexQuoteMeta .) -}}{{- end -}}
+{{- $of = printf "{namespace=%q,model=~%q}" .root.Release.Namespace (join "|" $names) -}}
+{{- end -}}
 {{- $runs := printf "sum(meshserve_engine_running_sequences%s)" $of -}}
 {{- $waits := printf "sum(meshserve_engine_waiting_sequences%s)" $of -}}
 {{- $awaits := printf "sum(meshserve_gateway_requests_awaiting_engine%s)" $of -}}

@@ -41,6 +41,7 @@ class Accumulator(ABC, Generic[ResponseT, ChunkT, ResultT]):
     def __init__(self, expected_choices: int, request_id: str) -> None:
         self.request_id = request_id
         self.model = ""
+        self.adapter = ""
         self.create_time: datetime | None = None
         self.prompt_tokens: int | None = None
         self.prompt_logprobs: tuple[PositionLogprobs, ...] = ()
@@ -96,6 +97,7 @@ class Accumulator(ABC, Generic[ResponseT, ChunkT, ResultT]):
 
     def _start(self, started: gateway_pb2.GenerationStarted) -> None:
         self.model = started.model
+        self.adapter = started.adapter
         if started.HasField("create_time"):
             self.create_time = responses.timestamp(started.create_time)
         self.prompt_tokens = started.prompt_tokens or None
@@ -128,6 +130,7 @@ class CompletionAccumulator(
         return Completion(
             request_id=self.request_id,
             model=self.model,
+            adapter=self.adapter,
             choices=tuple(self._choice(index) for index in sorted(self._ends)),
             usage=self.usage,
             cached=self.cached,
@@ -161,6 +164,7 @@ class ChatAccumulator(Accumulator[gateway_pb2.StreamChatResponse, ChatChunk, Cha
         return ChatCompletion(
             request_id=self.request_id,
             model=self.model,
+            adapter=self.adapter,
             choices=tuple(self._choice(index) for index in sorted(self._ends)),
             usage=self.usage,
             cached=self.cached,

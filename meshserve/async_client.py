@@ -10,6 +10,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from meshserve.accumulators import ChatAccumulator, CompletionAccumulator
+from meshserve.admin import AsyncAdmin
 from meshserve.async_streams import AsyncStream
 from meshserve.attempts import Attempts
 from meshserve.encodings import Classifications, Embeddings, Scores
@@ -39,7 +40,7 @@ from meshserve.types import (
     Model,
     TokenCount,
 )
-from meshserve.v1 import gateway_pb2, gateway_pb2_grpc
+from meshserve.v1 import admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from meshserve.wire import encodings, requests, responses
 from meshserve.wire.statuses import error_from_rpc
 
@@ -58,6 +59,9 @@ class AsyncClient:
         metadata: sent with every call.
 
     Every method raises a MeshServeError, and takes `timeout` and `metadata` of its own.
+
+    Attributes:
+        admin: what operators may do.
     """
 
     def __init__(
@@ -76,7 +80,11 @@ class AsyncClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
+        self._admin_stub: Any = None
         self._closed = False
+        self.admin = AsyncAdmin(
+            lambda method, request, timeout: self._call(f"admin.{method}", request, timeout, None)
+        )
 
     async def generate(
         self,
@@ -266,7 +274,8 @@ class AsyncClient:
         )
 
     def _connect(self, method: str) -> Any:
-        """The callable of a method, on a channel of the running event loop."""
+        """The callable of a method, `admin.` before those of AdminService, on a channel of the
+        running event loop."""
         if self._closed:
             raise RuntimeError("this client is closed; make a new one")
         loop = asyncio.get_running_loop()
@@ -280,6 +289,8 @@ class AsyncClient:
                     endpoint.target, endpoint.credentials, endpoint.channel_options
                 )
             self._stub = gateway_pb2_grpc.InferenceServiceStub(self._channel)
+            self._admin_stub = admin_pb2_grpc.AdminServiceStub(self._channel)
         elif self._loop is not loop:
             raise RuntimeError("this client belongs to another event loop; make one per loop")
-        return getattr(self._stub, method)
+        service, _, name = method.rpartition(".")
+        return getattr(self._admin_stub if service else self._stub, name)

@@ -10,6 +10,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from meshserve.accumulators import ChatAccumulator, CompletionAccumulator
+from meshserve.admin import Admin
 from meshserve.attempts import Attempts
 from meshserve.encodings import Classifications, Embeddings, Scores
 from meshserve.options import (
@@ -39,7 +40,7 @@ from meshserve.types import (
     Model,
     TokenCount,
 )
-from meshserve.v1 import gateway_pb2, gateway_pb2_grpc
+from meshserve.v1 import admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from meshserve.wire import encodings, requests, responses
 from meshserve.wire.statuses import error_from_rpc
 
@@ -58,6 +59,9 @@ class Client:
         metadata: sent with every call.
 
     Every method raises a MeshServeError, and takes `timeout` and `metadata` of its own.
+
+    Attributes:
+        admin: what operators may do.
     """
 
     def __init__(
@@ -81,6 +85,12 @@ class Client:
             )
         self._closed = False
         self._stub = gateway_pb2_grpc.InferenceServiceStub(self._channel)
+        admin = admin_pb2_grpc.AdminServiceStub(self._channel)
+        self.admin = Admin(
+            lambda method, request, timeout: self._call(
+                getattr(admin, method), request, timeout, None
+            )
+        )
 
     def generate(
         self,

@@ -1,5 +1,6 @@
 """What `import meshserve` offers: the two clients, their errors, and the types of answers."""
 
+from meshserve.admin import Admin, AsyncAdmin
 from meshserve.async_client import AsyncChatStream, AsyncClient, AsyncCompletionStream
 from meshserve.client import ChatStream, Client, CompletionStream
 from meshserve.encodings import Classifications, ClassScore, Embeddings, Scores
@@ -24,6 +25,7 @@ from meshserve.errors import (
     ServiceUnavailableError,
     UnsupportedError,
 )
+from meshserve.hosting import AdapterReplica, HostedAdapter, HostedModel, ModelReplica
 from meshserve.options import CacheControl
 from meshserve.transport import TLS
 from meshserve.types import (
@@ -50,6 +52,9 @@ from meshserve.types import (
 
 __all__ = [
     "TLS",
+    "AdapterReplica",
+    "Admin",
+    "AsyncAdmin",
     "AsyncChatStream",
     "AsyncClient",
     "AsyncCompletionStream",
@@ -74,11 +79,14 @@ __all__ = [
     "FailedPreconditionError",
     "FieldViolation",
     "FinishReason",
+    "HostedAdapter",
+    "HostedModel",
     "IncompleteStreamError",
     "InvalidRequestError",
     "MeshServeError",
     "Message",
     "Model",
+    "ModelReplica",
     "NotFoundError",
     "PermissionDeniedError",
     "PositionLogprobs",

@@ -175,6 +175,8 @@ class Completion:
     create_time: datetime | None = None
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     prompt_safety: SafetyVerdict | None = None
+    adapter: str = ""
+    """The adapter that answered; empty: none."""
 
     @property
     def text(self) -> str:
@@ -221,6 +223,8 @@ class ChatCompletion:
     create_time: datetime | None = None
     prompt_safety: SafetyVerdict | None = None
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    adapter: str = ""
+    """The adapter that answered; empty: none."""
 
     @property
     def message(self) -> Message:
@@ -302,3 +306,8 @@ class Model:
     """Components of its embeddings; 0: it makes none."""
     labels: tuple[str, ...] = ()
     """Classes that it tells apart, in its own order."""
+    state: str = ""
+    """What requests for it find: `unloaded`, `loading`, `ready`, `sleeping`, `draining` or
+    `failed`; empty: not known."""
+    adapters: tuple[str, ...] = ()
+    """Names of its adapters, for `adapter` or for `model`."""

@@ -33,7 +33,8 @@ COMMANDS = {
     "embed": "Turn texts into vectors.",
     "classify": "Sort texts into the classes of a model.",
     "score": "Score documents against a query.",
-    "models": "Pull, list and show models.",
+    "models": "Pull, list, show, load and unload models.",
+    "adapters": "List, load and unload adapters.",
     "quantize": "Write a model in 4 or 8 bits, and measure what it costs.",
 }
 CRASH_REPORT = "crash.txt"

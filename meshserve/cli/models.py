@@ -1,4 +1,4 @@
-"""`meshserve models`: pull, list and show models."""
+"""`meshserve models`: pull, list, show, load and unload models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from meshserve.cli import hosting
 from meshserve.cli.connection import connection_options, make_connection
 from meshserve.cli.exits import EXIT_FAILED, CommandError
 from meshserve.cli.jsonify import write_json
@@ -20,7 +21,11 @@ from meshserve.errors import ConnectError
 
 @click.group("models")
 def command() -> None:
-    """Pull, list and show models."""
+    """Pull, list and show models; load and unload them on the engines of a mesh."""
+
+
+for each in hosting.COMMANDS:
+    command.add_command(each)
 
 
 @command.command("pull")
@@ -67,7 +72,7 @@ def list_models(
                 return
             table = Table.grid(padding=(0, 2))
             for model in models:
-                state = "ready" if model.ready else "not ready"
+                state = model.state or ("ready" if model.ready else "not ready")
                 style = "green" if model.ready else "red"
                 table.add_row(
                     Text(model.name), Text(state, style=style), Text(describe_model(model))

@@ -153,6 +153,8 @@ def describe_model(model: Model) -> str:
         parts.append(f"{model.embedding_size} components")
     if model.labels:
         parts.append(f"{len(model.labels)} classes")
+    if model.adapters:
+        parts.append("adapters " + " and ".join(model.adapters))
     if model.is_default:
         parts.append("default")
     if model.aliases:

@@ -27,7 +27,7 @@ from meshserve.types import (
     ToolCall,
     Usage,
 )
-from meshserve.v1 import gateway_pb2, types_pb2
+from meshserve.v1 import engine_pb2, gateway_pb2, types_pb2
 
 _FINISH_REASONS = {
     types_pb2.FINISH_REASON_STOP: FinishReason.STOP,
@@ -64,6 +64,7 @@ def completion(response: gateway_pb2.GenerateResponse) -> Completion:
     return Completion(
         request_id=response.request_id,
         model=response.model,
+        adapter=response.adapter,
         choices=tuple(
             Choice(
                 index=choice.index,
@@ -92,6 +93,7 @@ def chat_completion(response: gateway_pb2.ChatResponse) -> ChatCompletion:
     return ChatCompletion(
         request_id=response.request_id,
         model=response.model,
+        adapter=response.adapter,
         choices=tuple(
             ChatChoice(
                 index=choice.index,
@@ -156,7 +158,17 @@ def model(source: gateway_pb2.Model) -> Model:
         is_default=source.is_default,
         embedding_size=source.embedding_size,
         labels=tuple(source.labels),
+        state=model_state(source.state),
+        adapters=tuple(source.adapters),
     )
+
+
+def model_state(value: engine_pb2.ModelState.ValueType) -> str:
+    """A state's name; empty for one that is not known."""
+    known = engine_pb2.ModelState.values()
+    if value not in known or value == engine_pb2.MODEL_STATE_UNSPECIFIED:
+        return ""
+    return engine_pb2.ModelState.Name(value).removeprefix("MODEL_STATE_").lower()
 
 
 def message(source: types_pb2.ChatMessage) -> Message:

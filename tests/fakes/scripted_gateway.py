@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -9,11 +10,12 @@ from typing import Any
 
 import grpc
 
-from meshserve.v1 import gateway_pb2, gateway_pb2_grpc
+from meshserve.v1 import admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 
 
 class ScriptedGateway(gateway_pb2_grpc.InferenceServiceServicer):
-    """Answers each RPC with the handler that a test sets under the RPC's name.
+    """Answers each RPC with the handler that a test sets under the RPC's name, `admin.` before
+    those of AdminService.
 
     `requests` and `metadata` hold what came in, in order; `cancelled` is set once a call ended
     before its handler did.
@@ -30,6 +32,7 @@ class ScriptedGateway(gateway_pb2_grpc.InferenceServiceServicer):
             options=[("grpc.max_receive_message_length", 64 * 2**20)],
         )
         gateway_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(_Admin(self), self._server)
         self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         self._server.start()
 
@@ -83,6 +86,14 @@ class ScriptedGateway(gateway_pb2_grpc.InferenceServiceServicer):
 
     def StreamChat(self, request: Any, context: Any) -> Any:
         return self._stream("StreamChat", request, context)
+
+
+class _Admin(admin_pb2_grpc.AdminServiceServicer):
+    def __init__(self, gateway: ScriptedGateway) -> None:
+        for method in vars(admin_pb2_grpc.AdminServiceServicer):
+            if method[0].isupper():
+                play = functools.partial(gateway._play, f"admin.{method}")
+                setattr(self, method, play)
 
 
 def capital_of_france() -> list[gateway_pb2.StreamGenerateResponse]:

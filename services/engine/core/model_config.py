@@ -74,6 +74,7 @@ class ModelConfig:
 
     Attributes:
         rope: how positions become angles; None where they are learned.
+        learned_positions: how many of them there are, whatever context is served.
         local_rope: the same of layers with a window, where it is another.
         windows: of each layer, how many tokens back a token sees, itself included; None: all.
         attention_scale: factor on the products of queries and keys. Default: head_dim ** -0.5.
@@ -99,6 +100,7 @@ class ModelConfig:
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    learned_positions: int = 0
     local_rope: RopeConfig | None = None
     windows: tuple[int | None, ...] = ()
     attention_scale: float | None = None

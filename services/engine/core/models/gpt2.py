@@ -51,7 +51,7 @@ class GPT2(Model):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.positions = Embedding(config.max_context_tokens, config.hidden_size)
+        self.positions = Embedding(config.learned_positions, config.hidden_size)
 
     def make_layer(self, layer_index: int) -> nn.Module:
         return GPT2Layer(self.config, layer_index)
@@ -91,6 +91,7 @@ def _hf_config(hf: HfConfig) -> ModelConfig:
         max_context_tokens=fields.integer("n_positions"),
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),
         rope=None,
+        learned_positions=fields.integer("n_positions"),
         tie_embeddings=fields.flag("tie_word_embeddings", default=True),
         qkv_bias=True,
         output_bias=True,
@@ -102,7 +103,12 @@ def _hf_config(hf: HfConfig) -> ModelConfig:
 
 
 def _gguf_config(config: ModelConfig, file: GGUFModel) -> ModelConfig:
-    return replace(config, rope=None, activation="gelu_tanh")
+    return replace(
+        config,
+        rope=None,
+        learned_positions=config.max_context_tokens,
+        activation="gelu_tanh",
+    )
 
 
 def _treatment(name: str) -> Treatment:

@@ -7,11 +7,12 @@ they differ from what it would write.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +27,9 @@ from services.runtime.errors import REASONS  # noqa: E402
 from services.runtime.settings import Settings, TlsSettings  # noqa: E402
 from services.runtime.telemetry.metrics import METRICS  # noqa: E402
 from services.runtime.telemetry.spans import EVENTS, SPANS  # noqa: E402
+from tests.support import proofs  # noqa: E402
 
-PAGES = ("configuration.md", "errors.md", "parameters.md", "telemetry.md")
+PAGES = ("configuration.md", "errors.md", "parameters.md", "support.md", "telemetry.md")
 CONTRACT = DOCS.parent / "protos" / "meshserve" / "v1" / "types.proto"
 BLOCK = re.compile(r"(<!-- generated: ([a-z]+) -->\n).*?(<!-- end of generated -->)", re.DOTALL)
 
@@ -248,6 +250,43 @@ def _members(kind: str, name: str) -> Iterator[tuple[str, str]]:
             comment = []
 
 
+def support_table(families: dict[str, str], columns: Iterable[str]) -> str:
+    """One row per family, one column per format or feature; its cells name tests."""
+    numbers, found = _proving_tests()
+
+    def cell(family: str, column: str) -> str:
+        if (family, column) in proofs.HAS_NONE:
+            return "–"
+        return " ".join(f"[{numbers[test]}]" for test in found.get((family, column), ()))
+
+    rows = (
+        (f"**{name}**", *(cell(family, column) for column in columns))
+        for family, name in families.items()
+    )
+    return "\n".join(_table(("", *columns), rows))
+
+
+def proving_tests_table() -> str:
+    """One row per test that proves something, and where links of the tables above lead."""
+    numbers, _ = _proving_tests()
+    lines = []
+    for test, number in numbers.items():
+        file, _, name = test.rpartition("::")
+        says = name.partition("::")[0].removeprefix("test_").replace("_", " ")
+        lines.append((f"{number}", says, f"`{file.removeprefix('tests/')}::{name}`"))
+    links = [f"[{number}]: ../{test.partition('::')[0]}" for test, number in numbers.items()]
+    table = _table(("", "What it says", "Where it is"), lines)
+    return "\n".join([*table, *links, ""])
+
+
+@functools.cache
+def _proving_tests() -> tuple[dict[str, int], dict[tuple[str, str], list[str]]]:
+    """The number of each test that proves something, and the tests of each cell."""
+    found = proofs.collect()
+    names = sorted({name for names in found.values() for name in names})
+    return {name: number for number, name in enumerate(names, 1)}, found
+
+
 def _table(head: tuple[str, ...], rows: typing.Iterable[tuple[str, ...]]) -> list[str]:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
@@ -264,6 +303,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "stopping": lambda: message_table("StoppingCriteria"),
     "output": lambda: message_table("OutputOptions"),
     "truncation": truncation_table,
+    "formats": lambda: support_table(proofs.DECODERS, proofs.FORMATS),
+    "features": lambda: support_table(proofs.DECODERS, proofs.FEATURES),
+    "encoders": lambda: support_table(proofs.ENCODERS, proofs.OF_ENCODERS),
+    "proofs": proving_tests_table,
 }
 
 

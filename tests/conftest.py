@@ -12,6 +12,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from services.runtime.modelfiles import pull
+from tests.support.proofs import pytest_runtest_makereport
+
+__all__ = ["pytest_runtest_makereport"]
 
 BUILD_KERNELS = (
     Path(__file__).parents[1] / "services" / "engine" / "core" / "kernels" / "cpu" / "build.py"

@@ -12,7 +12,7 @@ from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.team import Team
-from services.engine.core.models.loader import open_model
+from services.engine.core.models.loader import OpenedModel, open_model
 from services.engine.core.models.native import NativeModel, WeightChoice
 from tests.fakes.decoder_families import VOCAB_SIZE
 from tests.fakes.paged_step import NAN_BYTE
@@ -42,13 +42,18 @@ class Sequences:
     def __init__(
         self,
         kernels: Library,
-        path: Path,
+        model: Path | OpenedModel,
         weights: WeightChoice = "auto",
         kv_format: KvFormat = KvFormat.BF16,
         threads: int = 1,
         seed: int = 0,
+        max_context_tokens: int | None = None,
     ) -> None:
-        opened = open_model(path)
+        opened = (
+            model
+            if isinstance(model, OpenedModel)
+            else open_model(model, max_context_tokens=max_context_tokens)
+        )
         self.model = NativeModel(
             opened.skeleton, opened.checkpoint, Team(kernels, threads), weights
         )

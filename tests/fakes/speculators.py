@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 from services.engine.core.sequence import Sequence
 from services.engine.core.speculation.speculator import Speculator, room_for_draft
@@ -43,3 +44,28 @@ class HalfRightSpeculator(Speculator):
 
     def forget(self, sequence: Sequence) -> None:
         self.tracked.discard(sequence.arrival)
+
+
+class KnowingSpeculator(Speculator):
+    """Drafts what was answered another time, by sequence, with mistakes."""
+
+    def __init__(self, known: Mapping[int, list[int]], vocab_size: int) -> None:
+        super().__init__()
+        self._known = known
+        self._vocab_size = vocab_size
+        self._rng = random.Random(5)
+
+    def propose(self, sequences: list[Sequence], max_tokens: int) -> list[tuple[int, ...]]:
+        drafts = []
+        for sequence in sequences:
+            said = sequence.num_output_tokens
+            room = min(max_tokens, sequence.max_tokens - said - 1, self._rng.randrange(5))
+            draft = self._known[sequence.sequence_id][said : said + max(0, room)]
+            if draft and self._rng.random() < 0.4:
+                draft[-1] = self._rng.randrange(self._vocab_size)
+            max_tokens -= len(draft)
+            drafts.append(tuple(draft))
+        return drafts
+
+    def forget(self, sequence: Sequence) -> None:
+        """Nothing is kept."""

@@ -27,6 +27,11 @@ VOCAB_SIZE = 320  # more than there are tokens
 def save_spelling_llama(path: Path) -> None:
     """A checkpoint of the Hugging Face layout, tokenizer included."""
     save_small_llama(path, VOCAB_SIZE)
+    save_spelling_tokenizer(path)
+
+
+def save_spelling_tokenizer(path: Path) -> None:
+    """The tokenizer of a model of VOCAB_SIZE tokens."""
     alphabet = {value: character for character, value in BYTE_OF_CHARACTER.items()}
     vocabulary = {
         (name if number < len(_SPECIAL) else "".join(alphabet[value] for value in piece)): number

@@ -32,7 +32,9 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["configuration.md", "errors.md", "parameters.md", "telemetry.md"])
+@pytest.mark.parametrize(
+    "page", ["configuration.md", "errors.md", "parameters.md", "support.md", "telemetry.md"]
+)
 def test_a_page_is_what_the_generator_writes(generate: ModuleType, page: str) -> None:
     assert (DOCS / page).read_text() == generate.rendered(page), "run `make docs`"
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from tests.fakes.decoder_families import CASES, IN_GGUF, WINDOW, save_gguf, save_model
+from tests.fakes.decoder_families import CASES, WINDOW, save_model
+from tests.fakes.decoder_files import IN_GGUF, save_gguf
 from tests.fakes.small_encoders import save_small_encoder
 
 TOOLS_TEMPLATE = """{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}

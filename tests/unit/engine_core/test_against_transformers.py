@@ -33,11 +33,11 @@ from services.engine.core.kernels.cpu import library
 from services.engine.core.messages import FinishReason, Sampling, SequenceRequest, Stopping
 from services.engine.core.noise import stream_key, uniforms
 from services.engine.core.settings import CoreSettings
-from services.engine.core.speculation.speculator import Speculator
 from services.engine.core.startup import build_engine
 from tests.fakes.logits_plugins import CountDown, install
 from tests.fakes.paged_step import libraries
 from tests.fakes.small_llama import VOCAB_SIZE, save_small_llama
+from tests.fakes.speculators import KnowingSpeculator
 
 EOS_TOKEN_ID = 2
 BLOCK_SIZE = 16
@@ -172,30 +172,6 @@ def answers(engine: EngineCore, arrivals: dict[int, list[SequenceRequest]]) -> d
                 own.reason = delta.finish.reason
         engine.check_integrity()
     return found
-
-
-class KnowingSpeculator(Speculator):
-    """Drafts what was answered another time, with mistakes."""
-
-    def __init__(self, known: dict[int, list[int]]) -> None:
-        super().__init__()
-        self._known = known
-        self._chance = random.Random(5)
-
-    def propose(self, sequences: list[Any], max_tokens: int) -> list[tuple[int, ...]]:
-        drafts = []
-        for sequence in sequences:
-            said = sequence.num_output_tokens
-            room = min(max_tokens, sequence.max_tokens - said - 1, self._chance.randrange(5))
-            draft = self._known[sequence.sequence_id][said : said + max(0, room)]
-            if draft and self._chance.random() < 0.4:
-                draft[-1] = self._chance.randrange(VOCAB_SIZE)
-            max_tokens -= len(draft)
-            drafts.append(tuple(draft))
-        return drafts
-
-    def forget(self, sequence: Any) -> None:
-        """Nothing is kept."""
 
 
 def own_logits(core: EngineCore, token_ids: list[int]) -> Tensor:
@@ -337,7 +313,7 @@ def test_every_sequence_of_a_mixed_batch_gets_what_it_asks_for(
     together = engine(**fields)
     if speculation:
         together._scheduler._speculator = KnowingSpeculator(
-            {sequence_id: answer.token_ids for sequence_id, answer in expected.items()}
+            {sequence_id: answer.token_ids for sequence_id, answer in expected.items()}, VOCAB_SIZE
         )
     chance = random.Random(3)
     arrivals: dict[int, list[SequenceRequest]] = {}

@@ -3,6 +3,7 @@ for bit."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from services.engine.core.kernels.cpu.kv_cache import KvFormat
 from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.packing import quantize_4, quantize_8
 from services.engine.core.models.native import WeightChoice
-from tests.fakes.decoder_families import CASES, WINDOW, save_gguf, save_model
+from tests.fakes.decoder_families import (
+    CASES,
+    ORIGINAL_CONTEXT_TOKENS,
+    SERVED,
+    WINDOW,
+    save_model,
+    served,
+)
+from tests.fakes.decoder_files import save_gguf
 from tests.fakes.native_steps import MIXED_STEPS, Sequences, in_company, text
 from tests.fakes.paged_step import libraries
 
@@ -23,26 +32,6 @@ pytestmark = pytest.mark.skipif(not KERNELS, reason="no native kernels on this m
 
 each_isa = pytest.mark.parametrize("kernels", KERNELS, ids=lambda each: each.isa)
 
-CONTEXT_TOKENS = 160
-# Sizes that the kernels serve, and weights small enough for differences to stay small from layer to
-# layer.
-SERVED = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": CONTEXT_TOKENS,
-    "initializer_range": 0.1,
-}
-# What a case takes beside or in place of them.
-CHANGES: dict[str, dict[str, Any]] = {
-    "phi3": {"head_dim": None},
-    "gpt2": {"head_dim": None, "n_inner": 96},
-    "qwen3-moe": {"moe_intermediate_size": 32},
-    "mixtral": {"head_dim": None},
-}
-# LongRoPE's factors, half the width of a rotated head, are of another size there.
-NATIVE = [case for case in CASES if case != "phi3, longrope"]
 # One of each: those bits are to be held to.
 FAMILIES = [
     "mistral, windowed",
@@ -58,9 +47,29 @@ FAMILIES = [
 KEPT_PRECISE = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "wpe.weight")
 
 
-def save(case: str, directory: Path) -> Any:
-    changes = SERVED | CHANGES.get(case.split(",")[0], {})
-    return save_model(case, directory, **{k: v for k, v in changes.items() if v is not None})
+class Saved:
+    """Models of cases, each saved once, and what transformers makes of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._models: dict[str, Any] = {}
+
+    def __call__(self, case: str) -> tuple[Path, Any]:
+        """Where a model is, and the model."""
+        path = self._directory / case
+        if case not in self._models:
+            self._models[case] = save_model(case, path, **served(case))
+        return path, self._models[case]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(tmp_path_factory.mktemp("families"))
+
+
+def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].log_softmax(-1)
 
 
 def round_weights(reference: torch.nn.Module, weights: WeightChoice) -> None:
@@ -88,31 +97,45 @@ def check_close(found: torch.Tensor, expected: torch.Tensor, case: str) -> None:
         assert by_row.square().mean().sqrt() < 0.04
 
 
+@pytest.mark.proves("{case}", "native kernels", "int8 KV cache")
 @each_isa
-@pytest.mark.parametrize("case", NATIVE)
-def test_a_family_comes_close_to_transformers(kernels: Library, case: str, tmp_path: Path) -> None:
-    reference = save(case, tmp_path)
+@pytest.mark.parametrize("case", CASES)
+def test_a_family_comes_close_to_transformers(kernels: Library, case: str, saved: Saved) -> None:
+    path, reference = saved(case)
     tokens = text(4 * WINDOW + 5)
-    with torch.no_grad():
-        expected = reference(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    expected = log_probabilities(reference, tokens)
     for kv_format in KvFormat:
-        sequences = Sequences(kernels, tmp_path, "auto", kv_format)
+        sequences = Sequences(kernels, path, "auto", kv_format)
         check_close(sequences.step({0: tokens})[0].log_softmax(-1), expected, case)
 
 
 @each_isa
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("case", FAMILIES)
-def test_quantised_a_family_comes_close_to_transformers_on_the_same_weights(
-    kernels: Library, weights: WeightChoice, case: str, tmp_path: Path
+def test_within_its_original_context_a_model_with_longrope_has_its_short_factors(
+    kernels: Library, saved: Saved
 ) -> None:
-    reference = save(case, tmp_path)
+    path, reference = saved("phi3, longrope")
+    tokens = text(ORIGINAL_CONTEXT_TOKENS)
+    expected = log_probabilities(reference, tokens)
+    within = Sequences(kernels, path, max_context_tokens=len(tokens))
+    check_close(within.step({0: tokens})[0].log_softmax(-1), expected, "phi3")
+    beyond = Sequences(kernels, path).step({0: tokens})[0].log_softmax(-1)
+    assert (beyond - expected).abs().max() > 1
+
+
+@pytest.mark.proves("{case}", "{weights} weights")
+@each_isa
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("case", ["llama", *FAMILIES])
+def test_quantised_a_family_comes_close_to_transformers_on_the_same_weights(
+    kernels: Library, weights: WeightChoice, case: str, saved: Saved
+) -> None:
+    path, model = saved(case)
     tokens = text(4 * WINDOW + 5)
+    reference = copy.deepcopy(model)
     with torch.no_grad():
         round_weights(reference, weights)
-        expected = reference(torch.tensor([tokens])).logits[0].log_softmax(-1)
-    found = Sequences(kernels, tmp_path, weights).step({0: tokens})[0].log_softmax(-1)
-    check_close(found, expected, case)
+    found = Sequences(kernels, path, weights).step({0: tokens})[0].log_softmax(-1)
+    check_close(found, log_probabilities(reference, tokens), case)
 
 
 @each_isa
@@ -121,27 +144,27 @@ def test_quantised_a_family_comes_close_to_transformers_on_the_same_weights(
 )
 @pytest.mark.parametrize("case", FAMILIES)
 def test_chunks_and_company_change_no_bit(
-    kernels: Library, weights: WeightChoice, kv_format: KvFormat, case: str, tmp_path: Path
+    kernels: Library, weights: WeightChoice, kv_format: KvFormat, case: str, saved: Saved
 ) -> None:
-    save(case, tmp_path)
+    path, _ = saved(case)
     tokens = text(45)
-    expected = Sequences(kernels, tmp_path, weights, kv_format).step({0: tokens})[0]
-    decoded = Sequences(kernels, tmp_path, weights, kv_format, threads=2, seed=1)
+    expected = Sequences(kernels, path, weights, kv_format).step({0: tokens})[0]
+    decoded = Sequences(kernels, path, weights, kv_format, threads=2, seed=1)
     parts = [decoded.step({0: [token]})[0] for token in tokens]
     assert torch.equal(torch.cat(parts), expected)
-    together = Sequences(kernels, tmp_path, weights, kv_format, seed=2)
+    together = Sequences(kernels, path, weights, kv_format, seed=2)
     assert torch.equal(in_company(together, tokens, 11, before=5), expected)
 
 
 @each_isa
 @pytest.mark.parametrize("case", FAMILIES)
 def test_threads_that_compute_their_own_rows_and_rows_left_out_change_no_bit(
-    kernels: Library, case: str, tmp_path: Path
+    kernels: Library, case: str, saved: Saved
 ) -> None:
-    save(case, tmp_path)
-    shared = Sequences(kernels, tmp_path, threads=1)
-    divided = Sequences(kernels, tmp_path, threads=3, seed=1)
-    some = Sequences(kernels, tmp_path, threads=2, seed=2)
+    path, _ = saved(case)
+    shared = Sequences(kernels, path, threads=1)
+    divided = Sequences(kernels, path, threads=3, seed=1)
+    some = Sequences(kernels, path, threads=2, seed=2)
     for index, lengths in enumerate(MIXED_STEPS):
         step = {name: text(length, 100 * index + name) for name, length in lengths}
         expected = torch.cat(list(shared.step(step).values()))
@@ -154,13 +177,14 @@ def test_threads_that_compute_their_own_rows_and_rows_left_out_change_no_bit(
 @each_isa
 @pytest.mark.parametrize("case", ["mixtral", "qwen3-moe"])
 def test_experts_come_from_gguf_as_from_safetensors(
-    kernels: Library, case: str, tmp_path: Path
+    kernels: Library, case: str, saved: Saved
 ) -> None:
-    save(case, tmp_path)
-    save_gguf(tmp_path, case, tmp_path / "model.gguf")
+    path, _ = saved(case)
+    if not (path / "model.gguf").exists():
+        save_gguf(path, case, path / "model.gguf")
     tokens = text(30)
-    found = Sequences(kernels, tmp_path / "model.gguf").step({0: tokens})[0]
-    assert torch.equal(found, Sequences(kernels, tmp_path).step({0: tokens})[0])
+    found = Sequences(kernels, path / "model.gguf").step({0: tokens})[0]
+    assert torch.equal(found, Sequences(kernels, path).step({0: tokens})[0])
 
 
 @each_isa

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from services.engine.core.quantization.gptq import round_with_compensation
+from services.engine.core.quantization.gptq import round_with_compensation, row_errors
 from services.engine.core.quantization.grid import Rounded, fit_grid, round_to_nearest
 from services.engine.core.quantization.writing import packed_parts
 from services.engine.core.weights.compressed_tensors import CompressedTensors
@@ -26,7 +28,7 @@ def test_no_weight_within_the_grid_is_off_by_more_than_half_a_level(bits: int) -
     grid = fit_grid(weight, bits)
     levels = grid.levels(weight)
     inner = (levels > 0) & (levels < 2**bits - 1)
-    steps = grid.scales.repeat_interleave(32, dim=1)
+    steps = grid.scales.abs().repeat_interleave(32, dim=1)
     off = (grid.values(levels) - weight).abs()
     assert (off <= 0.5001 * steps)[inner].all()
 
@@ -46,7 +48,7 @@ def test_a_width_between_the_extremes_is_taken_where_it_has_less_error() -> None
     importance = torch.ones(256)
     importance[5] = 0.0
     kept, narrowed = fit_grid(weight, 4), fit_grid(weight, 4, importance)
-    assert (narrowed.scales[:, 0] < kept.scales[:, 0]).float().mean() > 0.5
+    assert (narrowed.scales[:, 0].abs() < kept.scales[:, 0].abs()).float().mean() > 0.5
 
 
 def test_compensation_takes_off_most_of_the_error_that_inputs_have_in_common() -> None:
@@ -61,10 +63,44 @@ def test_compensation_takes_off_most_of_the_error_that_inputs_have_in_common() -
     assert output_error(weight, compensated, fresh) < 0.5 * output_error(weight, nearest, fresh)
 
 
+def test_the_further_level_is_on_the_side_of_the_largest_weight() -> None:
+    weight = random_matrix(inputs=32).clamp(-0.05, 0.05)
+    weight[:24, 0], weight[24:, 0] = -0.08, 0.08
+    rounded = round_to_nearest(weight, 4)
+    # Eight levels to the one side, seven to the other.
+    assert torch.equal(rounded.grid.scales[:, 0] > 0, weight[:, 0] < 0)
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    inputs=st.sampled_from([32, 96, 256]),
+    rank=st.integers(1, 64),
+    tokens=st.sampled_from([1, 40, 400]),
+)
+@settings(deadline=None, max_examples=30)
+def test_no_output_is_worse_on_calibration_than_rounded_to_nearest(
+    seed: int, inputs: int, rank: int, tokens: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = random_matrix(16, inputs, seed)
+    seen = torch.randn(tokens, rank, generator=generator) @ torch.randn(
+        rank, inputs, generator=generator
+    )
+    products = seen.T @ seen
+    compensated = round_with_compensation(weight, 4, products)
+    errors = row_errors(weight, compensated.dequantize(), products)
+    nearest = row_errors(weight, round_to_nearest(weight, 4).dequantize(), products)
+    assert (errors <= nearest).all()
+    assert compensated.levels.max() <= 15
+    scales = compensated.grid.scales
+    assert torch.equal(scales.to(torch.bfloat16).half().float(), scales)
+    assert scales.all()
+
+
 def test_inputs_that_never_came_are_rounded_all_the_same() -> None:
     weight = random_matrix()
     rounded = round_with_compensation(weight, 4, torch.zeros(256, 256))
-    steps = rounded.grid.scales.repeat_interleave(32, dim=1)
+    steps = rounded.grid.scales.abs().repeat_interleave(32, dim=1)
     assert ((rounded.dequantize() - weight).abs() <= 2.0 * steps).all()
 
 

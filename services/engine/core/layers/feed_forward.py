@@ -113,12 +113,17 @@ class MixtureOfExperts(nn.Module):
         self.router = Linear(config.hidden_size, experts.count, bias=False)
         self.experts = Experts(experts, config.hidden_size)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: [num_tokens, hidden_size] -> the same shape."""
+    def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each token, and the share of each; both [num_tokens, experts of one]."""
         shares = self.router(hidden).softmax(-1, dtype=torch.float32)
         weights, ids = shares.topk(self.per_token, dim=-1)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
+        return ids, weights
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: [num_tokens, hidden_size] -> the same shape."""
+        ids, weights = self.route(hidden)
         return mixture_of_experts(
             hidden, self.experts.gate_up, self.experts.down, ids, weights.to(hidden.dtype)
         )

@@ -75,42 +75,35 @@ GGUF_EXPERTS = {
     "blk.{}.ffn_up_exps": "layers.{}.feed_forward.experts.up",
     "blk.{}.ffn_down_exps": "layers.{}.feed_forward.experts.down",
 }
+MIXTRAL_HF = FROM_HF | {
+    "model.layers.{}.block_sparse_moe.gate": "layers.{}.feed_forward.router",
+    "model.layers.{}.block_sparse_moe.experts.{}.w1": "layers.{}.feed_forward.experts.{}.gate",
+    "model.layers.{}.block_sparse_moe.experts.{}.w3": "layers.{}.feed_forward.experts.{}.up",
+    "model.layers.{}.block_sparse_moe.experts.{}.w2": "layers.{}.feed_forward.experts.{}.down",
+}
+QWEN3_MOE_HF = (
+    FROM_HF
+    | QK_NORMS_HF
+    | {
+        "model.layers.{}.mlp.gate": "layers.{}.feed_forward.router",
+        **{
+            f"model.layers.{{}}.mlp.experts.{{}}.{part}_proj": (
+                f"layers.{{}}.feed_forward.experts.{{}}.{part}"
+            )
+            for part in ("gate", "up", "down")
+        },
+    }
+)
 MIXTRAL = Family(
     Llama,
-    hf_names=decoder_names(
-        FROM_HF
-        | {
-            "model.layers.{}.block_sparse_moe.gate": "layers.{}.feed_forward.router",
-            "model.layers.{}.block_sparse_moe.experts.{}.w1": (
-                "layers.{}.feed_forward.experts.{}.gate"
-            ),
-            "model.layers.{}.block_sparse_moe.experts.{}.w3": (
-                "layers.{}.feed_forward.experts.{}.up"
-            ),
-            "model.layers.{}.block_sparse_moe.experts.{}.w2": (
-                "layers.{}.feed_forward.experts.{}.down"
-            ),
-        }
-    ),
+    hf_names=decoder_names(MIXTRAL_HF),
     # In GGUF it is a `llama` with experts.
     gguf_names=None,
     hf_config=_mixtral_config,
 )
 QWEN3_MOE = Family(
     Llama,
-    hf_names=decoder_names(
-        FROM_HF
-        | QK_NORMS_HF
-        | {
-            "model.layers.{}.mlp.gate": "layers.{}.feed_forward.router",
-            **{
-                f"model.layers.{{}}.mlp.experts.{{}}.{part}_proj": (
-                    f"layers.{{}}.feed_forward.experts.{{}}.{part}"
-                )
-                for part in ("gate", "up", "down")
-            },
-        }
-    ),
+    hf_names=decoder_names(QWEN3_MOE_HF),
     gguf_names=decoder_names(FROM_GGUF | QK_NORMS_GGUF | GGUF_EXPERTS),
     hf_config=_qwen3_config,
     gguf_config=_qwen3_gguf,

@@ -24,7 +24,8 @@ _LEAST_SCALE = 2.0**-16
 class Grid:
     """weight[o, i] = scales[o, g] * (level - middle), with level from 0 to 2**bits - 1.
 
-    scales: float32 [outputs, groups].
+    scales: float32 [outputs, groups], none of them 0. There is a level more below the middle than
+    above it: a scale below 0 has it on the other side.
     """
 
     scales: Tensor
@@ -67,20 +68,21 @@ def fit_grid(weight: Tensor, bits: int, importance: Tensor | None = None) -> Gri
     """
     groups = weight.view(len(weight), -1, GROUP_INPUTS)
     if bits == 8:
-        scales = _as_stored(groups.abs().amax(-1) / 127)
-        return Grid(scales, bits)
-    # There is a level more below the middle than above it.
-    widest = torch.maximum(groups.amax(-1) / 7, groups.amin(-1) / -8)
+        return Grid(as_stored(groups.abs().amax(-1) / 127), bits)
+    most, least = groups.amax(-1), groups.amin(-1)
+    # The further level below the middle, or, turned round, above it.
+    upright, turned = torch.maximum(most / 7, least / -8), torch.minimum(least / 7, most / -8)
     weigh = torch.ones(weight.shape[1]) if importance is None else importance
     weigh = weigh.view(-1, GROUP_INPUTS)
-    best, least = Grid(widest, bits), torch.full_like(widest, torch.inf)
-    for shrink in _SHRINKS:
-        grid = Grid(_as_stored(widest * shrink), bits)
-        off = (grid.values(grid.levels(weight)) - weight).view(groups.shape)
-        error = (off.square_() * weigh).sum(-1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = Grid(torch.where(better, grid.scales, best.scales), bits)
+    best, least_error = Grid(upright, bits), torch.full_like(upright, torch.inf)
+    for widest in (upright, turned):
+        for shrink in _SHRINKS:
+            grid = Grid(as_stored(widest * shrink), bits)
+            off = (grid.values(grid.levels(weight)) - weight).view(groups.shape)
+            error = (off.square_() * weigh).sum(-1)
+            better = error < least_error
+            least_error = torch.where(better, error, least_error)
+            best = Grid(torch.where(better, grid.scales, best.scales), bits)
     return best
 
 
@@ -90,6 +92,8 @@ def round_to_nearest(weight: Tensor, bits: int) -> Rounded:
     return Rounded(grid.levels(weight).to(torch.uint8), grid)
 
 
-def _as_stored(scales: Tensor) -> Tensor:
-    stored = scales.clamp(min=_LEAST_SCALE).to(torch.bfloat16).float()
+def as_stored(scales: Tensor) -> Tensor:
+    """The nearest scales that files hold."""
+    least = torch.where(scales < 0, -_LEAST_SCALE, _LEAST_SCALE)
+    stored = torch.where(scales.abs() < _LEAST_SCALE, least, scales).to(torch.bfloat16).float()
     return torch.where(scales == 0, 1.0, stored)

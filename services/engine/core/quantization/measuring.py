@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -54,20 +55,7 @@ def measure(
     model and plain torch would have to expand what is asked for.
     """
     window = len(windows[0])
-    library = cpu.active()
-    try:
-        if library is None:
-            raise UnsupportedModelError(str(cpu.why_not()))
-        team = Team(library, default_threads())
-        native = NativeModel(opened.skeleton, opened.checkpoint, team, weights)
-        sizes, step = native.weight_bytes, native_step(native, KvFormat.BF16, window)
-    except UnsupportedModelError:
-        if weights in ("int8", "int4"):
-            raise
-        step = torch_step(opened, window)
-        elements = sum(each.numel() for each in opened.skeleton.parameters())
-        sizes = {"float32": 4 * elements}
-    opened.checkpoint.close()
+    step, sizes = _loaded(opened, weights, window)
     timed = _Timed(step)
     found = perplexity(timed, windows)
     return Measured(
@@ -76,6 +64,32 @@ def measure(
         window / min(timed.times_s),
         1 / _decode_step_s(step, list(windows[0])),
     )
+
+
+def measure_perplexity(
+    opened: OpenedModel, windows: Sequence[Sequence[int]], weights: WeightChoice = "auto"
+) -> float:
+    """The perplexity alone, as `measure` has it; the checkpoint is closed."""
+    step, _ = _loaded(opened, weights, len(windows[0]))
+    return perplexity(step, windows)
+
+
+def _loaded(opened: OpenedModel, weights: WeightChoice, window: int) -> tuple[Step, dict[str, int]]:
+    """What computes windows, and its weights' bytes by format."""
+    library = cpu.active()
+    with closing(opened.checkpoint):
+        try:
+            if library is None:
+                raise UnsupportedModelError(str(cpu.why_not()))
+            team = Team(library, default_threads())
+            native = NativeModel(opened.skeleton, opened.checkpoint, team, weights)
+            return native_step(native, KvFormat.BF16, window), native.weight_bytes
+        except UnsupportedModelError:
+            if weights in ("int8", "int4"):
+                raise
+            step = torch_step(opened, window)
+            elements = sum(each.numel() for each in opened.skeleton.parameters())
+            return step, {"float32": 4 * elements}
 
 
 def torch_step(opened: OpenedModel, window: int) -> Step:

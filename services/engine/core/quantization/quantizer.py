@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,36 +16,28 @@ from torch import Tensor
 
 from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, outline
 from services.engine.core.kernels.cpu.program import UnsupportedModelError
-from services.engine.core.models.loader import OpenedModel, open_model
+from services.engine.core.models.loader import open_model
 from services.engine.core.models.native import WeightChoice
-from services.engine.core.quantization.gptq import round_with_compensation
-from services.engine.core.quantization.grid import Rounded, round_to_nearest
-from services.engine.core.quantization.layers import (
-    InputProducts,
-    LayeredModel,
-    Unit,
-    projections,
+from services.engine.core.quantization.allocation import Budget, foretold_loss, within_size
+from services.engine.core.quantization.layers import LayeredModel, Unit
+from services.engine.core.quantization.measuring import (
+    BLOCK_SIZE,
+    Measured,
+    measure,
+    measure_perplexity,
 )
-from services.engine.core.quantization.measuring import BLOCK_SIZE, Measured, measure
-from services.engine.core.quantization.sensitivity import (
-    Budget,
-    Progress,
-    allocate,
-    foretold_ratio,
-    measure_divergences,
-)
-from services.engine.core.quantization.sources import Source, open_source
-from services.engine.core.quantization.writing import (
-    ShardWriter,
-    packed_parts,
-    quantization_config,
-    whole_directory,
-)
+from services.engine.core.quantization.meeting import MOST_TRIALS, Trial, meet_perplexity
+from services.engine.core.quantization.rounding import RoundedOnDisk, round_layers
+from services.engine.core.quantization.sensitivity import Progress, Sensitivity
+from services.engine.core.quantization.sources import open_source
+from services.engine.core.quantization.writing import whole_directory, write_model
 from services.engine.core.weights.stored_linear import rounded_outline
 from services.runtime.modelfiles import ModelFileError
 
 Target: TypeAlias = Literal["int8", "int4", "mixed"]
 REPORT = "quantization_report.json"
+# Of the directory that is written: where units wait until it is known which of them go in.
+_KEPT = "rounded"
 
 # Tokens of a window, as far as the model's context goes; of those that rounding learns from; and
 # windows and tokens of each that layers are measured on.
@@ -75,12 +68,13 @@ class Texts:
         # Two windows at least, for a fifth of the least is less than one.
         cut = min(len(token_ids) * 4 // 5, len(token_ids) - 2 * window)
         return Texts(
-            torch.tensor(_spread(token_ids[:cut], CALIBRATION_TOKENS // window, window)),
-            _spread(token_ids[cut:], _EVALUATION_WINDOWS, window),
+            torch.tensor(spread(token_ids[:cut], CALIBRATION_TOKENS // window, window)),
+            spread(token_ids[cut:], _EVALUATION_WINDOWS, window),
         )
 
 
-def _spread(token_ids: Sequence[int], count: int, window: int) -> list[list[int]]:
+def spread(token_ids: Sequence[int], count: int, window: int) -> list[list[int]]:
+    """At most `count` windows of a text, as far from each other as it has room."""
     count = min(count, len(token_ids) // window)
     step = (len(token_ids) - window) // max(count - 1, 1)
     return [list(token_ids[at * step : at * step + window]) for at in range(count)]
@@ -99,18 +93,23 @@ def quantize(
     """Write a model quantised to `directory`, measured; return the report that lies in it.
 
     budget: of `mixed`. files: puts into a directory what else belongs to a model, its tokenizer for
-    example. Raises ModelFileError for a model that is damaged or cannot be quantised and
-    FileExistsError where the directory is there; whatever happens, no half of it is left.
+    example. Raises ModelFileError for a model that is damaged or cannot be quantised, ValueError
+    for a budget that 4 bits are too much for, and FileExistsError where the directory is there;
+    whatever happens, no half of it is left.
     """
     with whole_directory(directory) as partial:
-        opened = open_model(path)
-        with closing(opened.checkpoint):
-            source = open_source(opened)
-            bits, divergences = _choose(path, target, texts, budget, progress)
-            if not bits:
-                problem = f"has no projection whose inputs are whole groups of {GROUP_INPUTS}"
-                raise ModelFileError(path, problem)
-            _write(opened, source, bits, texts, partial, progress)
+        with closing(Run(path, texts, partial, progress)) as run:
+            if target == "int8":
+                run.write(dict.fromkeys(run.paths, 8))
+            elif target == "int4":
+                run.round()
+                run.write(dict.fromkeys(run.paths, 4))
+            else:
+                assert budget is not None
+                if budget.size is not None:
+                    run.spare_bytes(budget.size)
+                run.round(is_mixed=True)
+                run.mix(budget)
         files(partial)
         report: dict[str, Any] = {
             "model": str(path),
@@ -118,9 +117,15 @@ def quantize(
             "calibration_tokens": texts.calibration.numel(),
             "evaluation_tokens": sum(map(len, texts.evaluation)),
             "budget": None if budget is None else asdict(budget),
-            "foretold_perplexity_ratio": foretold_ratio(bits, divergences) if divergences else None,
-            "layers": bits,
-            "divergences": {f"{unit} {width}": each for (unit, width), each in divergences.items()},
+            "layers": run.bits,
+            "rounded_blindly": run.rounded_blindly,
+            "divergences": {
+                f"{unit} {width}": each for (unit, width), each in run.divergences.items()
+            },
+            "foretold_perplexity_ratio": math.exp(foretold_loss(run.bits, run.divergences))
+            if run.divergences
+            else None,
+            "trials": [asdict(trial) for trial in run.trials],
             "results": _results(path, partial, texts, progress),
             "file_bytes": sum(each.stat().st_size for each in partial.glob("*.safetensors")),
         }
@@ -128,28 +133,109 @@ def quantize(
     return report
 
 
-def _choose(
-    path: Path, target: Target, texts: Texts, budget: Budget | None, progress: Progress
-) -> tuple[dict[str, int], dict[tuple[str, int], float]]:
-    """The bits of every projection that can be rounded, and what each was found to cost."""
-    windows, tokens = _SENSITIVITY_TOKENS
-    opened = open_model(path)
-    with closing(opened.checkpoint):
-        model = LayeredModel(opened, texts.calibration[:windows, :tokens])
-        units = [unit for index in range(model.num_layers) for unit in model.units(index)]
-        if target != "mixed":
-            return {unit.path: 8 if target == "int8" else 4 for unit in units}, {}
-        divergences = measure_divergences(model, progress)
-    whole, fixed = _sizes(path, units)
-    assert budget is not None
-    return allocate(units, divergences, budget, fixed, whole), divergences
+class Run:
+    """A model that is being quantised into a directory, and what was found out on the way."""
+
+    def __init__(self, path: Path, texts: Texts, directory: Path, progress: Progress) -> None:
+        opened = open_model(path)
+        self.bits: dict[str, int] = {}
+        self.rounded_blindly: dict[str, list[int]] = {}
+        self.divergences: dict[tuple[str, int], float] = {}
+        self.trials: list[Trial] = []
+        self._path, self._texts, self._progress = path, texts, progress
+        self._directory, self._opened = directory, opened
+        self._kept = RoundedOnDisk(directory / _KEPT)
+        try:
+            self._source = open_source(opened)
+            self._model = LayeredModel(opened, texts.calibration)
+        except BaseException:
+            opened.checkpoint.close()
+            raise
+        self._units = [
+            unit for index in range(self._model.num_layers) for unit in self._model.units(index)
+        ]
+        if not self._units:
+            opened.checkpoint.close()
+            problem = f"has no projection whose inputs are whole groups of {GROUP_INPUTS}"
+            raise ModelFileError(path, problem)
+
+    @property
+    def paths(self) -> list[str]:
+        """Of all units."""
+        return [unit.path for unit in self._units]
+
+    def close(self) -> None:
+        """Leave nothing but the model that was written last."""
+        self._opened.checkpoint.close()
+        shutil.rmtree(self._directory / _KEPT)
+
+    def round(self, *, compensate: bool = True, is_mixed: bool = False) -> None:
+        """Round all units to 4 bits, to be written as often as wanted; measure them for `mix`."""
+        windows, tokens = _SENSITIVITY_TOKENS
+        sensitivity = (
+            Sensitivity(self._model.on(self._texts.calibration[:windows, :tokens]))
+            if is_mixed
+            else None
+        )
+        self.rounded_blindly = round_layers(
+            self._model,
+            self._kept,
+            self._progress,
+            compensate=compensate,
+            sensitivity=sensitivity,
+        )
+        if sensitivity is not None:
+            self.divergences = sensitivity.divergences()
+
+    def spare_bytes(self, size: float) -> int:
+        """What a budget of memory leaves when all units have 4 bits; raises ValueError for one
+        that is too small for that."""
+        fixed, whole = _sizes(self._path, self._units)
+        least = fixed + sum(unit.kept_bytes(4) for unit in self._units)
+        if int(size * whole) < least:
+            share = math.ceil(100 * least / whole) / 100
+            raise ValueError(f"4 bits take {share:.2f}x of what 16 take, and no {size:g}x")
+        return int(size * whole) - least
+
+    def mix(self, budget: Budget) -> None:
+        """Write the model with each unit in bits of its own, once all were rounded and measured."""
+        if budget.size is not None:
+            spare = self.spare_bytes(budget.size)
+            self.write(within_size(self._units, self.divergences, spare))
+            return
+        assert budget.perplexity is not None
+        texts, done = self._texts.evaluation, 0
+        self._progress("measuring mixtures", done, MOST_TRIALS)
+        reference = measure_perplexity(open_model(self._path), texts, "bfloat16")
+
+        def measured(bits: dict[str, int]) -> float:
+            nonlocal done
+            self.write(bits)
+            found = measure_perplexity(open_model(self._directory), texts)
+            done += 1
+            self._progress("measuring mixtures", done, MOST_TRIALS)
+            return found / reference
+
+        bits, self.trials = meet_perplexity(
+            self._units, self.divergences, budget.perplexity, measured
+        )
+        self._progress("measuring mixtures", MOST_TRIALS, MOST_TRIALS)
+        if bits != self.bits:
+            self.write(bits)
+
+    def write(self, bits: dict[str, int]) -> None:
+        """Write the model with these bits of its units, over one that was written before."""
+        for file in self._directory.glob("*.safetensors*"):
+            file.unlink()
+        write_model(self._model, self._source, self._kept, bits, self._directory)
+        self.bits = bits
 
 
 def _sizes(path: Path, units: list[Unit]) -> tuple[int, int]:
-    """Bytes in memory of all matrices in 16 bits, and of those that are not among `units`."""
+    """Bytes in memory of all matrices that are not among `units`, and of all in 16 bits."""
     skeleton = open_model(path).skeleton
     inner = {unit.path for unit in units}
-    whole, fixed = sum(unit.kept_bytes(16) for unit in units), 0
+    fixed, whole = 0, sum(unit.kept_bytes(16) for unit in units)
     for name, module in skeleton.named_modules():
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() != 2 or name in inner:
@@ -159,75 +245,7 @@ def _sizes(path: Path, units: list[Unit]) -> tuple[int, int]:
         # The logits' matrix of a quantised model is kept in 8 bits.
         is_head = name == "head" or (name == "embedding" and skeleton.head is None)
         fixed += outline(rounded_outline(tuple(weight.shape))).num_bytes if is_head else own
-    return whole, fixed
-
-
-def round_layers(
-    model: LayeredModel,
-    bits: Mapping[str, int],
-    take: Callable[[Unit, Rounded], None],
-    progress: Progress,
-    *,
-    compensate: bool = True,
-) -> None:
-    """Round projections layer by layer, each on what the rounded layers before it give."""
-    needs_text = compensate and 4 in bits.values()
-    hidden = model.embed() if needs_text else torch.empty(0)
-    for index in range(model.num_layers):
-        progress("rounding layers", index, model.num_layers)
-        layer = model.layer(index)
-        units = [unit for unit in model.units(index) if bits[unit.path] < 16]
-        modules = projections(layer, units)
-        narrow = {unit.path: modules[unit.path] for unit in units if bits[unit.path] == 4}
-        products: dict[str, Tensor] = {}
-        if narrow and needs_text:
-            with InputProducts(narrow) as inputs:
-                model.run(layer, hidden)
-            products = inputs.products
-        for unit in units:
-            weight = modules[unit.path].weight.data
-            rounded = (
-                round_with_compensation(weight, bits[unit.path], products[unit.path])
-                if unit.path in products
-                else round_to_nearest(weight, bits[unit.path])
-            )
-            weight.copy_(rounded.dequantize())
-            take(unit, rounded)
-        if needs_text:
-            hidden = model.run(layer, hidden)
-    progress("rounding layers", model.num_layers, model.num_layers)
-
-
-def _write(
-    opened: OpenedModel,
-    source: Source,
-    bits: Mapping[str, int],
-    texts: Texts,
-    directory: Path,
-    progress: Progress,
-) -> None:
-    writer, modules, rounded_names = ShardWriter(directory), {}, []
-
-    def take(unit: Unit, rounded: Rounded) -> None:
-        start = 0
-        for name, rows in unit.parts:
-            module = source.name_of(name).removesuffix(".weight")
-            writer.add(packed_parts(module, rounded, slice(start, start + rows)))
-            modules[module] = rounded.grid.bits
-            rounded_names.append(name)
-            start += rows
-
-    round_layers(LayeredModel(opened, texts.calibration), bits, take, progress)
-    left = ["lm_head"]
-    for name, tensor in source.others(rounded_names):
-        writer.add({name: tensor.contiguous()})
-        if tensor.dim() == 2 and name.endswith(".weight"):
-            left.append(name.removesuffix(".weight"))
-    writer.finish()
-    config = source.config | {
-        "quantization_config": quantization_config(modules, sorted(set(left)))
-    }
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return fixed, whole
 
 
 def _results(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,29 @@ from torch import Tensor
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.llama import QK_NORMS_HF
 from services.engine.core.models.loader import OpenedModel
+from services.engine.core.models.mixture import MIXTRAL_HF, QWEN3_MOE_HF
 from services.engine.core.weights.checkpoint import Checkpoint
 from services.engine.core.weights.names import FROM_HF, model_name
 from services.engine.core.weights.tensor_files import SafetensorsFiles
 from services.runtime.modelfiles import ModelFileError
 
-# GGUF's architectures that become a HF one of the same shape.
+
+@dataclass(frozen=True, slots=True)
+class _Becomes:
+    """What a GGUF file's architecture is called in HF, and the names of its tensors there."""
+
+    architecture: str
+    model_type: str
+    names: Mapping[str, str]
+
+
+# GGUF's architectures that become a HF one of the same shape, by whether they have experts.
 _FROM_GGUF = {
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    ("llama", False): _Becomes("LlamaForCausalLM", "llama", FROM_HF),
+    ("llama", True): _Becomes("MixtralForCausalLM", "mixtral", MIXTRAL_HF),
+    ("qwen2", False): _Becomes("Qwen2ForCausalLM", "qwen2", FROM_HF),
+    ("qwen3", False): _Becomes("Qwen3ForCausalLM", "qwen3", FROM_HF | QK_NORMS_HF),
+    ("qwen3moe", True): _Becomes("Qwen3MoeForCausalLM", "qwen3_moe", QWEN3_MOE_HF),
 }
 
 
@@ -45,11 +58,6 @@ class Source:
 def open_source(opened: OpenedModel) -> Source:
     """Raises ModelFileError for a model that cannot be written as a quantised HF directory."""
     checkpoint, path = opened.checkpoint, opened.checkpoint.path
-    if opened.config.experts is not None:
-        raise ModelFileError(path, "is a mixture of experts, which cannot be quantised yet")
-    if opened.config.rope is None:
-        problem = "has projections that lie column by column, which compressed-tensors cannot hold"
-        raise ModelFileError(path, problem)
     if path.is_dir():
         return _of_directory(path, checkpoint)
     return _of_gguf(opened)
@@ -74,11 +82,12 @@ def _of_directory(path: Path, checkpoint: Checkpoint) -> Source:
 
 def _of_gguf(opened: OpenedModel) -> Source:
     config, checkpoint = opened.config, opened.checkpoint
-    if config.architecture not in _FROM_GGUF:
-        known = ", ".join(_FROM_GGUF)
+    kind = (config.architecture, config.experts is not None)
+    if kind not in _FROM_GGUF:
+        known = ", ".join(sorted({architecture for architecture, _ in _FROM_GGUF}))
         problem = f"is a GGUF file of {config.architecture!r}; of these only {known} can be "
         raise ModelFileError(checkpoint.path, problem + "quantised: give a HF directory")
-    names = {ours: theirs for theirs, ours in (FROM_HF | QK_NORMS_HF).items()}
+    names = {ours: theirs for theirs, ours in _FROM_GGUF[kind].names.items()}
 
     def name_of(name: str) -> str:
         found = model_name(name, names)
@@ -89,23 +98,36 @@ def _of_gguf(opened: OpenedModel) -> Source:
         for name in checkpoint.shapes:
             if name in rounded or (name == "head.weight" and config.tie_embeddings):
                 continue
-            yield name_of(name), checkpoint.read(name).to(torch.bfloat16)
+            # The matrices of all experts are one stack there, and files of their own in HF.
+            pieces = _pieces(name, len(checkpoint.shapes[name]), config)
+            left = [(index, each) for index, each in pieces if each not in rounded]
+            tensor = checkpoint.read(name).to(torch.bfloat16) if left else None
+            for index, each in left:
+                assert tensor is not None
+                yield name_of(each), tensor if index is None else tensor[index]
             checkpoint.release()
 
-    return Source(_hf_config(config, checkpoint.path), name_of, others)
+    return Source(_hf_config(config, checkpoint.path, _FROM_GGUF[kind]), name_of, others)
 
 
-def _hf_config(config: ModelConfig, path: Path) -> dict[str, Any]:
+def _pieces(name: str, dimensions: int, config: ModelConfig) -> list[tuple[int | None, str]]:
+    """The tensors of HF that one of a GGUF file holds, by the model's names."""
+    if dimensions < 3 or config.experts is None:
+        return [(None, name)]
+    head, _, part = name.rpartition(".experts.")
+    return [(index, f"{head}.experts.{index}.{part}") for index in range(config.experts.count)]
+
+
+def _hf_config(config: ModelConfig, path: Path, becomes: _Becomes) -> dict[str, Any]:
     rope = config.rope
     assert rope is not None
     if rope.scaling not in ("none", "linear") or rope.divisors is not None:
         problem = "stretches its context in a way that is not carried over: give a HF directory"
         raise ModelFileError(path, problem)
-    architecture, model_type = _FROM_GGUF[config.architecture]
     scaling = {"rope_type": "linear", "factor": rope.factor} if rope.scaling == "linear" else None
     return {
-        "architectures": [architecture],
-        "model_type": model_type,
+        "architectures": [becomes.architecture],
+        "model_type": becomes.model_type,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_layers,
@@ -124,4 +146,21 @@ def _hf_config(config: ModelConfig, path: Path) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids) or None,
         "torch_dtype": "bfloat16",
+        **_of_experts(config),
+    }
+
+
+def _of_experts(config: ModelConfig) -> dict[str, Any]:
+    experts = config.experts
+    if experts is None:
+        return {}
+    if config.architecture == "llama":
+        return {"num_local_experts": experts.count, "num_experts_per_tok": experts.per_token}
+    return {
+        "num_experts": experts.count,
+        "num_experts_per_tok": experts.per_token,
+        "moe_intermediate_size": experts.intermediate_size,
+        "norm_topk_prob": experts.normalize,
+        "mlp_only_layers": sorted(experts.dense_layers),
+        "decoder_sparse_step": 1,
     }

@@ -19,7 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from services.engine.core.kernels.cpu.packing import GROUP_INPUTS
-from services.engine.core.quantization.grid import Rounded
+from services.engine.core.quantization.grid import Rounded, round_to_nearest
+from services.engine.core.quantization.layers import LayeredModel, weights_of
+from services.engine.core.quantization.rounding import RoundedOnDisk
+from services.engine.core.quantization.sources import Source
+from services.engine.core.weights.packed_integers import pack_columns
 
 # Of a file: what is held in memory before it is written.
 _SHARD_BYTES = 1 << 30
@@ -55,15 +59,6 @@ def packed_parts(module: str, rounded: Rounded, rows: slice) -> dict[str, Tensor
     return {f"{module}.{kind}": part.contiguous() for kind, part in parts.items()}
 
 
-def pack_columns(levels: Tensor, bits: int) -> Tensor:
-    """uint8 [rows, columns], below 2**bits -> int32 [rows, columns * bits / 32], the first in the
-    lowest bits."""
-    if bits == 4:
-        pairs = levels.view(len(levels), -1, 2)
-        levels = pairs[..., 0] | (pairs[..., 1] << 4)
-    return levels.contiguous().view(torch.int32)
-
-
 def quantization_config(modules: Mapping[str, int], unrounded: list[str]) -> dict[str, Any]:
     """What config.json says; modules: bits of the rounded ones, by their names."""
     widths = sorted(set(modules.values()))
@@ -93,6 +88,49 @@ def quantization_config(modules: Mapping[str, int], unrounded: list[str]) -> dic
         "ignore": sorted(unrounded),
         "kv_cache_scheme": None,
     }
+
+
+def write_model(
+    model: LayeredModel,
+    source: Source,
+    kept: RoundedOnDisk,
+    bits: Mapping[str, int],
+    directory: Path,
+) -> None:
+    """Write weights and config.json of a model whose units have these bits.
+
+    kept: the units that get 4. Those that get 8 are rounded now, those with 16 stay as they were.
+    """
+    writer = ShardWriter(directory)
+    modules: dict[str, int] = {}
+    rounded_names = []
+    for index in range(model.num_layers):
+        units = [unit for unit in model.units(index) if bits[unit.path] < 16]
+        layer = model.layer(index) if any(bits[unit.path] == 8 for unit in units) else None
+        for unit in units:
+            if bits[unit.path] == 4:
+                matrices = kept.read(unit)
+            else:
+                assert layer is not None
+                matrices = [round_to_nearest(weight, 8) for weight in weights_of(layer, unit)]
+            for rounded, parts in zip(matrices, unit.matrices, strict=True):
+                start = 0
+                for name, rows in parts:
+                    module = source.name_of(name).removesuffix(".weight")
+                    writer.add(packed_parts(module, rounded, slice(start, start + rows)))
+                    modules[module] = bits[unit.path]
+                    rounded_names.append(name)
+                    start += rows
+    left = ["lm_head"]
+    for name, tensor in source.others(rounded_names):
+        writer.add({name: tensor.contiguous()})
+        if tensor.dim() == 2 and name.endswith(".weight"):
+            left.append(name.removesuffix(".weight"))
+    writer.finish()
+    config = dict(source.config)
+    if modules:
+        config["quantization_config"] = quantization_config(modules, sorted(set(left)))
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 class ShardWriter:

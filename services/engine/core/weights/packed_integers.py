@@ -25,3 +25,11 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
 def unpack_columns(words: Tensor, bits: int) -> Tensor:
     """int32 [rows, columns] whose words go along the columns -> [rows, columns * 32 / bits]."""
     return unpack(words, bits).flatten(1)
+
+
+def pack_columns(levels: Tensor, bits: int) -> Tensor:
+    """What `unpack_columns` undoes: uint8 [rows, columns], below 2**bits -> int32 words."""
+    if bits == 4:
+        pairs = levels.view(len(levels), -1, 2)
+        levels = pairs[..., 0] | (pairs[..., 1] << 4)
+    return levels.contiguous().view(torch.int32)

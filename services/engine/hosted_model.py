@@ -241,6 +241,8 @@ class HostedModel:
             if self._is_unwanted or self.is_draining:
                 await self.client.close()
                 self._set(State.UNLOADED)
+                if self.is_draining:
+                    raise draining_error()
                 raise not_loaded_error(self.name, self.state.value)
             self._set(State.READY)
             if self._on_loaded is not None:

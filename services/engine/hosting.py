@@ -47,14 +47,14 @@ class Hosting:
         return model
 
     def find_able(self, name: str, is_able: Callable[[ModelFacts], bool]) -> HostedModel:
-        """The same; for "" the first that is not known to be unable, or to be out of memory."""
+        """The same; for "" the first that takes requests and is able, or of which that is not known
+        before it has been in memory."""
         if name or len(self.models) == 1:
             return self.find(name)
-        for model in self.models:
-            facts = model.client.facts
-            if model.state in _TAKES_REQUESTS and (facts is None or is_able(facts)):
-                return model
-        return self.models[0]
+        takes = [model for model in self.models if model.state in _TAKES_REQUESTS]
+        able = [model for model in takes if (facts := model.client.facts) and is_able(facts)]
+        unknown = [model for model in takes if model.client.facts is None]
+        return (*able, *unknown, self.models[0])[0]
 
     async def start(self, names: Sequence[str]) -> None:
         """Loads some of the models, one after another: each finds the memory that those before it

@@ -30,8 +30,10 @@ def read_models(metrics: Metrics, models: Hosting) -> None:
 
     def read_states() -> Iterator[Reading]:
         for model in models.models:
+            now = State.SLEEPING if model.state is State.WAKING else model.state
             for state in State:
-                yield (model.name, state.value), float(model.state is state)
+                if state is not State.WAKING:
+                    yield (model.name, state.value), float(now is state)
 
     metrics.read("meshserve_engine_model_state", read_states)
     is_alone = len(models.models) == 1

@@ -133,7 +133,7 @@ METRICS: tuple[MetricDeclaration, ...] = (
     _row("counter", "tokenizer", "meshserve_tokenizer_decoded_tokens", "Tokens that were turned into text.", "model"),
     _row("gauge", "tokenizer", "meshserve_tokenizer_decode_sessions", "Sequences being decoded."),
     _row("gauge", "engine", "meshserve_engine_info", "1, labelled with what the core runs and on what.", "model", "architecture", "dtype", "device", read=True),
-    _row("gauge", "engine", "meshserve_engine_model_state", "1 for the state that a model of the engine is in, 0 for the others: unloaded, loading, ready, sleeping, waking, draining, failed.", "model", "state", read=True),
+    _row("gauge", "engine", "meshserve_engine_model_state", "1 for the state that a model of the engine is in, 0 for the others: unloaded, loading, ready, sleeping (until it is ready again), draining, failed.", "model", "state", read=True),
     _row("histogram", "engine", "meshserve_engine_load_duration_seconds", "Time that bringing a model into memory took, at start-up, on request or from sleep.", "model"),
     _row("gauge", "engine", "meshserve_engine_running_sequences", "Sequences computed in the current step.", "model", read=True),
     _row("gauge", "engine", "meshserve_engine_waiting_sequences", "Sequences waiting to be computed.", "model", read=True),

@@ -252,7 +252,7 @@ async def test_draining_ends_what_wakes_and_wakes_nothing() -> None:
     async with asyncio.timeout(LOAD_S / 4):
         await Hosting([asleep]).drain(5.0)
         await waking.drain(5.0)
-    assert await refusal(asking) is Reason.MODEL_NOT_LOADED
+    assert await refusal(asking) is Reason.DRAINING
     assert await refusal(ask(asleep)) is Reason.DRAINING
 
 
@@ -339,20 +339,22 @@ async def test_one_model_that_is_unwell_leaves_the_engine_to_the_others() -> Non
 
 @in_virtual_time
 async def test_a_request_that_names_no_model_is_for_the_first_that_can_do_it() -> None:
-    clients = [Client() for _ in range(3)]
+    clients = [Client() for _ in range(4)]
     models = [
         HostedModel(str(index), client, aliases=(f"a{index}",))  # type: ignore[arg-type]
         for index, client in enumerate(clients)
     ]
+    models[1].state = State.SLEEPING
     hosting = Hosting(models)
-    await hosting.start(["1", "2"])
-    clients[1].facts = ModelFacts(
+    await hosting.start(["2", "3"])
+    clients[2].facts = ModelFacts(
         "bert", 1, 1, 1, 64, (), "bfloat16", "cpu", 0, 0, 0, 0.0, tasks=("embed",)
     )
-    assert hosting.find_able("", lambda facts: not facts.tasks) is models[2]
-    assert hosting.find_able("", lambda facts: "embed" in facts.tasks) is models[1]
+    assert hosting.find_able("", lambda facts: not facts.tasks) is models[3]
+    assert hosting.find_able("", lambda facts: "embed" in facts.tasks) is models[2]
+    assert hosting.find_able("", lambda facts: "score" in facts.tasks) is models[1]
     assert hosting.find("") is models[0]
     assert hosting.find("a1") is models[1]
     with pytest.raises(ServiceError) as raised:
-        hosting.find("3")
+        hosting.find("4")
     assert raised.value.reason is Reason.MODEL_NOT_FOUND

@@ -73,8 +73,8 @@ def command(
         from meshserve.cli import services
         from services.engine.core.kernels import cpu, select
         from services.engine.core.models import read_config
+        from services.engine.core.quantization.allocation import Budget
         from services.engine.core.quantization.quantizer import Texts, quantize
-        from services.engine.core.quantization.sensitivity import Budget
         from services.runtime.modelfiles import locate
         from services.runtime.tokenizerfiles.errors import TokenizerLoadError
     except ImportError as error:
@@ -185,11 +185,29 @@ def _print(report: dict[str, Any], output: Path) -> None:
     print_table(table)
     stdout_console().print()
     print_table(_layers(report["layers"]))
-    if report["foretold_perplexity_ratio"] is not None:
-        foretold = 100 * (report["foretold_perplexity_ratio"] - 1)
-        stdout_console().print(Text(f"\nforetold from single layers: {foretold:+.2f} %"))
+    for line in _remarks(report):
+        stdout_console().print(Text(f"\n{line}"), soft_wrap=True)
     size = report["file_bytes"] / 1e6
     stdout_console().print(Text(f"\n{output}: {size:,.1f} MB of weights"), soft_wrap=True)
+
+
+def _remarks(report: dict[str, Any]) -> Iterator[str]:
+    """What is to be said of how it came to this."""
+    if report["foretold_perplexity_ratio"] is not None:
+        foretold = 100 * (report["foretold_perplexity_ratio"] - 1)
+        yield f"foretold from single layers: {foretold:+.2f} %"
+    if trials := report["trials"]:
+        tried = ", ".join(f"{100 * (each['perplexity_ratio'] - 1):+.2f} %" for each in trials)
+        yield f"measured to find it: {tried}"
+    if set(report["layers"].values()) == {16}:
+        yield "nothing smaller keeps the budget: all of it is in 16 bits, as it was"
+    if blindly := report["rounded_blindly"]:
+        count = sum(map(len, blindly.values()))
+        named = ", ".join(f"{path} {_ranges(experts)}" for path, experts in blindly.items())
+        yield (
+            f"the calibration text hardly reached {count} matrices of experts, which are rounded "
+            f"without it: {named}"
+        )
 
 
 def _layers(layers: dict[str, int]) -> Table:

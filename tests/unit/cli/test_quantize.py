@@ -50,6 +50,20 @@ def test_a_model_is_quantised_with_all_that_belongs_to_it(
     assert "is there already" in again.err
 
 
+def test_a_mixture_tells_how_its_budget_was_kept(
+    meshserve: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    text, out = write_text(tmp_path / "text", 2100), tmp_path / "out"
+    line = ("quantize", str(model), "--to", "mixed", "-o", str(out), "--calibration", str(text))
+    result = meshserve(*line, "--budget", "1.3ppl")
+    assert result.code == 0, result.err
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert report["results"]["quantised"]["perplexity_ratio"] <= 1.3
+    assert report["trials"]
+    for words in ("foretold from single layers", "measured to find it"):
+        assert words in result.out
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+import torch
+
 from services.engine.core.kernels.cpu.build import PACKAGE, BuildError, Recipe, build, check_machine
 from services.runtime.modelfiles import default_cache_dir
 
@@ -94,7 +96,13 @@ def check(name: str) -> Callable[[Check], Check]:
 
 def self_check(library: Library) -> list[str]:
     """Run every registered check; return the names of those that failed."""
-    return [name for name, passes in _CHECKS.items() if not passes(library)]
+    threads = torch.get_num_threads()
+    # For numbers this few, waking others costs more than they save.
+    torch.set_num_threads(1)
+    try:
+        return [name for name, passes in _CHECKS.items() if not passes(library)]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def active() -> Library | None:

@@ -36,8 +36,8 @@ from services.engine.core.kernels.cpu.team import Team
 Rounding: TypeAlias = Callable[[Tensor], GroupedWeight] | None  # None: to bf16
 
 _TOKENS = 7
-_HEAD_DIM = 32
-_VOCAB = 48
+HEAD_DIM = 32
+VOCAB = 48
 # Sizes of linear layers for which kernels take different ways: few rows and many, every number of
 # rows that a tile has, tiles of rows that do not fill the last one; several groups of inputs; pairs
 # of strips of outputs, single ones, and one that is not whole.
@@ -72,23 +72,23 @@ def multiplies_correctly(library: Library) -> bool:
 @check("attention")
 def attends_correctly(library: Library) -> bool:
     """Whether one layer's attention gives what the reference gives."""
-    projected = known_values(_VOCAB, 3 * _HEAD_DIM)
-    modules = {"embedding": projected, "head": torch.eye(_HEAD_DIM)}
+    projected = known_values(VOCAB, 3 * HEAD_DIM)
+    modules = {"embedding": projected, "head": torch.eye(HEAD_DIM)}
     builder = _builder(modules, None)
     # The embedding is taken for projected queries, keys and values.
     builder.embed("embedding")
     builder.convert(Buffer.RESIDUAL)
-    modules["same"] = torch.eye(3 * _HEAD_DIM)
+    modules["same"] = torch.eye(3 * HEAD_DIM)
     builder.linear("same", Buffer.PROJECTED)
     builder.rotary_kv(0)
-    builder.attention(0, _HEAD_DIM)
+    builder.attention(0, HEAD_DIM)
     builder.convert(Buffer.ATTENDED)
     builder.linear("head", Buffer.LOGITS)
-    found = _run(library, builder, _HEAD_DIM, _TOKENS)
+    found = run_step(library, builder, HEAD_DIM, _TOKENS)
     queries, keys, values = (
-        projected[_ids(_TOKENS)].bfloat16().float().view(_TOKENS, 3, 1, _HEAD_DIM).unbind(1)
+        projected[token_ids(_TOKENS)].bfloat16().float().view(_TOKENS, 3, 1, HEAD_DIM).unbind(1)
     )
-    blocks = torch.zeros(1, 16, 1, _HEAD_DIM)
+    blocks = torch.zeros(1, 16, 1, HEAD_DIM)
     key_cache, value_cache = blocks.clone(), blocks.clone()
     key_cache[0, :_TOKENS], value_cache[0, :_TOKENS] = keys, values
     tables = torch.zeros(1, 1, dtype=torch.int32)
@@ -98,15 +98,15 @@ def attends_correctly(library: Library) -> bool:
 
 
 def _linear_is_right(library: Library, rounding: Rounding) -> bool:
-    modules = {"embedding": known_values(_VOCAB, _INPUTS), "head": known_values(_OUTPUTS, _INPUTS)}
+    modules = {"embedding": known_values(VOCAB, _INPUTS), "head": known_values(_OUTPUTS, _INPUTS)}
     builder = _builder(modules, rounding)
     builder.embed("embedding")
     builder.norm(SimpleNamespace(eps=1e-5))
     builder.linear("head", Buffer.LOGITS)
-    rows = _rounded(modules["embedding"], rounding)[_ids(max(_ROWS))]
+    rows = rounded(modules["embedding"], rounding)[token_ids(max(_ROWS))]
     normed = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-5)
-    expected = normed @ _rounded(modules["head"], rounding).T
-    found = [_run(library, builder, _OUTPUTS, rows) for rows in _ROWS]
+    expected = normed @ rounded(modules["head"], rounding).T
+    found = [run_step(library, builder, _OUTPUTS, rows) for rows in _ROWS]
     return is_close(found[-1], expected) and all(
         torch.equal(fewer, found[-1][: len(fewer)]) for fewer in found
     )
@@ -124,11 +124,13 @@ def known_values(rows: int, columns: int) -> Tensor:
     return index.mul(0.7390851).sin().mul(43.7).frac().float().view(rows, columns)
 
 
-def _ids(tokens: int) -> Tensor:
-    return torch.arange(tokens) * 5 % _VOCAB
+def token_ids(tokens: int) -> Tensor:
+    """The tokens of a step of so many."""
+    return torch.arange(tokens) * 5 % VOCAB
 
 
-def _rounded(weight: Tensor, rounding: Rounding) -> Tensor:
+def rounded(weight: Tensor, rounding: Rounding) -> Tensor:
+    """The values that a matrix has once it is packed."""
     return weight.bfloat16().float() if rounding is None else rounding(weight).dequantize()
 
 
@@ -141,16 +143,16 @@ def _builder(modules: dict[str, Tensor], rounding: Rounding) -> ProgramBuilder:
     return ProgramBuilder(pack, lambda *_: torch.ones(modules["embedding"].shape[1]))
 
 
-def _run(library: Library, builder: ProgramBuilder, outputs: int, tokens: int) -> Tensor:
-    """The logits of all tokens, [tokens, outputs]."""
-    cache = PackedKVCache(1, 1, 64, 1, _HEAD_DIM)
+def run_step(library: Library, builder: ProgramBuilder, outputs: int, tokens: int) -> Tensor:
+    """The logits of all tokens of a step with one sequence, [tokens, outputs]; one head."""
+    cache = PackedKVCache(1, 1, 64, 1, HEAD_DIM)
     team = Team(library, 1)
     program = Program(
         builder,
         team,
         heads=1,
         kv_heads=1,
-        head_dim=_HEAD_DIM,
+        head_dim=HEAD_DIM,
         attention_scale=1.0,
         layers=(KvLayout * 1)(cache.layout(0)),
         num_layers=1,
@@ -159,7 +161,7 @@ def _run(library: Library, builder: ProgramBuilder, outputs: int, tokens: int) -
     positions = torch.arange(tokens, dtype=torch.int32)
     starts = torch.tensor([0, tokens], dtype=torch.int32)
     tables = torch.zeros(1, 1, dtype=torch.int32)
-    slots, ids = torch.arange(tokens), _ids(tokens)
+    slots, ids = torch.arange(tokens), token_ids(tokens)
     logits = torch.full((tokens, outputs), float("nan"))
     program.run(
         StepInput(

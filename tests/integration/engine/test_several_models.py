@@ -218,7 +218,8 @@ async def test_a_stream_goes_on_whatever_becomes_of_the_other_models(
             f"and {1000 * max(alone.intervals_s()):.0f} ms)"
         )
     # No load, end or restart of another holds a stream up for as long as it takes itself.
-    assert longest_s < 1.0
+    # (A machine that does much else holds up what is alone as well.)
+    assert longest_s < 1.0 + 2 * max(alone.intervals_s())
 
 
 async def test_sleep_gives_memory_back_and_waking_brings_the_same_model(

@@ -138,15 +138,18 @@ def _print(services: list[ServiceHealth], models: list[Model]) -> None:
             Text(service.name), Text(service.health, style=style), Text(service.target, style="dim")
         )
     for model in models:
-        state = Text("ready", style="green") if model.ready else Text("not ready", style="red")
+        name = model.state or ("ready" if model.ready else "not ready")
+        state = Text(name, style="green" if model.ready else "red")
         table.add_row(Text(f"model {model.name}"), state, Text(describe_model(model), style="dim"))
     print_table(table)
 
 
 def describe_model(model: Model) -> str:
     """A model's outline in one line."""
-    parts = [model.architecture, f"{model.parameters / 1e6:.0f}M parameters", model.dtype]
-    parts.append(f"{model.context_tokens} tokens of context")
+    parts = [model.architecture, model.dtype]
+    if model.context_tokens:
+        parts.insert(1, f"{model.parameters / 1e6:.0f}M parameters")
+        parts.append(f"{model.context_tokens} tokens of context")
     if model.capabilities:
         parts.append("can " + " and ".join(model.capabilities))
     if model.embedding_size:

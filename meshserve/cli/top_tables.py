@@ -21,7 +21,7 @@ from meshserve.cli.top_format import (
     size,
 )
 from meshserve.supervisor.logview import printable
-from meshserve.v1 import mesh_pb2, monitor_pb2
+from meshserve.v1 import engine_pb2, mesh_pb2, monitor_pb2
 
 STATE_STYLES = {
     "serving": "green",
@@ -115,7 +115,7 @@ def model_table(mesh: mesh_pb2.MeshSnapshot, glyphs: Glyphs) -> Table:
     def remark(row: mesh_pb2.ModelOverview) -> str:
         waiting = row.requests_awaiting_engine
         waits = f"{waiting} waiting for one" if waiting else ""
-        return "" if row.ready else joined(["no engine serves it", waits], glyphs)
+        return "" if row.ready else joined([_absence(row), waits], glyphs)
 
     columns = [
         named("MODEL", 16, 0, name, lambda row: "green" if row.ready else "bold red"),
@@ -163,6 +163,13 @@ def tenant_table(mesh: mesh_pb2.MeshSnapshot, glyphs: Glyphs) -> Table:
         _costs(mesh),
     ]
     return Table(columns, mesh.tenants)
+
+
+def _absence(row: mesh_pb2.ModelOverview) -> str:
+    """Why no engine takes requests for a model."""
+    if row.state in (engine_pb2.MODEL_STATE_UNSPECIFIED, engine_pb2.MODEL_STATE_READY):
+        return "no engine serves it"
+    return f"it is {enum_word(engine_pb2.ModelState.Name(row.state), 'ModelState')}"
 
 
 def _reporting(replica: mesh_pb2.ReplicaOverview) -> str:

@@ -152,16 +152,11 @@ class ModelDirectory:
         capability: types_pb2.ModelCapability.ValueType | None = None,
     ) -> Named:
         """What `model` and `adapter` of a request mean, as `Names.find`; where neither is given,
-        the first model that is not known to lack the capability. Raises ServiceError
-        (MODEL_NOT_ALLOWED) too."""
+        the first model that is not known to lack the capability, before those that nobody knows
+        yet because they have never been in memory. Raises ServiceError (MODEL_NOT_ALLOWED) too."""
         named = self.names.find(name, adapter)
         if not name and not adapter and capability is not None:
-            able = (
-                each
-                for each in self._settings.models
-                if (served := self._served.get(each)) is None or served.can(capability)
-            )
-            named = Named(next(able, named.model))
+            named = Named(self._first_able(capability, named.model))
         if not self.names.is_allowed(named, allowed):
             self._denials.labels(Reason.MODEL_NOT_ALLOWED.value).inc()
             kind, refused = ("adapter", named.adapter) if named.adapter else ("model", named.model)
@@ -169,6 +164,19 @@ class ModelDirectory:
                 Reason.MODEL_NOT_ALLOWED, f"the API key may not use the {kind} {refused!r}"
             )
         return named
+
+    def _first_able(self, capability: types_pb2.ModelCapability.ValueType, default: str) -> str:
+        able = [
+            name
+            for name in self._settings.models
+            if (served := self._served.get(name)) is None or served.can(capability)
+        ]
+        known = (
+            name
+            for name in able
+            if name in self._served or self.hosting.state(name) not in _OUT_OF_MEMORY
+        )
+        return next(known, able[0] if able else default)
 
     async def resolve(self, name: str) -> ServedModel:
         """A model by its configured name. Raises ServiceError, also where it is not loaded."""

@@ -40,6 +40,9 @@ _SESSIONS = {
     "safety": "meshserve_safety_completion_sessions",
 }
 
+# States of a model in which an engine answers for it; empty where it does not tell.
+_TAKES_REQUESTS = ("", "ready", "sleeping")
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -72,16 +75,30 @@ class Replica:
         return self.window.last.status.instance_id if self.window is not None else ""
 
     @property
-    def model(self) -> str:
-        """The model that an engine runs; empty while it does not answer."""
+    def hosted(self) -> dict[str, str]:
+        """The models that an engine hosts, each with its state, which is empty where it does not
+        tell. Nothing while it does not answer."""
         if self.window is None:
-            return ""
-        series = self.window.last.series("meshserve_engine_steps")
-        return next((labels.get("model", "") for labels, _ in series), "")
+            return {}
+        hosted = {
+            labels.get("model", ""): ""
+            for labels, _ in self.window.last.series("meshserve_engine_steps")
+        }
+        for labels, sample in self.window.last.series("meshserve_engine_model_state"):
+            if sample.value:
+                hosted[labels.get("model", "")] = labels.get("state", "")
+        return hosted
 
     def runs(self, model: str) -> bool:
         """Whether it is an engine of a model, as far as is known."""
-        return model == self.model or (self.window is None and model in self.models)
+        return model in self.hosted or (self.window is None and model in self.models)
+
+    def serves(self, model: str) -> bool:
+        """Whether it takes requests for a model now."""
+        return (
+            self.state == monitor_pb2.REPLICA_STATE_SERVING
+            and self.hosted.get(model, "") in _TAKES_REQUESTS
+        )
 
 
 def windows(replicas: Iterable[Replica], service: str) -> list[Window]:
@@ -168,7 +185,7 @@ def _replica(replica: Replica) -> mesh_pb2.ReplicaOverview:
     else:
         _add_calls(overview, window)
     if replica.service == "engine":
-        overview.engine.CopyFrom(_engine(replica.model, window))
+        overview.engine.CopyFrom(_engine(", ".join(replica.hosted), window))
     return overview
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from meshserve.v1 import mesh_pb2, monitor_pb2
+from meshserve.v1 import engine_pb2, mesh_pb2
 from services.gateway.overview.rates import Histogram, merged, ratio
 from services.gateway.overview.readings import Labels, Wanted, Window, both, everything, having
 from services.gateway.overview.replicas import Replica, latency, windows
@@ -18,6 +18,15 @@ _COMPLETION_TOKENS = "meshserve_gateway_completion_tokens"
 _CACHED_RESPONSES = "meshserve_gateway_cached_responses"
 _COST = "meshserve_gateway_cost"
 _SECONDS_PER_HOUR = 3600
+# By the metric's label; of several, the first is told.
+_STATES = {
+    "ready": engine_pb2.MODEL_STATE_READY,
+    "sleeping": engine_pb2.MODEL_STATE_SLEEPING,
+    "loading": engine_pb2.MODEL_STATE_LOADING,
+    "draining": engine_pb2.MODEL_STATE_DRAINING,
+    "failed": engine_pb2.MODEL_STATE_FAILED,
+    "unloaded": engine_pb2.MODEL_STATE_UNLOADED,
+}
 # Look-ups that spare the engine its work.
 _HITS = frozenset({"hit", "coalesced"})
 
@@ -144,7 +153,8 @@ def _model(
 ) -> mesh_pb2.ModelOverview:
     own = having("model", name)
     answering = Sums(windows(engines, "engine"))
-    serving = sum(each.state == monitor_pb2.REPLICA_STATE_SERVING for each in engines)
+    serving = sum(each.serves(name) for each in engines)
+    states = {each.hosted.get(name, "") for each in engines}
     has_price = settings.models[name].price is not None
     return mesh_pb2.ModelOverview(
         model=name,
@@ -157,11 +167,15 @@ def _model(
         ),
         serving_engines=serving,
         engines=len(engines),
-        running_sequences=round(answering.total("meshserve_engine_running_sequences")),
-        waiting_sequences=round(answering.total("meshserve_engine_waiting_sequences")),
+        state=next(
+            (value for label, value in _STATES.items() if label in states),
+            engine_pb2.MODEL_STATE_UNSPECIFIED,
+        ),
+        running_sequences=round(answering.total("meshserve_engine_running_sequences", own)),
+        waiting_sequences=round(answering.total("meshserve_engine_waiting_sequences", own)),
         kv_use_ratio=ratio(
-            answering.total("meshserve_engine_kv_blocks_used"),
-            answering.total("meshserve_engine_kv_blocks"),
+            answering.total("meshserve_engine_kv_blocks_used", own),
+            answering.total("meshserve_engine_kv_blocks", own),
         ),
         cost_total=gateways.total(_COST, own) if has_price else None,
         requests_awaiting_engine=round(

@@ -160,3 +160,25 @@ async def test_engines_that_do_not_tell_are_taken_as_they_were(tmp_path: Path) -
         await until(lambda: len(hosting.watch(MODEL).reports) == 2)
         assert await mesh.answer() == "base"
         assert hosting.state(MODEL) == engine_pb2.MODEL_STATE_UNSPECIFIED
+
+
+async def test_a_request_that_names_no_model_does_not_wake_one_that_nobody_knows(
+    tmp_path: Path,
+) -> None:
+    models = {name: {"source": name} for name in ("unknown", MODEL)}
+    mesh = HostingMesh(tmp_path, models=models)
+    for engine in mesh.engines:
+        describe = engine.GetModelInfo
+        asleep = engine_pb2.EngineModel(name="unknown", state=SLEEPING)
+        engine.models["unknown"] = asleep
+
+        async def info(request: Any, context: Any, say: Any = describe) -> Any:
+            if request.model == "unknown":
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "never been in memory")
+            return await say(request, context)
+
+        engine.GetModelInfo = info  # type: ignore[method-assign]
+    async with mesh:
+        await until(lambda: mesh.gateway._models.complete)
+        assert (await mesh.generate()).model == MODEL
+        assert all(not engine.asked for engine in mesh.engines)

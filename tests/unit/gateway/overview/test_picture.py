@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from meshserve.v1 import mesh_pb2, monitor_pb2
+from meshserve.v1 import engine_pb2, mesh_pb2, monitor_pb2
 from services.gateway.overview.picture import snapshot
 from services.gateway.overview.readings import Reading, Window
 from services.gateway.overview.replicas import Replica
@@ -280,3 +280,35 @@ async def test_links_are_what_callers_have_called() -> None:
 
     mesh = await picture(await replica("gateway", act), await replica("gateway", act, "b:1"))
     assert links_of(mesh) == {("gateway", "tokenizer"): 4, ("gateway", "engine"): 4}
+
+
+async def test_models_of_one_engine_are_told_apart() -> None:
+    def act(metrics: Metrics) -> None:
+        states = {"small": "ready", "large": "sleeping"}
+        metrics.read(
+            "meshserve_engine_model_state",
+            lambda: [
+                ((model, state), float(states[model] == state))
+                for model in states
+                for state in ("ready", "sleeping", "unloaded")
+            ],
+        )
+        metrics.read(
+            "meshserve_engine_running_sequences", lambda: [(("small",), 3.0), (("large",), 0.0)]
+        )
+
+    engine = await replica("engine", act)
+    mesh = await picture(
+        engine, models={name: {"source": "x"} for name in ("small", "large", "no")}
+    )
+    shown = {each.model: each for each in mesh.models}
+    assert shown["small"].running_sequences == 3
+    assert shown["large"].running_sequences == 0
+    states = {name: engine_pb2.ModelState.Name(each.state) for name, each in shown.items()}
+    assert states == {
+        "small": "MODEL_STATE_READY",
+        "large": "MODEL_STATE_SLEEPING",
+        "no": "MODEL_STATE_UNSPECIFIED",
+    }
+    assert [each.serving_engines for each in mesh.models] == [1, 1, 0]
+    assert mesh.services[2].replicas[0].engine.model == "small, large"

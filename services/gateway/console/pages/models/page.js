@@ -41,6 +41,12 @@ export function mount(main, session) {
   return () => stopping.abort();
 }
 
+function stateOf(model) {
+  const state = model.state ? words(model.state.replace("MODEL_STATE_", "")).toLowerCase() : "";
+  if (state && state !== "unspecified") return state;
+  return model.ready ? "ready" : "not ready";
+}
+
 function modelCard(model, live) {
   const fact = (term, value) => h("div", {}, h("dt", {}, term), h("dd", { class: "number" }, value));
   const can = (model.capabilities ?? []).map((name) => words(name.replace("MODEL_CAPABILITY_", "")).toLowerCase());
@@ -55,10 +61,11 @@ function modelCard(model, live) {
         "span",
         { class: "actions" },
         model.is_default ? h("span", { class: "badge" }, "default") : null,
-        h("span", { class: `badge ${model.ready ? "good" : "bad"}` }, model.ready ? "ready" : "not ready"),
+        h("span", { class: `badge ${model.ready ? "good" : "bad"}` }, stateOf(model)),
       ),
     ),
     model.aliases?.length ? h("p", { class: "muted small" }, "Also called ", model.aliases.join(", ")) : null,
+    model.adapters?.length ? h("p", { class: "muted small" }, "Adapters: ", model.adapters.join(", ")) : null,
     h(
       "dl",
       { class: "facts-list" },

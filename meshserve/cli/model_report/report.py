@@ -19,6 +19,7 @@ from services.engine.core.fitness import Fitness, examine
 from services.engine.core.generation_defaults import read_generation_defaults
 from services.engine.core.model_config import ModelConfig, RopeConfig
 from services.engine.core.models.native import WeightChoice
+from services.engine.core.weights.pickled_outline import PickledOutline
 from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.description import ModelDescription, describe
 from services.runtime.modelfiles.tensor_kinds import stored_types
@@ -48,13 +49,13 @@ def build_report(
     context = fitness.max_context_tokens
     wanted = min(tokens or TOKENS, context or TOKENS)
     return {
-        "name": path.stem if description is None else description.name,
+        "name": _name(path) if description is None else description.name,
         "path": str(path),
         "kind": "hf" if path.is_dir() else "gguf",
-        "files": [] if description is None else [str(file) for file in description.files],
-        "size_bytes": None if description is None else description.size_bytes,
+        "files": _files(description, fitness.pickled),
+        "size_bytes": _size_bytes(description, fitness.pickled),
         "licence": read_licence(path, description.licence if description else None),
-        "architecture": description.architecture if description else None,
+        "architecture": _architecture(description, config),
         "family": fitness.family,
         "role": None if config is None else _role(config),
         "num_parameters": fitness.num_parameters
@@ -62,6 +63,7 @@ def build_report(
         "dtype": description.dtype if description else None,
         "kept": description.kept if description else None,
         "precision": precision,
+        "pickled": _pickled(fitness.pickled),
         "quantization": read_quantization(path) if path.is_dir() else None,
         "max_context_tokens": context or (description.max_context_tokens if description else None),
         "context": _stretching(config),
@@ -73,6 +75,37 @@ def build_report(
         "generation": read_generation_defaults(path) | catalogue_sampling(path),
         "memory": _memory(fitness, concurrencies, wanted),
         "verdict": _verdict(fitness, tokenizer, problem, wanted),
+    }
+
+
+def _name(path: Path) -> str:
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def _files(description: ModelDescription | None, pickled: PickledOutline | None) -> list[str]:
+    source = description or pickled
+    return [] if source is None else [str(file) for file in source.files]
+
+
+def _size_bytes(description: ModelDescription | None, pickled: PickledOutline | None) -> int | None:
+    source = description or pickled
+    return None if source is None else source.size_bytes
+
+
+def _architecture(
+    description: ModelDescription | None, config: ModelConfig | EncoderConfig | None
+) -> str | None:
+    source = description or config
+    return None if source is None else source.architecture
+
+
+def _pickled(pickled: PickledOutline | None) -> dict[str, Any] | None:
+    if pickled is None:
+        return None
+    return {
+        "files": [file.name for file in pickled.files],
+        "tensors": pickled.tensors,
+        "tensor_bytes": pickled.tensor_bytes,
     }
 
 

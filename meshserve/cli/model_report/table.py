@@ -32,12 +32,14 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "name", report["name"]
     yield "architecture", _architecture(report)
     if report["num_parameters"] is not None:
-        yield "parameters", f"{report['num_parameters'] / 1e6:,.1f} million, {report['dtype']}"
+        yield "parameters", _parameters(report)
     if report["precision"]:
         yield (
             "stored as",
             "; ".join(f"{kind} {', '.join(types)}" for kind, types in report["precision"].items()),
         )
+    if report["pickled"] is not None:
+        yield "pickled", _pickled(report["pickled"])
     if report["kept"] is not None:
         yield "kept on a CPU", report["kept"]
     yield "context", _context(report)
@@ -54,6 +56,23 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if report["size_bytes"] is not None:
         yield "size", f"{report['size_bytes'] / 1e6:,.1f} MB"
     yield "path", report["path"]
+
+
+def _parameters(report: dict[str, Any]) -> str:
+    count = f"{report['num_parameters'] / 1e6:,.1f} million"
+    pickled = report["pickled"]
+    if pickled is None:
+        return f"{count}, {report['dtype']}"
+    each = pickled["tensor_bytes"] / max(report["num_parameters"], 1)
+    return f"{count} by config.json; {each:.1f} bytes for each in the files"
+
+
+def _pickled(pickled: dict[str, Any]) -> str:
+    files = ", ".join(pickled["files"])
+    if pickled["tensors"] is None:
+        return f"{files}: no archive, so that nothing can be told of it unless it is unpickled"
+    size = _size(pickled["tensor_bytes"])
+    return f"{files}: {pickled['tensors']} tensors, {size}; their names and types are in the pickle"
 
 
 def _architecture(report: dict[str, Any]) -> str:

@@ -25,9 +25,19 @@ from services.engine.core.models.footprint import (
     encoder_footprint,
     kv_cache_bytes,
 )
-from services.engine.core.models.loader import open_model
+from services.engine.core.models.loader import (
+    OpenedModel,
+    build_skeleton,
+    open_model,
+    read_config,
+)
 from services.engine.core.models.native import WeightChoice
 from services.engine.core.models.registry import GGUF_FAMILIES, HF_FAMILIES
+from services.engine.core.weights.pickled_outline import (
+    PickledOutline,
+    UnreadCheckpoint,
+    outline_pickled,
+)
 from services.runtime.modelfiles import ModelFileError
 
 WEIGHTS: tuple[WeightChoice, ...] = get_args(WeightChoice)
@@ -47,6 +57,7 @@ class Fitness:
         instruction_set: of the native kernels, where they run it.
         device: where it would run, "cpu" or "cuda:0".
         free_bytes: memory that is free there.
+        pickled: what its weights say of themselves where they are all pickled, and refused.
     """
 
     problem: str | None
@@ -58,6 +69,7 @@ class Fitness:
     instruction_set: str | None = None
     device: str = "cpu"
     free_bytes: int = 0
+    pickled: PickledOutline | None = None
 
     def kv_cache_bytes(
         self,
@@ -104,10 +116,17 @@ def examine(
         config, context, skeleton, found = _open(
             path, weights, reason, torch_dtype, max_context_tokens
         )
+        problem, pickled = None, None
     except ModelFileError as error:
-        return Fitness(_explained(error), device=str(device), free_bytes=free_bytes)
+        problem, pickled = _explained(error), outline_pickled(path)
+        if pickled is None:
+            return Fitness(problem, device=str(device), free_bytes=free_bytes)
+        try:
+            config, context, skeleton, found = _unread(path, pickled, weights, reason, torch_dtype)
+        except ModelFileError:
+            return Fitness(problem, device=str(device), free_bytes=free_bytes, pickled=pickled)
     return Fitness(
-        None,
+        problem,
         config,
         type(skeleton).__name__,
         context,
@@ -117,6 +136,7 @@ def examine(
         instruction_set if any(each.native for each in found.values()) else None,
         str(device),
         free_bytes,
+        pickled,
     )
 
 
@@ -146,6 +166,30 @@ def _open(
             for each in weights
         }
     return opened.config, opened.config.max_context_tokens, opened.skeleton, found
+
+
+def _unread(
+    path: Path,
+    pickled: PickledOutline,
+    weights: tuple[WeightChoice, ...],
+    reason: str | None,
+    torch_dtype: torch.dtype,
+) -> tuple[ModelConfig, int, torch.nn.Module, dict[WeightChoice, Footprint]]:
+    """What a decoder's configuration tells, where its weights are not to be looked at.
+
+    Raises ModelFileError for one that cannot be read, and for more layers than there are tensors.
+    """
+    config = read_config(path)
+    if config.num_layers > (pickled.tensors or 0):
+        problem = f"claims {config.num_layers} layers but lists {pickled.tensors or 0} tensors"
+        raise ModelFileError(path, problem)
+    skeleton = build_skeleton(config)
+    opened = OpenedModel(config, UnreadCheckpoint(path, skeleton), skeleton)
+    found = {
+        each: decoder_footprint(opened, each, why_not_native=reason, torch_dtype=torch_dtype)
+        for each in weights
+    }
+    return config, config.max_context_tokens, skeleton, found
 
 
 def nearest_architecture(name: str) -> str | None:

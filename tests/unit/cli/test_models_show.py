@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 from tests.fakes.decoder_families import CASES, WINDOW, save_model
@@ -164,6 +165,68 @@ def test_what_does_not_run_is_told_with_the_reason(
     result = meshserve("models", "show", str(tmp_path))
     assert "does not run here" in result.out
     assert says in result.out
+
+
+def pickle_model(directory: Path) -> None:
+    """The same weights, as torch.save writes them."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(tensors, directory / "pytorch_model.bin")
+
+
+def test_of_pickled_weights_all_is_told_that_needs_no_unpickling(
+    meshserve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = save_model("qwen3", tmp_path)
+    add_tokenizer(tmp_path, TOOLS_TEMPLATE)
+    plain = shown(meshserve, tmp_path)
+    pickle_model(tmp_path)
+    monkeypatch.setattr("torch.load", None)
+    found = shown(meshserve, tmp_path)
+    same = ("name", "architecture", "family", "role", "num_parameters", "shape", "context")
+    for key in (*same, "max_context_tokens", "vocab_size", "tokenizer", "chat_template"):
+        assert found[key] == plain[key], key
+    assert found["memory"]["weights"] == plain["memory"]["weights"]
+    assert found["pickled"] == {
+        "files": ["pytorch_model.bin"],
+        "tensors": len(list(model.state_dict())),
+        "tensor_bytes": sum(each.nbytes for each in model.state_dict().values()),
+    }
+    assert found["size_bytes"] == (tmp_path / "pytorch_model.bin").stat().st_size
+    assert not found["verdict"]["runs"]
+    assert "set allow_pickled" in found["verdict"]["reason"]
+    result = meshserve("models", "show", str(tmp_path))
+    for words in ("million by config.json; 4.0 bytes for each", "tensors", "allow_pickled"):
+        assert words in result.out
+
+
+def test_pickled_weights_that_are_no_archive_tell_nothing(
+    meshserve: Callable[..., Any], tmp_path: Path
+) -> None:
+    save_model("llama", tmp_path)
+    add_tokenizer(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    found = shown(meshserve, tmp_path)
+    assert found["pickled"]["tensors"] is None
+    assert found["memory"] is None
+    assert "pickled" in found["verdict"]["reason"]
+    assert "unless it is unpickled" in meshserve("models", "show", str(tmp_path)).out
+
+
+def test_a_configuration_that_claims_more_layers_than_are_pickled_is_not_built(
+    meshserve: Callable[..., Any], tmp_path: Path
+) -> None:
+    save_model("llama", tmp_path)
+    add_tokenizer(tmp_path)
+    pickle_model(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 4000}))
+    found = shown(meshserve, tmp_path)
+    assert found["num_parameters"] is None
+    assert found["pickled"]["files"] == ["pytorch_model.bin"]
+    assert "pickled" in found["verdict"]["reason"]
 
 
 def test_too_little_memory_is_told(

@@ -27,8 +27,7 @@ def safetensors_files(directory: Path) -> list[Path]:
     found = _files(directory, SAFETENSORS)
     if found:
         return found
-    pickled = sorted(file.name for pattern in _PICKLED_PATTERNS for file in directory.glob(pattern))
-    if pickled:
+    if pickled := pickled_names(directory):
         problem = (
             f"holds only pickled weights ({pickled[0]}), which can run code when loaded and are "
             "refused; convert the model to safetensors, or set allow_pickled for it where you "
@@ -36,6 +35,11 @@ def safetensors_files(directory: Path) -> list[Path]:
         )
         raise ModelFileError(directory, problem)
     raise ModelFileError(directory, f"has neither {SAFETENSORS} nor {SAFETENSORS}.index.json")
+
+
+def pickled_names(directory: Path) -> list[str]:
+    """The files of a directory that look pickled, whatever they are."""
+    return sorted(file.name for pattern in _PICKLED_PATTERNS for file in directory.glob(pattern))
 
 
 def pickled_files(directory: Path) -> list[Path]:

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.environments import PEERS
-from benchmarks.perplexity import native_step, perplexity, torch_step
+from benchmarks.perplexity import CHOICES
 from benchmarks.prompts import english_prompts
 from services.engine.core.kernels import cpu, select
 from services.engine.core.kernels.cpu.kv_cache import KvFormat
 from services.engine.core.kernels.cpu.packing import GroupedWeight, quantize_8
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.models.loader import OpenedModel, open_model
-from services.engine.core.models.native import NativeModel, WeightChoice
+from services.engine.core.models.native import NativeModel
+from services.engine.core.quantization.measuring import native_step, perplexity, torch_step
 from services.engine.core.weights.dequantize import dequantize
 from services.engine.core.weights.grouped import GROUPED, read_grouped
 from services.runtime.modelfiles import locate
@@ -35,7 +36,6 @@ from services.runtime.modelfiles.ggml_types import GGML_TYPES, GGMLType
 
 TYPES = ("Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
 TYPES += ("IQ4_NL", "IQ4_XS")
-CHOICES: tuple[WeightChoice, ...] = ("auto", "bfloat16", "int8", "int4")
 
 
 class Quantised:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import struct
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from opentelemetry import trace
 
@@ -23,23 +23,37 @@ from services.engine.pending_answers import (
 )
 from services.engine.refusals import as_service_error, draining_error, unavailable_error
 from services.engine.request_stream import CoreLostError, CoreUnavailableError, RefusedError
+from services.engine.waiting import WaitingRequests
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.telemetry import Metrics, get_tracer
 from services.runtime.telemetry.tracing import mark_failed
 
 log = logging.getLogger(__name__)
 
+EncodeCall: TypeAlias = (
+    engine_pb2.EngineServiceEmbedRequest
+    | engine_pb2.EngineServiceClassifyRequest
+    | engine_pb2.EngineServiceScoreRequest
+)
+
 
 class Encodings:
     """Answers requests to an encoder, and knows those in flight by their ids."""
 
     def __init__(
-        self, models: Hosting, metrics: Metrics, draining: asyncio.Event, *, max_inputs: int
+        self,
+        models: Hosting,
+        metrics: Metrics,
+        draining: asyncio.Event,
+        waiting: WaitingRequests,
+        *,
+        max_inputs: int,
     ) -> None:
         """`max_inputs`: of one request."""
         self.in_flight: dict[str, PendingAnswers] = {}
         self._models = models
         self._draining = draining
+        self._waiting = waiting
         self._max_inputs = max_inputs
         self._inputs = metrics.counter("meshserve_engine_encoded_inputs")
         self._queue_duration = metrics.histogram("meshserve_engine_queue_duration_seconds")
@@ -49,7 +63,7 @@ class Encodings:
         self, request: engine_pb2.EngineServiceEmbedRequest
     ) -> engine_pb2.EngineServiceEmbedResponse:
         """The vectors of the inputs. Raises ServiceError."""
-        model, facts = await self._awake(request.model, "embed")
+        model, facts = await self._awake(request, "embed")
         task = embed_task(request, facts)
         values = await self._answer(request.request_id, request.inputs, task, model)
         return engine_pb2.EngineServiceEmbedResponse(embeddings=map(_embedding, values))
@@ -58,7 +72,7 @@ class Encodings:
         self, request: engine_pb2.EngineServiceClassifyRequest
     ) -> engine_pb2.EngineServiceClassifyResponse:
         """The classes of the inputs. Raises ServiceError."""
-        model, facts = await self._awake(request.model, "classify")
+        model, facts = await self._awake(request, "classify")
         task = check_task("classify", facts)
         values = await self._answer(request.request_id, request.inputs, task, model)
         return engine_pb2.EngineServiceClassifyResponse(
@@ -69,22 +83,22 @@ class Encodings:
         self, request: engine_pb2.EngineServiceScoreRequest
     ) -> engine_pb2.EngineServiceScoreResponse:
         """The scores of the pairs. Raises ServiceError."""
-        model, facts = await self._awake(request.model, "score")
+        model, facts = await self._awake(request, "score")
         task = check_task("score", facts)
         values = await self._answer(request.request_id, request.inputs, task, model)
         return engine_pb2.EngineServiceScoreResponse(scores=_floats(b"".join(values)))
 
     async def _awake(
-        self, name: str, kind: Literal["embed", "classify", "score"]
+        self, request: EncodeCall, kind: Literal["embed", "classify", "score"]
     ) -> tuple[HostedModel, ModelFacts]:
         """The model that a request is for, once it can take it. Raises ServiceError."""
-        model = self._models.find_able(name, lambda facts: kind in facts.tasks)
+        model = self._models.find_able(request.model, lambda facts: kind in facts.tasks)
         if self._draining.is_set():
             raise draining_error()
         if model.is_asleep:
             if model.client.facts is not None:
                 check_task(kind, model.client.facts)
-            await model.wake()
+            await self._waiting.wait(request.request_id, model)
         model.check_ready()
         return model, model.facts()
 

@@ -35,6 +35,7 @@ from services.engine.request_stream import (
 from services.engine.responses import ResponseBuilder
 from services.engine.step_spans import SequenceSpans
 from services.engine.validation import missing_capability, sequence_requests
+from services.engine.waiting import WaitingRequests
 from services.runtime.errors import Reason, ServiceError, invalid_field
 from services.runtime.telemetry import Metrics
 
@@ -44,10 +45,17 @@ log = logging.getLogger(__name__)
 class Generations:
     """Begins requests, and knows those in flight by their ids."""
 
-    def __init__(self, models: Hosting, metrics: Metrics, draining: asyncio.Event) -> None:
+    def __init__(
+        self,
+        models: Hosting,
+        metrics: Metrics,
+        draining: asyncio.Event,
+        waiting: WaitingRequests,
+    ) -> None:
         self.in_flight: dict[str, Generation] = {}
         self._models = models
         self._draining = draining
+        self._waiting = waiting
         self._queue_duration = metrics.histogram("meshserve_engine_queue_duration_seconds")
         self._prompt_length = metrics.histogram("meshserve_engine_prompt_length_tokens")
 
@@ -64,7 +72,7 @@ class Generations:
             raise draining_error()
         if model.client.facts is not None:
             _check_generates(model.client.facts)
-        await model.wake()
+        await self._waiting.wait(request.request_id, model)
 
     def begin(
         self,

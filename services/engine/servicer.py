@@ -17,6 +17,7 @@ from services.engine.hosting import Hosting
 from services.engine.lifecycle import LifecycleServicer, seconds_to_drain
 from services.engine.shared_stream import SharedStream
 from services.engine.validation import default_sampling, missing_capability
+from services.engine.waiting import WaitingRequests
 from services.runtime.carried_calls import CarriedCalls
 from services.runtime.errors import ServiceError, invalid_field
 from services.runtime.telemetry import Metrics
@@ -50,8 +51,9 @@ class EngineServicer(LifecycleServicer):
         """`max_inputs`: of one request to an encoder."""
         super().__init__(models)
         self._draining = draining
-        self._generations = Generations(models, metrics, draining)
-        self._encodings = Encodings(models, metrics, draining, max_inputs=max_inputs)
+        self._waiting = WaitingRequests()
+        self._generations = Generations(models, metrics, draining, self._waiting)
+        self._encodings = Encodings(models, metrics, draining, self._waiting, max_inputs=max_inputs)
         self._calls = CarriedCalls(GENERATE_METHOD, metrics)
         self._replica_id = uuid.uuid4().hex
 
@@ -93,7 +95,9 @@ class EngineServicer(LifecycleServicer):
             return engine_pb2.AbortResponse(aborted=True)
         generation = self._generations.in_flight.get(request.request_id)
         if generation is None:
-            return engine_pb2.AbortResponse(aborted=False)
+            # Of one that waits for its model no choice has begun: it is given up as a whole.
+            aborted = self._waiting.abort(request.request_id)
+            return engine_pb2.AbortResponse(aborted=aborted)
         if request.indexes:
             return engine_pb2.AbortResponse(aborted=generation.withdraw(request.indexes))
         generation.abort()

@@ -21,6 +21,7 @@ from services.engine.hosted_model import HostedModel, State
 from services.engine.hosting import Hosting
 from services.engine.pending_answers import PendingAnswers
 from services.engine.request_stream import CoreLostError
+from services.engine.waiting import WaitingRequests
 from services.runtime.errors import Reason, ServiceError
 from services.runtime.telemetry import Metrics
 
@@ -83,7 +84,9 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
 async def embed(client: Client, num_inputs: int = 1) -> engine_pb2.EngineServiceEmbedResponse:
     """A request that is traced."""
     model = HostedModel("m", client, state=State.READY)  # type: ignore[arg-type]
-    served = Encodings(Hosting([model]), Metrics("engine"), asyncio.Event(), max_inputs=10)
+    served = Encodings(
+        Hosting([model]), Metrics("engine"), asyncio.Event(), WaitingRequests(), max_inputs=10
+    )
     request = engine_pb2.EngineServiceEmbedRequest(
         request_id="r", inputs=[engine_pb2.EncoderInput(token_ids=[1, 2, 3])] * num_inputs
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Awaitable
 from typing import Any
 
@@ -15,6 +16,7 @@ from services.engine.core_client import CoreStartError
 from services.engine.hosted_model import HostedModel, State
 from services.engine.hosting import Hosting
 from services.engine.request_stream import CoreUnavailableError
+from services.engine.waiting import WaitingRequests
 from services.runtime.errors import Reason, ServiceError
 from tests.support.virtual_time import in_virtual_time
 
@@ -117,10 +119,15 @@ def hosted(client: Client, **options: Any) -> HostedModel:
     return HostedModel("m", client, **options)  # type: ignore[arg-type]
 
 
-async def ask(model: HostedModel, duration_s: float = 0.1) -> bool:
+async def ask(
+    model: HostedModel,
+    duration_s: float = 0.1,
+    request_id: str | None = None,
+    waiting: WaitingRequests | None = None,
+) -> bool:
     """A request as the engine takes it."""
-    if model.is_asleep:
-        await model.wake()
+    waiting = WaitingRequests() if waiting is None else waiting
+    await waiting.wait(request_id or uuid.uuid4().hex, model)
     model.check_ready()
     client: Any = model.client
     answered: bool = await client.answer(duration_s)
@@ -162,6 +169,21 @@ async def test_a_model_goes_on_waking_when_nobody_waits_any_more() -> None:
     asking.cancel()
     await asyncio.sleep(LOAD_S)
     assert model.state is State.READY
+
+
+@in_virtual_time
+async def test_who_waits_for_a_model_can_be_aborted_by_its_id() -> None:
+    model, waiting = hosted(Client(), state=State.SLEEPING), WaitingRequests()
+    first, second = (
+        asyncio.create_task(ask(model, request_id=name, waiting=waiting)) for name in "ab"
+    )
+    await asyncio.sleep(LOAD_S / 2)
+    assert await refusal(ask(model, request_id="a", waiting=waiting)) is Reason.REQUEST_ID_IN_USE
+    assert waiting.abort("a")
+    assert await refusal(first) is Reason.ABORTED
+    assert not waiting.abort("a")
+    assert await second
+    assert not waiting.abort("b")
 
 
 @in_virtual_time
@@ -256,12 +278,13 @@ async def test_draining_ends_what_wakes_and_wakes_nothing() -> None:
     assert await refusal(ask(asleep)) is Reason.DRAINING
 
 
-OPERATIONS = ("load", "unload", "sleep", "ask", "leave", "wait")
+OPERATIONS = ("load", "unload", "sleep", "ask", "abort", "leave", "wait")
 REFUSALS = {
     Reason.MODEL_NOT_LOADED,
     Reason.MODEL_LOADING,
     Reason.MODEL_BUSY,
     Reason.DRAINING,
+    Reason.ABORTED,
 }
 
 
@@ -278,7 +301,7 @@ async def test_storms_leave_a_model_in_a_state_that_is_true(
     operations: list[tuple[str, float]], sleep_after_s: float | None, begins: State
 ) -> None:
     client = Client()
-    model = hosted(client, state=begins, sleep_after_s=sleep_after_s)
+    model, waiting = hosted(client, state=begins, sleep_after_s=sleep_after_s), WaitingRequests()
     tasks: list[asyncio.Task[Any]] = []
     for operation, duration_s in operations:
         match operation:
@@ -289,7 +312,10 @@ async def test_storms_leave_a_model_in_a_state_that_is_true(
             case "sleep":
                 tasks.append(asyncio.create_task(model.sleep()))
             case "ask":
-                tasks.append(asyncio.create_task(ask(model, duration_s)))
+                name = str(len(tasks))
+                tasks.append(asyncio.create_task(ask(model, duration_s, name, waiting)))
+            case "abort":
+                waiting.abort(str(len(tasks) - 1))
             case "leave" if tasks:
                 tasks[-1].cancel()
             case _:

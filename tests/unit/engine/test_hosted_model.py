@@ -43,11 +43,13 @@ class Client:
         self.idle_since_s = 0.0
         self.starts = 0
         self.is_running = False
+        self.is_ending = False
         self.in_flight: list[Request] = []
         self._starting: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
         assert not self.is_running, "there are two cores"
+        assert not self.is_ending, "there are two cores"
         assert self._starting is None, "there are two cores"
         self.starts += 1
         loop = asyncio.get_running_loop()
@@ -78,7 +80,9 @@ class Client:
             request.over.set()
         self.in_flight = []
         if was_running:
+            self.is_ending = True
             await asyncio.sleep(LOAD_S)
+            self.is_ending = False
 
     async def drain(self, timeout_s: float) -> int:
         self.draining = True

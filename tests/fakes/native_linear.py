@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,12 +26,14 @@ from services.engine.core.kernels.cpu.program import (
 )
 from services.engine.core.kernels.cpu.team import Team
 
+ROUNDING = 2.0**-24  # of one operation on floats, at most
+
 
 class Norm:
     """What a program asks of a norm."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
+    def __init__(self, weight: Tensor, eps: float, bias: Tensor | None = None) -> None:
+        self.weight, self.eps, self.bias = weight, eps, bias
 
 
 def run(
@@ -41,6 +44,7 @@ def run(
     norm: Norm | None = None,
     epilogue: Epilogue = Epilogue.STORE,
     onto: Tensor | None = None,
+    cap: float = 0.0,
     token_ids: Sequence[int] | None = None,
     threads: int = 2,
 ) -> Tensor:
@@ -51,7 +55,7 @@ def run(
     """
     table = rows if isinstance(rows, PackedLinear) else pack_grouped(rows)
     ids = torch.arange(table.outputs) if token_ids is None else torch.tensor(token_ids)
-    builder = ProgramBuilder(lambda module, gated: module, lambda module, kind: module.weight)
+    builder = ProgramBuilder(lambda module, gated: module, getattr)
     builder.embed(table)
     if norm is None:
         builder.convert(Buffer.RESIDUAL)
@@ -59,7 +63,7 @@ def run(
         builder.norm(norm)
     if weights is None:
         weights = identity(table.inputs)
-    builder.linear(weights, Buffer.LOGITS, epilogue=epilogue)
+    builder.linear(weights, Buffer.LOGITS, epilogue=epilogue, cap=cap)
     width = builder.widths[Buffer.LOGITS]
     # What a kernel leaves out shows, and so does what it writes beside its own rows.
     guarded = torch.full((len(ids) + 2, width), float("nan"))
@@ -108,3 +112,48 @@ def random_grouped(
     levels = torch.randint(0, 1 << bits, (outputs, inputs), generator=generator).to(torch.uint8)
     scales = uniform(-1.5, 1.5) / (1 << (bits - 1))
     return GroupedWeight(levels, scales, uniform(-2, 2) if minima else None, bits)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix in one of the kernels' formats, and its values."""
+
+    pack: Callable[..., PackedLinear]
+    values: Tensor
+    magnitudes: Tensor  # of what is added up: with minima, more than those of the values
+
+    @classmethod
+    def random(cls, weight_format: str, outputs: int, inputs: int, seed: int) -> Matrix:
+        if weight_format == "bf16":
+            floats = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+            values = floats.bfloat16().double()
+            return cls(lambda **how: pack_bf16(floats, **how), values, values.abs())
+        bits, minima = (4 if weight_format == "q4" else 8), weight_format != "q8"
+        grouped = random_grouped(outputs, inputs, bits=bits, minima=minima, seed=seed)
+        values = grouped.dequantize().double()
+        magnitudes = values.abs()
+        if grouped.minima is not None:
+            each = grouped.minima.double().abs().repeat_interleave(GROUP_INPUTS, dim=1)
+            magnitudes = magnitudes + 2 * each
+        return cls(lambda **how: pack_grouped(grouped, **how), values, magnitudes)
+
+
+def activations(kernels: Library, weight_format: str, rows: Tensor) -> Tensor:
+    """What the kernels multiply instead of the rows: bf16, int8 in groups of 32, or the rows."""
+    if weight_format != "bf16":
+        groups = rows.view(len(rows), -1, GROUP_INPUTS)
+        largest = groups.abs().amax(-1, keepdim=True)
+        # A true division: `127 / largest` multiplies by a reciprocal, which rounds twice.
+        inverse = torch.where(largest > 0, torch.tensor(127.0) / largest, torch.zeros(()))
+        levels = (groups * inverse).round()  # half to even
+        return (levels.double() * (largest / 127).double()).view(rows.shape)
+    return (rows.bfloat16() if kernels.isa in ("amx", "avx512bf16") else rows).double()
+
+
+def sums(
+    kernels: Library, weight_format: str, rows: Tensor, matrix: Matrix, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The layer's sums in float64, and how far off float additions in any order may be."""
+    inputs = activations(kernels, weight_format, rows)
+    bound = (rows.shape[1] + 8) * ROUNDING * (inputs.abs() @ matrix.magnitudes.T + bias.abs())
+    return inputs @ matrix.values.T + bias, bound

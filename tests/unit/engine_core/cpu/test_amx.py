@@ -136,12 +136,12 @@ def weights(weight_format: str, outputs: int = 104, **how: bool) -> PackedLinear
 def test_matrices_in_bytes_give_the_same_bits_as_without_tiles(
     amx: Library, weight_format: str, epilogue: Epilogue
 ) -> None:
-    gated = epilogue in (Epilogue.GATED_SILU, Epilogue.GATED_GELU)
+    gated = epilogue.gates
     packed = weights(weight_format, outputs=224 if gated else 104, gated=gated)
     onto = torch.randn(100, 104) if epilogue is Epilogue.ADD else None
     for count in (1, 8, *range(9, 20), 31, 33, 48, 65, 100):
         before = None if onto is None else onto[:count]
-        how = {"epilogue": epilogue, "onto": before, "token_ids": range(count)}
+        how = {"epilogue": epilogue, "onto": before, "token_ids": range(count), "cap": 3.0}
         found = [run(KERNELS[isa], ROWS, packed, **how) for isa in ("amx", "avx512bf16")]
         assert torch.equal(*found), count
 

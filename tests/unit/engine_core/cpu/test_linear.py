@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.packing import (
-    GROUP_INPUTS,
     GroupedWeight,
-    PackedLinear,
     pack_bf16,
     pack_grouped,
 )
 from services.engine.core.kernels.cpu.program import Epilogue
 from tests.fakes.amx_processor import libraries_with_amx
-from tests.fakes.native_linear import Norm, random_grouped, run
+from tests.fakes.native_linear import ROUNDING, Matrix, Norm, activations, random_grouped, run, sums
 
 KERNELS = libraries_with_amx()
 pytestmark = pytest.mark.skipif(not KERNELS, reason="no native kernels on this machine")
@@ -30,52 +24,6 @@ each_isa = pytest.mark.parametrize("kernels", KERNELS, ids=lambda each: each.isa
 
 FORMATS = ["bf16", "q8", "q8 with minima", "q4"]
 each_format = pytest.mark.parametrize("weight_format", FORMATS)
-ROUNDING = 2.0**-24  # of one operation on floats, at most
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix in one of the kernels' formats, and its values."""
-
-    pack: Callable[..., PackedLinear]
-    values: Tensor
-    magnitudes: Tensor  # of what is added up: with minima, more than those of the values
-
-    @classmethod
-    def random(cls, weight_format: str, outputs: int, inputs: int, seed: int) -> Matrix:
-        if weight_format == "bf16":
-            floats = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
-            values = floats.bfloat16().double()
-            return cls(lambda **how: pack_bf16(floats, **how), values, values.abs())
-        bits, minima = (4 if weight_format == "q4" else 8), weight_format != "q8"
-        grouped = random_grouped(outputs, inputs, bits=bits, minima=minima, seed=seed)
-        values = grouped.dequantize().double()
-        magnitudes = values.abs()
-        if grouped.minima is not None:
-            each = grouped.minima.double().abs().repeat_interleave(GROUP_INPUTS, dim=1)
-            magnitudes = magnitudes + 2 * each
-        return cls(lambda **how: pack_grouped(grouped, **how), values, magnitudes)
-
-
-def activations(kernels: Library, weight_format: str, rows: Tensor) -> Tensor:
-    """What the kernels multiply instead of the rows: bf16, int8 in groups of 32, or the rows."""
-    if weight_format != "bf16":
-        groups = rows.view(len(rows), -1, GROUP_INPUTS)
-        largest = groups.abs().amax(-1, keepdim=True)
-        # A true division: `127 / largest` multiplies by a reciprocal, which rounds twice.
-        inverse = torch.where(largest > 0, torch.tensor(127.0) / largest, torch.zeros(()))
-        levels = (groups * inverse).round()  # half to even
-        return (levels.double() * (largest / 127).double()).view(rows.shape)
-    return (rows.bfloat16() if kernels.isa in ("amx", "avx512bf16") else rows).double()
-
-
-def sums(
-    kernels: Library, weight_format: str, rows: Tensor, matrix: Matrix, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The layer's sums in float64, and how far off float additions in any order may be."""
-    inputs = activations(kernels, weight_format, rows)
-    bound = (rows.shape[1] + 8) * ROUNDING * (inputs.abs() @ matrix.magnitudes.T + bias.abs())
-    return inputs @ matrix.values.T + bias, bound
 
 
 @each_isa
@@ -126,27 +74,6 @@ def test_a_layer_adds_to_the_residual_stream(
     expected, bound = sums(kernels, weight_format, rows.dequantize(), matrix, bias.double())
     expected += onto
     assert ((found - expected).abs() <= bound + expected.abs() * ROUNDING).all()
-
-
-@each_isa
-@each_format
-@pytest.mark.parametrize("size", [(1, 32), (2, 64), (6, 96), (7, 160), (40, 320)])
-def test_gates_open_with_silu(kernels: Library, weight_format: str, size: tuple[int, int]) -> None:
-    num_rows, outputs = size
-    rows, matrix = random_grouped(num_rows, 64), Matrix.random(weight_format, outputs, 64, seed=1)
-    # Gates from wide open to so far shut that e**-gate is no float.
-    bias = torch.linspace(-150, 150, outputs)[torch.randperm(outputs)]
-
-    found = run(kernels, rows, matrix.pack(bias=bias, gated=True), epilogue=Epilogue.GATED_SILU)
-
-    each, bound = sums(kernels, weight_format, rows.dequantize(), matrix, bias.double())
-    gates, values = each.split(outputs // 2, dim=1)
-    gate_bound, value_bound = bound.split(outputs // 2, dim=1)
-    opened = torch.nn.functional.silu(gates)
-    # |silu'| is at most 1.1; exp2 and the division cost a few roundings of the result.
-    bound = 1.1 * gate_bound * values.abs() + opened.abs() * value_bound
-    bound += 100 * ROUNDING * (gates.abs() + 1) * (opened * values).abs() + 1e-30
-    assert ((found - opened * values).abs() <= bound).all()
 
 
 @each_isa

@@ -43,12 +43,12 @@ def weights(weight_format: str, *, gated: bool = False) -> PackedLinear:
 def test_a_row_has_its_bits_in_any_company(
     kernels: Library, weight_format: str, epilogue: Epilogue
 ) -> None:
-    packed = weights(weight_format, gated=epilogue is Epilogue.GATED_SILU)
+    packed = weights(weight_format, gated=epilogue.gates)
     onto = torch.randn(33, OUTPUTS) if epilogue is Epilogue.ADD else None
 
     def compute(ids: list[int]) -> torch.Tensor:
         before = None if onto is None else onto[ids]
-        how = {"norm": NORM, "epilogue": epilogue, "onto": before, "token_ids": ids}
+        how = {"norm": NORM, "epilogue": epilogue, "onto": before, "token_ids": ids, "cap": 3.0}
         return run(kernels, ROWS, packed, threads=1, **how)
 
     alone = torch.cat([compute([row]) for row in range(33)])

@@ -9,7 +9,7 @@ from meshserve.v1 import admin_pb2, admin_pb2_grpc
 from services.gateway.hosting.hosting import Hosting
 from services.gateway.hosting.names import Names
 from services.gateway.hosting.operations import Operations, Outcome
-from services.gateway.hosting.watch import UNKNOWN, Report
+from services.gateway.hosting.watch import UNKNOWN, Report, is_there
 from services.gateway.stages.authenticate import Authenticator
 from services.runtime.errors import ServiceError, invalid_field
 from services.runtime.replicas import Replica
@@ -203,7 +203,8 @@ def _model_replica(
         reason=error.reason if error else "",
     )
     if told is not None:
-        if not report.problem:
+        # An engine that only took too long to answer is still where it was.
+        if is_there(replica):
             shown.state = told.state
         shown.problem = shown.problem or told.problem
         shown.memory_bytes, shown.requests = told.memory_bytes, told.requests

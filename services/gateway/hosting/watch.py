@@ -82,6 +82,11 @@ class Placement:
         return _among(self.ready) if self.ready else None
 
 
+def is_there(replica: Replica) -> bool:
+    """Whether an engine can be asked."""
+    return replica.state in (ReplicaState.SERVING, ReplicaState.NOT_SERVING)
+
+
 def _among(there: Mapping[Replica, str]) -> Eligible:
     return lambda replica: there.get(replica) == replica.instance_id
 
@@ -121,7 +126,9 @@ class EngineWatch:
             for replica, report in self.reports.items()
             if report.models
         }
-        states = {found.state for _, found in told.values()}
+        # Of engines that are away, only what they said last is known.
+        states = {found.state for replica, (_, found) in told.items() if is_there(replica)}
+        states = states or {found.state for _, found in told.values()}
         best = next((each for each in STATES if each in states), UNKNOWN)
         # While others have it, none waits for it to be read.
         taking = {best} if best == engine_pb2.MODEL_STATE_LOADING else TAKES_REQUESTS - _LOADING
@@ -143,7 +150,7 @@ class EngineWatch:
         instance_id = replica.instance_id
         known = self.reports.get(replica)
         before = known.models if known and known.instance_id == instance_id else {}
-        if replica.state not in (ReplicaState.SERVING, ReplicaState.NOT_SERVING):
+        if not is_there(replica):
             return Report(instance_id, before, f"is {replica.standing}")
         rpc = replica.link.rpc(LIST_MODELS, "unary_unary")
         try:

@@ -182,3 +182,16 @@ async def test_a_request_that_names_no_model_does_not_wake_one_that_nobody_knows
         await until(lambda: mesh.gateway._models.complete)
         assert (await mesh.generate()).model == MODEL
         assert all(not engine.asked for engine in mesh.engines)
+
+
+async def test_what_an_engine_said_that_is_away_is_not_what_the_model_does(
+    mesh: HostingMesh,
+) -> None:
+    await mesh.kill_engine(1)
+    hosting = mesh.gateway._hosting
+    await until(lambda: any(report.problem for report in hosting.watch(MODEL).reports.values()))
+    assert (await ask(mesh, "SleepModel")).model.state == SLEEPING
+    await mesh.kill_engine(0)
+    await until(lambda: all(report.problem for report in hosting.watch(MODEL).reports.values()))
+    failure = await refusal(mesh.generate(model=OWN))
+    assert failure.reason == "SERVICE_UNAVAILABLE", "it is still known whose adapter that is"

@@ -12,9 +12,11 @@ namespace {
 
 // A multiplication of attention takes as long as so many of a linear layer's.
 constexpr double attention_cost = 4;
-// Multiplications in the time that it takes to read a byte. A step is divided where its threads
-// have enough to multiply while each of them reads all weights, from memory that they share.
-constexpr double cost_of_byte = 2.4;
+// Multiplications in the time that it takes to read a byte: from a cache that threads share, and
+// from memory that they share. A step is divided where its threads have enough to multiply while
+// each of them reads all weights. They drift apart by about a layer, so that a small one is in the
+// cache when the second of them comes to it, and one of `far_layer` bytes is not.
+constexpr double near_cost = 1.2, far_cost = 8, far_layer = 8 << 20;
 
 double bytes_per_weight(const LinearWeights& weights) {
   if (weights.format == WeightFormat::bf16) return 2;
@@ -47,6 +49,8 @@ StepCosts step_costs(const ProgramSpec& spec, const std::vector<Op>& ops, size_t
     bytes += size * bytes_per_weight(*op.weights) * std::max(op.experts.count, 1);
   }
   if (threads > 1 && !costs.keys.empty()) {
+    const double far = std::min(1.0, bytes / spec.num_layers / far_layer);
+    const double cost_of_byte = near_cost + (far_cost - near_cost) * far;
     const double rows_of_thread = cost_of_byte * bytes * threads / costs.token;
     costs.least_divided = static_cast<int32_t>(std::ceil(rows_of_thread)) * threads;
   }

@@ -6,11 +6,12 @@ import json
 import os
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from services.engine.core.kernels import cpu
@@ -27,6 +28,7 @@ from tests.fakes.decoder_files import save_gguf
 from tests.fakes.small_llama import save_small_llama
 
 WINDOW = 64
+TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 def random_texts() -> Texts:
@@ -326,3 +328,49 @@ def test_shards_are_listed_in_an_index(
     assert len(files) > 1
     assert set(index["weight_map"].values()) == files
     assert set(widths_of(tmp_path / "out").values()) == {8}
+
+
+@pytest.mark.parametrize(
+    ("case", "lie"),
+    [
+        ("llama", {"num_hidden_layers": 4000}),
+        ("llama", {"num_hidden_layers": 1}),
+        ("llama", {"hidden_size": 2**20}),
+        ("llama", {"vocab_size": 2**30}),
+        ("llama", {"quantization_config": {"quant_method": "compressed-tensors"}}),
+        ("llama", {"quantization_config": []}),
+        ("mixtral", {"num_local_experts": 4096}),
+        ("mixtral", {"num_local_experts": 2**40}),
+        ("mixtral", {"num_experts_per_tok": 6}),
+        ("gpt2", {"n_inner": 2**30}),
+        ("gemma2", {"head_dim": 0}),
+    ],
+)
+def test_a_configuration_that_lies_is_refused_and_nothing_is_left(
+    case: str, lie: dict[str, Any], whole_groups: None, tmp_path: Path
+) -> None:
+    save_model(case, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | lie))
+    with pytest.raises(ModelFileError):
+        quantize(tmp_path / "model", tmp_path / "out", "int4", random_texts())
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    for target in TARGETS:
+        with pytest.raises(ModelFileError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+            quantize(llama, tmp_path / "out", target, random_texts(), budget=Budget(size=0.6))
+    assert os.listdir(tmp_path) == ["llama"]
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(
+    llama: Path, tmp_path: Path
+) -> None:
+    texts = Texts.of([*range(200), *range(200)], WINDOW)
+    with pytest.raises(ModelFileError, match="token 199"):
+        quantize(llama, tmp_path / "out", "int4", texts)
+    assert os.listdir(tmp_path) == ["llama"]

@@ -27,6 +27,7 @@ from services.engine.core.models.base import Model
 from services.engine.core.models.loader import OpenedModel
 from services.engine.core.weights.loading import weight_slots
 from services.engine.core.weights.stored_linear import no_scales
+from services.runtime.modelfiles import ModelFileError
 
 _BLOCK_TOKENS = 16
 # Files pack as many numbers of 4 bits into a word, and matrices are cut by their outputs.
@@ -127,7 +128,12 @@ class LayeredModel:
         }
         with torch.no_grad():
             for name, slot in weight_slots(holder, stored).items():
-                slot.copy_(checkpoint.read(path + name.removeprefix("it")))
+                own = path + name.removeprefix("it")
+                slot.copy_(checkpoint.read(own))
+                if not slot.isfinite().all():
+                    what = f"tensor {checkpoint.source_name(own)!r}"
+                    problem = "has values that are no finite numbers"
+                    raise ModelFileError(checkpoint.path, problem, what=what)
                 checkpoint.release()
         return made.requires_grad_(False)
 

@@ -147,17 +147,22 @@ class Run:
         self._kept = RoundedOnDisk(directory / _KEPT)
         try:
             self._source = open_source(opened)
+            self._check(opened.config.vocab_size)
             self._model = LayeredModel(opened, texts.calibration)
+            layers = range(self._model.num_layers)
+            self._units = [unit for index in layers for unit in self._model.units(index)]
+            if not self._units:
+                problem = f"has no projection whose inputs are whole groups of {GROUP_INPUTS}"
+                raise ModelFileError(path, problem)
         except BaseException:
             opened.checkpoint.close()
             raise
-        self._units = [
-            unit for index in range(self._model.num_layers) for unit in self._model.units(index)
-        ]
-        if not self._units:
-            opened.checkpoint.close()
-            problem = f"has no projection whose inputs are whole groups of {GROUP_INPUTS}"
-            raise ModelFileError(path, problem)
+
+    def _check(self, vocab_size: int) -> None:
+        largest = max(int(self._texts.calibration.max()), *map(max, self._texts.evaluation))
+        if largest >= vocab_size:
+            problem = f"has {vocab_size} tokens, and its tokenizer knows more: token {largest}"
+            raise ModelFileError(self._path, problem)
 
     @property
     def paths(self) -> list[str]:

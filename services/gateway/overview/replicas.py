@@ -249,11 +249,11 @@ def _engine(model: str, window: Window) -> mesh_pb2.EngineOverview:
         prompt_tokens_total=total("prompt_tokens"),
         device=info[0][0].get("device", "") if info else "",
     )
-    if window.last.series("meshserve_engine_gpu_memory_bytes"):
-        overview.gpu_memory_bytes = total("gpu_memory_bytes")
-        overview.gpu_memory_used_bytes = total("gpu_memory_used_bytes")
-    if window.last.series("meshserve_engine_gpu_utilization"):
-        overview.gpu_utilization = window.total("meshserve_engine_gpu_utilization")
+    for name in ("gpu_memory_bytes", "gpu_memory_used_bytes", "gpu_utilization"):
+        # Each model tells of the card, which all of them are on.
+        told = [sample.value for _, sample in window.last.series(f"meshserve_engine_{name}")]
+        if told:
+            setattr(overview, name, max(told) if name == "gpu_utilization" else round(max(told)))
     return overview
 
 

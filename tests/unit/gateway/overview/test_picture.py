@@ -245,6 +245,10 @@ async def test_the_caches_commands_are_a_link_to_what_lies_behind_it() -> None:
 
 
 async def test_engines_tell_how_they_guess_and_preempt() -> None:
+    def card(value: float) -> list[tuple[tuple[str, str], float]]:
+        """What two models of an engine tell of the card that both are on."""
+        return [(("small", "cuda:0"), value), (("large", "cuda:0"), value)]
+
     def act(metrics: Metrics) -> None:
         for name, count in (
             ("drafted_tokens", 40),
@@ -252,10 +256,8 @@ async def test_engines_tell_how_they_guess_and_preempt() -> None:
             ("preemptions", 5),
         ):
             metrics.counter(f"meshserve_engine_{name}").labels("small").inc(count)
-        metrics.read("meshserve_engine_gpu_memory_bytes", lambda: [(("small", "cuda:0"), 80.0)])
-        metrics.read(
-            "meshserve_engine_gpu_memory_used_bytes", lambda: [(("small", "cuda:0"), 60.0)]
-        )
+        metrics.read("meshserve_engine_gpu_memory_bytes", lambda: card(80.0))
+        metrics.read("meshserve_engine_gpu_memory_used_bytes", lambda: card(60.0))
 
     (shown,) = (await picture(await replica("engine", act))).services[2].replicas
     assert shown.engine.draft_acceptance_ratio == 0.25

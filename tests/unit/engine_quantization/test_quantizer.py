@@ -136,6 +136,7 @@ WHOLE_GROUPS = {
 }
 
 
+@pytest.mark.proves("{case}", "quantize")
 @pytest.mark.parametrize("case", FAMILIES)
 def test_every_family_is_quantised_in_the_names_of_its_own_files(
     case: str, whole_groups: None, tmp_path: Path

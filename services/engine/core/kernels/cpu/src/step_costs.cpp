@@ -13,10 +13,11 @@ namespace {
 // A multiplication of attention takes as long as so many of a linear layer's.
 constexpr double attention_cost = 4;
 // Multiplications in the time that it takes to read a byte: from a cache that threads share, and
-// from memory that they share. A step is divided where its threads have enough to multiply while
-// each of them reads all weights. They drift apart by about a layer, so that a small one is in the
-// cache when the second of them comes to it, and one of `far_layer` bytes is not.
-constexpr double near_cost = 1.2, far_cost = 8, far_layer = 8 << 20;
+// from memory that they share, where those of bytes are faster. A step is divided where its threads
+// have enough to multiply while each of them reads all weights. They drift apart by about a layer,
+// so that a small one is in the cache when the second of them comes to it, and one of `far_layer`
+// bytes is not.
+constexpr double near_cost = 1.8, far_cost = 6, far_cost_of_bytes = 10, far_layer = 16 << 20;
 
 double bytes_per_weight(const LinearWeights& weights) {
   if (weights.format == WeightFormat::bf16) return 2;
@@ -29,7 +30,7 @@ double bytes_per_weight(const LinearWeights& weights) {
 StepCosts step_costs(const ProgramSpec& spec, const std::vector<Op>& ops, size_t num_ops,
                      int threads) {
   StepCosts costs = {0, {}, std::numeric_limits<int32_t>::max()};
-  double bytes = 0;
+  double bytes = 0, far_costs = 0;
   for (size_t i = 0; i < num_ops; ++i) {
     const Op& op = ops[i];
     if (op.kind == OpKind::attention) {
@@ -46,12 +47,14 @@ StepCosts step_costs(const ProgramSpec& spec, const std::vector<Op>& ops, size_t
     if (op.kind != OpKind::linear && op.kind != OpKind::expert_linear) continue;
     const double size = double(op.weights->inputs) * op.weights->outputs;
     costs.token += size * std::max(op.experts.per_token, 1);
-    bytes += size * bytes_per_weight(*op.weights) * std::max(op.experts.count, 1);
+    const double read = size * bytes_per_weight(*op.weights) * std::max(op.experts.count, 1);
+    bytes += read;
+    far_costs += read * (op.weights->format == WeightFormat::bf16 ? far_cost : far_cost_of_bytes);
   }
   if (threads > 1 && !costs.keys.empty()) {
     const double far = std::min(1.0, bytes / spec.num_layers / far_layer);
-    const double cost_of_byte = near_cost + (far_cost - near_cost) * far;
-    const double rows_of_thread = cost_of_byte * bytes * threads / costs.token;
+    const double reading = (1 - far) * near_cost * bytes + far * far_costs;
+    const double rows_of_thread = reading * threads / costs.token;
     costs.least_divided = static_cast<int32_t>(std::ceil(rows_of_thread)) * threads;
   }
   return costs;

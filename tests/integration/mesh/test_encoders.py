@@ -1,4 +1,4 @@
-"""Embeddings, classes and scores through a whole mesh that chats as well: one engine per model."""
+"""Embeddings, classes and scores through a whole mesh that chats as well, all in one engine."""
 
 from __future__ import annotations
 
@@ -62,12 +62,16 @@ def mesh(
     small: dict[str, tuple[Path, Small]],
     spans: Receiver,
 ) -> Iterator[Mesh]:
-    """A chat model first, and three encoders, each of which gets an engine of its own."""
+    """A chat model first, and three encoders in the same engine, one of which waits for a request."""
     overrides = {
         "models": {
             MINILM: {"source": MINILM, "price": {"prompt": 1000, "completion": 0}},
             "critic": {"source": str(small["critic"][0]), "dtype": "float32"},
-            "ranker": {"source": str(small["ranker"][0]), "dtype": "float32"},
+            "ranker": {
+                "source": str(small["ranker"][0]),
+                "dtype": "float32",
+                "load": "on_request",
+            },
         },
         "telemetry": {"otlp_endpoint": spans.endpoint},
     }

@@ -21,9 +21,11 @@ from transformers import (
     ModernBertModel,
     PreTrainedModel,
     RobertaConfig,
+    RobertaForSequenceClassification,
     RobertaModel,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
+    XLMRobertaModel,
 )
 
 from services.engine.core.encoding.batch import EncoderBatch, make_batch
@@ -74,6 +76,22 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "roberta": lambda: RobertaModel(RobertaConfig(**_ROBERTA)),
     "xlm-roberta that classifies": lambda: XLMRobertaForSequenceClassification(
         XLMRobertaConfig(**_ROBERTA, **_CLASSES)
+    ),
+    "roberta that classifies": lambda: RobertaForSequenceClassification(
+        RobertaConfig(**_ROBERTA, **_CLASSES)
+    ),
+    "roberta that scores": lambda: RobertaForSequenceClassification(
+        RobertaConfig(**_ROBERTA, num_labels=1)
+    ),
+    "xlm-roberta": lambda: XLMRobertaModel(XLMRobertaConfig(**_ROBERTA)),
+    "xlm-roberta that scores": lambda: XLMRobertaForSequenceClassification(
+        XLMRobertaConfig(**_ROBERTA, num_labels=1)
+    ),
+    "modernbert that scores": lambda: ModernBertForSequenceClassification(
+        ModernBertConfig(**_MODERN, num_labels=1)
+    ),
+    "deberta that scores": lambda: DebertaV2ForSequenceClassification(
+        DebertaV2Config(**_DEBERTA, num_labels=1)
     ),
     "modernbert": lambda: ModernBertModel(ModernBertConfig(**_MODERN)),
     "modernbert of masked words": lambda: ModernBertForMaskedLM(ModernBertConfig(**_MODERN)),

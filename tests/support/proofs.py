@@ -90,6 +90,8 @@ HAS_NONE = {
     # No tool writes them.
     ("gpt2", "AWQ"),
     ("gpt2", "compressed-tensors"),
+    # It has no program.
+    *(("deberta", column) for column in ("native kernels", "int8 weights", "int4 weights")),
 }
 # A test that needs one of these, or that is expected to fail, may not run in CI.
 _NOT_IN_CI = ("gpu", "docker", "skip", "xfail")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from services.engine.core.encoding.loader import is_encoder
 from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.team import Team
 from services.runtime.modelfiles import ModelFileError
+from tests.fakes.decoder_families import FAMILIES, make_model, served
 from tests.fakes.paged_step import libraries
 from tests.fakes.small_encoders import VOCAB_SIZE, batch_of_all, sequences
 
@@ -48,6 +50,10 @@ MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCAB_SIZE, n_embd=64, n_layer=3, n_head=4, n_positions=80)
     ),
+} | {
+    case: partial(make_model, case, **served(case, max_position_embeddings=80))
+    for case in FAMILIES
+    if case not in ("llama", "qwen3", "gpt2")
 }
 
 
@@ -71,6 +77,7 @@ def expected_vectors(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
         return model.base_model(torch.tensor([token_ids])).last_hidden_state[0]
 
 
+@pytest.mark.proves("{name}", "embeddings")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("batch_tokens", [512, 16])
 def test_vectors_are_those_of_transformers(tmp_path: Path, name: str, batch_tokens: int) -> None:

@@ -193,8 +193,10 @@ def makes_embeddings(path: Path | str) -> bool:
         return False
 
 
-def open_decoder(path: Path | str, *, max_context_tokens: int | None = None) -> OpenedDecoder:
-    """Open a decoder and check names and shapes of its weights.
+def open_decoder(
+    path: Path | str, *, max_context_tokens: int | None = None, allow_pickled: bool = False
+) -> OpenedDecoder:
+    """Open a decoder and check names and shapes of its weights; arguments as of `open_encoder`.
 
     Raises ModelFileError for files that are missing, damaged or do not fit the architecture.
     """
@@ -215,7 +217,7 @@ def open_decoder(path: Path | str, *, max_context_tokens: int | None = None) -> 
         tie_embeddings=True,
         logit_softcap=None,
     )
-    checkpoint = open_checkpoint(directory, _names(family.hf_names))
+    checkpoint = open_checkpoint(directory, _names(family.hf_names), allow_pickled=allow_pickled)
     if config.num_layers > len(checkpoint.shapes):
         problem = f"claims {config.num_layers} layers but has {len(checkpoint.shapes)} tensors"
         raise ModelFileError(directory, problem)

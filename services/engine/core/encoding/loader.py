@@ -16,9 +16,10 @@ from services.engine.core.encoding.model import Encoder, EncoderShape
 from services.engine.core.encoding.native import NativeEncoder, WeightChoice
 from services.engine.core.encoding.outputs import OutputConfig, read_outputs, served_tokens
 from services.engine.core.kernels.cpu.team import Team
-from services.engine.core.weights.checkpoint import SafetensorsCheckpoint
+from services.engine.core.weights.checkpoint import Checkpoint
 from services.engine.core.weights.loading import check_weights, load_weights, weight_slots
 from services.engine.core.weights.names import Names
+from services.engine.core.weights.opening import open_checkpoint
 from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.fields import Fields, read_json
 
@@ -38,7 +39,7 @@ class OpenedEncoder:
     """An encoder that was found fit for its architecture, and no memory taken for it yet."""
 
     skeleton: Encoder  # on the meta device
-    checkpoint: SafetensorsCheckpoint
+    checkpoint: Checkpoint
     outputs: OutputConfig
     max_tokens: int
 
@@ -93,10 +94,13 @@ def is_encoder(path: Path | str) -> bool:
         return False
 
 
-def open_encoder(path: Path | str, *, max_context_tokens: int | None = None) -> OpenedEncoder:
+def open_encoder(
+    path: Path | str, *, max_context_tokens: int | None = None, allow_pickled: bool = False
+) -> OpenedEncoder:
     """Open an encoder and check names and shapes of its weights.
 
     `max_context_tokens`: the longest sequence that it is to take; None: as it was made for.
+    `allow_pickled` is as for `open_checkpoint`.
 
     Raises ModelFileError for files that are missing, damaged or do not fit the architecture.
     """
@@ -111,7 +115,8 @@ def open_encoder(path: Path | str, *, max_context_tokens: int | None = None) -> 
             config_path, f"architecture {architecture!r} is not supported, only {known} are"
         )
     config = family.read_config(fields)
-    checkpoint = SafetensorsCheckpoint(directory, _names(family, has_head=bool(config.labels)))
+    names = _names(family, has_head=bool(config.labels))
+    checkpoint = open_checkpoint(directory, names, allow_pickled=allow_pickled)
     if config.num_layers > len(checkpoint.shapes):
         problem = f"claims {config.num_layers} layers but has {len(checkpoint.shapes)} tensors"
         raise ModelFileError(directory, problem)

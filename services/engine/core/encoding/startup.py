@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -104,10 +105,12 @@ def reads_whole_sequences(path: str) -> bool:
 
 
 def _open(settings: CoreSettings) -> OpenedModel:
-    path, max_tokens = settings.model_path, settings.max_context_tokens
-    if is_encoder(path):
-        return open_encoder(path, max_context_tokens=max_tokens)
-    return open_decoder(path, max_context_tokens=max_tokens)
+    how: dict[str, Any] = {
+        "max_context_tokens": settings.max_context_tokens,
+        "allow_pickled": settings.allow_pickled,
+    }
+    path = settings.model_path
+    return open_encoder(path, **how) if is_encoder(path) else open_decoder(path, **how)
 
 
 def _tasks(shape: EncoderShape) -> tuple[str, ...]:

@@ -15,7 +15,19 @@ from services.engine.core.runner import Runner
 from services.engine.core.sampler import SamplingBatch, sample
 from services.engine.core.scheduler import Scheduler
 from services.engine.core.speculation.speculator import Speculator
-from tests.fakes.hash_model import EOS_TOKEN_ID, VOCAB_SIZE, HashCache, hash_model, logits_after
+from services.engine.core.table_shape import TableShape
+from tests.fakes.hash_model import (
+    EOS_TOKEN_ID,
+    NO_WINDOW,
+    VOCAB_SIZE,
+    HashCache,
+    Windows,
+    logits_after,
+    make_hash_model,
+)
+
+# The longest sequence of any of these engines.
+CONTEXT_TOKENS = 512
 
 
 def make_scheduler(
@@ -30,11 +42,13 @@ def make_scheduler(
     prefix_cache: bool = True,
     grows: bool = False,
     speculator: Speculator | None = None,
+    windows: Windows = NO_WINDOW,
 ) -> Scheduler:
     """A scheduler whose context is all that its pool holds."""
+    context_tokens = context_of(num_blocks, block_size, max_batch_tokens, windows)
     return Scheduler(
         BlockPool(num_blocks, block_size, PoolGrowth(num_blocks) if grows else None),
-        AdmissionLimits(max_context_tokens=num_blocks * block_size, vocab_size=VOCAB_SIZE),
+        AdmissionLimits(max_context_tokens=context_tokens, vocab_size=VOCAB_SIZE),
         eos_token_ids=(EOS_TOKEN_ID,),
         max_batch_tokens=max_batch_tokens,
         max_running_sequences=max_running_sequences,
@@ -42,8 +56,17 @@ def make_scheduler(
         max_waiting_tokens=max_waiting_tokens,
         step_latency_target_ms=step_latency_target_ms,
         prefix_cache=prefix_cache,
+        windows=windows,
         speculator=speculator,
     )
+
+
+def context_of(
+    num_blocks: int, block_size: int, max_batch_tokens: int, windows: Windows = NO_WINDOW
+) -> int:
+    """The longest sequence of a pool, of `CONTEXT_TOKENS` at most."""
+    shape = TableShape.of_steps(block_size, windows, max_batch_tokens)
+    return shape.most_tokens(num_blocks, CONTEXT_TOKENS)
 
 
 def make_engine(
@@ -59,6 +82,7 @@ def make_engine(
     grows: bool = False,
     speculator: Speculator | None = None,
     plans_ahead: bool = False,
+    windows: Windows = NO_WINDOW,
 ) -> EngineCore:
     """An engine core over the hash model."""
     scheduler = make_scheduler(
@@ -72,20 +96,24 @@ def make_engine(
         prefix_cache=prefix_cache,
         grows=grows,
         speculator=speculator,
+        windows=windows,
     )
     runner = Runner(
-        hash_model,
+        make_hash_model(windows),
         HashCache(num_blocks, block_size),
         device=torch.device("cpu"),
         block_size=block_size,
         max_batch_tokens=max_batch_tokens,
         max_running_sequences=max_running_sequences,
-        max_context_tokens=num_blocks * block_size,
+        max_context_tokens=scheduler.limits.max_context_tokens,
+        num_groups=len(windows),
     )
     return EngineCore(scheduler, runner, plans_ahead=plans_ahead)
 
 
-def reference_output(request: SequenceRequest, context_tokens: int) -> list[int]:
+def reference_output(
+    request: SequenceRequest, context_tokens: int, windows: Windows = NO_WINDOW
+) -> list[int]:
     """What `request` generates alone, token by token, without batch, cache or scheduler."""
     sampling, stopping = request.sampling, request.stopping
     tokens = list(request.prompt_token_ids)
@@ -95,7 +123,7 @@ def reference_output(request: SequenceRequest, context_tokens: int) -> list[int]
     ends = set(stopping.stop_token_ids) | (set() if stopping.ignore_eos else {EOS_TOKEN_ID})
     key = np.array([stream_key(sampling.seed, request.choice_index)], np.uint64)
     while len(output) < limit:
-        logits = logits_after(tokens)
+        logits = logits_after(tokens, windows)
         if len(output) < stopping.min_tokens:
             logits[list(ends)] = -torch.inf
         if sampling.temperature == 0:

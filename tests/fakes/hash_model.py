@@ -1,14 +1,18 @@
-"""A model whose next-token logits are a hash of the whole prefix, read back through the KV cache.
+"""A model whose next-token logits are a hash of all that it sees, read back through the KV cache.
 
 Any wrong slot, position, block table or context length changes the hash, hence the output. A few
 token ids are poison: what they do to a step is what real faults do.
+
+The model has a group of layers for each of its windows. What a token sees is what all of them see:
+the whole prefix where a window is None.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,12 +27,24 @@ NAN_TOKEN_ID = 61  # its sequence gets NaN logits
 SLOW_TOKEN_ID = 62  # its steps take 20 ms
 STALLING_TOKEN_ID = 63  # its step never ends
 
+Windows = tuple[int | None, ...]
+NO_WINDOW: Windows = (None,)
 
-def logits_after(prefix: Sequence[int]) -> Tensor:
+
+def seen_of(prefix: Sequence[int], windows: Windows) -> list[int]:
+    """What the last token of a prefix sees, one window after the other."""
+    return [token for window in windows for token in prefix[-(window or len(prefix)) :]]
+
+
+def logits_after(prefix: Sequence[int], windows: Windows = NO_WINDOW) -> Tensor:
     """Logits [vocab] after a prefix, computed without any cache."""
-    if NAN_TOKEN_ID in prefix:
+    return _logits(seen_of(prefix, windows))
+
+
+def _logits(seen: Sequence[int]) -> Tensor:
+    if NAN_TOKEN_ID in seen:
         return torch.full((VOCAB_SIZE,), torch.nan)
-    digest = zlib.crc32(np.asarray(prefix, np.int64).tobytes())
+    digest = zlib.crc32(np.asarray(seen, np.int64).tobytes())
     logits = np.random.default_rng(digest).standard_normal(VOCAB_SIZE, np.float32) * 3
     logits[NAN_TOKEN_ID - 1 :] = -np.inf  # poison is given, never generated
     return torch.from_numpy(logits)
@@ -50,32 +66,58 @@ class HashCache:
             blocks[destinations] = blocks[sources]
 
 
-def hash_model(batch: ForwardBatch, cache: HashCache) -> Tensor:
+def make_hash_model(windows: Windows) -> Callable[[ForwardBatch, HashCache], Tensor]:
+    """The model with these windows."""
+    return partial(_compute, windows)
+
+
+def _compute(windows: Windows, batch: ForwardBatch, cache: HashCache) -> Tensor:
     """Logits [num_rows, vocab] of the wanted rows; writes and reads the cache as a model does."""
-    cache.token_ids[batch.slots] = batch.token_ids
-    cache.positions[batch.slots] = batch.positions
+    several = batch.slots.dim() > 1
+    assert several == (len(windows) > 1)
+    slots_of = batch.slots if several else batch.slots.unsqueeze(0)
+    tables_of = batch.block_tables if several else batch.block_tables.unsqueeze(0)
+    written = slots_of.flatten().tolist()
+    assert len(set(written)) == len(written), "each token of a group has its own slot"
+    for group, slots in enumerate(slots_of):
+        cache.token_ids[slots] = batch.token_ids + group * VOCAB_SIZE
+        cache.positions[slots] = batch.positions
     wanted = set(batch.logits_rows.tolist())
     rows: dict[int, Tensor] = {}
     end = 0
     for index, (queries, context) in enumerate(
         zip(batch.query_lengths, batch.context_lengths, strict=True)
     ):
-        offsets = torch.arange(cache.block_size)
-        blocks = batch.block_tables[index].long()
-        slots = (blocks.unsqueeze(-1) * cache.block_size + offsets).flatten()[:context]
-        prefix = cache.token_ids[slots].tolist()
-        assert cache.positions[slots].tolist() == list(range(context))
-        if RAISING_TOKEN_ID in prefix:
-            raise RuntimeError("a poisoned sequence")
-        if SLOW_TOKEN_ID in prefix:
-            time.sleep(0.02)
-        if STALLING_TOKEN_ID in prefix:
-            time.sleep(3600)
+        prefixes: list[dict[int, int]] = []  # of each group, tokens by position
+        for group, (window, tables) in enumerate(zip(windows, tables_of, strict=True)):
+            first = 0 if window is None else max(0, context - queries - window + 1)
+            positions = torch.arange(first, context)
+            blocks = tables[index].long()[positions // cache.block_size]
+            slots = blocks * cache.block_size + positions % cache.block_size
+            assert cache.positions[slots].tolist() == positions.tolist()
+            # Other groups have other keys and values of the same tokens.
+            prefix = (cache.token_ids[slots] - group * VOCAB_SIZE).tolist()
+            prefixes.append(dict(zip(positions.tolist(), prefix, strict=True)))
+            if RAISING_TOKEN_ID in prefix:
+                raise RuntimeError("a poisoned sequence")
+            if SLOW_TOKEN_ID in prefix:
+                time.sleep(0.02)
+            if STALLING_TOKEN_ID in prefix:
+                time.sleep(3600)
         for row in range(end, end + queries):
             if row in wanted:
-                position = int(batch.positions[row])
-                rows[row] = logits_after(prefix[: position + 1])
+                last = int(batch.positions[row])
+                rows[row] = _logits(
+                    [
+                        prefix[position]
+                        for window, prefix in zip(windows, prefixes, strict=True)
+                        for position in range(max(0, last + 1 - (window or last + 1)), last + 1)
+                    ]
+                )
         end += queries
     if not wanted:
         return torch.empty((0, VOCAB_SIZE))
     return torch.stack([rows[row] for row in batch.logits_rows.tolist()])
+
+
+hash_model = make_hash_model(NO_WINDOW)

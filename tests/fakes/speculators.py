@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from services.engine.core.sequence import Sequence
 from services.engine.core.speculation.speculator import Speculator, room_for_draft
 from tests.fakes.engines import reference_output
-from tests.fakes.hash_model import SLOW_TOKEN_ID
+from tests.fakes.hash_model import NO_WINDOW, SLOW_TOKEN_ID, Windows
 
 
 class HalfRightSpeculator(Speculator):
@@ -17,8 +17,9 @@ class HalfRightSpeculator(Speculator):
     The wrong token may be one that breaks a step or gives NaN.
     """
 
-    def __init__(self, context_tokens: int, seed: int) -> None:
+    def __init__(self, context_tokens: int, seed: int, windows: Windows = NO_WINDOW) -> None:
         super().__init__()
+        self._windows = windows
         self.tracked: set[int] = set()
         self._context_tokens = context_tokens
         self._rng = random.Random(seed)
@@ -29,7 +30,7 @@ class HalfRightSpeculator(Speculator):
         for sequence in sequences:
             self.tracked.add(sequence.arrival)
             if sequence.arrival not in self._answers:
-                answer = reference_output(sequence.request, self._context_tokens)
+                answer = reference_output(sequence.request, self._context_tokens, self._windows)
                 self._answers[sequence.arrival] = answer
             answer = self._answers[sequence.arrival]
             length = min(self._rng.randint(0, 5), room_for_draft(sequence), max_tokens)

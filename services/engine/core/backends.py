@@ -15,6 +15,7 @@ from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.kv_cache import KVCache
+from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.models.dtype import resolve_dtype
 from services.engine.core.models.loader import OpenedModel
 from services.engine.core.models.native import NativeModel
@@ -33,10 +34,12 @@ class Backend(Protocol):
     dtype: str
     kernels: dict[str, str]  # op -> implementation, for those who ask what runs
 
-    def bytes_per_block(self, block_size: int) -> int:
-        """Bytes of one block of the KV cache over all layers."""
+    def bytes_per_block(self, block_size: int, groups: LayerGroups) -> int:
+        """Bytes of one block of the KV cache."""
 
-    def allocate(self, num_blocks: int, settings: CoreSettings) -> tuple[Any, Any]:
+    def allocate(
+        self, num_blocks: int, settings: CoreSettings, groups: LayerGroups
+    ) -> tuple[Any, Any]:
         """Return the model, as the runner calls it, and its KV cache.
 
         Raises torch.OutOfMemoryError, RuntimeError or MemoryError where the cache does not fit.
@@ -128,13 +131,15 @@ class _NativeBackend:
             "" if processors is None else f" on processors {processors}",
         )
 
-    def bytes_per_block(self, block_size: int) -> int:
+    def bytes_per_block(self, block_size: int, groups: LayerGroups) -> int:
         config = self._config
         return PackedKVCache.bytes_per_block(
-            config.num_layers, block_size, config.kv_heads, config.head_dim, self._format
+            groups.layers_per_block, block_size, config.kv_heads, config.head_dim, self._format
         )
 
-    def allocate(self, num_blocks: int, settings: CoreSettings) -> tuple[Any, Any]:
+    def allocate(
+        self, num_blocks: int, settings: CoreSettings, groups: LayerGroups
+    ) -> tuple[Any, Any]:
         config = self._config
         try:
             cache = PackedKVCache(
@@ -144,6 +149,7 @@ class _NativeBackend:
                 config.kv_heads,
                 config.head_dim,
                 self._format,
+                groups,
             )
         except ValueError as error:
             raise StartupError(str(error)) from None
@@ -183,13 +189,15 @@ class _TorchBackend:
         self.dtype = str(self._dtype).removeprefix("torch.")
         self.kernels = {selection.op: selection.implementation for selection in selections}
 
-    def bytes_per_block(self, block_size: int) -> int:
+    def bytes_per_block(self, block_size: int, groups: LayerGroups) -> int:
         config = self._config
         return KVCache.bytes_per_block(
-            config.num_layers, block_size, config.kv_heads, config.head_dim, self._dtype
+            groups.layers_per_block, block_size, config.kv_heads, config.head_dim, self._dtype
         )
 
-    def allocate(self, num_blocks: int, settings: CoreSettings) -> tuple[Any, Any]:
+    def allocate(
+        self, num_blocks: int, settings: CoreSettings, groups: LayerGroups
+    ) -> tuple[Any, Any]:
         config = self._config
         cache = KVCache(
             num_layers=config.num_layers,
@@ -199,5 +207,6 @@ class _TorchBackend:
             head_dim=config.head_dim,
             dtype=self._dtype,
             device=self._device,
+            groups=groups,
         )
         return self._model, cache

@@ -14,6 +14,9 @@ class ForwardBatch:
     The tokens of one sequence are contiguous and in order, so a sequence's queries are the
     ``query_lengths[i]`` rows that follow those of sequence ``i - 1``. ``num_sequences`` is
     ``len(query_lengths)``; each context length is at least the query length.
+
+    Where the KV cache has several groups of layers, ``slots`` and ``block_tables`` have a first
+    dimension more, the group. What a layer's window hides of a sequence need not be in its table.
     """
 
     token_ids: Tensor  # [num_tokens] int64

@@ -22,7 +22,8 @@ class BlockPool:
         a `growth` may have it given away before blocks that were never used;
       - free: nobody holds it and nobody knows what it contains.
 
-    A block that has a hash is full, and nobody writes to it until it is handed out anew. The pool
+    A block that has a hash is full, and nobody writes to it until it is handed out anew. It can be
+    found by it, unless it was retired, and not yet published since. The pool
     never looks into the cache itself: a freshly allocated block holds whatever its last owner
     wrote, and readers must not look past a sequence's context length.
     """
@@ -119,9 +120,29 @@ class BlockPool:
                 if block_hash is None:
                     self._free.append(block)
                 else:
-                    self._kept[block] = None
-                    if self._growth is not None:
-                        self._growth.kept(block_hash)
+                    self._keep(block, block_hash)
+
+    def retire(self, block: int, block_hash: bytes) -> None:
+        """Give back a full block that the caller alone holds: its contents are kept, but not found
+        before they are published.
+
+        Raises:
+            IntegrityError: others hold the block, or it has a hash.
+        """
+        if self._holders[block] != 1 or self._hashes[block] is not None:
+            raise IntegrityError(f"block {block} cannot be retired: it is shared or has a hash")
+        self._holders[block] = 0
+        self._hashes[block] = block_hash
+        self._keep(block, block_hash)
+
+    def publish_retired(self, block: int, block_hash: bytes) -> None:
+        """Let a block be found that was retired, unless it has been given away since."""
+        if block not in self._kept or self._hashes[block] != block_hash:
+            return
+        if self._by_hash.setdefault(block_hash, block) != block:
+            del self._kept[block]
+            self._hashes[block] = None
+            self._free.append(block)
 
     def publish(self, block: int, block_hash: bytes) -> None:
         """Let a held, full block be found by its hash.
@@ -182,7 +203,10 @@ class BlockPool:
         kept = np.zeros(self.num_blocks, np.bool_)
         kept[np.fromiter(self._kept, np.int64, len(self._kept))] = True
         self._raise_if_any(kept & ~hashed, "are kept without a hash")
-        if len(self._by_hash) != np.count_nonzero(hashed) or any(
+        found = np.zeros(self.num_blocks, np.bool_)
+        found[np.fromiter(self._by_hash.values(), np.int64, len(self._by_hash))] = True
+        self._raise_if_any(hashed & ~found & ~kept, "have a hash, but are found by none")
+        if len(self._by_hash) != np.count_nonzero(found) or any(
             self._hashes[block] != block_hash for block_hash, block in self._by_hash.items()
         ):
             raise IntegrityError("the hash index and the hashes of the blocks differ")
@@ -196,10 +220,16 @@ class BlockPool:
         spared = min(untouched, untouched + self.num_touched - self._growth.max_touched)
         return max(lacking, min(spared, len(self._kept)))
 
+    def _keep(self, block: int, block_hash: bytes) -> None:
+        self._kept[block] = None
+        if self._growth is not None:
+            self._growth.kept(block_hash)
+
     def _forget(self, block: int) -> None:
         block_hash = self._hashes[block]
         assert block_hash is not None, "only blocks with a hash are kept"
-        del self._by_hash[block_hash]
+        if self._by_hash.get(block_hash) == block:
+            del self._by_hash[block_hash]
         self._hashes[block] = None
 
     @staticmethod

@@ -113,7 +113,7 @@ class Entrance:
             missing_rows = len(self._running) + 1 - self._concurrency.limit
             usable = self._usable(sequence, match) if missing_rows <= 0 else None
             if usable is None:
-                usable = match.without_copy(self._pool.block_size)
+                usable = self._tables.match_whole_blocks(sequence, match)
                 victims = self._victims(sequence, usable, missing_rows)
                 if not victims:
                     break
@@ -121,11 +121,9 @@ class Entrance:
                     preempt(victim)
             self._queue.remove(sequence)
             self._tenants.enter(sequence.tenant)
-            copy = self._running.enter(sequence, usable)
+            copies += self._running.enter(sequence, usable)
             sequence.fork_of = None
             entered.append(sequence)
-            if copy is not None:
-                copies.append(copy)
             if sequence.num_uncomputed_tokens > 1:
                 self._sharing.lead(sequence)
         return entered, copies
@@ -141,11 +139,11 @@ class Entrance:
 
     def _usable(self, sequence: Sequence, match: Match) -> Match | None:
         """As much of `match` as there is room to enter with; None if there is none."""
-        # Without a copy, whose source is held beside it for a step, one block fewer is needed.
-        for candidate in (match, match.without_copy(self._pool.block_size)):
-            if self._running.missing_blocks(sequence, candidate) <= 0:
-                return candidate
-        return None
+        if self._running.missing_blocks(sequence, match) <= 0:
+            return match
+        # Without a copy, whose source is held beside it for a step, fewer blocks are needed.
+        whole = self._tables.match_whole_blocks(sequence, match)
+        return whole if self._running.missing_blocks(sequence, whole) <= 0 else None
 
     def _victims(self, sequence: Sequence, match: Match, missing_rows: int) -> list[Sequence]:
         return victims_for(
@@ -155,4 +153,5 @@ class Entrance:
             num_blocks=self._running.missing_blocks(sequence, match),
             num_rows=missing_rows,
             kept_blocks=frozenset(match.blocks),
+            num_groups=self._tables.shape.num_groups,
         )

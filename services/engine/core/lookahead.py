@@ -28,11 +28,13 @@ class Lookahead:
         self._guess = None
         decodes = sum(sequence.num_uncomputed_tokens for sequence in current.sequences)
         if current.num_tokens == decodes == len(current.sequences) and self._is_all(current):
-            missing = [max(0, self._tables.missing_blocks(each, 1)) for each in current.sequences]
-            if sum(missing) <= self._tables.pool.num_free:
+            tables = self._tables
+            missing = [max(0, tables.missing_blocks(each, 1)) for each in current.sequences]
+            if sum(missing) <= tables.pool.num_free:
                 for sequence, count in zip(current.sequences, missing, strict=True):
                     if count:
-                        sequence.block_table += self._tables.pool.allocate(count)
+                        end = sequence.num_tokens + 1
+                        tables.grow(sequence, end, tables.lacking_blocks(sequence, end))
                 self._guess = Plan(current.step + 1, current.sequences, current.token_counts)
         return self._guess
 

@@ -54,7 +54,7 @@ class PrefillSharing:
         if not self._leaders or sequence.num_unscored_tokens:
             return None
         hashes = self._prefix_cache.known_hashes(sequence)
-        first = index = len(match.blocks) + (match.copied_block is not None)
+        first = index = -(-match.num_tokens // self._block_size)
         leader = self._leaders.get(hashes[first]) if first < len(hashes) else None
         if leader is None or leader.priority < sequence.priority:
             return None

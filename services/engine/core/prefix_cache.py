@@ -17,7 +17,8 @@ from hashlib import blake2b
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.errors import IntegrityError
 from services.engine.core.messages import SequenceRequest
-from services.engine.core.sequence import Sequence
+from services.engine.core.sequence import NO_BLOCK, Sequence
+from services.engine.core.table_shape import TableShape
 
 # 128 bits: of 2**40 blocks, two collide by chance with a probability of 2**-49.
 _HASH_BYTES = 16
@@ -27,28 +28,43 @@ _HASH_BYTES = 16
 class Match:
     """What of a sequence the KV cache holds: its first `num_tokens` tokens.
 
-    `blocks` are full and shared as they are. The rest of the tokens, if any, lie in the beginning
-    of `copied_block`, which the sequence is going to write to and therefore copies.
+    `blocks` are the rows of a block table that are full and shared as they are; those that the
+    tokens to follow do not see are absent. The rest of the tokens, if any, lie in the beginning of
+    `copied_blocks`, one of each group, which the sequence is going to write to and therefore
+    copies.
     """
 
     blocks: list[int]
-    copied_block: int | None
+    copied_blocks: list[int]
     num_tokens: int
 
     @classmethod
-    def of(cls, blocks: list[int], num_tokens: int, block_size: int) -> Match:
-        """The match of the first `num_tokens` tokens that `blocks` hold."""
-        full, rest = divmod(num_tokens, block_size)
-        return cls(blocks[:full], blocks[full] if rest else None, num_tokens)
+    def of(cls, table: list[int], num_tokens: int, shape: TableShape) -> Match | None:
+        """The match of the first `num_tokens` tokens that the rows of `table` hold; None where it
+        lacks a block that is seen."""
+        full, rest = divmod(num_tokens, shape.block_size)
+        width = shape.num_groups
+        blocks = table[: full * width]
+        for sliding in shape.slidings:
+            first = sliding.first_row(num_tokens)
+            for group in sliding.groups:
+                if NO_BLOCK in blocks[first * width + group :: width]:
+                    return None
+                blocks[group : first * width : width] = [NO_BLOCK] * first
+        copied = table[full * width : (full + 1) * width] if rest else []
+        return None if NO_BLOCK in copied else cls(blocks, copied, num_tokens)
 
     @property
     def held_blocks(self) -> list[int]:
         """The blocks that must not go to anybody else until the copy is made."""
-        return self.blocks if self.copied_block is None else [*self.blocks, self.copied_block]
+        blocks = self.blocks
+        if NO_BLOCK in blocks:
+            blocks = [block for block in blocks if block != NO_BLOCK]
+        return [*blocks, *self.copied_blocks] if self.copied_blocks else blocks
 
     def without_copy(self, block_size: int) -> Match:
-        """The same match, its full blocks only."""
-        return Match(self.blocks, None, len(self.blocks) * block_size)
+        """The same match, its full blocks only, where no group has a window."""
+        return Match(self.blocks, [], self.num_tokens - self.num_tokens % block_size)
 
 
 class PrefixCache:
@@ -58,26 +74,38 @@ class PrefixCache:
     `block_size` steps is hashed and published, in about a microsecond.
     """
 
-    def __init__(self, pool: BlockPool, *, enabled: bool = True) -> None:
+    def __init__(self, pool: BlockPool, shape: TableShape, *, enabled: bool = True) -> None:
         self.enabled = enabled
         self._pool = pool
+        self._shape = shape
         self._key = secrets.token_bytes(32)
 
-    def match(self, sequence: Sequence) -> Match:
+    def match(self, sequence: Sequence, *, whole_blocks: bool = False) -> Match:
         """The longest prefix of `sequence` that published blocks hold.
 
         At least one token is left to compute: only that gives the logits to sample from. Of a
-        prompt that is to be scored, all are left whose logits say something new.
+        prompt that is to be scored, all are left whose logits say something new. Of groups with a
+        window, only what the tokens that are left see need be there.
+
+        whole_blocks: whether it is to end where a block does.
         """
+        size = self._pool.block_size
+        most_tokens = sequence.most_cached_tokens
+        if whole_blocks:
+            most_tokens -= most_tokens % size
         blocks: list[int] = []
-        if self.enabled:
+        if self.enabled and not self._shape.is_plain:
+            blocks = self._find_rows(self.known_hashes(sequence), most_tokens)
+        elif self.enabled:
             for block_hash in self.known_hashes(sequence):
                 block = self._pool.find(block_hash)
                 if block is None:
                     break
                 blocks.append(block)
-        size = self._pool.block_size
-        return Match.of(blocks, min(len(blocks) * size, sequence.most_cached_tokens), size)
+        num_tokens = min(len(blocks) // self._shape.num_groups * size, most_tokens)
+        match = Match.of(blocks, num_tokens, self._shape)
+        assert match is not None, "what is seen of the rows that were found is there"
+        return match
 
     def known_hashes(self, sequence: Sequence) -> list[bytes]:
         """The hashes of all blocks that the known tokens of `sequence` fill."""
@@ -87,8 +115,8 @@ class PrefixCache:
     def adopt(self, sequence: Sequence, match: Match) -> None:
         """Note that `sequence` begins with the blocks of `match`, which are published."""
         if self.enabled:
-            self._hash_blocks(sequence, len(match.blocks))
-            sequence.num_published_blocks = len(match.blocks)
+            sequence.num_published_rows = match.num_tokens // self._pool.block_size
+            self._hash_blocks(sequence, sequence.num_published_rows)
 
     def publish(self, sequence: Sequence) -> None:
         """Let the blocks be found that `sequence` has filled with computed tokens.
@@ -98,12 +126,33 @@ class PrefixCache:
         """
         computed = min(sequence.num_computed_tokens, len(sequence.token_ids))
         full = computed // self._pool.block_size
-        if full <= sequence.num_published_blocks or not self.enabled:
+        if full <= sequence.num_published_rows or not self.enabled:
             return
         self._hash_blocks(sequence, full)
-        for index in range(sequence.num_published_blocks, full):
-            self._pool.publish(sequence.block_table[index], sequence.block_hashes[index])
-        sequence.num_published_blocks = full
+        if self._shape.is_plain:
+            for index in range(sequence.num_published_rows, full):
+                self._pool.publish(sequence.block_table[index], sequence.block_hashes[index])
+        else:
+            self._publish_rows(sequence, full)
+        sequence.num_published_rows = full
+
+    def retire(self, sequence: Sequence, group: int, first_row: int, blocks: list[int]) -> None:
+        """Take back blocks of a group of `sequence`, those of consecutive rows that have slid out
+        of its window.
+
+        What has not been published may be found once the sequence publishes what follows.
+        """
+        num_published = max(0, sequence.num_published_rows - first_row) if self.enabled else None
+        self._pool.release(blocks[:num_published])
+        if num_published is None or num_published >= len(blocks):
+            return
+        self._hash_blocks(sequence, first_row + len(blocks))
+        unpublished = blocks[num_published:]
+        hashes = sequence.block_hashes[first_row + num_published : first_row + len(blocks)]
+        for block, block_hash in zip(unpublished, hashes, strict=True):
+            key = _key(block_hash, group)
+            self._pool.retire(block, key)
+            sequence.retired_blocks.append((block, key))
 
     def check_integrity(self, sequence: Sequence) -> None:
         """Check that the blocks of a running sequence are found by no hash but their own.
@@ -111,14 +160,71 @@ class PrefixCache:
         Raises:
             IntegrityError: one is, or one that must not be found yet can be.
         """
-        published = sequence.num_published_blocks
         for index, block in enumerate(sequence.block_table):
+            if block == NO_BLOCK:
+                continue
+            row, group = divmod(index, self._shape.num_groups)
             found_by = self._pool.hash_of(block)
-            own = sequence.block_hashes[index] if index < published else None
+            published = row < sequence.num_published_rows
+            own = _key(sequence.block_hashes[row], group) if published else None
             if found_by is not None and found_by != own:
                 raise IntegrityError(
-                    f"block {index} of sequence {sequence.sequence_id} is found by a wrong hash"
+                    f"block {row} of sequence {sequence.sequence_id} is found by a wrong hash"
                 )
+
+    def _find_rows(self, hashes: list[bytes], most_tokens: int) -> list[int]:
+        """The rows of the longest match, of at most so many tokens: of groups with a window, those
+        blocks that tokens behind its end see."""
+        shape = self._shape
+        num_rows = min(len(hashes), shape.rows_for(most_tokens))
+        columns: dict[int, list[int]] = {}
+        for group in shape.full_groups:
+            column = columns[group] = []
+            for block_hash in hashes[:num_rows]:
+                block = self._pool.find(_key(block_hash, group))
+                if block is None:
+                    break
+                column.append(block)
+            num_rows = len(column)
+        seen: dict[tuple[int, int], int] = {}  # by row and group
+        while (missing := self._missing_row(hashes, num_rows, most_tokens, seen)) is not None:
+            # A match that ends later sees that row as well, as long as it sees the rows behind it.
+            num_rows = missing
+        width = shape.num_groups
+        rows = [NO_BLOCK] * (num_rows * width)
+        for group, column in columns.items():
+            rows[group::width] = column[:num_rows]
+        for (row, group), block in seen.items():
+            if row < num_rows:
+                rows[row * width + group] = block
+        return rows
+
+    def _missing_row(
+        self, hashes: list[bytes], num_rows: int, most_tokens: int, seen: dict[tuple[int, int], int]
+    ) -> int | None:
+        """The last of the rows that a match of `num_rows` rows has to have and that lacks a block;
+        adds those that are there to `seen`."""
+        num_tokens = min(num_rows * self._pool.block_size, most_tokens)
+        for sliding in self._shape.slidings:
+            for row in range(num_rows - 1, sliding.first_row(num_tokens) - 1, -1):
+                for group in sliding.groups:
+                    if (row, group) in seen:
+                        continue
+                    block = self._pool.find(_key(hashes[row], group))
+                    if block is None:
+                        return row
+                    seen[row, group] = block
+        return None
+
+    def _publish_rows(self, sequence: Sequence, end: int) -> None:
+        width = self._shape.num_groups
+        for row in range(sequence.num_published_rows, end):
+            for group, block in enumerate(sequence.block_table[row * width : (row + 1) * width]):
+                if block != NO_BLOCK:
+                    self._pool.publish(block, _key(sequence.block_hashes[row], group))
+        for block, key in sequence.retired_blocks:
+            self._pool.publish_retired(block, key)
+        sequence.retired_blocks = []
 
     def _hash_blocks(self, sequence: Sequence, num_blocks: int) -> None:
         hashes = sequence.block_hashes
@@ -139,3 +245,8 @@ class PrefixCache:
         # The length keeps ("ab", "c") apart from ("a", "bc").
         name = len(tenant).to_bytes(8, "little") + tenant + request.cache_salt
         return blake2b(name, digest_size=_HASH_BYTES, key=self._key).digest()
+
+
+def _key(block_hash: bytes, group: int) -> bytes:
+    """By what a block of a group is known, among those of its row."""
+    return block_hash + group.to_bytes(2) if group else block_hash

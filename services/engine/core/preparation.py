@@ -76,7 +76,8 @@ def prepare(
         # What a token's position and its place in the batch differ by is its sequence's own.
         positions = np.arange(total) + np.repeat(np.subtract(contexts, ends), counts)
     tables = state.block_tables
-    slots = tables[owners, positions // block_size] * np.int64(block_size) + positions % block_size
+    places = tables[..., owners, positions // block_size]
+    slots = places * np.int64(block_size) + positions % block_size
     sampling = (
         _scoring(plan, sampled, scores, state)
         if scores
@@ -91,7 +92,7 @@ def prepare(
         drafts=drafts,
         positions=positions,
         slots=slots,
-        block_tables=tables[rows, :widest],
+        block_tables=tables[..., rows, :widest],
         context_lengths=tuple(contexts),
         logits_rows=logits_rows,
         sampled=sampled,

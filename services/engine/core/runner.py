@@ -56,16 +56,18 @@ class Runner:
         max_batch_tokens: int,
         max_running_sequences: int,
         max_context_tokens: int,
+        num_groups: int = 1,
     ) -> None:
+        """num_groups: of layers, as the KV cache has them."""
         self.mask_counts = MaskCounts()
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = block_size
         max_blocks = -(-max_context_tokens // block_size)
-        self._rows = SequenceRows(max_running_sequences, max_blocks)
+        self._rows = SequenceRows(max_running_sequences, max_blocks, num_groups)
         # Token ids, positions, slots and logits rows, packed one after the other.
-        self._integers = Staging(4 * max_batch_tokens, np.int64, device)
-        self._tables = Staging(max_running_sequences * max_blocks, np.int32, device)
+        self._integers = Staging((3 + num_groups) * max_batch_tokens, np.int64, device)
+        self._tables = Staging(num_groups * max_running_sequences * max_blocks, np.int32, device)
         self._computes_here = device.type == "cpu"
         self._helper: Helper | None = None
         self._prepared: Preparation | None = None
@@ -137,7 +139,7 @@ class Runner:
     def _batch(self, step: Preparation) -> ForwardBatch:
         total = len(step.positions)
         token_ids, positions, slots, logits_rows = self._integers.cut(
-            (total,), (total,), (total,), (len(step.logits_rows),)
+            (total,), (total,), step.slots.shape, (len(step.logits_rows),)
         )
         _fill_token_ids(token_ids, step.plan, step.drafts)
         positions[:] = step.positions

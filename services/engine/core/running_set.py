@@ -34,15 +34,16 @@ class RunningSet:
     def missing_blocks(self, sequence: Sequence, match: Match) -> int:
         """How many blocks more must be free before `sequence` may enter with `match`.
 
-        It may if all tokens it knows fit and one block per running sequence stays free, so that
-        its entry does not cause a preemption in the very next steps.
+        It may if all tokens it knows fit and one row per running sequence stays free, so that its
+        entry does not cause a preemption in the very next steps.
         """
         needed = self._tables.blocks_to_enter(sequence, match)
-        return needed + len(self.sequences) - self._pool.num_free
+        spared = len(self.sequences) * self._tables.shape.num_groups
+        return needed + spared - self._pool.num_free
 
-    def enter(self, sequence: Sequence, match: Match) -> tuple[int, int] | None:
+    def enter(self, sequence: Sequence, match: Match) -> list[tuple[int, int]]:
         """Let a waiting sequence run; returns the blocks to copy for it, as BlockTables does."""
-        copy = self._tables.enter(sequence, match)
+        copies = self._tables.enter(sequence, match)
         sequence.row = self._free_rows.pop()
         if sequence.admissions:
             sequence.resume(now_ns())
@@ -53,7 +54,7 @@ class RunningSet:
         while index and self.sequences[index - 1].rank > sequence.rank:
             index -= 1
         self.sequences.insert(index, sequence)
-        return copy
+        return copies
 
     def leave(self, sequence: Sequence) -> None:
         """Take a running sequence out, and its row and blocks from it."""
@@ -77,4 +78,4 @@ class RunningSet:
         rows = [*self._free_rows, *(sequence.row for sequence in self.sequences)]
         if sorted(rows) != list(range(self._max_sequences)):
             raise IntegrityError("a row is lost or shared")
-        self._pool.check_integrity(sequence.block_table for sequence in self.sequences)
+        self._pool.check_integrity(sequence.held_blocks for sequence in self.sequences)

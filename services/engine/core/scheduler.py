@@ -25,6 +25,7 @@ from services.engine.core.running_set import RunningSet
 from services.engine.core.sequence import Sequence, SequenceState
 from services.engine.core.speculation.plan_drafts import plan_drafts
 from services.engine.core.speculation.speculator import Speculator
+from services.engine.core.table_shape import TableShape
 from services.engine.core.token_budget import TokenBudget, share
 
 
@@ -37,7 +38,8 @@ class Scheduler:
       2. waiting sequences enter as long as rows and blocks last (`entrance` says who);
       3. all prefills under way share what the token budget leaves (`token_budget` says how).
 
-    A sequence enters only when all tokens it has now fit, so a prefill never waits for blocks.
+    A sequence enters only when all tokens it has now fit, so a prefill never waits for blocks;
+    where layers have windows, as much of these tokens as they see at a time.
 
     Between `schedule` and the `apply` of its outputs no sequence may be added or aborted; all that
     may be done then is to ask the `lookahead` what comes next.
@@ -55,10 +57,12 @@ class Scheduler:
         max_waiting_tokens: int,
         step_latency_target_ms: float,
         prefix_cache: bool,
+        windows: tuple[int | None, ...] = (None,),
         speculator: Speculator | None = None,
         compiler: Compiler | None = None,
     ) -> None:
-        """compiler: of the rules that outputs follow; without one there can be none."""
+        """windows: of each group of layers, as LayerGroups has them.
+        compiler: of the rules that outputs follow; without one there can be none."""
         self.pool = pool
         self.limits = limits
         self.draining = False
@@ -73,8 +77,9 @@ class Scheduler:
         self._concurrency = ConcurrencyLimit(max_running_sequences)
         self._budget = TokenBudget(max_batch_tokens, int(step_latency_target_ms * 1e6))
         self._tenants = TenantCounters()
-        self._prefix_cache = PrefixCache(pool, enabled=prefix_cache)
-        self.block_tables = BlockTables(pool, self._prefix_cache)
+        shape = TableShape.of_steps(pool.block_size, windows, max_batch_tokens)
+        self._prefix_cache = PrefixCache(pool, shape, enabled=prefix_cache)
+        self.block_tables = BlockTables(pool, self._prefix_cache, shape)
         self._running = RunningSet(self.block_tables, max_running_sequences)
         self._entrance = Entrance(
             self.block_tables, self._running, self._tenants, self._concurrency
@@ -277,7 +282,7 @@ class Scheduler:
             IntegrityError: one does not hold.
         """
         for sequence in self._live.values():
-            sequence.check_integrity(self.pool.block_size)
+            sequence.check_integrity(self.block_tables.shape)
         places = [*self._entrance, *self._running]
         if len(places) != len(self._live) or set(places) != set(self._live.values()):
             raise IntegrityError("a live sequence neither waits nor runs, or does both")
@@ -305,25 +310,34 @@ class Scheduler:
             if sequence.state is not SequenceState.RUNNING or sequence.num_uncomputed_tokens != 1:
                 continue
             missing = self.block_tables.missing_blocks(sequence, 0)
-            if missing <= 0 or self._allocate(missing, sequence, planned):
+            if missing <= 0 or self._grow(sequence, sequence.num_tokens, planned):
                 planned[sequence] = 1
 
-    def _allocate(self, count: int, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
-        """Give blocks to a running sequence, for which others may have to go; False: it had to."""
-        while count > self.pool.num_free:
-            victim = choose_victim(self._running.sequences, self.pool)
+    def _grow(self, sequence: Sequence, end: int, planned: dict[Sequence, int]) -> bool:
+        """Let the block table of a running sequence reach `end` tokens, for which others may have
+        to go; False: it had to."""
+        lacking = self.block_tables.lacking_blocks(sequence, end)
+        while lacking > self.pool.num_free:
+            victim = choose_victim(
+                self._running.sequences, self.pool, self.block_tables.shape.num_groups
+            )
             self._preempt(victim, planned)
             self._concurrency.preempted(len(self._running))
             if victim is sequence:
                 return False
-        sequence.block_table += self.pool.allocate(count)
+        self.block_tables.grow(sequence, end, lacking)
         return True
 
     def _plan_prefills(self, planned: dict[Sequence, int]) -> None:
         if len(planned) == len(self._running):
             return
         prefills = [sequence for sequence in self._running if sequence not in planned]
-        planned.update(share(self._budget.prefill_tokens(sum(planned.values())), prefills))
+        shares = share(self._budget.prefill_tokens(sum(planned.values())), prefills)
+        planned.update(shares)
+        if self.block_tables.shape.slidings:
+            for sequence, count in shares.items():
+                if sequence.state is SequenceState.RUNNING:
+                    self._grow(sequence, sequence.num_computed_tokens + count, planned)
 
     def _preempt(self, sequence: Sequence, planned: dict[Sequence, int]) -> None:
         planned.pop(sequence, None)

@@ -19,6 +19,10 @@ from services.engine.core.messages import (
     TokenLogprobs,
 )
 from services.engine.core.stopping import StopChecker
+from services.engine.core.table_shape import TableShape
+
+# In place of a block that a sequence has given back, or never had, since it sees none of it.
+NO_BLOCK = -1
 
 
 class SequenceState(enum.Enum):
@@ -33,7 +37,9 @@ class Sequence:
     """One sequence, from admission to finish.
 
     Invariants (see `check_integrity`):
-      - tokens [0, num_computed_tokens) have their K and V in the blocks of `block_table`;
+      - tokens [0, num_computed_tokens) have their K and V in the blocks of `block_table`, as far
+        as tokens to come see them. It is a list of rows, one after the other, each with a block
+        for each group of layers (see TableShape);
       - num_computed_tokens < len(token_ids) while the sequence lives: the token sampled last has
         been computed by no step yet;
       - the logits before a prompt token that is to be scored have not been computed, or its
@@ -62,7 +68,8 @@ class Sequence:
         "max_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
-        "num_published_blocks",
+        "num_published_rows",
+        "num_slid_rows",
         "preemptions",
         "prefill_start_ns",
         "priority",
@@ -70,6 +77,8 @@ class Sequence:
         "queued_ns",
         "rank",
         "request",
+        "reserved_blocks",
+        "retired_blocks",
         "row",
         "state",
         "steps",
@@ -102,9 +111,14 @@ class Sequence:
         )
         self.num_computed_tokens = 0
         self.block_table: list[int] = []
+        # Of a model with windows: blocks for rows to come, by window the first rows of the table
+        # that are given back, and those blocks of them that could not be published yet.
+        self.reserved_blocks: list[int] = []
+        self.num_slid_rows: list[int] = []
+        self.retired_blocks: list[tuple[int, bytes]] = []
         # Of the blocks that known tokens fill, as far as they were wanted; see PrefixCache.
         self.block_hashes: list[bytes] = []
-        self.num_published_blocks = 0  # the first so many of block_table can be found by hash
+        self.num_published_rows = 0  # the first so many of block_table can be found by hash
         self.cached_prompt_tokens = 0  # prompt tokens that the KV cache held on first entry
         # Guesses at what follows token_ids, to be verified in the next step it decodes in.
         self.draft_token_ids: tuple[int, ...] = ()
@@ -163,6 +177,14 @@ class Sequence:
         if self.prompt_logprobs is None:
             return 0
         return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """All blocks that it holds."""
+        if not self.num_slid_rows:
+            return self.block_table
+        table = [block for block in self.block_table if block != NO_BLOCK]
+        return table + self.reserved_blocks
 
     @property
     def most_cached_tokens(self) -> int:
@@ -240,7 +262,7 @@ class Sequence:
             self.prompt_logprobs if is_first else None,
         )
 
-    def check_integrity(self, block_size: int) -> None:
+    def check_integrity(self, shape: TableShape) -> None:
         """Check the invariants of the class docstring.
 
         Raises:
@@ -256,11 +278,25 @@ class Sequence:
                 )
             if self.num_unscored_tokens and self.num_computed_tokens > self.most_cached_tokens:
                 raise IntegrityError(f"{name} has passed a prompt token without scoring it")
-            if len(self.block_table) * block_size < self.num_computed_tokens:
-                raise IntegrityError(f"{name} computed more tokens than its blocks hold")
-            if self.num_published_blocks * block_size > self.num_computed_tokens:
+            self._check_table(shape)
+            if self.num_published_rows * shape.block_size > self.num_computed_tokens:
                 raise IntegrityError(f"{name} published a block that it has not computed")
-        elif self.block_table or self.row >= 0 or self.num_published_blocks:
+        elif self.block_table or self.reserved_blocks or self.row >= 0 or self.num_published_rows:
             raise IntegrityError(f"{name} still owns blocks or a row")
         if (self.finish is not None) != self.is_finished:
             raise IntegrityError(f"{name} and its finish contradict each other")
+
+    def _check_table(self, shape: TableShape) -> None:
+        name, width = f"sequence {self.sequence_id}", shape.num_groups
+        num_rows, rest = divmod(len(self.block_table), width)
+        if rest or num_rows * shape.block_size < self.num_computed_tokens:
+            raise IntegrityError(f"{name} computed more tokens than its blocks hold")
+        slid = dict.fromkeys(shape.full_groups, 0)
+        for sliding, num_slid in zip(shape.slidings, self.num_slid_rows, strict=True):
+            if num_slid > sliding.first_row(self.num_computed_tokens):
+                raise IntegrityError(f"{name} gave back blocks that it sees")
+            slid |= dict.fromkeys(sliding.groups, num_slid)
+        for group, num_slid in slid.items():
+            column = self.block_table[group::width]
+            if column[:num_slid] != [NO_BLOCK] * num_slid or NO_BLOCK in column[num_slid:]:
+                raise IntegrityError(f"{name} lacks a block that it sees, or keeps one for nothing")

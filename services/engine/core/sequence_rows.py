@@ -18,10 +18,15 @@ class SequenceRows:
     Row r belongs to the running sequence whose `row` is r, from the step that first sees it there
     until another sequence (or another admission of the same one) shows up at r. Nobody has to
     announce departures, so the mirror cannot fall out of step with the scheduler.
+
+    `block_tables` is [num_rows, max_blocks], or [num_groups, num_rows, max_blocks] where there are
+    several groups of layers.
     """
 
-    def __init__(self, num_rows: int, max_blocks: int) -> None:
-        self.block_tables = np.zeros((num_rows, max_blocks), np.int32)
+    def __init__(self, num_rows: int, max_blocks: int, num_groups: int = 1) -> None:
+        shape = (num_rows, max_blocks)
+        self.num_groups = num_groups
+        self.block_tables = np.zeros(shape if num_groups == 1 else (num_groups, *shape), np.int32)
         self.has_edits = [False] * num_rows
         self.is_greedy = [True] * num_rows  # the likeliest token and nothing else is wanted
         self._temperature = np.zeros(num_rows, np.float32)
@@ -35,9 +40,10 @@ class SequenceRows:
         self._num_blocks = [0] * num_rows
 
     def refresh(self, sequence: Sequence) -> int:
-        """Bring the row of `sequence` up to date; returns the number of its blocks.
+        """Bring the row of `sequence` up to date; returns the number of its blocks, of a group.
 
-        While a sequence runs, its block table only grows.
+        While a sequence runs, its block table only grows; that it lacks blocks which nobody reads
+        any more does not matter.
         """
         row = sequence.row
         # Not the sequence's id, which its front may use again once the sequence has ended.
@@ -48,9 +54,15 @@ class SequenceRows:
         blocks = sequence.block_table
         mirrored = self._num_blocks[row]
         if len(blocks) != mirrored:
-            self.block_tables[row, mirrored : len(blocks)] = blocks[mirrored:]
+            new, place = blocks[mirrored:], slice(mirrored, len(blocks))
+            if self.num_groups > 1:
+                columns = np.array(new).reshape(-1, self.num_groups).T
+                place = slice(mirrored // self.num_groups, len(blocks) // self.num_groups)
+                self.block_tables[:, row, place] = columns
+            else:
+                self.block_tables[row, place] = new
             self._num_blocks[row] = len(blocks)
-        return len(blocks)
+        return len(blocks) // self.num_groups
 
     def sampling(
         self,
@@ -79,7 +91,7 @@ class SequenceRows:
     def _move_in(self, row: int, sequence: Sequence) -> None:
         sampling = sequence.sampling
         self._num_blocks[row] = 0
-        self.block_tables[row] = 0
+        self.block_tables[..., row, :] = 0
         self._temperature[row] = sampling.temperature
         self._top_k[row] = sampling.top_k
         self._top_p[row] = sampling.top_p

@@ -21,6 +21,7 @@ from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
 from services.engine.core.kernels import cpu, select
+from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
 from services.engine.core.messages import ModelFacts
 from services.engine.core.model_config import ModelConfig
@@ -31,6 +32,7 @@ from services.engine.core.runner import Runner
 from services.engine.core.scheduler import Scheduler
 from services.engine.core.settings import CoreSettings
 from services.engine.core.speculation.loading import load_draft_model, make_speculator
+from services.engine.core.table_shape import TableShape
 from services.engine.core.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
@@ -67,17 +69,22 @@ def build_engine(
     config = opened.config
     backend = load_backend(opened, settings, device, selections)
     draft_model = load_draft_model(settings, config, device, selections)
-    bytes_per_block = backend.bytes_per_block(settings.block_size)
+    groups = LayerGroups.of(config)
+    num_groups = len(groups.windows)
+    bytes_per_block = backend.bytes_per_block(settings.block_size, groups)
+    bytes_per_row = num_groups * bytes_per_block
     if draft_model is not None:
-        bytes_per_block += draft_model.backend.bytes_per_block(settings.block_size)
-    num_blocks = _count_blocks(settings, config, bytes_per_block, device)
-    max_context_tokens = min(config.max_context_tokens, num_blocks * settings.block_size)
+        bytes_per_row += draft_model.bytes_per_block(settings)
+    num_rows = _count_rows(settings, config, bytes_per_row, device)
+    num_blocks = num_rows * num_groups
+    shape = TableShape.of_steps(settings.block_size, groups.windows, settings.max_batch_tokens)
+    max_context_tokens = shape.most_tokens(num_blocks, config.max_context_tokens)
     try:
-        model, kv_cache = backend.allocate(num_blocks, settings)
-        speculator = make_speculator(settings, draft_model, num_blocks)
+        model, kv_cache = backend.allocate(num_blocks, settings, groups)
+        speculator = make_speculator(settings, draft_model, num_rows)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         raise StartupError(
-            f"a KV cache of {num_blocks * bytes_per_block} bytes does not fit on {device}: {error}"
+            f"a KV cache of {num_rows * bytes_per_row} bytes does not fit on {device}: {error}"
         ) from None
     limits = AdmissionLimits(max_context_tokens=max_context_tokens, vocab_size=config.vocab_size)
     warm_up(
@@ -88,6 +95,7 @@ def build_engine(
         block_size=settings.block_size,
         max_batch_tokens=settings.max_batch_tokens,
         limits=limits,
+        windows=groups.windows,
     )
     scheduler = Scheduler(
         BlockPool(
@@ -103,6 +111,7 @@ def build_engine(
         max_waiting_tokens=settings.max_waiting_tokens,
         step_latency_target_ms=settings.step_latency_target_ms,
         prefix_cache=settings.prefix_cache,
+        windows=groups.windows,
         speculator=speculator,
         compiler=Compiler(
             partial(read_vocabulary, settings.model_path, config.vocab_size, config.eos_token_ids)
@@ -116,6 +125,7 @@ def build_engine(
         max_batch_tokens=settings.max_batch_tokens,
         max_running_sequences=settings.max_running_sequences,
         max_context_tokens=max_context_tokens,
+        num_groups=num_groups,
     )
     facts = ModelFacts(
         architecture=config.architecture,
@@ -128,22 +138,23 @@ def build_engine(
         device=str(device),
         block_size=settings.block_size,
         num_blocks=num_blocks,
-        kv_cache_memory_bytes=num_blocks * bytes_per_block,
+        kv_cache_memory_bytes=num_rows * bytes_per_row,
         load_time_s=time.monotonic() - started_s,
         kernels=backend.kernels,
         default_sampling=read_generation_defaults(Path(settings.model_path))
         | settings.default_sampling,
     )
     logger.info(
-        "loaded %s (%.0f M parameters, %s) on %s in %.1f s; the KV cache holds %d tokens in %d "
-        "blocks (%.0f MiB), a sequence at most %d; %d threads",
+        "loaded %s (%.0f M parameters, %s) on %s in %.1f s; the KV cache has %d blocks of %d "
+        "tokens%s (%.0f MiB), a sequence at most %d; %d threads",
         facts.architecture,
         facts.num_parameters / 1e6,
         facts.dtype,
         facts.device,
         facts.load_time_s,
-        num_blocks * settings.block_size,
         num_blocks,
+        settings.block_size,
+        "" if num_groups == 1 else f" of a group of layers, of {num_groups}",
         facts.kv_cache_memory_bytes / 2**20,
         max_context_tokens,
         num_threads,
@@ -182,9 +193,10 @@ def _plans_ahead(settings: CoreSettings, device: torch.device, num_threads: int)
     return device.type != "cpu" or num_threads < available_processors()
 
 
-def _count_blocks(
-    settings: CoreSettings, config: ModelConfig, bytes_per_block: int, device: torch.device
+def _count_rows(
+    settings: CoreSettings, config: ModelConfig, bytes_per_row: int, device: torch.device
 ) -> int:
+    """The rows of blocks, for all layers, that the KV cache is to have."""
     budget = kv_cache_budget_bytes(
         device,
         requested_bytes=settings.kv_cache_memory_bytes,
@@ -194,17 +206,17 @@ def _count_blocks(
     )
     # More than every running sequence at full length could fill would lie idle.
     useful = settings.max_running_sequences * -(-config.max_context_tokens // settings.block_size)
-    num_blocks = min(budget // bytes_per_block, useful)
-    if num_blocks < 1:
+    num_rows = min(budget // bytes_per_row, useful)
+    if num_rows < 1:
         raise StartupError(
             f"a KV cache of {budget} bytes holds no block: one block of {settings.block_size} "
-            f"tokens takes {bytes_per_block} bytes"
+            f"tokens takes {bytes_per_row} bytes"
         )
     free = free_memory_bytes(device)
-    if num_blocks * bytes_per_block > free:
+    if num_rows * bytes_per_row > free:
         # A CPU would promise the memory now and fail in the middle of a request.
         raise StartupError(
-            f"a KV cache of {num_blocks * bytes_per_block} bytes does not fit on {device}: "
+            f"a KV cache of {num_rows * bytes_per_row} bytes does not fit on {device}: "
             f"{free} bytes are free"
         )
-    return num_blocks
+    return num_rows

@@ -29,6 +29,7 @@ def warm_up(
     block_size: int,
     max_batch_tokens: int,
     limits: AdmissionLimits,
+    windows: tuple[int | None, ...] = (None,),
 ) -> None:
     """Computes a short request in the first blocks, which are free again afterwards; nothing counts
     it.
@@ -50,6 +51,7 @@ def warm_up(
         max_waiting_tokens=prompt_tokens,
         step_latency_target_ms=1e6,
         prefix_cache=False,
+        windows=windows,
     )
     runner = Runner(
         model,
@@ -59,6 +61,7 @@ def warm_up(
         max_batch_tokens=max_batch_tokens,
         max_running_sequences=1,
         max_context_tokens=limits.max_context_tokens,
+        num_groups=len(windows),
     )
     core = EngineCore(scheduler, runner)
     stopping = Stopping(max_tokens=completion_tokens, ignore_eos=True)

@@ -121,3 +121,17 @@ def test_the_kv_cache_takes_whole_blocks_of_each_sequence(make_checkpoint: Any) 
     if native.native:
         found = kv_cache_bytes(config, native, sequences=1, tokens=1, kv_format=KvFormat.INT8)
         assert found == packed
+
+
+def test_layers_with_a_window_take_their_window_of_the_kv_cache(tmp_path: Path) -> None:
+    context, window = 4096, 64
+    save_model("gemma3", tmp_path, max_position_embeddings=context, sliding_window=window)
+    config = open_model(tmp_path).config
+    footprint = foretold(tmp_path, "auto", reason="the dtype is float32")
+    layer = KVCache.bytes_per_block(1, 16, config.kv_heads, config.head_dim, torch.float32)
+    found = kv_cache_bytes(config, footprint, sequences=2, tokens=context)
+    # One of seven layers sees all; the others keep their window and what a step computes.
+    rows_of_a_window = (window - 1 + 513 + 14) // 16 + 1
+    assert found == 2 * layer * (context // 16 + 6 * rows_of_a_window)
+    # What is shorter than a window takes the same in all layers.
+    assert kv_cache_bytes(config, footprint, sequences=1, tokens=40) == 3 * 7 * layer

@@ -17,8 +17,8 @@ T = TypeVar("T")
 # Query heads that share a KV head are folded into the rows of one attention call, which reads the
 # keys once; the mask is repeated for each of them, which only pays while chunks are short.
 FOLD_MAX_QUERY_LENGTH = 32
-# Sequences whose context lengths lie within a factor of two are padded to one length and share a
-# call; so do all those of up to this many blocks.
+# Sequences that see about as much, within a factor of two, are padded to one length and share a
+# call; so do all those that see up to this many blocks.
 SHORT_CONTEXT_BLOCKS = 8
 
 
@@ -28,7 +28,7 @@ class AttentionMetadata:
 
     Tokens are flattened over sequences, `query_lengths[i]` consecutive rows for sequence i, whose
     cache holds `context_lengths[i]` tokens, these included. block_tables: [num_sequences,
-    max_blocks] int32.
+    max_blocks] int32; blocks before what a window shows are never looked at.
     """
 
     query_lengths: tuple[int, ...]
@@ -100,8 +100,8 @@ class _Group:
     blocks: Tensor  # [num_sequences * num_blocks]: their block tables, padded to one length
     num_sequences: int
     query_length: int
-    context_length: int  # the longest of them
-    mask: Tensor | None  # additive, [num_sequences or 1, 1, rows or 1, context_length]
+    span: int  # tokens from the beginning of the first block that is seen on, the most of them
+    mask: Tensor | None  # additive, [num_sequences or 1, 1, rows or 1, span]
     folded: bool
 
 
@@ -117,13 +117,20 @@ def _group_sequences(
             # A long chunk fills the machine by itself; padding it would only waste work.
             bucket = -1 - index
         else:
-            num_blocks = -(-metadata.context_lengths[index] // metadata.block_size)
+            context = metadata.context_lengths[index]
+            first = _first_block(context, query_length, window, metadata.block_size)
+            num_blocks = -(-context // metadata.block_size) - first
             bucket = (max(num_blocks, SHORT_CONTEXT_BLOCKS) - 1).bit_length()
         members.setdefault((query_length, bucket), []).append(index)
     return [
         _make_group(metadata, indices, starts, queries_per_kv, dtype, window)
         for indices in members.values()
     ]
+
+
+def _first_block(context: int, query_length: int, window: int | None, block_size: int) -> int:
+    """The first block that the first of a sequence's queries sees."""
+    return 0 if window is None else max(0, context - query_length - window + 1) // block_size
 
 
 def _make_group(
@@ -137,16 +144,20 @@ def _make_group(
     device = metadata.block_tables.device
     query_length = metadata.query_lengths[indices[0]]
     contexts = [metadata.context_lengths[index] for index in indices]
-    context_length = max(contexts)
-    num_blocks = -(-context_length // metadata.block_size)
+    block_size = metadata.block_size
+    firsts = [_first_block(each, query_length, window, block_size) for each in contexts]
+    # All that follows counts from a sequence's first block that is seen.
+    spans = [context - block_size * at for context, at in zip(contexts, firsts, strict=True)]
+    span = max(spans)
+    num_blocks = -(-span // block_size)
     folded = query_length <= FOLD_MAX_QUERY_LENGTH
     mask = None
-    reaches_back = window is not None and window < context_length
-    if query_length > 1 or min(contexts) < context_length or reaches_back:
+    reaches_back = window is not None and window < span
+    if query_length > 1 or min(spans) < span or reaches_back:
         # A query sees the keys up to its own position; what lies beyond is later or padding.
-        first = torch.tensor(contexts, device=device).sub_(query_length).view(-1, 1, 1, 1)
+        first = torch.tensor(spans, device=device).sub_(query_length).view(-1, 1, 1, 1)
         last_seen = first + torch.arange(query_length, device=device).view(-1, 1)
-        positions = torch.arange(context_length, device=device)
+        positions = torch.arange(span, device=device)
         hidden = positions > last_seen
         if window is not None:
             hidden |= positions <= last_seen - window
@@ -157,8 +168,15 @@ def _make_group(
     rows = torch.tensor([starts[index] for index in indices], device=device)
     rows = (rows.view(-1, 1) + torch.arange(query_length, device=device)).flatten()
     members = torch.tensor(indices, device=device)
-    blocks = metadata.block_tables[:, :num_blocks].index_select(0, members).flatten()
-    return _Group(rows, blocks, len(indices), query_length, context_length, mask, folded)
+    if any(firsts):
+        columns = torch.tensor(firsts, device=device).view(-1, 1)
+        columns = columns + torch.arange(num_blocks, device=device)
+        # Beyond the longest table there is padding, which any block will do for.
+        columns.clamp_(max=metadata.block_tables.shape[1] - 1)
+        blocks = metadata.block_tables[members.view(-1, 1), columns].flatten()
+    else:
+        blocks = metadata.block_tables[:, :num_blocks].index_select(0, members).flatten()
+    return _Group(rows, blocks, len(indices), query_length, span, mask, folded)
 
 
 def _attend(
@@ -192,7 +210,7 @@ def _softmax_attention(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """queries: [sequences, heads, rows, head_dim], keys and values: [sequences, kv_heads, context,
+    """queries: [sequences, heads, rows, head_dim], keys and values: [sequences, kv_heads, span,
     head_dim] -> the shape of queries."""
     if softcap is None:
         return functional.scaled_dot_product_attention(
@@ -207,7 +225,7 @@ def _softmax_attention(
 
 
 def _gather(cache: Tensor, group: _Group) -> Tensor:
-    """Return the cached vectors of a group, [sequences, kv_heads, context_length, head_dim]."""
+    """Return the cached vectors of a group, [sequences, kv_heads, span, head_dim]."""
     pages = cache.index_select(0, group.blocks)
     contiguous = pages.view(group.num_sequences, -1, *cache.shape[2:])
-    return contiguous[:, : group.context_length].transpose(1, 2)
+    return contiguous[:, : group.span].transpose(1, 2)

@@ -26,11 +26,22 @@ class StepContext:
     def __init__(self, batch: ForwardBatch, kv_cache: KVCache, dtype: torch.dtype) -> None:
         self.batch = batch
         self.kv_cache = kv_cache
-        self.metadata = AttentionMetadata(
-            batch.query_lengths, batch.context_lengths, batch.block_tables, kv_cache.block_size
+        several = batch.block_tables.dim() > 2
+        # Of each group of layers: where keys and values go, and where those of all tokens are.
+        self._slots = tuple(batch.slots) if several else (batch.slots,)
+        self._metadata = tuple(
+            AttentionMetadata(
+                batch.query_lengths, batch.context_lengths, tables, kv_cache.block_size
+            )
+            for tables in (batch.block_tables if several else (batch.block_tables,))
         )
         self._dtype = dtype
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def places(self, layer_index: int) -> tuple[Tensor, AttentionMetadata]:
+        """Where a layer's keys and values go, and where those of all tokens are."""
+        group = self.kv_cache.groups.group_of_layer[layer_index]
+        return self._slots[group], self._metadata[group]
 
     def angles(self, rotary: RotaryEmbedding) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the tokens' positions, as `rotary_embedding` takes them."""
@@ -54,12 +65,13 @@ class PagedAttention(nn.Module):
         head_dim] -> [num_tokens, heads * head_dim]."""
         key_cache = step.kv_cache.keys[self.layer_index]
         value_cache = step.kv_cache.values[self.layer_index]
-        write_kv(keys, values, key_cache, value_cache, step.batch.slots)
+        slots, metadata = step.places(self.layer_index)
+        write_kv(keys, values, key_cache, value_cache, slots)
         return paged_attention(
             queries,
             key_cache,
             value_cache,
-            step.metadata,
+            metadata,
             self.scale,
             self.window,
             self.softcap,

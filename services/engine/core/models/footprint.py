@@ -18,6 +18,7 @@ from services.engine.core.kernels.cpu.packing import GroupedWeight, PackedLinear
 from services.engine.core.kernels.cpu.packing import quantize_4 as round_to_4
 from services.engine.core.kernels.cpu.program import Packed, UnsupportedModelError, lowering
 from services.engine.core.kv_cache import KVCache
+from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.layers import ExpertMatrices
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.loader import OpenedModel
@@ -27,10 +28,13 @@ from services.engine.core.models.native import (
     bytes_by_format,
     lower,
 )
+from services.engine.core.settings import CoreSettings
+from services.engine.core.table_shape import TableShape
 from services.engine.core.weights.checkpoint import Checkpoint
 from services.engine.core.weights.stored_linear import rounded_outline
 
-BLOCK_TOKENS = 16
+_DEFAULTS = CoreSettings(model_path="")
+BLOCK_TOKENS, STEP_TOKENS = _DEFAULTS.block_size, _DEFAULTS.max_batch_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +127,19 @@ def kv_cache_bytes(
     tokens: int,
     kv_format: KvFormat = KvFormat.BF16,
 ) -> int:
-    """Bytes of the KV cache for so many sequences of so many tokens, which share nothing."""
-    sizes = (config.num_layers, BLOCK_TOKENS, config.kv_heads, config.head_dim)
+    """Bytes of the KV cache for so many sequences of so many tokens, which share nothing.
+
+    Where layers have windows, it is what they take while their prompts are computed in steps as
+    long as the settings' default has them.
+    """
+    groups = LayerGroups.of(config)
+    shape = TableShape.of_steps(BLOCK_TOKENS, groups.windows, STEP_TOKENS)
+    sizes = (groups.layers_per_block, BLOCK_TOKENS, config.kv_heads, config.head_dim)
     if footprint.native:
         block_bytes = PackedKVCache.bytes_per_block(*sizes, kv_format)
     else:
         block_bytes = KVCache.bytes_per_block(*sizes, footprint.dtype)
-    return sequences * -(-tokens // BLOCK_TOKENS) * block_bytes
+    return sequences * shape.blocks_for(tokens) * block_bytes
 
 
 class _OutlinePacker(Packer):

@@ -154,7 +154,9 @@ class NativeModel:
         step.num_tokens, step.num_rows = len(token_ids), len(logits_rows)
         step.token_ids, step.slots = token_ids.data_ptr(), slots.data_ptr()
         step.logits_rows = logits_rows.data_ptr()
-        step.block_tables, step.table_stride = block_tables.data_ptr(), block_tables.stride(0)
+        step.block_tables, step.table_stride = block_tables.data_ptr(), block_tables.stride(-2)
+        # One group of layers has no dimension of its own, and needs no stride.
+        step.group_slots, step.group_tables = slots.stride(0), block_tables.stride(0)
         self._wide_positions = positions.numpy()
         self._wanted_logits = self._logits[: step.num_rows]
 

@@ -11,6 +11,7 @@ from services.engine.core.backends import Backend, load_backend
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.errors import StartupError
 from services.engine.core.kernels import Selection
+from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.loader import open_model
 from services.engine.core.runner import Runner
@@ -29,12 +30,21 @@ class DraftModel:
     backend: Backend
     device: torch.device
 
+    @property
+    def groups(self) -> LayerGroups:
+        """One group: what has slid out of a window would not be worth giving back."""
+        return LayerGroups.single(self.config.num_layers)
+
+    def bytes_per_block(self, settings: CoreSettings) -> int:
+        """Bytes of one block of its KV cache."""
+        return self.backend.bytes_per_block(settings.block_size, self.groups)
+
     def speculator(self, num_blocks: int, settings: CoreSettings) -> Speculator:
         """Give it a KV cache of `num_blocks` blocks, and a runner.
 
         Raises torch.OutOfMemoryError, RuntimeError or MemoryError where the cache does not fit.
         """
-        model, kv_cache = self.backend.allocate(num_blocks, settings)
+        model, kv_cache = self.backend.allocate(num_blocks, settings, self.groups)
         max_context_tokens = min(self.config.max_context_tokens, num_blocks * settings.block_size)
         runner = Runner(
             model,

@@ -28,6 +28,7 @@ def plan_drafts(
         if missing > pool.num_free:
             continue
         if missing > 0:
-            sequence.block_table += pool.allocate(missing)
+            end = sequence.num_tokens + len(draft)
+            tables.grow(sequence, end, tables.lacking_blocks(sequence, end))
         sequence.draft_token_ids = draft
         planned[sequence] += len(draft)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from services.engine.core.kernels.cpu.pages import zero_pages
+from services.engine.core.layer_groups import LayerGroups
 
 TILE_TOKENS = 16
 # What the kernels' buffers for one vector hold.
@@ -39,6 +40,7 @@ class KvLayout(ctypes.Structure):
         ("kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("format", ctypes.c_int32),
+        ("group", ctypes.c_int32),
     )
 
 
@@ -55,6 +57,8 @@ class StepView(ctypes.Structure):
         ("context_lengths", ctypes.c_void_p),
         ("block_tables", ctypes.c_void_p),
         ("table_stride", ctypes.c_int32),
+        ("group_slots", ctypes.c_int64),
+        ("group_tables", ctypes.c_int64),
     )
 
 
@@ -67,10 +71,10 @@ def check_head_dim(head_dim: int) -> None:
 class PackedKVCache:
     """Keys and values of all sequences and layers, in blocks of `block_size` tokens.
 
-    A block's keys and values of all layers lie together, so that a block is copied in one piece,
-    and few blocks in use touch little memory. Pages are the operating system's zeros until they
-    are written, so that a large pool costs nothing before it is used. What a freed block holds
-    stays there; the kernels never let it reach a result.
+    A block's keys and values of all layers of a group lie together, so that a block is copied in
+    one piece, and few blocks in use touch little memory. Pages are the operating system's zeros
+    until they are written, so that a large pool costs nothing before it is used. What a freed block
+    holds stays there; the kernels never let it reach a result.
 
     Raises ValueError for sizes that the kernels do not serve and MemoryError where the pool does
     not fit.
@@ -84,7 +88,9 @@ class PackedKVCache:
         kv_heads: int,
         head_dim: int,
         kv_format: KvFormat = KvFormat.BF16,
+        groups: LayerGroups | None = None,
     ) -> None:
+        """groups: of the layers; by default all are in one."""
         if block_size % TILE_TOKENS or block_size <= 0:
             raise ValueError(f"a block holds a multiple of {TILE_TOKENS} tokens, not {block_size}")
         check_head_dim(head_dim)
@@ -94,11 +100,13 @@ class PackedKVCache:
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.kv_format = kv_format
+        self.groups = groups or LayerGroups.single(num_layers)
+        places = self.groups.layers_per_block
         self._part_bytes = _part_bytes(block_size, kv_heads, head_dim, kv_format)
-        self._block_bytes = 2 * num_layers * self._part_bytes
-        # [num_blocks, num_layers, keys or values, bytes]
+        self._block_bytes = 2 * places * self._part_bytes
+        # [num_blocks, place of a layer, keys or values, bytes]
         self._storage = zero_pages(num_blocks * self._block_bytes).reshape(
-            num_blocks, num_layers, 2, self._part_bytes
+            num_blocks, places, 2, self._part_bytes
         )
 
     @staticmethod
@@ -109,12 +117,12 @@ class PackedKVCache:
         head_dim: int,
         kv_format: KvFormat = KvFormat.BF16,
     ) -> int:
-        """Return what one block takes over all layers, keys and values, in bytes."""
+        """Return what one block of so many layers takes, keys and values, in bytes."""
         return 2 * num_layers * _part_bytes(block_size, kv_heads, head_dim, kv_format)
 
     def layer(self, index: int) -> tuple[int, int]:
         """Return the addresses of block 0's keys and values in a layer."""
-        keys = self._storage.ctypes.data + 2 * index * self._part_bytes
+        keys = self._storage.ctypes.data + 2 * self.groups.place_of_layer[index] * self._part_bytes
         return keys, keys + self._part_bytes
 
     def layout(self, index: int) -> KvLayout:
@@ -128,10 +136,11 @@ class PackedKVCache:
             self.kv_heads,
             self.head_dim,
             int(self.kv_format),
+            self.groups.group_of_layer[index],
         )
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Copy whole blocks, (source, destination), in all layers."""
+        """Copy whole blocks, (source, destination), all of their layers."""
         for source, destination in pairs:
             self._storage[destination] = self._storage[source]
 
@@ -142,7 +151,7 @@ class PackedKVCache:
         """
         blocks, offsets = slots // self.block_size, slots % self.block_size
         tiles, tokens = offsets // TILE_TOKENS, offsets % TILE_TOKENS
-        parts = torch.from_numpy(self._storage[:, layer])[blocks]
+        parts = torch.from_numpy(self._storage[:, self.groups.place_of_layer[layer]])[blocks]
         shape = (len(slots), 2, self.kv_heads, self.block_size // TILE_TOKENS, -1)
         rows = torch.arange(len(slots))
         found = parts.view(shape)[rows, :, :, tiles]  # [n, 2, kv_heads, tile bytes]

@@ -34,7 +34,7 @@ class Attention {
     const int32_t queries = step.query_starts[task.sequence + 1] - start;
     first_token_ = start + task.query_begin;
     first_position_ = step.context_lengths[task.sequence] - queries + task.query_begin;
-    blocks_ = step.block_tables + int64_t{task.sequence} * step.table_stride;
+    blocks_ = blocks_of(step, args.cache, task.sequence);
   }
 
   void run() {

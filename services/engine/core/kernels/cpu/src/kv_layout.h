@@ -28,17 +28,20 @@ struct KvLayout {
   int32_t kv_heads;
   int32_t head_dim;  // a multiple of 16
   KvFormat format;
+  int32_t group;  // of layers, whose slots and block tables are this layer's
 };
 
 // The tokens of a step, flattened over its sequences.
 struct StepView {
   int32_t num_tokens, num_sequences;
   const int32_t* positions;        // [num_tokens]
-  const int64_t* slots;            // [num_tokens], block * block_size + offset
+  const int64_t* slots;            // [groups, num_tokens], block * block_size + offset
   const int32_t* query_starts;     // [num_sequences + 1]: the tokens of each sequence
   const int32_t* context_lengths;  // [num_sequences], these tokens included
-  const int32_t* block_tables;     // [num_sequences, table_stride]
+  const int32_t* block_tables;     // [groups, num_sequences, table_stride]
   int32_t table_stride;
+  // From a group's slots, and block tables, to the next group's.
+  int64_t group_slots, group_tables;
 };
 
 }  // namespace meshserve
@@ -50,6 +53,16 @@ constexpr int32_t tile_tokens = 16;
 inline size_t kv_tile_bytes(KvFormat format, int32_t head_dim) {
   const size_t elements = size_t{tile_tokens} * static_cast<size_t>(head_dim);
   return format == KvFormat::bf16 ? elements * 2 : elements + tile_tokens * sizeof(float);
+}
+
+// Where a token's keys and values go in a layer.
+inline int64_t slot_of(const StepView& step, const KvLayout& cache, int32_t token) {
+  return step.slots[cache.group * step.group_slots + token];
+}
+
+// The blocks of a sequence in a layer.
+inline const int32_t* blocks_of(const StepView& step, const KvLayout& cache, int32_t sequence) {
+  return step.block_tables + cache.group * step.group_tables + int64_t{sequence} * step.table_stride;
 }
 
 // Bytes from block 0's keys (or values) to the tile of a KV head that holds token `offset` of a

@@ -75,7 +75,7 @@ float quantize(const float* from, int32_t head_dim, int8_t* to) {
 void write_token(const RotaryKvArgs& args, int32_t token) {
   const KvLayout& cache = args.cache;
   const int32_t head_dim = cache.head_dim;
-  const int64_t slot = args.step->slots[token];
+  const int64_t slot = slot_of(*args.step, cache, token);
   const auto in_block = static_cast<int32_t>(slot % cache.block_size);
   const int32_t in_tile = in_block % tile_tokens;
   const float* keys = args.qkv + token * args.qkv_stride + int64_t{args.heads} * head_dim;

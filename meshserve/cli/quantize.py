@@ -177,8 +177,8 @@ def _print(report: dict[str, Any], output: Path) -> None:
         table.add_row(
             name,
             f"{found['bytes'] / _MIB:,.1f} MiB",
-            f"{found['perplexity']:,.3f}",
-            f"{100 * (found['perplexity_ratio'] - 1):+.2f} %",
+            "too large" if found["perplexity"] is None else f"{found['perplexity']:,.3f}",
+            _change(found["perplexity_ratio"]),
             f"{found['prompt_tokens_per_s']:,.0f}",
             f"{found['decode_tokens_per_s']:,.0f}",
         )
@@ -191,13 +191,19 @@ def _print(report: dict[str, Any], output: Path) -> None:
     stdout_console().print(Text(f"\n{output}: {size:,.1f} MB of weights"), soft_wrap=True)
 
 
+def _change(ratio: float | None) -> str:
+    return "" if ratio is None else f"{100 * (ratio - 1):+.2f} %"
+
+
 def _remarks(report: dict[str, Any]) -> Iterator[str]:
     """What is to be said of how it came to this."""
+    spread = max(each["speed_spread"] for each in report["results"].values())
+    yield f"speeds are the best of rounds in turns, which differed by up to {100 * spread:.0f} %"
     if report["foretold_perplexity_ratio"] is not None:
         foretold = 100 * (report["foretold_perplexity_ratio"] - 1)
         yield f"foretold from single layers: {foretold:+.2f} %"
     if trials := report["trials"]:
-        tried = ", ".join(f"{100 * (each['perplexity_ratio'] - 1):+.2f} %" for each in trials)
+        tried = ", ".join(_change(each["perplexity_ratio"]) for each in trials)
         yield f"measured to find it: {tried}"
     if set(report["layers"].values()) == {16}:
         yield "nothing smaller keeps the budget: all of it is in 16 bits, as it was"

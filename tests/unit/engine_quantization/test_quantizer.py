@@ -52,6 +52,7 @@ def widths_of(directory: Path) -> dict[str, int]:
     return found
 
 
+@pytest.mark.proves("llama", "quantize")
 @pytest.mark.parametrize(("target", "bits"), [("int8", 8), ("int4", 4)])
 def test_all_layers_are_in_the_bits_that_were_asked_for(
     llama: Path, tmp_path: Path, target: Target, bits: int

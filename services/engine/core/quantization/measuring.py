@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -23,22 +22,28 @@ from services.engine.core.models.native import NativeModel, WeightChoice
 from services.engine.core.processors import default_threads
 
 BLOCK_SIZE = 16
+_PROMPTS = 3
 _MOST_DECODED_TOKENS = 32
 
 Step = Callable[[ForwardBatch], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """Of one way of keeping weights: bytes in memory by format, and what it computes how fast.
+class Speed:
+    """Of one sequence alone, by the fastest window and step: what others do on the machine slows
+    the rest."""
 
-    Speeds are those of the fastest window and step: what others do on the machine slows the rest.
-    """
+    prompt_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of one way of keeping weights: bytes in memory by format, and what it computes how fast."""
 
     weight_bytes: dict[str, int]
     perplexity: float
-    prompt_tokens_per_s: float
-    decode_tokens_per_s: float  # of one sequence
+    speed: Speed
 
     @property
     def total_bytes(self) -> int:
@@ -54,16 +59,14 @@ def measure(
     Its checkpoint is closed. Raises UnsupportedModelError where the native kernels do not serve the
     model and plain torch would have to expand what is asked for.
     """
-    window = len(windows[0])
-    step, sizes = _loaded(opened, weights, window)
-    timed = _Timed(step)
-    found = perplexity(timed, windows)
-    return Measured(
-        sizes,
-        found,
-        window / min(timed.times_s),
-        1 / _decode_step_s(step, list(windows[0])),
-    )
+    step, sizes = _loaded(opened, weights, len(windows[0]))
+    return Measured(sizes, perplexity(step, windows), _speed(step, windows[0]))
+
+
+def measure_speed(opened: OpenedModel, weights: WeightChoice, window: Sequence[int]) -> Speed:
+    """The speed alone, as `measure` has it; the checkpoint is closed."""
+    step, _ = _loaded(opened, weights, len(window))
+    return _speed(step, window)
 
 
 def measure_perplexity(
@@ -117,17 +120,20 @@ def perplexity(step: Step, windows: Sequence[Sequence[int]]) -> float:
         ids = torch.tensor(window)
         logits = step(_batch(ids, start=0))
         losses.append(functional.cross_entropy(logits[:-1], ids[1:]).item())
-    return math.exp(sum(losses) / len(losses))
+    # Infinite where that is too much for a number.
+    return float(torch.tensor(sum(losses) / len(losses), dtype=torch.float64).exp())
 
 
-def _decode_step_s(step: Step, window: list[int]) -> float:
-    """Seconds that a token takes which follows others."""
+def _speed(step: Step, window: Sequence[int]) -> Speed:
+    whole = _Timed(step)
+    for _ in range(_PROMPTS):
+        whole(_batch(torch.tensor(window), start=0))
     first = len(window) - min(_MOST_DECODED_TOKENS, len(window) // 2)
     step(_batch(torch.tensor(window[:first]), start=0))
-    timed = _Timed(step)
+    single = _Timed(step)
     for at in range(first, len(window)):
-        timed(_batch(torch.tensor(window[at : at + 1]), start=at))
-    return min(timed.times_s)
+        single(_batch(torch.tensor(window[at : at + 1]), start=at))
+    return Speed(len(window) / min(whole.times_s), 1 / min(single.times_s))
 
 
 class _Timed:

@@ -15,18 +15,15 @@ import torch
 from torch import Tensor
 
 from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, outline
-from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.models.loader import open_model
-from services.engine.core.models.native import WeightChoice
 from services.engine.core.quantization.allocation import Budget, foretold_loss, within_size
 from services.engine.core.quantization.layers import LayeredModel, Unit
 from services.engine.core.quantization.measuring import (
     BLOCK_SIZE,
-    Measured,
-    measure,
     measure_perplexity,
 )
 from services.engine.core.quantization.meeting import MOST_TRIALS, Trial, meet_perplexity
+from services.engine.core.quantization.results import measure_results
 from services.engine.core.quantization.rounding import RoundedOnDisk, round_layers
 from services.engine.core.quantization.sensitivity import Progress, Sensitivity
 from services.engine.core.quantization.sources import open_source
@@ -43,7 +40,7 @@ _KEPT = "rounded"
 # windows and tokens of each that layers are measured on.
 WINDOW_TOKENS = 512
 CALIBRATION_TOKENS = 8192
-_SENSITIVITY_TOKENS = (2, 256)
+_SENSITIVITY_TOKENS = (2, 128)
 _EVALUATION_WINDOWS = 8
 _LEAST_WINDOWS = 4
 
@@ -126,7 +123,7 @@ def quantize(
             if run.divergences
             else None,
             "trials": [asdict(trial) for trial in run.trials],
-            "results": _results(path, partial, texts, progress),
+            "results": measure_results(path, partial, texts.evaluation, progress),
             "file_bytes": sum(each.stat().st_size for each in partial.glob("*.safetensors")),
         }
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
@@ -251,36 +248,3 @@ def _sizes(path: Path, units: list[Unit]) -> tuple[int, int]:
         is_head = name == "head" or (name == "embedding" and skeleton.head is None)
         fixed += outline(rounded_outline(tuple(weight.shape))).num_bytes if is_head else own
     return fixed, whole
-
-
-def _results(
-    path: Path, directory: Path, texts: Texts, progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """Size, perplexity and speed of the quantised model and of the ways that loading rounds."""
-    cases: dict[str, tuple[Path, WeightChoice]] = {
-        "bfloat16": (path, "bfloat16"),
-        "as it was": (path, "auto"),
-        "int8, rounded at loading": (path, "int8"),
-        "int4, rounded at loading": (path, "int4"),
-        "quantised": (directory, "auto"),
-    }
-    found: dict[str, Measured] = {}
-    for done, (name, (each, weights)) in enumerate(cases.items()):
-        progress("measuring what came of it", done, len(cases))
-        try:
-            found[name] = measure(open_model(each), weights, texts.evaluation)
-        except UnsupportedModelError:
-            continue
-    progress("measuring what came of it", len(cases), len(cases))
-    reference = found["bfloat16"].perplexity
-    return {
-        name: {
-            "bytes": each.total_bytes,
-            "by_format": each.weight_bytes,
-            "perplexity": each.perplexity if math.isfinite(each.perplexity) else None,
-            "perplexity_ratio": each.perplexity / reference,
-            "prompt_tokens_per_s": each.prompt_tokens_per_s,
-            "decode_tokens_per_s": each.decode_tokens_per_s,
-        }
-        for name, each in found.items()
-    }

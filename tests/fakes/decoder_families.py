@@ -53,6 +53,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     ),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3, windowed from a layer on": (
+        "Qwen3",
+        {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 2,
+        },
+    ),
     "qwen3, biased": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
     "phi3": ("Phi3", {"sliding_window": None}),
     "phi3, windowed": ("Phi3", {"sliding_window": WINDOW}),
@@ -91,6 +100,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {}),
     "gpt2, untied": ("GPT2", {"tie_word_embeddings": False, "n_inner": 72}),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral, windowed": (
+        "Mixtral",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    ),
+    "qwen3-moe, windowed": (
+        "Qwen3Moe",
+        {**EXPERTS, "head_dim": 16, "use_sliding_window": True, "sliding_window": WINDOW}
+        | {"max_window_layers": 0},
+    ),
     "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
     "qwen3-moe, as it comes": (
         "Qwen3Moe",

@@ -91,7 +91,7 @@ def check_close(found: torch.Tensor, expected: torch.Tensor, case: str) -> None:
     now and then goes to another expert for it, where two come out even: in transformers too."""
     by_row = (found - expected).square().mean(-1).sqrt() / expected.std()
     if "moe" in case or "mixtral" in case:
-        assert by_row.median() < 0.03
+        assert by_row.median() < 0.04
         assert (by_row < 0.1).float().mean() > 0.9
     else:
         assert by_row.square().mean().sqrt() < 0.04

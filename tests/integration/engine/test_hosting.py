@@ -233,6 +233,10 @@ async def test_the_load_of_an_engine_is_that_of_all_its_models(engine: Engine) -
 
 
 async def failure_at_the_end(call: Any) -> ServiceError:
+    async def read() -> None:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+
     with pytest.raises(grpc.RpcError) as raised:
-        await num_tokens(call)
+        await read()
     return ServiceError.from_rpc_error(raised.value, peer="engine")

@@ -62,7 +62,7 @@ def mesh(
     small: dict[str, tuple[Path, Small]],
     spans: Receiver,
 ) -> Iterator[Mesh]:
-    """A chat model first, and three encoders in the same engine, one of which waits for a request."""
+    """A chat model and three encoders in one engine, one of which waits for a request."""
     overrides = {
         "models": {
             MINILM: {"source": MINILM, "price": {"prompt": 1000, "completion": 0}},

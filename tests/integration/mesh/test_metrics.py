@@ -64,6 +64,7 @@ def test_a_service_exposes_what_is_declared_and_nothing_else(mesh: Mesh, service
             assert any(sample.name == name + suffix for suffix in SUFFIXES[family.type]), sample
 
 
+MODEL_STATES = ("unloaded", "loading", "ready", "sleeping", "draining", "failed")
 ALLOWED: dict[str, Callable[[str], bool]] = {
     "method": re.compile(r"(meshserve\.v1|grpc\.\w+\.v1\w*)\.\w+/[A-Z]\w+|[A-Z]+|other").fullmatch,  # type: ignore[dict-item]
     "code": lambda value: value in grpc.StatusCode.__members__,
@@ -79,7 +80,7 @@ ALLOWED: dict[str, Callable[[str], bool]] = {
     "what": re.compile(r"api_keys|certificate|policies|trust_[a-z]+|valkey").fullmatch,  # type: ignore[dict-item]
     "peer": lambda value: value in SERVICES,
     "target": re.compile(r"dns:///127\.0\.0\.1:\d+").fullmatch,  # type: ignore[dict-item]
-    "state": lambda value: value in STANDINGS,
+    "state": lambda value: value in (*STANDINGS, *MODEL_STATES),
     "route": re.compile(r"/[a-z/{}]*|other").fullmatch,  # type: ignore[dict-item]
     "status": re.compile(r"\d{3}").fullmatch,  # type: ignore[dict-item]
     "process": lambda value: value in ("main", "core"),

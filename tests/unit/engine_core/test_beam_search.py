@@ -22,7 +22,7 @@ from services.engine.core.messages import (
 from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
 from tests.fakes.engines import make_engine, reference_output
-from tests.fakes.hash_model import RAISING_TOKEN_ID
+from tests.fakes.hash_model import RAISING_TOKEN_ID, Windows
 
 VOCAB_SIZE = 60
 EOS_TOKEN_ID = 2
@@ -259,3 +259,17 @@ def test_what_can_never_fit_is_refused() -> None:
         core.add(search(10, [4, 5], 5))
     core.add(search(10, [4, 5], 4, ignore_eos=True))
     assert len(run(core)[10][0].token_ids) == 12
+
+
+@pytest.mark.parametrize("windows", [(None, 6), (9,)])
+def test_a_search_finds_the_same_with_windows_however_blocks_are_shared(windows: Windows) -> None:
+    prompt = list(range(3, 33))
+    found = []
+    for limits in ({"prefix_cache": False}, {"prefix_cache": True, "max_batch_tokens": 8}):
+        core = make_engine(num_blocks=96, windows=windows, **limits)
+        core.add(search(10, prompt, 3, n=2, max_tokens=12, ignore_eos=True))
+        answers = run(core)
+        found.append([answers[each][0].token_ids for each in (10, 11)])
+        assert (core.load().cache_hit_tokens > 0) == limits["prefix_cache"]
+        assert core.load().used_blocks == 0
+    assert found[0] == found[1]

@@ -13,7 +13,7 @@ from services.engine.core.messages import (
     Stopping,
 )
 from tests.fakes.engines import make_engine, reference_output
-from tests.fakes.hash_model import NAN_TOKEN_ID
+from tests.fakes.hash_model import NAN_TOKEN_ID, Windows
 
 CONTEXT_TOKENS = 128
 
@@ -187,3 +187,57 @@ def test_without_the_cache_nothing_is_found() -> None:
     assert finish(core, request(1, PROMPT)) == [0]
     # Choices of one request still share their prompt.
     assert finish(core, *(request(number, PROMPT, seed=number) for number in (2, 3))) == [0, 17]
+
+
+WINDOWED = [(None, 8), (8,), (None, 5, 5)]
+
+
+def windowed(windows: Windows, **limits: int) -> EngineCore:
+    return make_engine(windows=windows, **({"num_blocks": 96, "max_batch_tokens": 8} | limits))
+
+
+def finish_windowed(core: EngineCore, windows: Windows, *requests: SequenceRequest) -> list[int]:
+    core.add(list(requests))
+    outputs: dict[int, list[int]] = {}
+    cached = []
+    while core.has_work:
+        for delta in core.step().deltas:
+            outputs.setdefault(delta.sequence_id, []).extend(delta.token_ids)
+            if delta.timing is not None and delta.finish is not None:
+                cached.append(delta.timing.cached_prompt_tokens)
+        core.check_integrity()
+    for each in requests:
+        assert outputs[each.sequence_id] == reference_output(each, CONTEXT_TOKENS, windows)
+    return cached
+
+
+@pytest.mark.parametrize("windows", WINDOWED)
+def test_what_slid_out_of_a_window_while_a_prompt_was_computed_is_found(windows: Windows) -> None:
+    core = windowed(windows)
+    system_prompt = [*range(3, 43)]
+    first = request(0, [*system_prompt, *range(20)])
+    assert finish_windowed(core, windows, first) == [0]
+    # The window of what follows lies in the middle of what was computed.
+    assert finish_windowed(core, windows, request(1, [*system_prompt, 50, 51, 52])) == [40]
+    answer = reference_output(first, CONTEXT_TOKENS, windows)
+    turn = [*first.prompt_token_ids, *answer, 7]
+    assert finish_windowed(core, windows, request(2, turn)) == [(60 + 5) // 4 * 4]
+
+
+@pytest.mark.parametrize("windows", WINDOWED)
+def test_choices_share_their_prompt_where_layers_have_windows(windows: Windows) -> None:
+    core = windowed(windows, max_batch_tokens=64)
+    choices = [request(number, PROMPT, seed=number) for number in range(4)]
+    assert sorted(finish_windowed(core, windows, *choices)) == [0, 17, 17, 17]
+
+
+@pytest.mark.parametrize("windows", WINDOWED)
+def test_what_a_failed_sequence_let_slide_is_not_found(windows: Windows) -> None:
+    core = windowed(windows)
+    core.add([request(0, [*PROMPT, *PROMPT, NAN_TOKEN_ID])])
+    reasons = []
+    while core.has_work:
+        reasons += [delta.finish.reason for delta in core.step().deltas if delta.finish]
+        core.check_integrity()
+    assert reasons == [FinishReason.ERROR]
+    assert finish_windowed(core, windows, request(1, PROMPT)) == [0]

@@ -288,7 +288,7 @@ def test_features_of_later_engines_are_refused_not_ignored(
     ):
         failure = generate_failure(stub, message)
         assert failure.code in (Code.UNIMPLEMENTED, Code.NOT_FOUND, Code.INVALID_ARGUMENT)
-        assert failure.reason in ("CAPABILITY_MISSING", "INVALID_FIELD")
+        assert failure.reason in ("ADAPTER_NOT_FOUND", "CAPABILITY_MISSING", "INVALID_FIELD")
 
 
 def test_a_deadline_of_a_millisecond_passes_cleanly(

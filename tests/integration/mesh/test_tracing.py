@@ -230,10 +230,12 @@ def test_a_failure_in_the_last_service_is_one_tree_over_five_processes(
 ) -> None:
     """The engine refuses what it cannot do, after every other service has had its part."""
     caller = Caller()
-    request = chat_request(fresh_prompt(), adapter="absent")
+    request = chat_request(fresh_prompt())
+    request.sampling.allowed_token_ids.append(5)
+    request.sampling.banned_token_ids.append(5)
     with mesh.channel() as channel, pytest.raises(grpc.RpcError) as failure:
         send(gateway_pb2_grpc.InferenceServiceStub(channel), request, caller)
-    assert failure.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     rpc, inference = gateway(f"{INFERENCE}/{method}", "server"), gateway("chat demo")
     stages = {name: gateway(f"stage {name}") for name, *_ in STAGES if name != "encode"}
     generation = hop(stages["generate"], "engine", f"{ENGINE}/Generate")
@@ -255,7 +257,7 @@ def test_a_failure_in_the_last_service_is_one_tree_over_five_processes(
     failed = {(span.service, span.kind, span.name): span for span in spans if span.failed}
     assert {*(span for _, span in generation), stages["generate"], inference, rpc} <= set(failed)
     assert {service for service, _, _ in failed} == {"meshserve-gateway", "meshserve-engine"}
-    assert {span.attributes["error.type"] for span in failed.values()} == {"CAPABILITY_MISSING"}
+    assert {span.attributes["error.type"] for span in failed.values()} == {"INVALID_FIELD"}
 
 
 def test_an_inference_span_carries_the_genai_attributes(mesh: Mesh, otlp: Receiver) -> None:

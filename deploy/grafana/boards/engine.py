@@ -53,6 +53,8 @@ def engine() -> dashboard.Dashboard:
         *_rules(),
         dashboard.Row("Encoders"),
         *_encoders(),
+        dashboard.Row("Models"),
+        *_models(),
         dashboard.Row("Core"),
         *_core(),
     )
@@ -279,6 +281,58 @@ def _speculation() -> Panels:
     )
 
 
+def _models() -> Panels:
+    return (
+        graph(
+            "States in the engines",
+            Query(
+                f"count by (model, state) (meshserve_engine_model_state{{{CHOSEN}}} == 1)",
+                "{{model}} {{state}}",
+            ),
+            "Engines by the state that each of their models is in.",
+            width=THIRD,
+        ),
+        graph(
+            "States as gateways see them",
+            Query(
+                'max by (model, state) (meshserve_gateway_model_engines{model=~"$model"}) > 0',
+                "{{model}} {{state}}",
+            ),
+            "Engines that may run a model, by what it is doing there.",
+            width=THIRD,
+        ),
+        graph(
+            "Time to load",
+            Query(
+                f"sum by (model) (meshserve_engine_load_duration_seconds_sum{{{CHOSEN}}}) / "
+                f"sum by (model) (meshserve_engine_load_duration_seconds_count{{{CHOSEN}}})",
+                "{{model}}",
+            ),
+            "How long a model took on average to come into memory, since the engines started.",
+            unit=SECONDS,
+            width=THIRD,
+        ),
+        graph(
+            "Adapters",
+            Query('max by (model) (meshserve_gateway_adapters{model=~"$model"})', "{{model}}"),
+            "Adapters that requests can name.",
+            width=THIRD,
+        ),
+        graph(
+            "Calls that load and unload",
+            rate(
+                "meshserve_gateway_hosting_calls_total",
+                "",
+                "action, reason",
+                "{{action}} {{reason}}",
+            ),
+            "Calls that have engines load, unload, sleep or wake; with the reason of those that fail.",
+            unit=PER_SECOND,
+            width=2 * THIRD,
+        ),
+    )
+
+
 def _core() -> Panels:
     return (
         graph(
@@ -307,26 +361,6 @@ def _core() -> Panels:
                 ),
             ],
             "Restarts of the core, and sequences whose computation failed alone.",
-            width=THIRD,
-        ),
-        graph(
-            "Models",
-            Query(
-                f"count by (model, state) (meshserve_engine_model_state{{{CHOSEN}}} == 1)",
-                "{{model}} {{state}}",
-            ),
-            "Engines by the state that each of their models is in.",
-            width=THIRD,
-        ),
-        graph(
-            "Time to load",
-            Query(
-                f"sum by (model) (meshserve_engine_load_duration_seconds_sum{{{CHOSEN}}}) / "
-                f"sum by (model) (meshserve_engine_load_duration_seconds_count{{{CHOSEN}}})",
-                "{{model}}",
-            ),
-            "How long a model took on average to come into memory, since the engines started.",
-            unit=SECONDS,
             width=THIRD,
         ),
         graph(

@@ -26,6 +26,7 @@ NEVER_HERE = {
     "meshserve_engine_encoded_inputs": "no encoder is served",
     "meshserve_gateway_inputs": "no encoder is served",
     "meshserve_gateway_cached_inputs": "no encoder is served",
+    "meshserve_gateway_hosting_calls": "no operator loads or unloads anything",
     "meshserve_gateway_requests_awaiting_engine": "no model's engines are started on demand",
 }
 WINDOW = {"$__rate_interval": "10s", "$__range": "5m"}

@@ -326,7 +326,7 @@ def _models() -> Panels:
                 "action, reason",
                 "{{action}} {{reason}}",
             ),
-            "Calls that have engines load, unload, sleep or wake; with the reason of those that fail.",
+            "Calls that have engines load, unload, sleep or wake, with the reason of what fails.",
             unit=PER_SECOND,
             width=2 * THIRD,
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +121,17 @@ def requests(*, sampled: bool = False, **fields: Any) -> list[SequenceRequest]:
     ]
 
 
-def answers(core: EngineCore, made: list[SequenceRequest]) -> Answers:
-    """What each request is answered when all come at once."""
-    found: Answers = {each.sequence_id: [] for each in made}
+def answers(
+    core: EngineCore, made: list[SequenceRequest], later: Sequence[SequenceRequest] = ()
+) -> Answers:
+    """What each request is answered when all come at once, and `later` ones two steps later."""
+    found: Answers = {each.sequence_id: [] for each in (*made, *later)}
     core.add(made)
+    steps = 0
     while core.has_work:
+        if steps == 2:
+            core.add(list(later))
+        steps += 1
         for delta in core.step().deltas:
             found[delta.sequence_id] += delta.token_ids
             if delta.finish is not None:
@@ -186,9 +192,11 @@ def test_a_prompt_that_is_known_in_part(engine: Build, expected: Answers) -> Non
 
 @pytest.mark.proves("{case}", "preemption")
 def test_sequences_that_are_preempted(engine: Build, expected: Answers) -> None:
-    core = engine(num_blocks=7)
+    core = engine(num_blocks=7, max_running_sequences=2)
     before = core.load()
-    assert answers(core, requests()) == expected
+    # Where all layers have a window, nobody outgrows the pool: only what is urgent preempts.
+    urgent = requests(priority=1)[-1:]
+    assert answers(core, requests()[:-1], urgent) == expected
     assert core.load().preemptions > before.preemptions
 
 

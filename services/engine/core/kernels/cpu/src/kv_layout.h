@@ -62,7 +62,8 @@ inline int64_t slot_of(const StepView& step, const KvLayout& cache, int32_t toke
 
 // The blocks of a sequence in a layer.
 inline const int32_t* blocks_of(const StepView& step, const KvLayout& cache, int32_t sequence) {
-  return step.block_tables + cache.group * step.group_tables + int64_t{sequence} * step.table_stride;
+  return step.block_tables + cache.group * step.group_tables +
+         int64_t{sequence} * step.table_stride;
 }
 
 // Bytes from block 0's keys (or values) to the tile of a KV head that holds token `offset` of a

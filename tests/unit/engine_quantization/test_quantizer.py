@@ -86,14 +86,15 @@ def test_mixed_gives_each_projection_its_own_bits_within_the_size(
 
 def test_mixed_spends_no_more_than_the_quality_takes(llama: Path, tmp_path: Path) -> None:
     sizes = []
-    for ratio in (1.5, 1.0001):
+    for ratio in (10.0, 1.0001):
         budget = Budget(perplexity=ratio)
         report = quantize(llama, tmp_path / str(ratio), "mixed", random_texts(), budget=budget)
         # That of what was written, not what single layers foretell.
         assert report["results"]["quantised"]["perplexity_ratio"] <= ratio
         assert report["trials"]
         sizes.append(report["file_bytes"])
-    assert sizes[0] < sizes[1]
+        assert ratio < 10 or set(report["layers"].values()) == {4}
+    assert sizes[0] <= sizes[1]
 
 
 def test_a_model_with_all_projections_in_16_bits_is_what_it_was(

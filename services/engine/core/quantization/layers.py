@@ -16,6 +16,7 @@ from torch.nn import functional
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels import silu_and_mul
 from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, GroupedWeight, outline
+from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.layers import (
     Experts,
     Linear,
@@ -157,6 +158,7 @@ class LayeredModel:
             keys=[keys] * config.num_layers,
             values=[values] * config.num_layers,
             block_size=_BLOCK_TOKENS,
+            groups=LayerGroups.single(config.num_layers),
         )
         batch = self._batch(torch.zeros(hidden.shape[:2], dtype=torch.int64))
         step = StepContext(batch, cache, torch.float32)

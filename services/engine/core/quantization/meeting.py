@@ -16,9 +16,8 @@ from services.engine.core.quantization.allocation import (
 )
 from services.engine.core.quantization.layers import Unit
 
-# Models that are measured at most; of these, as many are guessed from what single layers foretold.
+# Models that are measured at most.
 MOST_TRIALS = 8
-_GUESSES = 3
 # Not looked for: what takes this much less of what 16 bits take.
 _LEAST_SAVING = 0.005
 
@@ -52,12 +51,11 @@ def meet_perplexity(
     losses = list(accumulate((-step.gain for step in steps), initial=least))
     too_few, enough = -1, len(steps)
     trials: list[Trial] = []
-    correction = 1.0
+    wanted = math.log(most_ratio)
     while len(trials) < MOST_TRIALS and enough - too_few > 1:
-        if sizes[enough] - sizes[max(too_few, 0)] < _LEAST_SAVING * sizes[-1] and too_few >= 0:
+        if too_few >= 0 and sizes[enough] - sizes[too_few] < _LEAST_SAVING * sizes[-1]:
             break
-        if len(trials) < _GUESSES:
-            wanted = math.log(most_ratio) / correction
+        if enough == len(steps):
             guess = next((at for at, loss in enumerate(losses) if loss <= wanted), enough)
         else:
             half = (sizes[max(too_few, 0)] + sizes[enough]) / 2
@@ -67,8 +65,9 @@ def meet_perplexity(
         trials.append(Trial(sizes[count], ratio))
         if ratio <= most_ratio:
             enough = count
-        else:
-            too_few = count
-        if ratio > 1 and losses[count] > 0:
-            correction = math.log(ratio) / losses[count]
+            continue
+        too_few = count
+        # As much less as it was too much, and more the more often that was not enough.
+        short = 0.05 * (2 ** len(trials) - 1)
+        wanted = losses[count] * math.log(most_ratio) / math.log(ratio) * max(1 - short, 0.1)
     return after(units, steps[:enough]), trials

@@ -51,6 +51,8 @@ def load_backend(
     settings: CoreSettings,
     device: torch.device,
     selections: list[Selection],
+    *,
+    takes_adapters: bool = True,
 ) -> Backend:
     """Load the model for what serves it best on `device`, and log which that is and why.
 
@@ -62,7 +64,9 @@ def load_backend(
     """
     try:
         with contextlib.closing(opened.checkpoint):
-            return _load_backend(opened, settings, device, selections)
+            return _load_backend(
+                opened, settings, device, selections, takes_adapters=takes_adapters
+            )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise StartupError(f"the weights do not fit on {device}: {error}") from None
 
@@ -72,11 +76,13 @@ def _load_backend(
     settings: CoreSettings,
     device: torch.device,
     selections: list[Selection],
+    *,
+    takes_adapters: bool,
 ) -> Backend:
     reason = _why_not_native(settings, device)
     if reason is None:
         try:
-            return _NativeBackend(opened, settings, selections)
+            return _NativeBackend(opened, settings, selections, takes_adapters=takes_adapters)
         except UnsupportedModelError as error:
             reason = f"the native kernels do not serve this model: {error}"
     if settings.weights in ("int8", "int4"):
@@ -101,7 +107,12 @@ def _why_not_native(settings: CoreSettings, device: torch.device) -> str | None:
 
 class _NativeBackend:
     def __init__(
-        self, opened: OpenedModel, settings: CoreSettings, selections: list[Selection]
+        self,
+        opened: OpenedModel,
+        settings: CoreSettings,
+        selections: list[Selection],
+        *,
+        takes_adapters: bool,
     ) -> None:
         library = cpu.active()
         assert library is not None
@@ -111,7 +122,14 @@ class _NativeBackend:
         processors = own_processors(num_threads)
         team = Team(library, num_threads, processors)
         with _threads_for_packing(opened.checkpoint.num_bytes):
-            self._model = NativeModel(opened.skeleton, opened.checkpoint, team, settings.weights)
+            self._model = NativeModel(
+                opened.skeleton,
+                opened.checkpoint,
+                team,
+                settings.weights,
+                max_adapters=settings.max_adapters if takes_adapters else 0,
+                max_adapter_rank=settings.max_adapter_rank,
+            )
         self.dtype = "bfloat16"
         stored = ", ".join(
             f"{name} {size / 2**20:.0f} MiB" for name, size in self._model.weight_bytes.items()

@@ -26,3 +26,4 @@ class ForwardBatch:
     query_lengths: tuple[int, ...]  # tokens computed per sequence in this step
     context_lengths: tuple[int, ...]  # tokens in the KV cache per sequence after this step
     logits_rows: Tensor  # [num_rows] int64: rows of the flattened batch whose logits are wanted
+    adapters: tuple[int, ...] | None = None  # per sequence, -1 for none; None: nobody has one

@@ -154,6 +154,10 @@ class BeamSearches:
     def __len__(self) -> int:
         return len(self._searches)
 
+    def uses(self, adapter: str) -> bool:
+        """Whether a search goes through an adapter."""
+        return any(each.search.requests[0].adapter == adapter for each in self._searches)
+
     def add(self, requests: list[SequenceRequest]) -> None:
         """Begin a search. Raises AdmissionError as the scheduler does."""
         scheduler = self._scheduler

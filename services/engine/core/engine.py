@@ -5,10 +5,20 @@ from __future__ import annotations
 import time
 from functools import partial
 
+from services.engine.core.adapters.loaded import Adapters
 from services.engine.core.beam_search import BeamSearches
 from services.engine.core.clock import now_ns
 from services.engine.core.fault_isolation import IsolatingRunner
-from services.engine.core.messages import Delta, Ended, Load, SequenceRequest, Step
+from services.engine.core.messages import (
+    AdapterChanged,
+    Delta,
+    Ended,
+    Load,
+    LoadAdapter,
+    SequenceRequest,
+    Step,
+    UnloadAdapter,
+)
 from services.engine.core.plan import Plan
 from services.engine.core.runner import Runner
 from services.engine.core.scheduler import Scheduler
@@ -16,14 +26,25 @@ from services.engine.core.scheduler import Scheduler
 # How long the core waits for a rule to be compiled before it looks again, if it has nothing else to
 # do.
 _COMPILE_POLL_S = 0.001
+# The same for an adapter to be read.
+_ADAPTER_POLL_S = 0.005
 
 
 class EngineCore:
     """Continuous batching over one model. Single-threaded: no call may overlap another."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, *, plans_ahead: bool = False) -> None:
-        """plans_ahead: whether the next step is planned while one is computed."""
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        plans_ahead: bool = False,
+        adapters: Adapters | None = None,
+    ) -> None:
+        """plans_ahead: whether the next step is planned while one is computed. adapters: those
+        that the scheduler finds; None: there can be none."""
         self._scheduler = scheduler
+        self._adapters = adapters
         self._plans_ahead = plans_ahead
         self._runner = IsolatingRunner(runner)
         self._beam_searches = BeamSearches(scheduler)
@@ -39,7 +60,10 @@ class EngineCore:
         """When `step` should be called next; None: there is nothing to compute."""
         if self._scheduler.has_work or self._scheduler.has_compiled:
             return 0.0
-        return None if self._scheduler.is_empty else _COMPILE_POLL_S
+        if not self._scheduler.is_empty:
+            return _COMPILE_POLL_S
+        is_changing = self._adapters is not None and self._adapters.is_changing
+        return _ADAPTER_POLL_S if is_changing else None
 
     def add(self, requests: list[SequenceRequest]) -> None:
         """Take in sequences: all of them or none.
@@ -66,6 +90,23 @@ class EngineCore:
     def drain(self) -> None:
         """Refuse new sequences from here on."""
         self._scheduler.draining = True
+
+    def change_adapter(self, command: LoadAdapter | UnloadAdapter) -> None:
+        """Begin to load or unload an adapter; `adapter_changes` says what came of it."""
+        assert self._adapters is not None, "only to be asked where there can be adapters"
+        if isinstance(command, LoadAdapter):
+            self._adapters.load(command)
+        else:
+            self._adapters.unload(command)
+
+    def adapter_changes(self) -> list[AdapterChanged]:
+        """What has come of commands about adapters since the last call. Not during a step."""
+        if self._adapters is None or not self._adapters.is_changing:
+            return []
+        searches = self._beam_searches
+        return self._adapters.settle(
+            lambda adapter: self._scheduler.uses(adapter) or searches.uses(adapter.name)
+        )
 
     def step(self) -> Step | Ended:
         """Compute one step, unless nothing can be computed before a rule is compiled.

@@ -35,6 +35,22 @@ class DrainingError(AdmissionError):
     """The engine finishes what it has and takes nothing new."""
 
 
+class AdapterNotFoundError(AdmissionError):
+    """No adapter of this name is loaded, or it is being unloaded."""
+
+
+class AdapterExistsError(EngineError):
+    """Another adapter of this name is loaded, or being loaded or unloaded."""
+
+
+class AdapterLimitError(EngineError):
+    """An adapter exceeds what the engine may hold; `setting` is the limit, by CoreSettings."""
+
+    def __init__(self, setting: str, problem: str) -> None:
+        super().__init__(problem)
+        self.setting = setting
+
+
 class OutOfBlocksError(EngineError):
     """The block pool has fewer free blocks than asked for."""
 

@@ -75,6 +75,7 @@ class SequenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     tenant: str = ""  # fairness is kept between tenants, and their prefixes are kept apart
     cache_salt: bytes = b""  # prefixes are shared under the same salt only
     constraint: Constraint | None = None
+    adapter: str = ""  # the name of a loaded one; empty: none
 
 
 class EncodeTask(msgspec.Struct, frozen=True, array_like=True):
@@ -120,6 +121,22 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     sequence_ids: list[int]
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
+    """Load an adapter beside what runs; answered by an AdapterChanged."""
+
+    number: int
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
+    """Refuse new sequences for an adapter, and unload it once none uses it; answered then by an
+    AdapterChanged."""
+
+    number: int
+    name: str
+
+
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Take nothing new from here on; finish what there is."""
 
@@ -130,7 +147,7 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
     number: int
 
 
-Command: TypeAlias = Start | Add | Encode | Abort | Drain | Ping
+Command: TypeAlias = Start | Add | Encode | Abort | LoadAdapter | UnloadAdapter | Drain | Ping
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -153,6 +170,8 @@ class ModelFacts(msgspec.Struct, frozen=True):
     tasks: tuple[str, ...] = ()  # of an encoder: kinds of EncodeTask; empty: it generates
     embedding_size: int = 0  # of an encoder that makes embeddings
     labels: tuple[str, ...] = ()  # of an encoder that classifies, in order
+    adapters: dict[str, int] = {}  # those that are there from the start, and their bytes
+    takes_adapters: bool = False
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -290,6 +309,16 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     error: str
 
 
+class AdapterChanged(msgspec.Struct, frozen=True, tag="adapter"):
+    """What came of a LoadAdapter or an UnloadAdapter."""
+
+    number: int
+    size_bytes: int = 0  # of one that is loaded
+    error_kind: str = ""  # the error's type name; empty: it was done
+    error: str = ""  # for people
+    setting: str = ""  # the limit that was reached, as CoreSettings has it
+
+
 class LoadChanged(msgspec.Struct, frozen=True, tag="load"):
     """The load changed without a step (a drain)."""
 
@@ -328,4 +357,6 @@ class Log(msgspec.Struct, frozen=True, tag="log"):
     progress: float | None = None  # share of the weights that is read, where it tells that
 
 
-Event: TypeAlias = Ready | Step | Encoded | Ended | Refused | LoadChanged | Pong | Log | Fatal
+Event: TypeAlias = (
+    Ready | Step | Encoded | Ended | Refused | AdapterChanged | LoadChanged | Pong | Log | Fatal
+)

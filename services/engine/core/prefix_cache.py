@@ -2,10 +2,10 @@
 
 A block is known by a hash of its tokens and of the hash of the block before it, hence of all that
 its keys and values depend on. The first block's predecessor is the root: a keyed hash of whatever
-else decides contents or visibility (tenant, salt). Sequences of two tenants have different roots,
-so neither ever hits the other's blocks, and nobody learns another's prompt from how fast an answer
-starts. The key is drawn anew by each process and never leaves it: without it nobody can search for
-two prompts whose hashes collide.
+else decides contents or visibility (tenant, salt, adapter). Sequences of two tenants have different
+roots, so neither ever hits the other's blocks, and nobody learns another's prompt from how fast an
+answer starts. The key is drawn anew by each process and never leaves it: without it nobody can
+search for two prompts whose hashes collide.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from hashlib import blake2b
 
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.errors import IntegrityError
-from services.engine.core.messages import SequenceRequest
 from services.engine.core.sequence import NO_BLOCK, Sequence
 from services.engine.core.table_shape import TableShape
 
@@ -233,17 +232,21 @@ class PrefixCache:
         size = self._pool.block_size
         tokens = sequence.token_ids[len(hashes) * size : num_blocks * size].tobytes()
         width = len(tokens) // (num_blocks - len(hashes))
-        parent = hashes[-1] if hashes else self._root(sequence.request)
+        parent = hashes[-1] if hashes else self._root(sequence)
         for start in range(0, len(tokens), width):
             parent = blake2b(
                 parent + tokens[start : start + width], digest_size=_HASH_BYTES
             ).digest()
             hashes.append(parent)
 
-    def _root(self, request: SequenceRequest) -> bytes:
+    def _root(self, sequence: Sequence) -> bytes:
+        request, adapter = sequence.request, sequence.adapter
         tenant = request.tenant.encode()
+        # Not by its name, which another one may have had.
+        generation = 0 if adapter is None else adapter.generation
+        numbers = generation.to_bytes(8, "little") + len(tenant).to_bytes(8, "little")
         # The length keeps ("ab", "c") apart from ("a", "bc").
-        name = len(tenant).to_bytes(8, "little") + tenant + request.cache_salt
+        name = numbers + tenant + request.cache_salt
         return blake2b(name, digest_size=_HASH_BYTES, key=self._key).digest()
 
 

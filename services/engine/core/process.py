@@ -20,6 +20,7 @@ from services.engine.core.heap import trim_heap
 from services.engine.core.mailbox import ConnectionClosedError, Mailbox
 from services.engine.core.messages import (
     Abort,
+    AdapterChanged,
     Add,
     Command,
     Delta,
@@ -29,6 +30,7 @@ from services.engine.core.messages import (
     Event,
     Fatal,
     Load,
+    LoadAdapter,
     LoadChanged,
     Log,
     ModelFacts,
@@ -37,6 +39,7 @@ from services.engine.core.messages import (
     Ready,
     Refused,
     Start,
+    UnloadAdapter,
 )
 from services.engine.core.settings import CoreSettings
 from services.runtime.modelfiles import ModelFileError
@@ -62,6 +65,12 @@ class Core(Protocol):
 
     def drain(self) -> None:
         """Refuse new sequences from here on."""
+
+    def change_adapter(self, command: LoadAdapter | UnloadAdapter, /) -> None:
+        """Begin to load or unload an adapter."""
+
+    def adapter_changes(self) -> list[AdapterChanged]:
+        """What has come of that since the last call."""
 
     def step(self) -> Event:
         """Compute what is due."""
@@ -128,6 +137,8 @@ def _serve_commands(mailbox: Mailbox, engine: Core, device: str) -> int:
             changed = False
             for command in commands:
                 changed |= _handle(command, mailbox, engine, device)
+            for change in engine.adapter_changes():
+                mailbox.post(change)
             if engine.due_in_s == 0:
                 # The mailbox sends this while the next step runs.
                 mailbox.post(engine.step())
@@ -194,6 +205,9 @@ def _handle(command: Command, mailbox: Mailbox, engine: Core, device: str) -> bo
         deltas = engine.abort(command.sequence_ids)
         if deltas:
             mailbox.post(Ended(deltas, engine.load()))
+        return False
+    if isinstance(command, LoadAdapter | UnloadAdapter):
+        engine.change_adapter(command)
         return False
     if isinstance(command, Drain):
         engine.drain()

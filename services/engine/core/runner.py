@@ -57,11 +57,14 @@ class Runner:
         max_running_sequences: int,
         max_context_tokens: int,
         num_groups: int = 1,
+        takes_adapters: bool = False,
     ) -> None:
-        """num_groups: of layers, as the KV cache has them."""
+        """num_groups: of layers, as the KV cache has them. takes_adapters: whether sequences go
+        through their adapters; else the model is as it is for all of them."""
         self.mask_counts = MaskCounts()
         self._model = model
         self._kv_cache = kv_cache
+        self._takes_adapters = takes_adapters
         self._block_size = block_size
         max_blocks = -(-max_context_tokens // block_size)
         self._rows = SequenceRows(max_running_sequences, max_blocks, num_groups)
@@ -157,7 +160,14 @@ class Runner:
             query_lengths=step.plan.token_counts,
             context_lengths=step.context_lengths,
             logits_rows=rows_there,
+            adapters=self._adapters(step.plan),
         )
+
+    def _adapters(self, plan: Plan) -> tuple[int, ...] | None:
+        if not self._takes_adapters:
+            return None
+        slots = tuple(-1 if each.adapter is None else each.adapter.slot for each in plan.sequences)
+        return slots if max(slots) >= 0 else None
 
 
 def _fill_first(

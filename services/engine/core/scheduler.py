@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from services.engine.core.adapters.identity import LoadedAdapter
+from services.engine.core.adapters.loaded import Adapters
 from services.engine.core.admission import AdmissionLimits, ConcurrencyLimit, QueueLimits
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.block_tables import BlockTables
@@ -9,6 +11,7 @@ from services.engine.core.clock import now_ns
 from services.engine.core.constraints.compilation import Compiler, CompilerCounts
 from services.engine.core.entrance import Entrance
 from services.engine.core.errors import (
+    AdapterNotFoundError,
     ConstraintFailedError,
     DrainingError,
     DuplicateSequenceError,
@@ -60,6 +63,7 @@ class Scheduler:
         windows: tuple[int | None, ...] = (None,),
         speculator: Speculator | None = None,
         compiler: Compiler | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         """windows: of each group of layers, as LayerGroups has them.
         compiler: of the rules that outputs follow; without one there can be none."""
@@ -87,6 +91,7 @@ class Scheduler:
         self.lookahead = Lookahead(self._running, self._entrance, self.block_tables)
         self._speculator = speculator
         self._compiler = compiler
+        self._adapters = adapters
         self._arrivals = 0
         self._live: dict[int, Sequence] = {}
 
@@ -151,6 +156,7 @@ class Scheduler:
             NeverFitsError: one exceeds what the engine can ever hold.
             InvalidSequenceError: one contradicts itself or the model.
             DuplicateSequenceError: an id is in use.
+            AdapterNotFoundError: an adapter is not loaded.
         """
         if self.draining and not continuing:
             raise DrainingError("the engine drains and takes no new sequences")
@@ -169,6 +175,7 @@ class Scheduler:
                 eos_token_ids=self._eos_token_ids,
                 max_tokens=max_output_tokens,
                 queued_ns=queued_ns,
+                adapter=self._adapter(request.adapter, continuing=continuing),
             )
             sequence.fork_of = next((each for each in added if each.may_fork(request)), None)
             added.append(sequence)
@@ -183,6 +190,17 @@ class Scheduler:
         for sequence in added:
             self._live[sequence.sequence_id] = sequence
             self._entrance.push(sequence)
+
+    def _adapter(self, name: str, *, continuing: bool) -> LoadedAdapter | None:
+        if not name:
+            return None
+        if self._adapters is None:
+            raise AdapterNotFoundError("this model runs without adapters")
+        return self._adapters.find(name, continuing=continuing)
+
+    def uses(self, adapter: LoadedAdapter) -> bool:
+        """Whether a live sequence goes through an adapter."""
+        return any(sequence.adapter is adapter for sequence in self._live.values())
 
     def abort(self, sequence_id: int) -> Delta | None:
         """End a sequence wherever it is and free its blocks; None if it is not known (any more)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from array import array
 
+from services.engine.core.adapters.identity import LoadedAdapter
 from services.engine.core.constraints.compilation import Compilation
 from services.engine.core.constraints.grammar import Matcher
 from services.engine.core.errors import IntegrityError
@@ -50,6 +51,7 @@ class Sequence:
 
     __slots__ = (
         "accepted_draft_tokens",
+        "adapter",
         "admissions",
         "arrival",
         "awaits",
@@ -95,8 +97,10 @@ class Sequence:
         eos_token_ids: tuple[int, ...],
         max_tokens: int,
         queued_ns: int,
+        adapter: LoadedAdapter | None = None,
     ) -> None:
         self.request = request
+        self.adapter = adapter  # that it goes through
         self.arrival = arrival
         # What is served first and preempted last: the smallest rank.
         self.rank = (-request.priority, arrival)
@@ -230,6 +234,7 @@ class Sequence:
             own.prompt_token_ids == request.prompt_token_ids
             and own.priority == request.priority
             and (own.tenant, own.cache_salt) == (request.tenant, request.cache_salt)
+            and own.adapter == request.adapter
         )
 
     def timing(self) -> Timing:

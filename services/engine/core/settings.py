@@ -72,6 +72,12 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     # What drafts tokens; "auto" is the draft model where there is one, else prompt look-up.
     speculation: Literal["auto", "ngram", "draft", "off"] = "auto"
     draft_model_path: str | None = None
+    # Adapters that are there from the start, by name: directories.
+    adapters: dict[str, str] = {}
+    # Whether one of these that cannot be loaded is left out, and no reason not to start.
+    adapters_may_fail: bool = False
+    max_adapters: int = 8  # at a time; 0: none
+    max_adapter_rank: int = 64
     # How long tokens may wait in the core for those of further steps, so as to be sent together.
     event_hold_ms: float = 0.0
     # By field of SamplingParams; laid over the defaults that the model brings itself.
@@ -85,6 +91,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
             "max_running_sequences",
             "max_waiting_sequences",
             "max_waiting_tokens",
+            "max_adapter_rank",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -92,6 +99,11 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.max_adapters < len(self.adapters):
+            raise ValueError(
+                f"max_adapters must be at least {len(self.adapters)}: so many are there from the "
+                f"start, and it is {self.max_adapters}"
+            )
         if not self.step_latency_target_ms > 0:
             raise ValueError(
                 f"step_latency_target_ms must be positive, not {self.step_latency_target_ms}"

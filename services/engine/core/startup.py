@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from services.engine.core.adapters.loaded import Adapters
+from services.engine.core.adapters.targets import Targets
 from services.engine.core.admission import AdmissionLimits
 from services.engine.core.backends import load_backend
 from services.engine.core.block_pool import BlockPool
@@ -97,6 +99,16 @@ def build_engine(
         limits=limits,
         windows=groups.windows,
     )
+    adapters = None
+    if settings.max_adapters:
+        adapters = Adapters(
+            model,
+            Targets.of_model(opened.skeleton),
+            max_adapters=settings.max_adapters,
+            max_rank=settings.max_adapter_rank,
+            device=device,
+        )
+        adapters.load_first(settings.adapters, may_fail=settings.adapters_may_fail)
     scheduler = Scheduler(
         BlockPool(
             num_blocks,
@@ -116,6 +128,7 @@ def build_engine(
         compiler=Compiler(
             partial(read_vocabulary, settings.model_path, config.vocab_size, config.eos_token_ids)
         ),
+        adapters=adapters,
     )
     runner = make_runner(
         model,
@@ -126,6 +139,7 @@ def build_engine(
         max_running_sequences=settings.max_running_sequences,
         max_context_tokens=max_context_tokens,
         num_groups=num_groups,
+        takes_adapters=adapters is not None,
     )
     facts = ModelFacts(
         architecture=config.architecture,
@@ -143,6 +157,8 @@ def build_engine(
         kernels=backend.kernels,
         default_sampling=read_generation_defaults(Path(settings.model_path))
         | settings.default_sampling,
+        adapters={} if adapters is None else adapters.sizes,
+        takes_adapters=adapters is not None,
     )
     logger.info(
         "loaded %s (%.0f M parameters, %s) on %s in %.1f s; the KV cache has %d blocks of %d "
@@ -161,7 +177,7 @@ def build_engine(
     )
     plans_ahead = _plans_ahead(settings, device, num_threads)
     logger.info("steps are planned %s", "ahead" if plans_ahead else "one at a time")
-    return EngineCore(scheduler, runner, plans_ahead=plans_ahead), facts
+    return EngineCore(scheduler, runner, plans_ahead=plans_ahead, adapters=adapters), facts
 
 
 def resolve_device(name: str) -> torch.device:

@@ -16,8 +16,18 @@ from services.engine.core.encoding.answers import Answers
 from services.engine.core.encoding.batch import make_batch
 from services.engine.core.encoding.batcher import DynamicBatcher, Waiting
 from services.engine.core.encoding.model import Encodes
+from services.engine.core.errors import IntegrityError
 from services.engine.core.fault_isolation import HopelessSteps, raise_if_fatal
-from services.engine.core.messages import Answer, Delta, Encoded, EncodeRequest, Load
+from services.engine.core.messages import (
+    AdapterChanged,
+    Answer,
+    Delta,
+    Encoded,
+    EncodeRequest,
+    Load,
+    LoadAdapter,
+    UnloadAdapter,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +99,14 @@ class EncoderCore:
         for sequence_id in sequence_ids:
             if self._batcher.remove(sequence_id):
                 del self._queued_ns[sequence_id]
+        return []
+
+    def change_adapter(self, command: LoadAdapter | UnloadAdapter) -> None:
+        """Nobody asks an encoder for one: its facts say that there can be none."""
+        raise IntegrityError("an encoder has no adapters")
+
+    def adapter_changes(self) -> list[AdapterChanged]:
+        """None."""
         return []
 
     def drain(self) -> None:

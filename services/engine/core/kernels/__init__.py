@@ -5,15 +5,19 @@ from __future__ import annotations
 from services.engine.core.kernels.activation import gelu_tanh, gelu_tanh_and_mul, silu_and_mul
 from services.engine.core.kernels.attention import AttentionMetadata, paged_attention, write_kv
 from services.engine.core.kernels.experts import mixture_of_experts
+from services.engine.core.kernels.low_rank import AdapterParts, LowRankPart, add_low_rank
 from services.engine.core.kernels.normalization import add_rms_norm, layer_norm, rms_norm
 from services.engine.core.kernels.registry import OPS, Op, Selection, declare, select
 from services.engine.core.kernels.rotary import rotary_embedding
 
 __all__ = [
     "OPS",
+    "AdapterParts",
     "AttentionMetadata",
+    "LowRankPart",
     "Op",
     "Selection",
+    "add_low_rank",
     "add_rms_norm",
     "declare",
     "gelu_tanh",

@@ -123,7 +123,7 @@ class Attention(nn.Module):
     def lower(self, program: ProgramBuilder, *, is_last: bool) -> None:
         """The same as operations of the native kernels, up to what `output` reads."""
         index = self.attend.layer_index
-        program.linear(self.qkv, Buffer.PROJECTED)
+        program.adapted_linear(self.qkv, Buffer.PROJECTED)
         program.rotary_kv(index, self.rotary, q_norm=self.q_norm, k_norm=self.k_norm)
         program.attention(
             index,

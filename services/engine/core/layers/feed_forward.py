@@ -39,7 +39,9 @@ class GatedFeedForward(nn.Module):
 
     def lower(self, program: ProgramBuilder) -> None:
         """The same as operations of the native kernels, up to what `down` reads."""
-        program.linear(self.gate_up, Buffer.GATED, epilogue=_GATE_EPILOGUES[self.activation])
+        program.adapted_linear(
+            self.gate_up, Buffer.GATED, epilogue=_GATE_EPILOGUES[self.activation]
+        )
         program.convert(Buffer.GATED)
 
 
@@ -58,7 +60,7 @@ class FeedForward(nn.Module):
 
     def lower(self, program: ProgramBuilder) -> None:
         """The same as operations of the native kernels, up to what `down` reads."""
-        program.linear(self.up, Buffer.GATED, epilogue=Epilogue.GELU)
+        program.adapted_linear(self.up, Buffer.GATED, epilogue=Epilogue.GELU)
         program.convert(Buffer.GATED)
 
 

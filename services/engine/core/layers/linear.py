@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from services.engine.core.layers.adapters import LinearAdapters
+
 
 class Linear(nn.Module):
     """A projection [num_tokens, in_features] -> [num_tokens, out_features]."""
+
+    adapters: LinearAdapters | None = None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
@@ -18,7 +22,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.weight, self.bias)
+        projected = functional.linear(hidden, self.weight, self.bias)
+        return projected if self.adapters is None else self.adapters.add(projected, hidden)
 
 
 class Embedding(nn.Module):
@@ -42,6 +47,8 @@ class MergedLinear(nn.Module):
     together under its own; `slots` gives the places of whichever are stored.
     """
 
+    adapters: LinearAdapters | None = None
+
     def __init__(self, in_features: int, sizes: Mapping[str, int], *, bias: bool) -> None:
         super().__init__()
         self.sizes = dict(sizes)
@@ -49,7 +56,8 @@ class MergedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(sum(sizes.values()))) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.weight, self.bias)
+        projected = functional.linear(hidden, self.weight, self.bias)
+        return projected if self.adapters is None else self.adapters.add(projected, hidden)
 
     def slots(self, path: str, stored: Container[str]) -> dict[str, Tensor]:
         """Where each stored tensor goes: views into the parameters."""

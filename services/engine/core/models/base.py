@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from services.engine.core.batch import ForwardBatch
+from services.engine.core.kernels import AdapterParts
 from services.engine.core.kernels.cpu.program import ProgramBuilder
 from services.engine.core.kv_cache import KVCache
-from services.engine.core.layers import Embedding, Linear, RotaryEmbedding, StepContext
+from services.engine.core.layers import (
+    Embedding,
+    Linear,
+    MergedLinear,
+    RotaryEmbedding,
+    StepContext,
+)
+from services.engine.core.layers.adapters import AdapterRows, LinearAdapters, PlacedAdapter
 from services.engine.core.model_config import ModelConfig
 
 
@@ -40,6 +48,7 @@ class Model(nn.Module):
         self.head: Linear | None = None
         if not config.tie_embeddings:
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.adapter_rows: AdapterRows | None = None  # once there has been an adapter
 
     def __call__(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Compute a step's tokens, write their keys and values to the cache, and return logits.
@@ -48,6 +57,25 @@ class Model(nn.Module):
         """
         logits: Tensor = super().__call__(batch, kv_cache)
         return logits
+
+    def prepare_adapter(self, parts: AdapterParts) -> PlacedAdapter:
+        """Return an adapter as `set_adapter` takes it.
+
+        May be done beside steps. Raises torch.OutOfMemoryError where the device has not the room.
+        """
+        return PlacedAdapter(parts, next(self.layers.parameters()))
+
+    def set_adapter(self, slot: int, adapter: PlacedAdapter | None) -> None:
+        """Keep an adapter under a number by which batches name it; None: forget it."""
+        if self.adapter_rows is None:
+            self.adapter_rows = AdapterRows()
+        for path, module in self.named_modules():
+            if isinstance(module, Linear | MergedLinear):
+                own = None if adapter is None else adapter.parts.get(path)
+                if own is not None and module.adapters is None:
+                    module.adapters = LinearAdapters(self.adapter_rows)
+                if module.adapters is not None:
+                    module.adapters.set(slot, own)
 
     @abstractmethod
     def make_layer(self, layer_index: int) -> nn.Module:
@@ -67,6 +95,8 @@ class Model(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Implement `__call__`."""
+        if self.adapter_rows is not None:
+            self.adapter_rows.begin(batch)
         hidden = self.embed(batch)
         step = StepContext(batch, kv_cache, hidden.dtype)
         for layer in self.layers:

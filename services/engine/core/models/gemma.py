@@ -58,11 +58,11 @@ class GemmaLayer(nn.Module):
         program.norm(self.attention_norm)
         self.attention.lower(program, is_last=is_last)
         # The projections of queries, keys and values have been read, so theirs is a place to go.
-        program.linear(self.attention.output, Buffer.PROJECTED)
+        program.adapted_linear(self.attention.output, Buffer.PROJECTED)
         program.add_norm(self.attention_post_norm, Buffer.PROJECTED)
         program.norm(self.feed_forward_norm)
         self.feed_forward.lower(program)
-        program.linear(self.feed_forward.down, Buffer.PROJECTED)
+        program.adapted_linear(self.feed_forward.down, Buffer.PROJECTED)
         program.add_norm(self.feed_forward_post_norm, Buffer.PROJECTED)
 
 

@@ -40,10 +40,10 @@ class GPT2Layer(nn.Module):
         """The same as operations of the native kernels, on the residual stream."""
         program.norm(self.attention_norm)
         self.attention.lower(program, is_last=is_last)
-        program.linear(self.attention.output, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
+        program.adapted_linear(self.attention.output, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
         program.norm(self.feed_forward_norm)
         self.feed_forward.lower(program)
-        program.linear(self.feed_forward.down, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
+        program.adapted_linear(self.feed_forward.down, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
 
 
 class GPT2(Model):

@@ -55,7 +55,7 @@ class LlamaLayer(nn.Module):
         """The same as operations of the native kernels, on the residual stream."""
         program.norm(self.attention_norm)
         self.attention.lower(program, is_last=is_last)
-        program.linear(self.attention.output, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
+        program.adapted_linear(self.attention.output, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
         if isinstance(self.feed_forward, MixtureOfExperts):
             program.mixture_of_experts(
                 self.feed_forward_norm, self.feed_forward, Epilogue.GATED_SILU
@@ -63,7 +63,7 @@ class LlamaLayer(nn.Module):
             return
         program.norm(self.feed_forward_norm)
         self.feed_forward.lower(program)
-        program.linear(self.feed_forward.down, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
+        program.adapted_linear(self.feed_forward.down, Buffer.RESIDUAL, epilogue=Epilogue.ADD)
 
 
 class Llama(Model):

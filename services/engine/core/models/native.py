@@ -14,6 +14,9 @@ from torch import Tensor
 
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.heap import trim_heap
+from services.engine.core.kernels import AdapterParts
+from services.engine.core.kernels.cpu.adapter_slots import AdapterSlots
+from services.engine.core.kernels.cpu.adapters import NativeAdapter
 from services.engine.core.kernels.cpu.kv_cache import (
     KvLayout,
     PackedKVCache,
@@ -53,7 +56,14 @@ class NativeModel:
     """Computes steps as `Model` does, in one native call; `bind` gives it its KV cache first."""
 
     def __init__(
-        self, model: Model, checkpoint: Checkpoint, team: Team, weights: WeightChoice
+        self,
+        model: Model,
+        checkpoint: Checkpoint,
+        team: Team,
+        weights: WeightChoice,
+        *,
+        max_adapters: int = 0,
+        max_adapter_rank: int = 0,
     ) -> None:
         """model: of the family, on the meta device; its checkpoint has been checked.
 
@@ -64,7 +74,8 @@ class NativeModel:
         packer = Packer(model, checkpoint, weights)
         # Matrices by what they are stored as, of those that `auto` rounds to 8 bits.
         self.rounded: Mapping[str, int] = packer.rounded
-        self._builder = lower(model, packer)
+        self._builder = lower(model, packer, max_adapter_rank if max_adapters else 0)
+        self._adapters = AdapterSlots(self._builder.adapted, max_adapters)
         self._program: Program | None = None
 
     @property
@@ -99,6 +110,14 @@ class NativeModel:
             logits=self._logits.data_ptr(),
         )
         self._tensors: tuple[Tensor | None, ...] = (None,) * 5
+
+    def prepare_adapter(self, parts: AdapterParts) -> NativeAdapter:
+        """Pack an adapter, as `Model.prepare_adapter`."""
+        return self._adapters.pack(parts)
+
+    def set_adapter(self, slot: int, adapter: NativeAdapter | None) -> None:
+        """Keep an adapter, as `Model.set_adapter`."""
+        self._adapters.set(slot, adapter)
 
     def __call__(self, batch: ForwardBatch, kv_cache: Any) -> Tensor:
         """Compute a step, as `Model.__call__`. The logits are overwritten by the next step."""
@@ -141,6 +160,7 @@ class NativeModel:
         self._positions[: step.num_tokens] = self._wide_positions
         np.cumsum(batch.query_lengths, out=self._query_starts[1 : num_sequences + 1])
         self._context_lengths[:num_sequences] = batch.context_lengths
+        step.adapters = None if batch.adapters is None else self._adapters.of(batch.adapters)
 
     def _point_to(
         self,
@@ -161,15 +181,20 @@ class NativeModel:
         self._wanted_logits = self._logits[: step.num_rows]
 
 
-def lower(model: Model, packer: Packer) -> ProgramBuilder:
-    """Return a model's step on the native kernels.
+def lower(model: Model, packer: Packer, max_adapter_rank: int = 0) -> ProgramBuilder:
+    """Return a model's step on the native kernels; without a largest rank there are no adapters.
 
     Raises UnsupportedModelError where they do not serve its shape.
     """
-    builder = ProgramBuilder(packer.pack, packer.read, model.config.max_context_tokens)
+    builder = ProgramBuilder(
+        packer.pack, packer.read, model.config.max_context_tokens, max_adapter_rank
+    )
     with lowering():
         check_head_dim(model.config.head_dim)
         model.lower(builder)
+    paths = {id(module): path for path, module in model.named_modules()}
+    for layer in builder.adapted:
+        layer.path = paths[id(layer.module)]
     return builder
 
 

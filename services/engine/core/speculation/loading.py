@@ -85,7 +85,8 @@ def load_draft_model(
             f"{opened.config.vocab_size} tokens, the model one of {target.vocab_size}: a draft "
             "model must share the model's vocabulary"
         )
-    return DraftModel(opened.config, load_backend(opened, settings, device, selections), device)
+    backend = load_backend(opened, settings, device, selections, takes_adapters=False)
+    return DraftModel(opened.config, backend, device)
 
 
 def make_speculator(

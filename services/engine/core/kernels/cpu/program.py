@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from services.engine.core.kernels.cpu.adapters import AdaptedLinear, StepAdapters
 from services.engine.core.kernels.cpu.kv_cache import StepView
 from services.engine.core.kernels.cpu.packing import LinearWeights, PackedLinear, WeightFormat
 from services.engine.core.kernels.cpu.sampling import SampleArgs
@@ -28,6 +29,7 @@ class Buffer(IntEnum):
     LOGITS = 4
     ROUTED = 5
     MIXED = 6
+    SUMS = 7
 
 
 class OpKind(IntEnum):
@@ -45,6 +47,8 @@ class OpKind(IntEnum):
     SCATTER_NORM = 9
     EXPERT_LINEAR = 10
     MIX = 11
+    SHRINK = 12
+    EXPAND = 13
 
 
 # Those that write what a linear layer reads.
@@ -101,6 +105,7 @@ class OpStruct(ctypes.Structure):
         ("window", ctypes.c_int32),
         ("softcap", ctypes.c_float),
         ("experts", ExpertsShape),
+        ("adapted", ctypes.c_int32),
     )
 
 
@@ -120,6 +125,7 @@ class ProgramSpec(ctypes.Structure):
         ("widths", ctypes.c_int32 * len(Buffer)),
         ("max_activation_inputs", ctypes.c_int32),
         ("activation_bytes", ctypes.c_int32),
+        ("adapter_width", ctypes.c_int32),
     )
 
 
@@ -132,6 +138,7 @@ class StepInput(StepView):
         ("num_rows", ctypes.c_int32),
         ("logits", ctypes.c_void_p),
         ("sampling", ctypes.POINTER(SampleArgs)),
+        ("adapters", ctypes.POINTER(StepAdapters)),
     )
 
 
@@ -161,7 +168,7 @@ class ProgramBuilder:
 
     `pack(module, gated)` gives the packed weights of a linear layer or embedding, or of each of
     several experts; `read(module, kind)` the "weight" of a norm or its "bias". `max_positions` is
-    the longest sequence.
+    the longest sequence, `max_adapter_rank` the largest rank of adapters, 0 where there are none.
     """
 
     def __init__(
@@ -169,10 +176,12 @@ class ProgramBuilder:
         pack: Callable[[Any, bool], Packed],
         read: Callable[[Any, str], Tensor],
         max_positions: int = 0,
+        max_adapter_rank: int = 0,
     ) -> None:
         self._pack = pack
         self._read = read
         self._max_positions = max_positions
+        self._max_adapter_rank = max_adapter_rank
         self._packed: dict[int, list[PackedLinear]] = {}
         self._kept: list[Any] = []  # what operations point to
         self._rotated: list[tuple[OpStruct, Any]] = []  # operations and their rotary embeddings
@@ -181,6 +190,8 @@ class ProgramBuilder:
         self.widths = [0] * len(Buffer)
         self.max_activation_inputs = 0
         self.activation_bytes = 0
+        self.adapted: list[AdaptedLinear] = []  # the layers that adapters may change
+        self.adapter_width = 0
 
     @property
     def packed(self) -> Iterator[PackedLinear]:
@@ -225,6 +236,27 @@ class ProgramBuilder:
         cap: the bound of Epilogue.CAPPED.
         """
         self._linear(OpKind.LINEAR, module, target, epilogue, scale=cap)
+
+    def adapted_linear(
+        self, module: Any, target: Buffer, *, epilogue: Epilogue = Epilogue.STORE
+    ) -> None:
+        """The same of a layer that adapters may change."""
+        if not self._max_adapter_rank:
+            self.linear(module, target, epilogue=epilogue)
+            return
+        self._linear(OpKind.LINEAR, module, target, epilogue)
+        linear = self.ops[-1]
+        adapted = AdaptedLinear(
+            module, linear.weights[0].inputs, linear.weights[0].outputs, gated=epilogue.gates
+        )
+        self.adapted.append(adapted)
+        if epilogue.gates:
+            self._widen(Buffer.SUMS, adapted.outputs)
+        self.adapter_width = max(self.adapter_width, adapted.width(self._max_adapter_rank))
+        linear.adapted = len(self.adapted)
+        shrink, expand = OpStruct.from_buffer_copy(linear), OpStruct.from_buffer_copy(linear)
+        shrink.kind, expand.kind = int(OpKind.SHRINK), int(OpKind.EXPAND)
+        self.ops[-1:] = [shrink, linear, expand]
 
     def rotary_kv(
         self, layer_index: int, rotary: Any = None, *, q_norm: Any = None, k_norm: Any = None
@@ -408,6 +440,7 @@ class Program:
             widths=(ctypes.c_int32 * len(Buffer))(*builder.widths),
             max_activation_inputs=builder.max_activation_inputs,
             activation_bytes=builder.activation_bytes,
+            adapter_width=builder.adapter_width,
             **fields,
         )
         table = team.library.table

@@ -47,6 +47,10 @@ enum class Epilogue : int32_t {
   capped = 5,      // cap * tanh(sum / cap)
 };
 
+inline bool gates(Epilogue epilogue) {
+  return epilogue == Epilogue::gated_silu || epilogue == Epilogue::gated_gelu;
+}
+
 struct LinearArgs {
   const LinearWeights* weights;
   Activations input;  // its format: operands for bf16 weights, int8 for quantised ones

@@ -23,8 +23,10 @@ bool converts(OpKind kind) {
 
 bool adds_to_residual(const Op& op) {
   return op.kind == OpKind::add_norm || op.kind == OpKind::mix ||
-         (op.kind == OpKind::linear && op.epilogue == Epilogue::add);
+         ((op.kind == OpKind::linear || op.kind == OpKind::expand) && op.epilogue == Epilogue::add);
 }
+
+bool is_about_adapters(OpKind kind) { return kind == OpKind::shrink || kind == OpKind::expand; }
 
 std::vector<AttentionShape> attention_shapes(const ProgramSpec& spec, const std::vector<Op>& ops,
                                              std::vector<int>& index_of_op) {
@@ -81,7 +83,9 @@ Program::Program(const ProgramSpec& spec, Team& team)
       scratch_(static_cast<size_t>(team.size())),
       largest_experts_(largest_experts(ops_)),
       expert_orders_(static_cast<size_t>(team.size()),
-                     ExpertOrder(largest_experts_, spec.max_tokens)) {
+                     ExpertOrder(largest_experts_, spec.max_tokens)),
+      adapter_rows_(static_cast<size_t>(team.size())),
+      shrunk_stride_(activation_stride(spec.adapter_width)) {
   for (int i = 0; i < num_buffers; ++i) {
     if (i == static_cast<int>(Buffer::logits)) continue;
     const size_t floats =
@@ -96,6 +100,7 @@ Program::Program(const ProgramSpec& spec, Team& team)
       static_cast<size_t>(largest_experts_.per_token) * (sizeof(int32_t) + sizeof(float));
   routes_ = allocate(route_bytes * static_cast<size_t>(spec.max_tokens));
   private_routes_ = allocate(route_bytes * private_rows * scratch_.size());
+  shrunk_ = allocate(static_cast<size_t>(shrunk_stride_) * static_cast<size_t>(spec.max_tokens));
 }
 
 void Program::run(const StepInput& input) {
@@ -137,10 +142,65 @@ void Program::reserve(const StepInput& input) {
   if (input.sampling != nullptr) {
     needed = std::max(needed, sample_scratch_bytes(*input.sampling));
   }
+  if (input.adapters != nullptr) {
+    sort_adapters(input);
+    needed = std::max(needed, shrink_scratch_bytes(spec_.max_activation_inputs));
+  }
   if (needed > scratch_bytes_) {
     for (Memory& scratch : scratch_) scratch = allocate(needed);
     scratch_bytes_ = needed;
   }
+}
+
+// Sorts the rows of each part by adapter, and those that go on where others are left out.
+void Program::sort_adapters(const StepInput& input) {
+  const StepView& view = input.view;
+  adapters_of_rows_.resize(static_cast<size_t>(view.num_tokens));
+  for (int32_t sequence = 0; sequence < view.num_sequences; ++sequence) {
+    std::fill(adapters_of_rows_.begin() + view.query_starts[sequence],
+              adapters_of_rows_.begin() + view.query_starts[sequence + 1],
+              input.adapters->of_sequence[sequence]);
+  }
+  const int parts = parts_.divided() ? team_.size() : 1;
+  for (int rank = 0; rank < parts; ++rank) {
+    const StepPart& part = parts_.of(rank);
+    adapter_rows_[static_cast<size_t>(rank)].sort(adapters_of_rows_.data() + part.first_row,
+                                                  part.end_row - part.first_row);
+  }
+  // In place: each from a place at or behind its own.
+  for (int32_t row = 0; row < input.num_rows; ++row) {
+    adapters_of_rows_[static_cast<size_t>(row)] =
+        adapters_of_rows_[static_cast<size_t>(input.logits_rows[row])];
+  }
+  adapter_logits_rows_.sort(adapters_of_rows_.data(), input.num_rows);
+}
+
+const AdapterRows* Program::adapted(const AdapterRows& rows, const StepInput& input) const {
+  return input.adapters != nullptr && rows.any() ? &rows : nullptr;
+}
+
+// Whether any row of a worker's goes through an adapter that changes the operation's layer.
+bool Program::adapts(const Op& op, const StepInput& input, const Worker& worker) const {
+  return worker.adapted != nullptr && op.adapted > 0 &&
+         worker.adapted->rank_tiles(*input.adapters, op.adapted - 1) > 0;
+}
+
+AdapterArgs Program::adapter_args(const Op& op, const StepInput& input,
+                                  const Worker& worker) const {
+  const int64_t first_row = worker.part.first_row;
+  const Buffer sums = gates(op.epilogue) ? Buffer::sums : op.target;
+  return {worker.adapted,
+          input.adapters,
+          op.adapted - 1,
+          activations(op.format, op.weights->inputs, worker),
+          static_cast<char*>(shrunk_.get()) + first_row * shrunk_stride_,
+          shrunk_stride_,
+          row_of(sums, first_row),
+          spec_.widths[static_cast<int>(sums)],
+          op.weights->outputs,
+          op.epilogue,
+          row_of(op.target, first_row),
+          spec_.widths[static_cast<int>(op.target)]};
 }
 
 // A thread's own rows through the first `num_ops` operations, which take each row by itself.
@@ -148,10 +208,12 @@ void Program::run_divided(const StepInput& input, int rank, size_t num_ops) {
   StepPart& part = parts_.of(rank);
   double& taken = seconds_[static_cast<size_t>(rank)];
   taken = 0;
-  const Worker worker{part, rank, true, part.view.num_tokens};
+  const Worker worker{part, rank, true, part.view.num_tokens,
+                      adapted(adapter_rows_[static_cast<size_t>(rank)], input)};
   double since = seconds();
   for (size_t index = 0; index < num_ops && worker.rows > 0; ++index) {
     const Op& op = ops_[index];
+    if (is_about_adapters(op.kind) && !adapts(op, input, worker)) continue;
     if (op.kind == OpKind::attention && part.first_awaited < rank) {
       taken += seconds() - since;
       await_earlier_tokens(worker, op.layer);
@@ -174,12 +236,19 @@ void Program::await_earlier_tokens(const Worker& worker, int layer) {
 
 // All threads share each operation, from `first_op` on.
 void Program::run_together(const StepInput& input, int rank, size_t first_op) {
-  Worker worker{parts_.of(parts_.divided() ? 0 : rank), rank, false, input.view.num_tokens};
+  Worker worker{parts_.of(parts_.divided() ? 0 : rank), rank, false, input.view.num_tokens,
+                adapted(adapter_rows_.front(), input)};
   for (size_t index = first_op; index < ops_.size() && worker.rows > 0; ++index) {
-    execute(index, input, worker);
     const OpKind kind = ops_[index].kind;
-    if (kind == OpKind::select_rows) worker.rows = input.num_rows;
+    if (is_about_adapters(kind) && !adapts(ops_[index], input, worker)) continue;
+    execute(index, input, worker);
+    if (kind == OpKind::select_rows) {
+      worker.rows = input.num_rows;
+      worker.adapted = adapted(adapter_logits_rows_, input);
+    }
     if (converts(kind) && worker.rows <= private_rows) continue;
+    // Nobody reads what it writes before the end of the layer itself.
+    if (kind == OpKind::shrink) continue;
     prefetch_next_weights(index + 1, rank);
     team_.barrier();
   }
@@ -249,14 +318,26 @@ void Program::execute(size_t index, const StepInput& input, const Worker& worker
       share_each(worker.rows, 1, [&](int row) { mix_row(op, row, worker); });
       break;
     case OpKind::linear: {
+      const bool waits = follows_adapters(op.epilogue) && adapts(op, input, worker);
+      const Buffer target = waits && gates(op.epilogue) ? Buffer::sums : op.target;
       const LinearArgs args{op.weights,
                             activations(op.format, op.weights->inputs, worker),
                             worker.rows,
-                            row_of(op.target, first_row),
-                            spec_.widths[static_cast<int>(op.target)],
-                            op.epilogue,
+                            row_of(target, first_row),
+                            spec_.widths[static_cast<int>(target)],
+                            waits ? Epilogue::store : op.epilogue,
                             op.scale};
       share(linear_tasks(args), 1, [&](int begin, int end) { linear_run(args, begin, end); });
+      break;
+    }
+    case OpKind::shrink: {
+      const AdapterArgs args = adapter_args(op, input, worker);
+      share_each(shrink_tasks(args), 1, [&](int task) { shrink_run(args, task, scratch); });
+      break;
+    }
+    case OpKind::expand: {
+      const AdapterArgs args = adapter_args(op, input, worker);
+      share_each(expand_tasks(args), 1, [&](int task) { expand_run(args, task); });
       break;
     }
     case OpKind::rotary_kv: {
@@ -315,7 +396,8 @@ void Program::select_rows(Buffer buffer, const StepInput& input) {
 
 // While a thread waits for the others, the weights that it will read first are on their way.
 void Program::prefetch_next_weights(size_t index, int rank) const {
-  while (index < ops_.size() && converts(ops_[index].kind)) ++index;
+  const auto passes = [](OpKind kind) { return converts(kind) || is_about_adapters(kind); };
+  while (index < ops_.size() && passes(ops_[index].kind)) ++index;
   if (index == ops_.size() || ops_[index].kind != OpKind::linear) return;
   const LinearWeights& weights = *ops_[index].weights;
   LinearArgs args{};

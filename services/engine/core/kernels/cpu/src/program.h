@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "adapters.h"
 #include "attention.h"
 #include "experts.h"
 #include "linear.h"
@@ -24,8 +25,9 @@ enum class Buffer : int32_t {
   logits = 4,
   routed = 5,  // what a router says of each expert
   mixed = 6,   // what each expert of a row makes of it
+  sums = 7,    // of a layer whose gates wait for adapters
 };
-constexpr int num_buffers = 7;
+constexpr int num_buffers = 8;
 
 enum class OpKind : int32_t {
   embed = 0,      // residual = rows of `weights`, by token id, times `scale`, plus `positions`
@@ -42,6 +44,9 @@ enum class OpKind : int32_t {
   scatter_norm = 9,    // activations = RMSNorm(residual) * norm_weight, for each expert of a row
   expert_linear = 10,  // target = activations times the `weights` of their expert
   mix = 11,            // residual += the rows of `source`, by their experts' shares
+  // Around a linear layer that adapters may change; where none does, they are passed over.
+  shrink = 12,  // what of adapters reads the layer's input
+  expand = 13,  // target += what they make of it
 };
 
 struct Op {
@@ -65,6 +70,7 @@ struct Op {
   int32_t window;        // of attention: tokens that a token sees, itself included; 0: all
   float softcap;         // of attention: bound of its products; 0: none
   ExpertsShape experts;  // of operations on the rows of experts; a count of 0 elsewhere
+  int32_t adapted;       // number of a layer that adapters may change, from 1 on; 0 elsewhere
 };
 
 // What does not change from step to step.
@@ -79,6 +85,7 @@ struct ProgramSpec {
   int32_t widths[num_buffers];    // floats in a row; logits are the caller's
   int32_t max_activation_inputs;  // of any norm or convert
   int32_t activation_bytes;       // of a token, a multiple of 64, whatever its activations are
+  int32_t adapter_width;          // of what adapters make of a row: most ranks of one, at a layer
 };
 
 struct StepInput {
@@ -88,6 +95,7 @@ struct StepInput {
   int32_t num_rows;
   float* logits;               // [num_rows, vocabulary]
   const SampleArgs* sampling;  // what to choose from these logits; null: nothing
+  const StepAdapters* adapters;  // null: no sequence has one
 };
 
 }  // namespace meshserve
@@ -107,7 +115,8 @@ class Program {
     StepPart& part;
     int rank;
     bool alone;
-    int rows;  // of the part, that the operation in hand is about
+    int rows;                    // of the part, that the operation in hand is about
+    const AdapterRows* adapted;  // these, by adapter; null where none has one
   };
   // The experts of a worker's rows, and their shares: [rows, per_token].
   struct Routes {
@@ -116,6 +125,10 @@ class Program {
   };
 
   void reserve(const StepInput& input);
+  void sort_adapters(const StepInput& input);
+  const AdapterRows* adapted(const AdapterRows& rows, const StepInput& input) const;
+  bool adapts(const Op& op, const StepInput& input, const Worker& worker) const;
+  AdapterArgs adapter_args(const Op& op, const StepInput& input, const Worker& worker) const;
   void run_divided(const StepInput& input, int rank, size_t num_ops);
   void run_together(const StepInput& input, int rank, size_t first_op);
   void execute(size_t index, const StepInput& input, const Worker& worker);
@@ -155,6 +168,11 @@ class Program {
   Memory routes_;
   Memory private_routes_;                   // of each thread
   std::vector<ExpertOrder> expert_orders_;  // one for each thread
+  std::vector<int32_t> adapters_of_rows_;   // of a step
+  std::vector<AdapterRows> adapter_rows_;   // of each part
+  AdapterRows adapter_logits_rows_;         // of the rows that logits are wanted of
+  int64_t shrunk_stride_;                   // bytes
+  Memory shrunk_;
   size_t scratch_bytes_ = 0;
 };
 

@@ -95,8 +95,8 @@ void expand_block(const uint16_t* up, int32_t rank, int64_t step, const Operand*
 }
 
 template <int R>
-void expand_part(const AdapterPart& part, int32_t first, int32_t last,
-                 const Operand* const* shrunk, float* const* to) {
+void expand_part(const AdapterPart& part, int32_t first, int32_t last, const Operand* const* shrunk,
+                 float* const* to) {
   const int64_t step = int64_t{part.tile_step} * tile_outputs;
   const int64_t tile_size = part.rank / 2 * pair_size;
   for (; first < last;) {
@@ -239,9 +239,9 @@ void expand_run(const AdapterArgs& args, int task) {
         return std::clamp(passed / part->tile_step, 0, part->tiles);
       };
       for (int32_t r = 0; r < block.count; ++r) {
-        shrunk[r] = reinterpret_cast<const Operand*>(args.shrunk +
-                                                     block.rows[r] * args.shrunk_stride) +
-                    part->first_shrunk;
+        shrunk[r] =
+            reinterpret_cast<const Operand*>(args.shrunk + block.rows[r] * args.shrunk_stride) +
+            part->first_shrunk;
       }
       with_rows<block_rows>(block.count, [&](auto count) {
         expand_part<count()>(*part, before(first), before(last), shrunk, sums);

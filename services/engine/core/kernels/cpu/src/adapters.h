@@ -31,8 +31,8 @@ struct AdapterLinear {
 };
 
 struct StepAdapters {
-  const int32_t* of_sequence;           // [num_sequences]: its adapter, -1 for none
-  const AdapterLinear* const* loaded;   // by adapter: [adapted layers]
+  const int32_t* of_sequence;          // [num_sequences]: its adapter, -1 for none
+  const AdapterLinear* const* loaded;  // by adapter: [adapted layers]
 };
 
 }  // namespace meshserve
@@ -71,13 +71,13 @@ class AdapterRows {
 struct AdapterArgs {
   const AdapterRows* rows;
   const StepAdapters* adapters;
-  int32_t layer;       // among those that adapters may change
-  Activations input;   // of the layer
-  char* shrunk;        // of the first row: down * input, as operands
+  int32_t layer;          // among those that adapters may change
+  Activations input;      // of the layer
+  char* shrunk;           // of the first row: down * input, as operands
   int64_t shrunk_stride;  // bytes
-  float* sums;         // what the layer computed, in tiles as it is packed
-  int64_t sums_stride;  // floats
-  int32_t outputs;     // of the layer, a multiple of 16
+  float* sums;            // what the layer computed, in tiles as it is packed
+  int64_t sums_stride;    // floats
+  int32_t outputs;        // of the layer, a multiple of 16
   // What the layer's own epilogue would have made of complete sums, and where it goes.
   Epilogue epilogue;
   float* output;

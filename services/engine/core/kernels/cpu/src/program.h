@@ -93,8 +93,8 @@ struct StepInput {
   const int64_t* token_ids;    // [num_tokens]
   const int64_t* logits_rows;  // [num_rows]
   int32_t num_rows;
-  float* logits;               // [num_rows, vocabulary]
-  const SampleArgs* sampling;  // what to choose from these logits; null: nothing
+  float* logits;                 // [num_rows, vocabulary]
+  const SampleArgs* sampling;    // what to choose from these logits; null: nothing
   const StepAdapters* adapters;  // null: no sequence has one
 };
 

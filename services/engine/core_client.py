@@ -8,9 +8,12 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 
+from services.engine.adapters import CoreAdapters
 from services.engine.core.messages import (
     Abort,
+    AdapterChanged,
     Add,
+    Command,
     Delta,
     Drain,
     Encode,
@@ -71,6 +74,7 @@ class CoreClient:
     Attributes:
         settings: what the next core is told; needed before `start`.
         facts: what a core said of its model last; stays when the core has ended.
+        adapters: what the core has, and is given to load.
         idle_since_s: when the last request ended, or a core became ready, by the loop's clock.
     """
 
@@ -89,6 +93,7 @@ class CoreClient:
         self.gpu_use: GpuUse | None = None
         self.facts: ModelFacts | None = None
         self.settings = settings
+        self.adapters = CoreAdapters(self._send)
         self.idle_since_s = 0.0
         self._watchdog = Watchdog(stall_timeout_s, restart_stalled_after_s)
         self._command = command
@@ -155,6 +160,9 @@ class CoreClient:
             silent_s = self._watchdog.silent_s
             raise CoreUnavailableError(f"the engine core has been silent for {silent_s:.0f} s")
         return self._core
+
+    def _send(self, command: Command) -> None:
+        self._running_core().send(command)
 
     def next_sequence_id(self) -> int:
         """A sequence id that was never used before in this process."""
@@ -267,7 +275,8 @@ class CoreClient:
         reason, hopeless = "", False
         try:
             assert self.settings is not None
-            core = await CoreProcess.spawn(self.settings, self._command)
+            settings = self.adapters.for_next_core(self.settings)
+            core = await CoreProcess.spawn(settings, self._command)
         except OSError as error:
             return f"its process cannot be started: {error}", False
         self._core = core
@@ -341,11 +350,15 @@ class CoreClient:
                 logging.getLogger(event.logger).log(event.level, "%s", event.message)
                 if event.progress is not None:
                     self._loading = f": {event.progress:.0%} of its weights are read"
+            case AdapterChanged():
+                self.adapters.take(event)
             case Ready():
                 self._take_ready(event.facts)
 
     def _take_ready(self, facts: ModelFacts) -> None:
         self.facts = facts
+        assert self.settings is not None
+        self.adapters.take_ready(self.settings, facts)
         self._watchdog.begin(facts, self._most_batch_tokens(facts))
         self._ready = True
         self.idle_since_s = asyncio.get_running_loop().time()
@@ -373,3 +386,4 @@ class CoreClient:
         for pending in set(self._pending.values()):
             pending.fail(error)
             pending.close()
+        self.adapters.fail_all(error)

@@ -93,7 +93,9 @@ class Generations:
         _check_generates(facts)
         if request.request_id in self.in_flight:
             raise ServiceError(Reason.REQUEST_ID_IN_USE, "a request with this id is in flight")
-        sequences = sequence_requests(request, facts, client.next_sequence_id)
+        sequences = sequence_requests(
+            request, facts, client.next_sequence_id, client.adapters.names
+        )
         self._prompt_length.labels(model.name).observe(len(request.prompt.ids))
         try:
             stream = client.submit(sequences)

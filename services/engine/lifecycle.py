@@ -107,6 +107,7 @@ def engine_model(model: HostedModel) -> engine_pb2.EngineModel:
         state=_STATES[model.state],
         problem=problem,
         memory_bytes=model.memory_bytes,
+        adapters=sorted(model.client.adapters.names),
         requests=model.num_requests,
     )
 

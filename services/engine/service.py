@@ -14,7 +14,7 @@ from services.engine.hosted_model import HostedModel, State
 from services.engine.hosting import Hosting
 from services.engine.metrics import StepMetrics, read_models
 from services.engine.servicer import EngineServicer
-from services.runtime.modelfiles import CATALOGUE, ModelStoreError, locate
+from services.runtime.modelfiles import CATALOGUE, ModelStoreError, locate, locate_adapter
 from services.runtime.server import Service, StartupError
 from services.runtime.settings import ModelSettings, Settings
 from services.runtime.telemetry import Metrics
@@ -46,6 +46,7 @@ class EngineService(Service):
             metrics,
             max_inputs=settings.engine.batcher.max_waiting_sequences,
             draining=self.draining,
+            model_cache=settings.model_cache,
         )
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -153,6 +154,10 @@ def core_settings(settings: Settings, name: str, waiting_weights_bytes: int = 0)
         draft_model_path = (
             None if draft_model is None else str(locate(draft_model, settings.model_cache))
         )
+        adapters = {
+            adapter: str(locate_adapter(source, settings.model_cache))
+            for adapter, source in model.adapters.items()
+        }
     except ModelStoreError as error:
         raise StartupError(error.problem, error.way_out) from None
     try:
@@ -180,6 +185,9 @@ def core_settings(settings: Settings, name: str, waiting_weights_bytes: int = 0)
             prefix_cache=engine.prefix_cache,
             speculation=engine.speculation.method,
             draft_model_path=draft_model_path,
+            adapters=adapters,
+            max_adapters=engine.max_adapters,
+            max_adapter_rank=engine.max_adapter_rank,
             event_hold_ms=min(_EVENT_HOLD_MS, engine.stream_interval_ms / 2),
             default_sampling=_sampling_defaults(model),
             batcher=BatcherSettings(

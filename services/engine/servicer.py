@@ -6,20 +6,22 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from pathlib import Path
 
 import grpc
 
 from meshserve.v1 import engine_pb2, types_pb2
+from services.engine.adapter_servicer import AdapterServicer
 from services.engine.core.settings import BatcherSettings
 from services.engine.encodings import Encodings
 from services.engine.generation import Generations
 from services.engine.hosting import Hosting
-from services.engine.lifecycle import LifecycleServicer, seconds_to_drain
+from services.engine.lifecycle import seconds_to_drain
 from services.engine.shared_stream import SharedStream
-from services.engine.validation import default_sampling, missing_capability
+from services.engine.validation import default_sampling
 from services.engine.waiting import WaitingRequests
 from services.runtime.carried_calls import CarriedCalls
-from services.runtime.errors import ServiceError, invalid_field
+from services.runtime.errors import invalid_field
 from services.runtime.telemetry import Metrics
 
 GENERATE_METHOD = "meshserve.v1.EngineService/Generate"
@@ -37,7 +39,7 @@ GenerateRequest = engine_pb2.EngineServiceGenerateRequest
 GenerateResponse = engine_pb2.EngineServiceGenerateResponse
 
 
-class EngineServicer(LifecycleServicer):
+class EngineServicer(AdapterServicer):
     """Answers for one engine and the models that it hosts."""
 
     def __init__(
@@ -47,9 +49,11 @@ class EngineServicer(LifecycleServicer):
         *,
         draining: asyncio.Event,
         max_inputs: int = BatcherSettings().max_waiting_sequences,
+        model_cache: Path | None = None,
     ) -> None:
-        """`max_inputs`: of one request to an encoder."""
-        super().__init__(models)
+        """`max_inputs`: of one request to an encoder. `model_cache`: where adapters lie that were
+        fetched from the hub."""
+        super().__init__(models, model_cache)
         self._draining = draining
         self._waiting = WaitingRequests()
         self._generations = Generations(models, metrics, draining, self._waiting)
@@ -129,6 +133,7 @@ class EngineServicer(LifecycleServicer):
             labels=facts.labels,
             default_sampling=default_sampling(facts),
             kernels=facts.kernels,
+            adapters=sorted(model.client.adapters.names),
         )
 
     async def WatchLoad(  # noqa: N802
@@ -194,30 +199,6 @@ class EngineServicer(LifecycleServicer):
     ) -> engine_pb2.EngineServiceScoreResponse:
         """The scores of the pairs."""
         return await self._encodings.score(request)
-
-    async def LoadAdapter(  # noqa: N802
-        self,
-        request: engine_pb2.LoadAdapterRequest,
-        context: grpc.aio.ServicerContext[
-            engine_pb2.LoadAdapterRequest, engine_pb2.LoadAdapterResponse
-        ],
-    ) -> engine_pb2.LoadAdapterResponse:
-        """CAPABILITY_MISSING: the model runs without adapters."""
-        raise self._cannot(request.model, "adapters", "this model runs without adapters")
-
-    async def UnloadAdapter(  # noqa: N802
-        self,
-        request: engine_pb2.UnloadAdapterRequest,
-        context: grpc.aio.ServicerContext[
-            engine_pb2.UnloadAdapterRequest, engine_pb2.UnloadAdapterResponse
-        ],
-    ) -> engine_pb2.UnloadAdapterResponse:
-        """CAPABILITY_MISSING: the model runs without adapters."""
-        raise self._cannot(request.model, "adapters", "this model runs without adapters")
-
-    def _cannot(self, model: str, capability: str, description: str) -> ServiceError:
-        self._models.find(model)
-        return missing_capability(capability, description)
 
     def _load(self) -> engine_pb2.WatchLoadResponse:
         load = self._models.load()

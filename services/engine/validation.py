@@ -6,7 +6,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 
 from google.protobuf import json_format
 from msgspec.structs import replace
@@ -20,6 +20,7 @@ from services.engine.core.messages import (
     SequenceRequest,
     Stopping,
 )
+from services.engine.refusals import adapter_not_found_error
 from services.runtime.errors import Reason, ServiceError, invalid_field
 
 MAX_REQUEST_ID_CHARS = 256
@@ -47,14 +48,17 @@ def sequence_requests(
     request: engine_pb2.EngineServiceGenerateRequest,
     facts: ModelFacts,
     next_sequence_id: Callable[[], int],
+    adapters: Container[str] = (),
 ) -> list[SequenceRequest]:
-    """One sequence per choice that `request` asks for.
+    """One sequence per choice that `request` asks for. adapters: those that are loaded.
 
     Raises:
-        ServiceError: INVALID_FIELD, PROMPT_TOO_LONG or CAPABILITY_MISSING.
+        ServiceError: INVALID_FIELD, PROMPT_TOO_LONG, ADAPTER_NOT_FOUND or CAPABILITY_MISSING.
     """
     check_request_id(request.request_id)
     _check_capabilities(request)
+    if request.adapter and request.adapter not in adapters:
+        raise adapter_not_found_error("the model has no adapter of this name")
     prompt = list(request.prompt.ids)
     if not prompt:
         raise invalid_field("prompt", "at least one token is needed")
@@ -81,6 +85,7 @@ def sequence_requests(
             tenant=request.tenant,
             cache_salt=request.cache_salt,
             constraint=constraint,
+            adapter=request.adapter,
         )
         for index in range(_choices(request.sampling))
     ]
@@ -108,8 +113,6 @@ def check_request_id(request_id: str) -> None:
 
 
 def _check_capabilities(request: engine_pb2.EngineServiceGenerateRequest) -> None:
-    if request.adapter:
-        raise missing_capability("adapters", "this engine has no adapters loaded")
     sampling = request.sampling
     if sampling.HasField("best_of") and sampling.best_of != _choices(sampling):
         raise missing_capability("best_of", "this engine draws no more choices than it returns")

@@ -32,6 +32,7 @@ class Reason(StrEnum):
     MODEL_LOADING = "MODEL_LOADING"
     ADAPTER_NOT_FOUND = "ADAPTER_NOT_FOUND"
     ADAPTER_NAME_TAKEN = "ADAPTER_NAME_TAKEN"
+    ADAPTER_LIMIT_REACHED = "ADAPTER_LIMIT_REACHED"
     POLICY_NOT_FOUND = "POLICY_NOT_FOUND"
     PATH_NOT_FOUND = "PATH_NOT_FOUND"
     METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
@@ -140,9 +141,15 @@ REASONS: Mapping[Reason, ReasonEntry] = {
     ),
     Reason.ADAPTER_NAME_TAKEN: ReasonEntry(
         _C.ALREADY_EXISTS,
-        "The name of the adapter belongs to a model, to another model's adapter, or to one that "
-        "the settings declare.",
+        "The name of the adapter belongs to a model, to another model's adapter, to one that the "
+        "settings declare, or to one that was loaded from elsewhere.",
         "Choose another name; metadata names the model that has it.",
+    ),
+    Reason.ADAPTER_LIMIT_REACHED: ReasonEntry(
+        _C.RESOURCE_EXHAUSTED,
+        "The engine has as many adapters as it may, or the adapter is larger than it takes.",
+        "Unload another one, or raise the setting that metadata names.",
+        ("BadRequest",),
     ),
     Reason.MODEL_NOT_LOADED: ReasonEntry(
         _C.FAILED_PRECONDITION,

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from services.runtime.modelfiles.catalogue import CATALOGUE, CatalogueModel
 from services.runtime.modelfiles.errors import ModelFileError, ModelStoreError
-from services.runtime.modelfiles.store import check_source, default_cache_dir, locate, pull
+from services.runtime.modelfiles.store import (
+    check_source,
+    default_cache_dir,
+    locate,
+    locate_adapter,
+    pull,
+)
 
 __all__ = [
     "CATALOGUE",
@@ -18,5 +24,6 @@ __all__ = [
     "check_source",
     "default_cache_dir",
     "locate",
+    "locate_adapter",
     "pull",
 ]

@@ -9,6 +9,8 @@ from typing import Any
 from services.runtime.modelfiles.errors import ModelStoreError
 
 # Pickled weights are never fetched: they are never loaded either.
+# Of a model, and of an adapter.
+_CONFIGS = ("config.json", "adapter_config.json")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -20,12 +22,34 @@ def pull(
     Raises ModelStoreError for whatever keeps it from that.
     """
     progress(f"downloading {repository}", 0, 0)
-    return _snapshot(repository, revision, hub_dir, local_files_only=False)
+    found = _snapshot(repository, revision, hub_dir, local_files_only=False)
+    if not any((found / name).exists() for name in _CONFIGS) or not any(
+        found.glob("*.safetensors")
+    ):
+        raise _holds_none(repository, revision)
+    return found
 
 
-def locate(repository: str, revision: str | None, hub_dir: Path) -> Path:
-    """Return the directory of a repository fetched before; raises ModelStoreError."""
-    return _snapshot(repository, revision, hub_dir, local_files_only=True)
+def locate(
+    repository: str, revision: str | None, hub_dir: Path, *, config: str = "config.json"
+) -> Path:
+    """Return the directory of a repository fetched before, with a configuration of this name;
+    raises ModelStoreError."""
+    found = _snapshot(repository, revision, hub_dir, local_files_only=True)
+    if not (found / config).exists() or not any(found.glob("*.safetensors")):
+        raise _holds_none(repository, revision, config)
+    return found
+
+
+def _holds_none(
+    repository: str, revision: str | None, config: str = "config.json"
+) -> ModelStoreError:
+    name = f"{repository}@{revision}" if revision else repository
+    return ModelStoreError(
+        f"{name} holds no {config} with safetensors beside it.",
+        way_out="Choose a repository with safetensors weights, or download its .gguf file and "
+        "give the path.",
+    )
 
 
 def _snapshot(
@@ -56,12 +80,6 @@ def _snapshot(
             way_out="Check the name, the network and, for gated models, HF_TOKEN; or download it "
             "elsewhere and give the path of its directory.",
         ) from error
-    if not (found / "config.json").exists() or not any(found.glob("*.safetensors")):
-        raise ModelStoreError(
-            f"{name} holds no config.json with safetensors beside it.",
-            way_out="Choose a repository with safetensors weights, or download its .gguf file and "
-            "give the path.",
-        )
     return found
 
 

@@ -21,6 +21,7 @@ from services.runtime.modelfiles.errors import ModelStoreError
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in total or 0 where that is not known)."""
 
+ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?", re.ASCII)
 
 
@@ -61,6 +62,35 @@ def locate(source: str, cache_dir: Path | None = None) -> Path:
     if (path := _local_path(source)) is not None:
         return path
     return hub.locate(*_split_hub_id(source), models_dir / "hub")
+
+
+def locate_adapter(source: str, cache_dir: Path | None = None) -> Path:
+    """Return where the adapter is on this machine, without any network: a directory that PEFT
+    wrote, or a hub id that was fetched.
+
+    Raises:
+        ModelStoreError: it is not there.
+    """
+    path = Path(source).expanduser()
+    if source and _exists(path):
+        if not _exists(path / ADAPTER_CONFIG):
+            raise ModelStoreError(
+                f"{path} is no directory with an {ADAPTER_CONFIG}.",
+                way_out="Give a directory that PEFT wrote.",
+            )
+        return path.absolute()
+    if source.startswith(("/", "./", "../", "~")):
+        raise ModelStoreError(
+            f"There is no directory {path}.", way_out="Check the path of the adapter."
+        )
+    if not _HUB_ID.fullmatch(source):
+        raise ModelStoreError(
+            f"{source!r} is not an adapter this can find.",
+            way_out="Give a directory that PEFT wrote, or a hub id like org/name or "
+            "org/name@revision.",
+        )
+    models_dir = (cache_dir or default_cache_dir()) / "models"
+    return hub.locate(*_split_hub_id(source), models_dir / "hub", config=ADAPTER_CONFIG)
 
 
 def check_source(source: str) -> None:

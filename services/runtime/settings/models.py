@@ -61,6 +61,11 @@ class ModelSettings(Section):
         description="How a CPU stores matrices: as the dtype, or rounded to 8 or 4 bits in groups "
         "of 32. Default: a quantised file's own precision, else the dtype.",
     )
+    adapters: dict[str, str] = Field(
+        default_factory=dict,
+        description="Low-rank adapters that are loaded with it: sources by the names that requests "
+        "use, each a local directory or a hub id.",
+    )
     allow_pickled: bool = Field(
         False,
         description="Whether weights are loaded that are there as pickled Python objects alone "

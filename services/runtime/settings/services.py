@@ -141,6 +141,10 @@ class EngineSettings(ServerSettings):
         default_factory=lambda: SpeculationSettings(),
         description="What guesses the next tokens of an answer.",
     )
+    max_adapters: Annotated[int, Field(ge=0)] = Field(
+        8, description="Adapters of each model that may be loaded at the same time; 0: none."
+    )
+    max_adapter_rank: Positive = Field(64, description="Largest rank of an adapter.")
     batcher: BatcherSettings = Field(
         default_factory=lambda: BatcherSettings.model_validate({}),
         description="Batches of a model that is an encoder.",

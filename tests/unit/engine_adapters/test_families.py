@@ -34,6 +34,7 @@ FEED_FORWARD = {
     "gpt2": ["c_fc"],
     "phi3, half rotated": ["gate_up_proj", "down_proj"],
 }
+LAYER_1 = {"gpt2": "h.1.mlp.c_fc"}
 FAMILIES = [
     "llama",
     "mistral, windowed",
@@ -63,8 +64,9 @@ def configs(case: str) -> dict[str, dict[str, Any]]:
         "feed_forward": {
             "r": 3,
             "target_modules": FEED_FORWARD.get(case, ["up_proj", "down_proj"]),
-            "rank_pattern": {r"layers\.1\.mlp\.down_proj": 33, "h.1.mlp.c_fc": 33},
-            "alpha_pattern": {"down_proj": 4},
+            # More than two tiles of the kernels, in one layer.
+            "rank_pattern": {LAYER_1.get(case, r"layers\.1\.mlp\.down_proj"): 33},
+            "alpha_pattern": {"c_fc" if case == "gpt2" else "down_proj": 4},
         },
     }
 

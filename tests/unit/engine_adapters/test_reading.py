@@ -20,7 +20,8 @@ from services.engine.core.errors import AdapterLimitError
 from services.engine.core.models.loader import open_model
 from services.runtime.modelfiles import ModelFileError
 from tests.fakes.adapters import ALL_LINEAR, add_adapters
-from tests.fakes.decoder_families import save_gguf, save_model
+from tests.fakes.decoder_families import save_model
+from tests.fakes.decoder_files import save_gguf
 
 ROOT = Path(__file__).parents[3]
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

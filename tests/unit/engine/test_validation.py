@@ -193,7 +193,6 @@ def test_what_exceeds_the_context_is_refused_with_the_limit(
 @pytest.mark.parametrize(
     ("capability", "fields"),
     [
-        ("adapters", {"adapter": "a"}),
         ("best_of", {"sampling": {"n": 1, "best_of": 2}}),
     ],
 )
@@ -201,3 +200,9 @@ def test_what_the_engine_cannot_do_is_said(capability: str, fields: dict[str, An
     error = failure(generate_request([1], **fields))
     assert error.reason is Reason.CAPABILITY_MISSING
     assert error.metadata["capability"] == capability
+
+
+def test_an_adapter_that_is_not_loaded_is_not_found() -> None:
+    error = failure(generate_request([1], adapter="a"))
+    assert error.reason is Reason.ADAPTER_NOT_FOUND
+    assert error.field_violations[0][0] == "adapter"

@@ -22,10 +22,9 @@ from services.gateway.hosting.watch import UNKNOWN, Report
 from services.runtime.attempts import unreachable
 from services.runtime.errors import Reason, ServiceError, invalid_field
 from services.runtime.replicas import Replica
+from services.runtime.settings.schema import ADAPTER_NAME
 
-MAX_NAME_CHARS = 128
 MAX_SOURCE_CHARS = 4096
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
 
 _READY, _SLEEPING, _LOADING = (
     engine_pb2.MODEL_STATE_READY,
@@ -103,10 +102,8 @@ class Operations:
 
     async def load_adapter(self, model: str, name: str, source: str) -> Outcome:
         """Has all engines load an adapter, in the place of what has its name."""
-        if not _NAME.fullmatch(name) or len(name) > MAX_NAME_CHARS:
-            raise invalid_field(
-                "adapter", f"1 to {MAX_NAME_CHARS} letters, digits and any of . _ - /"
-            )
+        if not re.fullmatch(ADAPTER_NAME, name):
+            raise invalid_field("adapter", "1 to 128 letters, digits and any of . _ - /")
         if not source or len(source) > MAX_SOURCE_CHARS:
             raise invalid_field("source", "a path on the engines' machines, or a hub id, is needed")
         self._hosting.check_takes_requests(model)

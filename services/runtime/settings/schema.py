@@ -5,6 +5,7 @@ docs/configuration.md is generated from it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -23,6 +24,8 @@ from services.runtime.settings.services import (
     ValkeySettings,
 )
 
+# No mark that stands between a model and its adapter, or between an adapter and its revision.
+ADAPTER_NAME = r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,127}"
 SERVICE_NAMES = ("gateway", "tokenizer", "engine", "cache", "safety")
 
 
@@ -55,12 +58,19 @@ class Settings(Section):
             raise ValueError("models: at least one model is needed")
         owner: dict[str, str] = {}
         for name, model in self.models.items():
-            for alias in (name, *model.aliases):
+            # Requests may name an adapter in the place of a model.
+            for alias in (name, *model.aliases, *model.adapters):
                 if alias in owner:
                     raise ValueError(
                         f"models: the name {alias!r} is given to {owner[alias]!r} and to {name!r}"
                     )
                 owner[alias] = name
+            for adapter in model.adapters:
+                if not re.fullmatch(ADAPTER_NAME, adapter):
+                    raise ValueError(
+                        f"models.{name}.adapters: {adapter!r} is not 1 to 128 letters, digits and "
+                        "any of . _ - /"
+                    )
         if self.engine.model is not None and self.engine.model not in self.models:
             raise ValueError(f"engine.model: {self.engine.model!r} is not among models")
         self.check_keys(self.gateway.auth.keys)

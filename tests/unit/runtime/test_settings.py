@@ -112,6 +112,14 @@ def test_an_unknown_key_names_the_nearest_one(document: Any, message: str) -> No
             "the name 'a' is given to 'a' and to 'b'",
         ),
         (
+            {"models": {"a": {"source": "x"}, "b": {"source": "y", "adapters": {"a": "z"}}}},
+            "the name 'a' is given to 'a' and to 'b'",
+        ),
+        (
+            {"models": {"a": {"source": "x", "adapters": {"a:b": "z"}}}},
+            "models.a.adapters: 'a:b' is not 1 to 128 letters",
+        ),
+        (
             {"gateway": {"auth": {"keys": [{"name": "t", "sha256": "0" * 64, "models": ["z"]}]}}},
             "key 't' names the unknown model 'z'",
         ),

@@ -123,6 +123,24 @@ FAULTS: dict[str, Fault] = {
         "from = all + order.slot(row, FAULT ? 0 : place)",
         "experts",
     ),
+    "what goes into an adapter": Fault(
+        "adapters.cpp",
+        "broadcast_pair(rows[r] + 2 * (pair + p))",
+        "broadcast_pair(rows[FAULT ? 0 : r] + 2 * (pair + p))",
+        "adapters",
+    ),
+    "what an adapter adds": Fault(
+        "adapters.cpp",
+        "store(sum, add(load(sum), sums[r][t]));",
+        "store(sum, FAULT ? load(sum) : add(load(sum), sums[r][t]));",
+        "adapters",
+    ),
+    "gates that wait for an adapter": Fault(
+        "adapters.cpp",
+        "multiply(open, value)",
+        "multiply(FAULT ? gate : open, value)",
+        "adapters",
+    ),
     "GELU": Fault(
         "encoder_rows.h",
         "broadcast(0.70710678f)",

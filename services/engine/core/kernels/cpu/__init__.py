@@ -5,7 +5,13 @@ Without a compiler or on another processor there are none of them, and the refer
 
 from __future__ import annotations
 
-from services.engine.core.kernels.cpu import encoder_check, family_check, sampling, self_check
+from services.engine.core.kernels.cpu import (
+    adapter_check,
+    encoder_check,
+    family_check,
+    sampling,
+    self_check,
+)
 from services.engine.core.kernels.cpu.library import Library, activate, active, why_not
 
 # Imported for what they register: implementations of ops, and checks of kernels.
@@ -13,6 +19,7 @@ __all__ = [
     "Library",
     "activate",
     "active",
+    "adapter_check",
     "encoder_check",
     "family_check",
     "sampling",

@@ -68,8 +68,9 @@ class AdaptedLinear:
 
     def width(self, rank: int) -> int:
         """The most that adapters of this rank make of a row, before it goes up again."""
-        parts = len(getattr(self.module, "sizes", ())) or 1
-        return parts * _whole_tiles(rank)
+        parts = len(getattr(self.module, "sizes", ()))
+        # Of gates and values that are changed as one, each half has all ranks.
+        return max(parts, 1 + self.gated) * _whole_tiles(rank)
 
 
 class NativeAdapter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -143,7 +143,9 @@ def _builder(modules: dict[str, Tensor], rounding: Rounding) -> ProgramBuilder:
     return ProgramBuilder(pack, lambda *_: torch.ones(modules["embedding"].shape[1]))
 
 
-def run_step(library: Library, builder: ProgramBuilder, outputs: int, tokens: int) -> Tensor:
+def run_step(
+    library: Library, builder: ProgramBuilder, outputs: int, tokens: int, adapters: Any = None
+) -> Tensor:
     """The logits of all tokens of a step with one sequence, [tokens, outputs]; one head."""
     cache = PackedKVCache(1, 1, 64, 1, HEAD_DIM)
     team = Team(library, 1)
@@ -177,6 +179,7 @@ def run_step(library: Library, builder: ProgramBuilder, outputs: int, tokens: in
             logits_rows=slots.data_ptr(),
             num_rows=tokens,
             logits=logits.data_ptr(),
+            adapters=adapters,
         )
     )
     return logits

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
+from transformers import AutoModelForCausalLM
 
 from services.engine.core.engine import EngineCore
 from services.engine.core.kernels.cpu import library
@@ -22,6 +24,7 @@ from services.engine.core.messages import (
 from services.engine.core.models import read_config
 from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
+from tests.fakes.adapters import add_adapters
 from tests.fakes.decoder_families import FAMILIES, WINDOW, save_model, served
 from tests.fakes.native_steps import text
 from tests.fakes.paged_step import libraries
@@ -273,3 +276,67 @@ def test_keys_and_values_in_eight_bits(engine: Build) -> None:
         num_blocks=7, kv_cache_format="int8", max_batch_tokens=9, max_running_sequences=5
     )
     assert answers(tight, requests()) == expected
+
+
+# What of each family an adapter changes; elsewhere its queries, values and outputs.
+ADAPTED = {"phi3": ["qkv_proj", "o_proj"], "gpt2": ["c_attn", "c_proj"]}
+ADAPTERS = ("one", "", "two", "one")  # of each prompt
+
+
+@pytest.fixture(scope="module")
+def adapters(
+    case: str, model: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Where two adapters of a family's model are."""
+    folder = tmp_path_factory.mktemp("adapters")
+    targets = ADAPTED.get(case, ["q_proj", "v_proj", "o_proj"])
+    config = {"r": 4, "lora_alpha": 64, "target_modules": targets}
+    reference = AutoModelForCausalLM.from_pretrained(model[0])
+    add_adapters(reference, folder, one=config, two=config | {"r": 12})
+    return {name: str(folder / name) for name in ("one", "two")}
+
+
+@pytest.mark.proves("{case}", "adapters")
+def test_each_sequence_goes_through_its_own_adapter(
+    engine: Build, expected: Answers, adapters: dict[str, str]
+) -> None:
+    made = [
+        structs.replace(request, adapter=name)
+        for request, name in zip(requests(), ADAPTERS, strict=True)
+    ]
+    plain, expected = expected, alone(engine, made, adapters=adapters)
+    assert expected[1] == plain[1]
+    assert all(expected[number] != plain[number] for number in (0, 2, 3))
+    # The second time nothing of one adapter may be found by another.
+    core = engine(adapters=adapters)
+    assert answers(core, requests()) == plain
+    assert answers(core, made) == expected
+    chunks = engine(max_batch_tokens=9, max_running_sequences=5, adapters=adapters)
+    assert answers(chunks, made) == expected
+    tight = engine(num_blocks=7, max_running_sequences=2, plan_ahead="on", adapters=adapters)
+    urgent = structs.replace(made[-1], priority=1)
+    assert answers(tight, made[:-1], [urgent]) == expected
+    assert tight.load().preemptions
+    drafting = engine(speculation="ngram", adapters=adapters)
+    drafting._scheduler._speculator = KnowingSpeculator(expected, VOCAB_SIZE)
+    assert answers(drafting, made) == expected
+    assert 0 < drafting.load().accepted_draft_tokens < drafting.load().drafted_tokens
+
+
+def test_choices_and_beams_through_an_adapter(engine: Build, adapters: dict[str, str]) -> None:
+    each = structs.replace(requests(sampled=True)[-1], adapter="two")
+    for sampling, tokens in ((each.sampling, 20), (Sampling(beam_width=3, logprobs=0), 8)):
+        made = [
+            structs.replace(
+                each,
+                sequence_id=number,
+                choice_index=number,
+                sampling=sampling,
+                stopping=Stopping(max_tokens=tokens, ignore_eos=True),
+            )
+            for number in range(3)
+        ]
+        found = answers(engine(adapters=adapters), made)
+        chunks = engine(max_batch_tokens=9, max_running_sequences=5, adapters=adapters)
+        assert answers(chunks, made) == found
+        assert found != answers(engine(), [structs.replace(one, adapter="") for one in made])

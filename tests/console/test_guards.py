@@ -26,6 +26,7 @@ from tests.support.waiting import until
 
 STATUS_OF_CODE = {
     "INVALID_ARGUMENT": 400,
+    "FAILED_PRECONDITION": 400,
     "UNAUTHENTICATED": 401,
     "PERMISSION_DENIED": 403,
     "NOT_FOUND": 404,

@@ -154,8 +154,6 @@ async def test_a_bad_field_is_named_in_the_status(stub: Stub) -> None:
         ("Embed", engine_pb2.EngineServiceEmbedRequest),
         ("Classify", engine_pb2.EngineServiceClassifyRequest),
         ("Score", engine_pb2.EngineServiceScoreRequest),
-        ("LoadAdapter", engine_pb2.LoadAdapterRequest),
-        ("UnloadAdapter", engine_pb2.UnloadAdapterRequest),
     ],
 )
 async def test_other_capabilities_are_missing(stub: Stub, method: str, request_type: Any) -> None:

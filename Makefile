@@ -11,6 +11,9 @@ KERNEL_SOURCES := $(wildcard $(KERNELS)/src/*) $(KERNELS)/build.py
 # Where `meshserve up --traces` looks for it.
 PHOENIX := $(or $(MESHSERVE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/meshserve)/phoenix
 PYTEST := $(BIN)/python -m pytest
+# The kernels by themselves, and the steps of decoders, encoders and adapters that are made of them.
+SANITIZED_TESTS := tests/unit/engine_core/cpu tests/unit/engine_encoding/test_native.py \
+  tests/unit/engine_models/test_native_families.py tests/unit/engine_adapters/test_families.py
 
 .PHONY: help up down test test-slow test-compose test-sanitized test-gpu lint format bench bench-peers bench-start phoenix docs kernels stubs baseline lock clean
 
@@ -36,7 +39,7 @@ test-sanitized: $(VENV)/.dev ## Run the tests of the CPU kernels with AddressSan
 	$(BIN)/python $(KERNELS)/build.py --sanitize --into build/sanitized
 	TESTED_KERNELS="$$(ls -t build/sanitized/*.so | head -1)" \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so):$$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 $(PYTEST) tests/unit/engine_core/cpu \
+	ASAN_OPTIONS=detect_leaks=0 $(PYTEST) $(SANITIZED_TESTS) -m "not slow" \
 	  --ignore-glob="*/test_build.py" --ignore-glob="*/test_library.py" --timeout=1200 $(ARGS)
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device

@@ -27,12 +27,21 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.register_profile("ci", settings.get_profile("patient"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "patient")
 
+# `make test-sanitized` sets it: kernels built with AddressSanitizer and UBSan.
+TESTED_KERNELS = os.environ.get("TESTED_KERNELS", "")
+if TESTED_KERNELS:
+    from services.engine.core.kernels.cpu import library
+
+    library.find_or_build = lambda cache_dir=None: Path(TESTED_KERNELS)
+
 
 def pytest_sessionstart() -> None:
     """Compile the CPU kernels if they have changed, so that no test waits for that at its start."""
     # A shell that starts the tests in the background has them ignore Ctrl-C, and with them all
     # programs that they start and then interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if TESTED_KERNELS:
+        return
     subprocess.run([sys.executable, str(BUILD_KERNELS)], check=False, stdout=subprocess.DEVNULL)
 
 

@@ -53,6 +53,10 @@ def _ways_out(error: errors.MeshServeError) -> Iterator[str]:
         yield "give a key with --api-key or in MESHSERVE_API_KEY"
     elif error.reason == "NOT_AN_OPERATOR":
         yield "give the key of an operator: `operator: true` in the gateway's `auth.keys`"
+    elif error.reason == "MODEL_NOT_LOADED":
+        yield "`meshserve models load` loads it"
+    elif error.reason == "ADAPTER_NOT_FOUND":
+        yield "`meshserve adapters list` shows what there is"
     elif isinstance(error, errors.DeadlineExceededError):
         yield "allow more time with --timeout SECONDS"
     elif isinstance(error, errors.NotFoundError):

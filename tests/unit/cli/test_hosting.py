@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
+import grpc
 import pytest
 
 from meshserve.v1 import admin_pb2, engine_pb2
+from services.runtime.errors import Reason, ServiceError, status_metadata
 from tests.fakes.scripted_gateway import ScriptedGateway
 
 
@@ -73,3 +76,24 @@ def test_adapters_are_loaded_listed_and_unloaded(
     assert (result.code, result.out) == (0, "10.0.0.1:1  loaded  1 MiB\n")
     result = meshserve("adapters", "list", "--json", "--target", gateway.target)
     assert [each["name"] for each in json.loads(result.out)] == ["legal", "own"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "way_out"),
+    [
+        (Reason.MODEL_NOT_LOADED, "`meshserve models load`"),
+        (Reason.ADAPTER_NOT_FOUND, "`meshserve adapters list`"),
+    ],
+)
+def test_what_is_not_there_is_said_with_the_way_out(
+    gateway: ScriptedGateway, meshserve: Callable, reason: Reason, way_out: str
+) -> None:
+    def refuse(request: Any, context: grpc.ServicerContext) -> Any:
+        error = ServiceError(reason, "it is not there")
+        context.set_trailing_metadata(status_metadata(error))
+        context.abort(error.code, error.message)
+
+    gateway.on("StreamChat", refuse)
+    result = meshserve("chat", "--adapter", "legal", "hi", "--target", gateway.target)
+    assert "error: it is not there" in result.err
+    assert way_out in result.err

@@ -10,21 +10,23 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Any
 
 from benchmarks.prompts import english_prompts
 from services.engine.core.clock import now_ns
 from services.engine.core.messages import (
+    AdapterChanged,
     Delta,
     Finish,
     FinishReason,
     Load,
+    LoadAdapter,
     ModelFacts,
     SequenceRequest,
     Step,
     Timing,
+    UnloadAdapter,
 )
-from services.engine.core.process import run
+from services.engine.core.process import Core, run
 from services.engine.core.settings import CoreSettings
 
 COMMAND = (sys.executable, "-m", "benchmarks.paced_core")
@@ -86,6 +88,13 @@ class PacedEngine:
             if sequence is not None
         ]
 
+    def change_adapter(self, command: LoadAdapter | UnloadAdapter) -> None:
+        """Nothing to do: it has no adapters, and nobody asks for one."""
+
+    def adapter_changes(self) -> list[AdapterChanged]:
+        """None."""
+        return []
+
     def drain(self) -> None:
         """Nothing to do."""
 
@@ -122,7 +131,7 @@ class PacedEngine:
         return Delta(sequence.request.sequence_id, [token_id], timing=timing, finish=finish)
 
 
-def build_engine(settings: CoreSettings) -> tuple[Any, ModelFacts]:
+def build_engine(settings: CoreSettings) -> tuple[Core, ModelFacts]:
     """A paced engine, with the facts that its front asks for."""
     texts = english_prompts(os.environ[MODEL_VARIABLE], 64, 192)
     facts = ModelFacts(

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from meshserve.cli.connection import connection_options, make_connection
 from meshserve.cli.exits import EXIT_FAILED
-from meshserve.cli.hosting import memory_text
+from meshserve.cli.hosting import print_engines
 from meshserve.cli.jsonify import write_json
 from meshserve.cli.output import print_table
 from meshserve.hosting import AdapterReplica
@@ -112,13 +112,12 @@ def unload(
 
 
 def _print(replicas: tuple[AdapterReplica, ...] | list[AdapterReplica]) -> None:
-    table = Table.grid(padding=(0, 2))
-    for replica in replicas:
-        state, style = ("loaded", "green") if replica.loaded else ("not loaded", "yellow")
-        table.add_row(
-            Text(replica.address),
-            Text(state, style=style),
-            Text(memory_text(replica.size_bytes)),
-            Text(replica.problem, style="red"),
+    print_engines(
+        (
+            replica.address,
+            Text("loaded", style="green") if replica.loaded else Text("not loaded", style="yellow"),
+            replica.size_bytes,
+            replica.problem,
         )
-    print_table(table)
+        for replica in replicas
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
@@ -49,21 +49,25 @@ def hosting_command(
     return command
 
 
-def memory_text(size_bytes: int) -> str:
-    """A size for people; empty for none."""
-    return f"{size_bytes / 2**20:,.0f} MiB" if size_bytes else ""
+def print_engines(rows: Iterable[tuple[str, Text, int, str]]) -> None:
+    """Print of each engine its address, what is there, the bytes of that, and what went wrong."""
+    table = Table.grid(padding=(0, 2))
+    for address, state, size_bytes, problem in rows:
+        size = f"{size_bytes / 2**20:,.0f} MiB" if size_bytes else ""
+        table.add_row(Text(address), state, Text(size), Text(problem, style="red"))
+    print_table(table)
 
 
 def _print(model: HostedModel) -> None:
-    table = Table.grid(padding=(0, 2))
-    for replica in model.replicas:
-        table.add_row(
-            Text(replica.address),
+    print_engines(
+        (
+            replica.address,
             Text(replica.state or "unknown", style=_STYLES.get(replica.state, "red")),
-            Text(memory_text(replica.memory_bytes)),
-            Text(replica.problem, style="red"),
+            replica.memory_bytes,
+            replica.problem,
         )
-    print_table(table)
+        for replica in model.replicas
+    )
 
 
 def _act(name: str, summary: str) -> click.Command:

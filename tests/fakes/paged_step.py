@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.engine.core.kernels import AttentionMetadata, paged_attention
+from services.engine.core.kernels import AttentionMetadata, KVLayer, paged_attention
 from services.engine.core.kernels.cpu import library
 from services.engine.core.kernels.cpu.attention import Step, attention, rotary_kv
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
@@ -163,5 +163,5 @@ def reference(pool: Pool, step: Step, texts: Sequence[Text]) -> Tensor:
     metadata = AttentionMetadata(tuple(lengths), tuple(contexts), tables, shape.block_size)
     heads = queries.double().view(len(queries), shape.heads, shape.head_dim)
     return paged_attention(
-        heads, paged[0], paged[1], metadata, shape.scale, shape.window, shape.softcap
+        heads, KVLayer(paged[0], paged[1]), metadata, shape.scale, shape.window, shape.softcap
     ).flatten(1)

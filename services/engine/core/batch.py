@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from services.engine.core.kernels.attention import DeviceLengths
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
@@ -26,4 +28,7 @@ class ForwardBatch:
     query_lengths: tuple[int, ...]  # tokens computed per sequence in this step
     context_lengths: tuple[int, ...]  # tokens in the KV cache per sequence after this step
     logits_rows: Tensor  # [num_rows] int64: rows of the flattened batch whose logits are wanted
+    # The same lengths where kernels read them; None: whoever needs them brings them there.
+    lengths: DeviceLengths | None = None
+    are_bounds: bool = False  # what AttentionMetadata says of it
     adapters: tuple[int, ...] | None = None  # per sequence, -1 for none; None: nobody has one

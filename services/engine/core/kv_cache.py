@@ -9,16 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.engine.core.kernels.kv_layer import KVLayer
 from services.engine.core.layer_groups import LayerGroups
+
+_SCALE_BYTES = 4
 
 
 class KVCache:
     """Keys and values of all sequences, in blocks of `block_size` tokens.
 
-    `keys[layer]` and `values[layer]` are [num_blocks, block_size, kv_heads, head_dim]; layers of
-    different groups may have the same memory there, in which each block belongs to one of them.
-    Which block belongs to which sequence is the block pool's knowledge, not the cache's. Blocks
-    start as zeros: attention masks what it must not see, and a mask cannot hide a NaN.
+    `layers[layer]` are those of one layer; layers of different groups may have the same memory
+    there, in which each block belongs to one of them. Which block belongs to which sequence is the
+    block pool's knowledge, not the cache's. Blocks start as zeros: attention masks what it must not
+    see, and a mask cannot hide a NaN.
+
+    One block more than the pool's, the last, belongs to nobody: rows that pad a step write there.
 
     Raises torch.OutOfMemoryError (CUDA) or MemoryError (CPU) where the pool does not fit.
     """
@@ -34,28 +39,43 @@ class KVCache:
         device: torch.device | str,
         groups: LayerGroups | None = None,
     ) -> None:
-        """groups: of the layers; by default all are in one."""
+        """dtype: of what is kept; int8 brings scales. groups: of the layers; by default all are in
+        one."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.groups = groups or LayerGroups.single(num_layers)
-        shape = (self.groups.layers_per_block, 2, num_blocks, block_size, kv_heads, head_dim)
+        shape = (self.groups.layers_per_block, 2, num_blocks + 1, block_size, kv_heads, head_dim)
         storage = _zeros(shape, dtype, torch.device(device))
-        self._storage = storage
-        self.keys: list[Tensor] = [storage[place, 0] for place in self.groups.place_of_layer]
-        self.values: list[Tensor] = [storage[place, 1] for place in self.groups.place_of_layer]
+        scales = None
+        if dtype == torch.int8:
+            scales = _zeros(shape[:-1], torch.float32, torch.device(device))
+        self._parts = (storage,) if scales is None else (storage, scales)
+        self.layers: list[KVLayer] = [
+            KVLayer(storage[place, 0], storage[place, 1])
+            if scales is None
+            else KVLayer(*storage[place].unbind(0), *scales[place].unbind(0))
+            for place in self.groups.place_of_layer
+        ]
+
+    def clear(self) -> None:
+        """Make all blocks zeros again."""
+        for part in self._parts:
+            part.zero_()
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, given as (source, destination): all of their layers, keys and
         values."""
-        sources, destinations = torch.tensor(pairs, device=self._storage.device).unbind(1)
-        self._storage[:, :, destinations] = self._storage[:, :, sources]
+        sources, destinations = torch.tensor(pairs, device=self._parts[0].device).unbind(1)
+        for part in self._parts:
+            part[:, :, destinations] = part[:, :, sources]
 
     @staticmethod
     def bytes_per_block(
         num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> int:
         """Return what one block of so many layers takes, keys and values, in bytes."""
-        return 2 * num_layers * block_size * kv_heads * head_dim * dtype.itemsize
+        vector = head_dim * dtype.itemsize + (_SCALE_BYTES if dtype == torch.int8 else 0)
+        return 2 * num_layers * block_size * kv_heads * vector
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from services.engine.core.encoding.startup import build_encoder, reads_whole_seq
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
-from services.engine.core.kernels import cpu, select
+from services.engine.core.kernels import cpu, select, triton
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
 from services.engine.core.messages import ModelFacts
@@ -58,6 +58,8 @@ def build_engine(
     device = resolve_device(settings.device)
     if device.type == "cpu":
         cpu.activate(settings.cpu_kernels)
+    else:
+        triton.activate()
     if reads_whole_sequences(settings.model_path):
         return build_encoder(settings, device)
     selections = select(device.type)

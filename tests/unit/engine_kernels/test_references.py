@@ -12,6 +12,7 @@ from torch import Tensor
 
 from services.engine.core.kernels import (
     AttentionMetadata,
+    KVLayer,
     add_rms_norm,
     paged_attention,
     rms_norm,
@@ -83,7 +84,7 @@ def test_rotary_embedding_turns_pairs_of_halves(dtype: torch.dtype, rotary_dim: 
 def test_write_kv_fills_exactly_its_slots() -> None:
     key_cache, value_cache = torch.zeros(6, 4, 2, 8), torch.zeros(6, 4, 2, 8)
     keys, values, slots = random(3, 2, 8), random(3, 2, 8), torch.tensor([21, 0, 7])
-    write_kv(keys, values, key_cache, value_cache, slots)
+    write_kv(keys, values, KVLayer(key_cache, value_cache), slots)
     for cache, new in ((key_cache, keys), (value_cache, values)):
         expected = torch.zeros(24, 2, 8)
         for row, slot in enumerate(slots.tolist()):
@@ -138,5 +139,5 @@ def test_paged_attention_is_attention_over_each_sequences_own_past(
     shape = (sum(needed) + 1, block_size, kv_heads, 8)
     key_cache, value_cache = random(*shape, dtype=dtype), random(*shape, dtype=dtype)
     queries = random(sum(metadata.query_lengths), num_heads, 8, dtype=dtype)
-    found = paged_attention(queries, key_cache, value_cache, metadata, 8**-0.5)
+    found = paged_attention(queries, KVLayer(key_cache, value_cache), metadata, 8**-0.5)
     assert_close(found, attend_token_by_token(queries, key_cache, value_cache, metadata))

@@ -145,8 +145,7 @@ class DecoderVectors:
         vectors = steps[0] if len(steps) == 1 else torch.cat(steps)
         if isinstance(self._kv_cache, KVCache) and not vectors.isfinite().all():
             # Plain torch hides what a sequence does not see by adding to it, which hides no NaN.
-            for kept in (*self._kv_cache.keys, *self._kv_cache.values):
-                kept.zero_()
+            self._kv_cache.clear()
         return vectors
 
 

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from services.engine.core.kernels.activation import gelu_tanh, gelu_tanh_and_mul, silu_and_mul
-from services.engine.core.kernels.attention import AttentionMetadata, paged_attention, write_kv
+from services.engine.core.kernels.attention import (
+    AttentionMetadata,
+    DeviceLengths,
+    paged_attention,
+    write_kv,
+)
 from services.engine.core.kernels.experts import mixture_of_experts
+from services.engine.core.kernels.kv_layer import KVLayer
+from services.engine.core.kernels.linear import linear
 from services.engine.core.kernels.low_rank import AdapterParts, LowRankPart, add_low_rank
 from services.engine.core.kernels.normalization import add_rms_norm, layer_norm, rms_norm
 from services.engine.core.kernels.registry import OPS, Op, Selection, declare, select
@@ -14,6 +21,8 @@ __all__ = [
     "OPS",
     "AdapterParts",
     "AttentionMetadata",
+    "DeviceLengths",
+    "KVLayer",
     "LowRankPart",
     "Op",
     "Selection",
@@ -23,6 +32,7 @@ __all__ = [
     "gelu_tanh",
     "gelu_tanh_and_mul",
     "layer_norm",
+    "linear",
     "mixture_of_experts",
     "paged_attention",
     "rms_norm",

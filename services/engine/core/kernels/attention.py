@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from services.engine.core.kernels.kv_layer import KVLayer, quantize_heads
 from services.engine.core.kernels.registry import declare
 
 T = TypeVar("T")
@@ -23,19 +25,79 @@ SHORT_CONTEXT_BLOCKS = 8
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceLengths:
+    """How long a step's sequences are, on the device.
+
+    Attributes:
+        query_starts: [num_sequences + 1] int32, the first row of each sequence, and the end.
+        contexts: [num_sequences] int32, tokens in the cache, the step's own included.
+    """
+
+    query_starts: Tensor
+    contexts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMetadata:
     """Which tokens of a step belong together and where their keys and values are.
 
     Tokens are flattened over sequences, `query_lengths[i]` consecutive rows for sequence i, whose
     cache holds `context_lengths[i]` tokens, these included. block_tables: [num_sequences,
     max_blocks] int32; blocks before what a window shows are never looked at.
+
+    lengths: the same on the device, where kernels read them. A step that was captured runs with
+    other lengths than it was captured with: then `lengths` tell them, and what the host knows are
+    bounds, `query_lengths` of each sequence and `context_lengths` of all.
     """
 
     query_lengths: tuple[int, ...]
     context_lengths: tuple[int, ...]
     block_tables: Tensor
     block_size: int
+    lengths: DeviceLengths | None = None
+    are_bounds: bool = False
     _prepared: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of the step, those included that pad it."""
+        return len(self.query_lengths)
+
+    @property
+    def max_query_length(self) -> int:
+        """What no sequence has more tokens than in this step."""
+        return self.once("max query length", lambda: max(self.query_lengths))
+
+    @property
+    def max_context_length(self) -> int:
+        """What no sequence has more tokens than in the cache."""
+        return self.once("max context length", lambda: max(self.context_lengths))
+
+    @property
+    def device_lengths(self) -> DeviceLengths:
+        """The lengths on the device of the block tables."""
+        if self.lengths is not None:
+            return self.lengths
+        return self.once("device lengths", self._to_device)
+
+    def exact(self) -> AttentionMetadata:
+        """With what the host knows made exact, which waits for the device."""
+        if not self.are_bounds:
+            return self
+        lengths = self.device_lengths
+        starts, contexts = lengths.query_starts.tolist(), lengths.contexts.tolist()
+        counts = tuple(end - start for start, end in pairwise(starts))
+        return replace(
+            self, query_lengths=counts, context_lengths=tuple(contexts), are_bounds=False
+        )
+
+    def _to_device(self) -> DeviceLengths:
+        device = self.block_tables.device
+        starts = (0, *accumulate(self.query_lengths))
+        return DeviceLengths(
+            torch.tensor(starts, dtype=torch.int32, device=device),
+            torch.tensor(self.context_lengths, dtype=torch.int32, device=device),
+        )
 
     def once(self, key: str, prepare: Callable[[], T]) -> T:
         """Return `prepare()`, computed once per step and not once per layer."""
@@ -46,23 +108,32 @@ class AttentionMetadata:
 
 
 @declare
-def write_kv(
-    keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
-) -> None:
+def write_kv(keys: Tensor, values: Tensor, cache: KVLayer, slots: Tensor) -> None:
     """Store the keys and values of a step's tokens in their slots of the cache.
 
-    keys, values: [num_tokens, kv_heads, head_dim]; caches: [num_blocks, block_size, kv_heads,
-    head_dim]; slots: [num_tokens] int64, block * block_size + offset.
+    keys, values: [num_tokens, kv_heads, head_dim]; slots: [num_tokens] int64, block * block_size +
+    offset. What the cache's format cannot hold is rounded.
     """
-    key_cache.flatten(0, 1).index_copy_(0, slots, keys)
-    value_cache.flatten(0, 1).index_copy_(0, slots, values)
+    for heads, stored, scales in (
+        (keys, cache.keys, cache.key_scales),
+        (values, cache.values, cache.value_scales),
+    ):
+        elements, own_scales = quantize_heads(heads, stored.dtype)
+        _rows(stored).index_copy_(0, slots, elements.view(_rows(stored).dtype))
+        if scales is not None and own_scales is not None:
+            scales.flatten(0, 1).index_copy_(0, slots, own_scales)
+
+
+def _rows(stored: Tensor) -> Tensor:
+    """[slots, kv_heads, head_dim]; eight-bit floats as bytes, which torch can copy by index."""
+    rows = stored.flatten(0, 1)
+    return rows.view(torch.uint8) if stored.dtype == torch.float8_e4m3fn else rows
 
 
 @declare
 def paged_attention(
     queries: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    cache: KVLayer,
     metadata: AttentionMetadata,
     scale: float,
     window: int | None = None,
@@ -70,24 +141,25 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each sequence's queries over its cached tokens.
 
-    queries: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim]
-    with the step's own keys and values already written. Decode, chunked prefill and speculative
-    verification differ in query length alone. Returns [num_tokens, heads, head_dim].
+    queries: [num_tokens, heads, head_dim]; the step's own keys and values are in the cache already.
+    Decode, chunked prefill and speculative verification differ in query length alone. Returns
+    [num_tokens, heads, head_dim].
 
     window: how many tokens back a query sees, its own included (Beltagy et al., arXiv:2004.05150);
     None: all. softcap: bends the products of queries and keys, scaled, into (-softcap, softcap)
     (Gemma 2, arXiv:2408.00118).
     """
-    num_heads, kv_heads = queries.shape[1], key_cache.shape[2]
+    metadata = metadata.exact()
+    num_heads, kv_heads = queries.shape[1], cache.keys.shape[2]
     groups = metadata.once(
         f"reference groups {window}",
         lambda: _group_sequences(metadata, num_heads // kv_heads, queries.dtype, window),
     )
     if len(groups) == 1:
-        return _attend(queries, key_cache, value_cache, groups[0], scale, softcap)
+        return _attend(queries, cache, groups[0], scale, softcap)
     output = torch.empty_like(queries)
     for group in groups:
-        attended = _attend(queries[group.rows], key_cache, value_cache, group, scale, softcap)
+        attended = _attend(queries[group.rows], cache, group, scale, softcap)
         output.index_copy_(0, group.rows, attended)
     return output
 
@@ -180,17 +252,12 @@ def _make_group(
 
 
 def _attend(
-    queries: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    group: _Group,
-    scale: float,
-    softcap: float | None,
+    queries: Tensor, cache: KVLayer, group: _Group, scale: float, softcap: float | None
 ) -> Tensor:
     num_sequences, query_length = group.num_sequences, group.query_length
-    kv_heads, head_dim = key_cache.shape[2:]
-    keys = _gather(key_cache, group)
-    values = _gather(value_cache, group)
+    kv_heads, head_dim = cache.keys.shape[2:]
+    keys = _gather(cache.keys, cache.key_scales, group, queries.dtype)
+    values = _gather(cache.values, cache.value_scales, group, queries.dtype)
     if not group.folded:
         rows = queries.view(num_sequences, query_length, -1, head_dim).transpose(1, 2)
         attended = _softmax_attention(rows, keys, values, group.mask, scale, softcap)
@@ -224,8 +291,12 @@ def _softmax_attention(
     return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
 
 
-def _gather(cache: Tensor, group: _Group) -> Tensor:
+def _gather(stored: Tensor, scales: Tensor | None, group: _Group, dtype: torch.dtype) -> Tensor:
     """Return the cached vectors of a group, [sequences, kv_heads, span, head_dim]."""
-    pages = cache.index_select(0, group.blocks)
-    contiguous = pages.view(group.num_sequences, -1, *cache.shape[2:])
+    pages = stored.index_select(0, group.blocks)
+    if scales is not None:
+        pages = (pages * scales.index_select(0, group.blocks).unsqueeze(-1)).to(dtype)
+    elif pages.dtype != dtype:
+        pages = pages.to(dtype)
+    contiguous = pages.view(group.num_sequences, -1, *stored.shape[2:])
     return contiguous[:, : group.span].transpose(1, 2)

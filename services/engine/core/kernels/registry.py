@@ -83,16 +83,23 @@ class Op(Generic[P, R]):
 
         return register
 
-    def select(self, device_type: str, exclude: Collection[str] = ()) -> Selection:
-        """Choose the preferred implementation that can run on the device, and remember it."""
+    def select(
+        self, device_type: str, exclude: Collection[str] = (), *, tensors_on: str | None = None
+    ) -> Selection:
+        """Choose the preferred implementation that can run on the device, and remember it.
+
+        tensors_on: the type of device whose tensors it is for, where that is another: kernels of a
+        GPU that are interpreted compute on a CPU.
+        """
+        place = tensors_on or device_type
         passed_over: list[tuple[str, str]] = []
         for candidate in reversed(self.implementations.get(device_type, [])):
             reason = "excluded" if candidate.name in exclude else candidate.unavailable()
             if reason is None:
-                self._chosen[device_type] = candidate.run
+                self._chosen[place] = candidate.run
                 return Selection(self.name, candidate.name, tuple(passed_over))
             passed_over.append((candidate.name, reason))
-        self._chosen[device_type] = self.reference
+        self._chosen[place] = self.reference
         return Selection(self.name, REFERENCE, tuple(passed_over))
 
 

@@ -31,7 +31,12 @@ class StepContext:
         self._slots = tuple(batch.slots) if several else (batch.slots,)
         self._metadata = tuple(
             AttentionMetadata(
-                batch.query_lengths, batch.context_lengths, tables, kv_cache.block_size
+                batch.query_lengths,
+                batch.context_lengths,
+                tables,
+                kv_cache.block_size,
+                batch.lengths,
+                batch.are_bounds,
             )
             for tables in (batch.block_tables if several else (batch.block_tables,))
         )
@@ -63,18 +68,11 @@ class PagedAttention(nn.Module):
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, step: StepContext) -> Tensor:
         """queries: [num_tokens, heads, head_dim], keys and values: [num_tokens, kv_heads,
         head_dim] -> [num_tokens, heads * head_dim]."""
-        key_cache = step.kv_cache.keys[self.layer_index]
-        value_cache = step.kv_cache.values[self.layer_index]
+        cache = step.kv_cache.layers[self.layer_index]
         slots, metadata = step.places(self.layer_index)
-        write_kv(keys, values, key_cache, value_cache, slots)
+        write_kv(keys, values, cache, slots)
         return paged_attention(
-            queries,
-            key_cache,
-            value_cache,
-            metadata,
-            self.scale,
-            self.window,
-            self.softcap,
+            queries, cache, metadata, self.scale, self.window, self.softcap
         ).flatten(1)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from services.engine.core.kernels import linear
 from services.engine.core.layers.adapters import LinearAdapters
 
 
@@ -22,7 +23,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        projected = functional.linear(hidden, self.weight, self.bias)
+        projected = linear(hidden, self.weight, self.bias)
         return projected if self.adapters is None else self.adapters.add(projected, hidden)
 
 
@@ -37,7 +38,7 @@ class Embedding(nn.Module):
         return functional.embedding(token_ids, self.weight)
 
     def project(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.weight)
+        return linear(hidden, self.weight, None)
 
 
 class MergedLinear(nn.Module):
@@ -56,7 +57,7 @@ class MergedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(sum(sizes.values()))) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        projected = functional.linear(hidden, self.weight, self.bias)
+        projected = linear(hidden, self.weight, self.bias)
         return projected if self.adapters is None else self.adapters.add(projected, hidden)
 
     def slots(self, path: str, stored: Container[str]) -> dict[str, Tensor]:

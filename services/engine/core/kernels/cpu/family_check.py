@@ -28,6 +28,7 @@ from services.engine.core.kernels.cpu.self_check import (
     token_ids,
 )
 from services.engine.core.kernels.experts import mixture_of_experts
+from services.engine.core.kernels.kv_layer import KVLayer
 from services.engine.core.kernels.rotary import rotary_embedding
 
 _SIZE = 96
@@ -166,13 +167,12 @@ def _attention_is_right(library: Library, kind: _Attention) -> bool:
         rotated = rotary_embedding.reference(
             rotated, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         )
-    key_cache, value_cache = torch.zeros(2, 1, 16, 1, HEAD_DIM)
-    key_cache[0, :_ROWS], value_cache[0, :_ROWS] = rotated[:, 1:], values
+    cache = KVLayer(*torch.zeros(2, 1, 16, 1, HEAD_DIM))
+    cache.keys[0, :_ROWS], cache.values[0, :_ROWS] = rotated[:, 1:], values
     tables = torch.zeros(1, 1, dtype=torch.int32)
     expected = paged_attention.reference(
         rotated[:, :1],
-        key_cache,
-        value_cache,
+        cache,
         AttentionMetadata((_ROWS,), (_ROWS,), tables, 16),
         1.0,
         kind.window,

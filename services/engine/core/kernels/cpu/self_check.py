@@ -32,6 +32,7 @@ from services.engine.core.kernels.cpu.program import (
     StepInput,
 )
 from services.engine.core.kernels.cpu.team import Team
+from services.engine.core.kernels.kv_layer import KVLayer
 
 Rounding: TypeAlias = Callable[[Tensor], GroupedWeight] | None  # None: to bf16
 
@@ -88,12 +89,11 @@ def attends_correctly(library: Library) -> bool:
     queries, keys, values = (
         projected[token_ids(_TOKENS)].bfloat16().float().view(_TOKENS, 3, 1, HEAD_DIM).unbind(1)
     )
-    blocks = torch.zeros(1, 16, 1, HEAD_DIM)
-    key_cache, value_cache = blocks.clone(), blocks.clone()
-    key_cache[0, :_TOKENS], value_cache[0, :_TOKENS] = keys, values
+    cache = KVLayer(*torch.zeros(2, 1, 16, 1, HEAD_DIM))
+    cache.keys[0, :_TOKENS], cache.values[0, :_TOKENS] = keys, values
     tables = torch.zeros(1, 1, dtype=torch.int32)
     metadata = AttentionMetadata((_TOKENS,), (_TOKENS,), tables, 16)
-    expected = paged_attention.reference(queries, key_cache, value_cache, metadata, 1.0)
+    expected = paged_attention.reference(queries, cache, metadata, 1.0)
     return is_close(found, expected.flatten(1))
 
 

@@ -1,0 +1,27 @@
+"""Kernels in Triton are interpreted here: they compute on the CPU, and are held to the references.
+
+Whether they compile for a GPU is what test_compiling sees, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before the first kernel is decorated: that is when Triton looks.
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+
+from services.engine.core.kernels import triton
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted() -> None:
+    triton.activate()
+    assert triton.why_not() is None, triton.why_not()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

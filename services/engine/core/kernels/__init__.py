@@ -14,6 +14,7 @@ from services.engine.core.kernels.kv_layer import KVLayer
 from services.engine.core.kernels.linear import linear
 from services.engine.core.kernels.low_rank import AdapterParts, LowRankPart, add_low_rank
 from services.engine.core.kernels.normalization import add_rms_norm, layer_norm, rms_norm
+from services.engine.core.kernels.quantized_rows import add_rms_norm_quantized, quantize_rows
 from services.engine.core.kernels.registry import OPS, Op, Selection, declare, select
 from services.engine.core.kernels.rotary import rotary_embedding
 
@@ -28,6 +29,7 @@ __all__ = [
     "Selection",
     "add_low_rank",
     "add_rms_norm",
+    "add_rms_norm_quantized",
     "declare",
     "gelu_tanh",
     "gelu_tanh_and_mul",
@@ -35,6 +37,7 @@ __all__ = [
     "linear",
     "mixture_of_experts",
     "paged_attention",
+    "quantize_rows",
     "rms_norm",
     "rotary_embedding",
     "select",

@@ -75,18 +75,19 @@ class BlockTables:
         return list(zip(match.copied_blocks, copies, strict=False))
 
     def missing_blocks(self, sequence: Sequence, num_draft_tokens: int) -> int:
-        """Blocks that the table of a running sequence lacks for what it knows and so many drafted
+        """Blocks that the table of a running sequence lacks for what it expects and so many drafted
         tokens."""
-        num_tokens = sequence.num_tokens + num_draft_tokens
+        num_tokens = sequence.num_expected_tokens + num_draft_tokens
         return self.pool.blocks_for(num_tokens) * self._num_groups - len(sequence.block_table)
 
     def lacking_blocks(self, sequence: Sequence, end: int) -> int:
         """Take back what a running sequence sees no longer; returns how many free blocks it takes
-        for its table to reach `end` tokens, and then all that it knows."""
+        for its table to reach `end` tokens, and then all that it expects."""
         if not self.shape.slidings:
-            return self.missing_blocks(sequence, end - sequence.num_tokens)
+            return self.missing_blocks(sequence, end - sequence.num_expected_tokens)
         self._slide(sequence)
-        needed = self.shape.blocks_for(max(end, sequence.num_tokens), sequence.num_computed_tokens)
+        end = max(end, sequence.num_expected_tokens)
+        needed = self.shape.blocks_for(end, sequence.num_computed_tokens)
         held = len(sequence.block_table) + len(sequence.reserved_blocks)
         for sliding, num_slid in zip(self.shape.slidings, sequence.num_slid_rows, strict=True):
             held -= len(sliding.groups) * num_slid
@@ -112,6 +113,8 @@ class BlockTables:
         sequence.num_slid_rows = []
         sequence.retired_blocks = []
         sequence.num_computed_tokens = 0
+        sequence.num_launched_tokens = 0
+        sequence.num_pending_tokens = 0
         sequence.num_published_rows = 0
 
     def _missing_to_enter(self, sequence: Sequence, match: Match) -> int:

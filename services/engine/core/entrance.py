@@ -38,6 +38,7 @@ class Entrance:
         self._queue = WaitingQueue(tenants)
         self._sharing = PrefillSharing(tables.prefix_cache, tables.pool.block_size)
         self._compiling: dict[Sequence, None] = {}  # in the order they came
+        self.wants_room = False  # whether the head could have entered if somebody had gone
 
     def __len__(self) -> int:
         return len(self._queue) + len(self._sharing) + len(self._compiling)
@@ -95,14 +96,16 @@ class Entrance:
                 self._queue.push(follower)
 
     def admit(
-        self, preempt: Callable[[Sequence], None]
+        self, preempt: Callable[[Sequence], None] | None
     ) -> tuple[list[Sequence], list[tuple[int, int]]]:
-        """Let enter who can; `preempt` puts a running sequence back into the queue.
+        """Let enter who can; `preempt` puts a running sequence back into the queue. Without it
+        nobody goes, and `wants_room` says whether somebody would have had to.
 
         Returns who entered, and the blocks (source, destination) to copy for them.
         """
         entered: list[Sequence] = []
         copies: list[tuple[int, int]] = []
+        self.wants_room = False
         while (sequence := self._queue.head) is not None:
             match = self._tables.match(sequence)
             leader = self._sharing.leader_for(sequence, match)
@@ -115,7 +118,8 @@ class Entrance:
             if usable is None:
                 usable = self._tables.match_whole_blocks(sequence, match)
                 victims = self._victims(sequence, usable, missing_rows)
-                if not victims:
+                self.wants_room = preempt is None and bool(victims)
+                if not victims or preempt is None:
                     break
                 for victim in victims:
                     preempt(victim)

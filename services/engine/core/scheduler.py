@@ -30,6 +30,7 @@ from services.engine.core.speculation.plan_drafts import plan_drafts
 from services.engine.core.speculation.speculator import Speculator
 from services.engine.core.table_shape import TableShape
 from services.engine.core.token_budget import TokenBudget, share
+from services.engine.core.under_way import StepsUnderWay
 
 
 class Scheduler:
@@ -46,6 +47,10 @@ class Scheduler:
 
     Between `schedule` and the `apply` of its outputs no sequence may be added or aborted; all that
     may be done then is to ask the `lookahead` what comes next.
+
+    Unless the step is launched: told to a device that computes it while others are planned. Then
+    sequences come and go as they like, `schedule_ahead` plans what follows, and the outputs of
+    steps are applied in the order of their launches.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Scheduler:
             self.block_tables, self._running, self._tenants, self._concurrency
         )
         self.lookahead = Lookahead(self._running, self._entrance, self.block_tables)
+        self._under_way = StepsUnderWay()
         self._speculator = speculator
         self._compiler = compiler
         self._adapters = adapters
@@ -246,11 +252,44 @@ class Scheduler:
             return ahead
         return Plan(self.steps, tuple(planned), tuple(planned.values()), tuple(copies))
 
+    def launch(self, plan: Plan) -> None:
+        """Note that a device has been told to compute a plan."""
+        self._under_way.launch(plan)
+
+    def schedule_ahead(self) -> Plan | None:
+        """The step to follow those under way, as far as it can be told before their outputs come.
+
+        None: there is nothing to be told, or it takes these, be it for drafts or to find somebody
+        who gives up room.
+        """
+        running = len(self._running)
+        if self._entrance.wants_room or (
+            self._speculator is not None and self._speculator.may_draft(running)
+        ):
+            self._entrance.wants_room = False
+            return None
+        prefilling = any(each.num_uncomputed_tokens > 1 for each in self._running)
+        if self.block_tables.shape.slidings and (prefilling or len(self._entrance)):
+            # What slides out of the windows of a prefill is known once it is computed.
+            return None
+        planned: dict[Sequence, int] = {}
+        if not self._plan_decodes(planned, preempt=False):
+            return None
+        entered, copies = self._entrance.admit(None)
+        planned.update((each, 1) for each in entered if each.num_uncomputed_tokens == 1)
+        self._plan_prefills(planned)
+        if not planned:
+            return None
+        self.steps += 1
+        self._concurrency.stepped()
+        return Plan(self.steps, tuple(planned), tuple(planned.values()), tuple(copies))
+
     def apply(self, outputs: StepOutputs) -> list[Delta]:
         """Take in what a step brought; returns what changed, one delta per planned sequence that
         got tokens or ended."""
         deltas: list[Delta] = []
         plan = outputs.plan
+        remaining = self._under_way.settle(plan)
         if plan.block_copies:
             self.pool.release([source for source, _ in plan.block_copies])
         if self._speculator is not None:
@@ -260,10 +299,13 @@ class Scheduler:
         for sequence, count, output in zip(
             plan.sequences, plan.token_counts, outputs.outputs, strict=True
         ):
+            if remaining is not None and sequence not in remaining:
+                continue
             sequence.steps += 1
             if sequence.prefill_start_ns == 0:
                 sequence.prefill_start_ns = outputs.started_ns
-            uncomputed = sequence.num_uncomputed_tokens
+            # When it was planned: what was launched since does not count.
+            uncomputed = sequence.num_tokens - sequence.num_computed_tokens
             if uncomputed > 1:
                 num_prefill_tokens += count
             if output.error is not None:
@@ -311,7 +353,7 @@ class Scheduler:
 
     def _plan(self) -> tuple[dict[Sequence, int], list[tuple[int, int]]]:
         planned: dict[Sequence, int] = {}
-        self._plan_decodes(planned)
+        self._plan_decodes(planned, preempt=True)
 
         def preempt(victim: Sequence) -> None:
             self._preempt(victim, planned)
@@ -322,19 +364,29 @@ class Scheduler:
         self._plan_prefills(planned)
         return planned, copies
 
-    def _plan_decodes(self, planned: dict[Sequence, int]) -> None:
+    def _plan_decodes(self, planned: dict[Sequence, int], *, preempt: bool) -> bool:
+        """Plan a token for each sequence that decodes; False: somebody would have to go for it."""
         for sequence in tuple(self._running):
             # A sequence further up may have preempted this one.
             if sequence.state is not SequenceState.RUNNING or sequence.num_uncomputed_tokens != 1:
                 continue
-            missing = self.block_tables.missing_blocks(sequence, 0)
-            if missing <= 0 or self._grow(sequence, sequence.num_tokens, planned):
-                planned[sequence] = 1
+            if sequence.num_pending_tokens and sequence.is_complete:
+                continue
+            if self.block_tables.missing_blocks(sequence, 0) > 0:
+                end = sequence.num_expected_tokens
+                lacking = self.block_tables.lacking_blocks(sequence, end)
+                if lacking > self.pool.num_free and not preempt:
+                    return False
+                if not self._grow(sequence, end, lacking, planned):
+                    continue
+            planned[sequence] = 1
+        return True
 
-    def _grow(self, sequence: Sequence, end: int, planned: dict[Sequence, int]) -> bool:
-        """Let the block table of a running sequence reach `end` tokens, for which others may have
-        to go; False: it had to."""
-        lacking = self.block_tables.lacking_blocks(sequence, end)
+    def _grow(
+        self, sequence: Sequence, end: int, lacking: int, planned: dict[Sequence, int]
+    ) -> bool:
+        """Let the block table of a running sequence reach `end` tokens, for which it lacks so many
+        blocks and others may have to go; False: it had to."""
         while lacking > self.pool.num_free:
             victim = choose_victim(
                 self._running.sequences, self.pool, self.block_tables.shape.num_groups
@@ -349,13 +401,19 @@ class Scheduler:
     def _plan_prefills(self, planned: dict[Sequence, int]) -> None:
         if len(planned) == len(self._running):
             return
-        prefills = [sequence for sequence in self._running if sequence not in planned]
+        prefills = [
+            sequence
+            for sequence in self._running
+            if sequence not in planned and not sequence.is_complete
+        ]
         shares = share(self._budget.prefill_tokens(sum(planned.values())), prefills)
         planned.update(shares)
         if self.block_tables.shape.slidings:
             for sequence, count in shares.items():
                 if sequence.state is SequenceState.RUNNING:
-                    self._grow(sequence, sequence.num_computed_tokens + count, planned)
+                    end = sequence.num_computed_tokens + count
+                    lacking = self.block_tables.lacking_blocks(sequence, end)
+                    self._grow(sequence, end, lacking, planned)
 
     def _preempt(self, sequence: Sequence, planned: dict[Sequence, int]) -> None:
         planned.pop(sequence, None)

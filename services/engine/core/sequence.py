@@ -69,6 +69,8 @@ class Sequence:
         "matcher",
         "max_tokens",
         "num_computed_tokens",
+        "num_launched_tokens",
+        "num_pending_tokens",
         "num_prompt_tokens",
         "num_published_rows",
         "num_slid_rows",
@@ -114,6 +116,10 @@ class Sequence:
             None if request.sampling.prompt_logprobs is None else []
         )
         self.num_computed_tokens = 0
+        # Of steps under way, whose outputs are not there: tokens behind those that are computed
+        # which they compute, and tokens that they bring.
+        self.num_launched_tokens = 0
+        self.num_pending_tokens = 0
         self.block_table: list[int] = []
         # Of a model with windows: blocks for rows to come, by window the first rows of the table
         # that are given back, and those blocks of them that could not be published yet.
@@ -171,9 +177,22 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_expected_tokens(self) -> int:
+        """Tokens known, and those that steps under way bring."""
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens known but not in the KV cache: 1 while decoding, more while prefilling."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Expected tokens that no step has put into the KV cache or is about to: 1 while decoding,
+        more while prefilling."""
+        expected = len(self.token_ids) + self.num_pending_tokens
+        return expected - self.num_computed_tokens - self.num_launched_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether steps under way bring the last token that it may have."""
+        num_output_tokens = self.num_expected_tokens - self.num_prompt_tokens
+        return self.num_pending_tokens > 0 and num_output_tokens >= self.max_tokens
 
     @property
     def num_unscored_tokens(self) -> int:

@@ -36,6 +36,10 @@ class Speculator(ABC):
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept of a sequence that has ended."""
 
+    def may_draft(self, num_sequences: int) -> bool:
+        """Whether `propose` might draft anything for so many; if not, it need not be asked."""
+        return True
+
     def observe(self, outputs: StepOutputs) -> None:
         """Learn from a step, before its sequences take in what it brought."""
         plan = outputs.plan
@@ -80,6 +84,10 @@ class NgramSpeculator(Speculator):
             lookup.draft(sequence.token_ids, length) if length else ()
             for lookup, sequence, length in zip(lookups, sequences, lengths, strict=True)
         ]
+
+    def may_draft(self, num_sequences: int) -> bool:
+        """Whether a draft that is right could pay."""
+        return num_sequences > 0 and self._lengths.could_pay(num_sequences)
 
     def forget(self, sequence: Sequence) -> None:
         """Drop the index of a sequence that has ended."""

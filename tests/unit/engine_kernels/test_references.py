@@ -93,9 +93,14 @@ def test_write_kv_fills_exactly_its_slots() -> None:
 
 
 def attend_token_by_token(
-    queries: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata
+    queries: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    metadata: AttentionMetadata,
+    window: int | None = None,
+    global_tokens: int = 0,
 ) -> Tensor:
-    """The definition: softmax(q k / sqrt(d)) v over the keys up to the query, in float64."""
+    """The definition: softmax(q k / sqrt(d)) v over the keys that a query sees, in float64."""
     size, (heads, head_dim) = metadata.block_size, queries.shape[1:]
     per_kv, rows = heads // key_cache.shape[2], []
     for index, (new, context) in enumerate(
@@ -107,9 +112,11 @@ def attend_token_by_token(
         values = value_cache.flatten(0, 1)[where].double().repeat_interleave(per_kv, 1)
         for position in range(context - new, context):
             query = queries[len(rows)].double()
-            scores = torch.einsum("hd,khd->hk", query, keys[: position + 1])
+            first = 0 if window is None else max(0, position - window + 1)
+            seen = [at for at in range(position + 1) if at >= first or at < global_tokens]
+            scores = torch.einsum("hd,khd->hk", query, keys[seen])
             weights = (scores / math.sqrt(head_dim)).softmax(-1)
-            rows.append(torch.einsum("hk,khd->hd", weights, values[: position + 1]))
+            rows.append(torch.einsum("hk,khd->hd", weights, values[seen]))
     return torch.stack(rows)
 
 
@@ -124,9 +131,14 @@ lengths = st.tuples(st.integers(1, 50), st.integers(0, 200)) | st.tuples(
     sequences=st.lists(lengths, min_size=1, max_size=6),
     heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (8, 1)]),
     block_size=st.sampled_from([1, 4, 16]),
+    pattern=st.sampled_from([(None, 0), (1, 0), (20, 0), (20, 1), (7, 40), (None, 3)]),
 )
 def test_paged_attention_is_attention_over_each_sequences_own_past(
-    dtype: torch.dtype, sequences: list[tuple[int, int]], heads: tuple[int, int], block_size: int
+    dtype: torch.dtype,
+    sequences: list[tuple[int, int]],
+    heads: tuple[int, int],
+    block_size: int,
+    pattern: tuple[int | None, int],
 ) -> None:
     num_heads, kv_heads = heads
     contexts = tuple(new + past for new, past in sequences)
@@ -139,5 +151,9 @@ def test_paged_attention_is_attention_over_each_sequences_own_past(
     shape = (sum(needed) + 1, block_size, kv_heads, 8)
     key_cache, value_cache = random(*shape, dtype=dtype), random(*shape, dtype=dtype)
     queries = random(sum(metadata.query_lengths), num_heads, 8, dtype=dtype)
-    found = paged_attention(queries, KVLayer(key_cache, value_cache), metadata, 8**-0.5)
-    assert_close(found, attend_token_by_token(queries, key_cache, value_cache, metadata))
+    window, global_tokens = pattern
+    found = paged_attention(
+        queries, KVLayer(key_cache, value_cache), metadata, 8**-0.5, window, None, global_tokens
+    )
+    exact = attend_token_by_token(queries, key_cache, value_cache, metadata, *pattern)
+    assert_close(found, exact)

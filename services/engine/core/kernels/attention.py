@@ -138,6 +138,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    global_tokens: int = 0,
 ) -> Tensor:
     """Causal attention of each sequence's queries over its cached tokens.
 
@@ -146,14 +147,16 @@ def paged_attention(
     [num_tokens, heads, head_dim].
 
     window: how many tokens back a query sees, its own included (Beltagy et al., arXiv:2004.05150);
-    None: all. softcap: bends the products of queries and keys, scaled, into (-softcap, softcap)
-    (Gemma 2, arXiv:2408.00118).
+    None: all. global_tokens: so many tokens at a sequence's beginning stay visible beside the
+    window (arXiv:2004.05150; as attention sinks: Xiao et al., arXiv:2309.17453). softcap: bends the
+    products of queries and keys, scaled, into (-softcap, softcap) (Gemma 2, arXiv:2408.00118).
     """
     metadata = metadata.exact()
     num_heads, kv_heads = queries.shape[1], cache.keys.shape[2]
+    seen = _Seen(window, global_tokens)
     groups = metadata.once(
-        f"reference groups {window}",
-        lambda: _group_sequences(metadata, num_heads // kv_heads, queries.dtype, window),
+        f"reference groups {seen}",
+        lambda: _group_sequences(metadata, num_heads // kv_heads, queries.dtype, seen),
     )
     if len(groups) == 1:
         return _attend(queries, cache, groups[0], scale, softcap)
@@ -162,6 +165,20 @@ def paged_attention(
         attended = _attend(queries[group.rows], cache, group, scale, softcap)
         output.index_copy_(0, group.rows, attended)
     return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a query sees of the tokens up to its own; see `paged_attention`."""
+
+    window: int | None
+    global_tokens: int
+
+    def first_block(self, context: int, query_length: int, block_size: int) -> int:
+        """The first block that the first of a sequence's queries sees."""
+        if self.window is None or self.global_tokens:
+            return 0
+        return max(0, context - query_length - self.window + 1) // block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +195,7 @@ class _Group:
 
 
 def _group_sequences(
-    metadata: AttentionMetadata, queries_per_kv: int, dtype: torch.dtype, window: int | None
+    metadata: AttentionMetadata, queries_per_kv: int, dtype: torch.dtype, seen: _Seen
 ) -> list[_Group]:
     members: dict[tuple[int, int], list[int]] = {}
     starts, row = [], 0
@@ -190,19 +207,14 @@ def _group_sequences(
             bucket = -1 - index
         else:
             context = metadata.context_lengths[index]
-            first = _first_block(context, query_length, window, metadata.block_size)
+            first = seen.first_block(context, query_length, metadata.block_size)
             num_blocks = -(-context // metadata.block_size) - first
             bucket = (max(num_blocks, SHORT_CONTEXT_BLOCKS) - 1).bit_length()
         members.setdefault((query_length, bucket), []).append(index)
     return [
-        _make_group(metadata, indices, starts, queries_per_kv, dtype, window)
+        _make_group(metadata, indices, starts, queries_per_kv, dtype, seen)
         for indices in members.values()
     ]
-
-
-def _first_block(context: int, query_length: int, window: int | None, block_size: int) -> int:
-    """The first block that the first of a sequence's queries sees."""
-    return 0 if window is None else max(0, context - query_length - window + 1) // block_size
 
 
 def _make_group(
@@ -211,28 +223,30 @@ def _make_group(
     starts: list[int],
     queries_per_kv: int,
     dtype: torch.dtype,
-    window: int | None,
+    seen: _Seen,
 ) -> _Group:
     device = metadata.block_tables.device
     query_length = metadata.query_lengths[indices[0]]
     contexts = [metadata.context_lengths[index] for index in indices]
     block_size = metadata.block_size
-    firsts = [_first_block(each, query_length, window, block_size) for each in contexts]
+    firsts = [seen.first_block(each, query_length, block_size) for each in contexts]
     # All that follows counts from a sequence's first block that is seen.
     spans = [context - block_size * at for context, at in zip(contexts, firsts, strict=True)]
     span = max(spans)
     num_blocks = -(-span // block_size)
     folded = query_length <= FOLD_MAX_QUERY_LENGTH
     mask = None
-    reaches_back = window is not None and window < span
+    reaches_back = seen.window is not None and seen.window < span
     if query_length > 1 or min(spans) < span or reaches_back:
         # A query sees the keys up to its own position; what lies beyond is later or padding.
         first = torch.tensor(spans, device=device).sub_(query_length).view(-1, 1, 1, 1)
         last_seen = first + torch.arange(query_length, device=device).view(-1, 1)
         positions = torch.arange(span, device=device)
         hidden = positions > last_seen
-        if window is not None:
-            hidden |= positions <= last_seen - window
+        if seen.window is not None:
+            slid_out = positions <= last_seen - seen.window
+            # Where some are global, positions count from the sequence's beginning.
+            hidden |= slid_out & (positions >= seen.global_tokens)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
         mask.masked_fill_(hidden, float("-inf"))
         if folded and query_length > 1:

@@ -22,6 +22,8 @@ class Preparation:
     """A step that lacks nothing but its token ids. Arrays are as in ForwardBatch."""
 
     plan: Plan
+    rows: npt.NDArray[np.int64]  # of the planned sequences, in SequenceRows
+    output_positions: npt.NDArray[np.int64]  # of the tokens sampled next, in their outputs
     drafts: tuple[tuple[int, ...], ...] | None
     positions: npt.NDArray[np.int64]
     slots: npt.NDArray[np.int64]
@@ -32,8 +34,8 @@ class Preparation:
     # Positions of each planned sequence whose logits score its next prompt token; their rows come
     # before those that are sampled from. Empty: nothing is scored.
     scores: list[range]
-    sampling: SamplingBatch | None  # None: nothing is sampled
-    masks: StepMasks | None  # those of `sampling`, to be filled; None: it has none
+    sampling: SamplingBatch | None = None  # None: nothing is sampled
+    masks: StepMasks | None = None  # those of `sampling`, to be filled; None: it has none
 
 
 def prepare(
@@ -41,16 +43,25 @@ def prepare(
 ) -> Preparation:
     """Prepare a plan whose sequences will each have `num_pending_tokens` tokens more, known and
     computed, by the time it runs."""
+    step = prepare_input(plan, state, block_size, num_pending_tokens=num_pending_tokens)
+    return with_sampling(step, state)
+
+
+def prepare_input(
+    plan: Plan, state: SequenceRows, block_size: int, *, num_pending_tokens: int = 0
+) -> Preparation:
+    """The same without how tokens are sampled."""
     sequences, counts = plan.sequences, plan.token_counts
     drafts = plan.drafts()
     widest = max(map(state.refresh, sequences))
     rows = np.array([sequence.row for sequence in sequences])
-    computed = [sequence.num_computed_tokens + num_pending_tokens for sequence in sequences]
-    contexts = [before + count for before, count in zip(computed, counts, strict=True)]
-    beyond = [
-        context - len(sequence.token_ids) - num_pending_tokens
-        for context, sequence in zip(contexts, sequences, strict=True)
+    computed = [
+        each.num_computed_tokens + each.num_launched_tokens + num_pending_tokens
+        for each in sequences
     ]
+    contexts = [before + count for before, count in zip(computed, counts, strict=True)]
+    expected = [each.num_expected_tokens + num_pending_tokens for each in sequences]
+    beyond = [context - known for context, known in zip(contexts, expected, strict=True)]
     ends = list(accumulate(counts))
     total = ends[-1]
     sampled = [index for index, ahead in enumerate(beyond) if ahead >= 0]
@@ -78,17 +89,15 @@ def prepare(
     tables = state.block_tables
     places = tables[..., owners, positions // block_size]
     slots = places * np.int64(block_size) + positions % block_size
-    sampling = (
-        _scoring(plan, sampled, scores, state)
-        if scores
-        else _sampling(plan, drafts, sampled, state, num_pending_tokens)
-    )
-    masks = None
-    if sampling is not None and any(sequences[index].matcher for index in sampled):
-        masks = _masks(plan, drafts, sampled, scores)
-        sampling = replace(sampling, masks=masks.masks)
     return Preparation(
         plan=plan,
+        rows=rows,
+        output_positions=np.array(
+            [
+                known - each.num_prompt_tokens
+                for known, each in zip(expected, sequences, strict=True)
+            ]
+        ),
         drafts=drafts,
         positions=positions,
         slots=slots,
@@ -97,25 +106,41 @@ def prepare(
         logits_rows=logits_rows,
         sampled=sampled,
         scores=scores,
-        sampling=sampling,
-        masks=masks,
     )
 
 
-def _masks(
-    plan: Plan,
-    drafts: tuple[tuple[int, ...], ...] | None,
-    sampled: list[int],
-    scores: list[range],
-) -> StepMasks:
+def with_sampling(step: Preparation, state: SequenceRows) -> Preparation:
+    """The same, with how its tokens are sampled: by now all before them must be known to those whose
+    logits are edited."""
+    if step.scores:
+        sampling: SamplingBatch | None = _scoring(step, state)
+    else:
+        sampling = _sampling(step, state)
+    masks = None
+    if sampling is not None and any(_follows(step, index) for index in step.sampled):
+        masks = _masks(step)
+        sampling = replace(sampling, masks=masks.masks)
+    return replace(step, sampling=sampling, masks=masks)
+
+
+def _is_there(step: Preparation, index: int) -> bool:
+    """Whether a sequence of a step that was prepared before is still where it was."""
+    return step.plan.sequences[index].row == step.rows[index]
+
+
+def _follows(step: Preparation, index: int) -> bool:
+    return step.plan.sequences[index].matcher is not None and _is_there(step, index)
+
+
+def _masks(step: Preparation) -> StepMasks:
     followers = []
     row = 0
-    sampled_indices = frozenset(sampled)
-    for index, sequence in enumerate(plan.sequences):
-        row += len(scores[index]) if scores else 0
-        if index in sampled_indices:
-            draft = () if drafts is None else drafts[index]
-            if sequence.matcher is not None:
+    sampled = frozenset(step.sampled)
+    for index, sequence in enumerate(step.plan.sequences):
+        row += len(step.scores[index]) if step.scores else 0
+        if index in sampled:
+            draft = () if step.drafts is None else step.drafts[index]
+            if sequence.matcher is not None and _follows(step, index):
                 followers.append(Follower(index, row, sequence.matcher, draft))
             row += 1 + len(draft)
     return StepMasks(followers)
@@ -130,61 +155,57 @@ def _scores(sequences: Iterable[Sequence], computed: list[int], contexts: list[i
     return scores if any(scores) else []
 
 
-def _scoring(
-    plan: Plan, sampled: list[int], scores: list[range], state: SequenceRows
-) -> SamplingBatch:
+def _scoring(step: Preparation, state: SequenceRows) -> SamplingBatch:
     """How rows are sampled of which some score prompts. Nothing is drafted in such a step."""
     given: list[int] = []
     logprobs: list[int] = []
     places: list[int] = []  # of the rows that are sampled from
-    sampled_indices = frozenset(sampled)
-    for index, (sequence, positions) in enumerate(zip(plan.sequences, scores, strict=True)):
+    sampled = frozenset(step.sampled)
+    for index, (sequence, positions) in enumerate(
+        zip(step.plan.sequences, step.scores, strict=True)
+    ):
         given += sequence.token_ids[positions.start + 1 : positions.stop + 1]
         logprobs += [sequence.sampling.prompt_logprobs or 0] * len(positions)
-        if index in sampled_indices:
+        if index in sampled:
             places.append(len(given))
             given.append(-1)
             logprobs.append(-1)
-    among = _sampling(plan, None, sampled, state, 0, places)
+    among = _sampling(step, state, places)
     scoring = SamplingBatch.scoring(np.array(given), np.array(logprobs))
     return scoring if among is None else scoring.with_rows(np.array(places), among)
 
 
 def _sampling(
-    plan: Plan,
-    drafts: tuple[tuple[int, ...], ...] | None,
-    sampled: list[int],
-    state: SequenceRows,
-    num_pending_tokens: int,
-    places: list[int] | None = None,
+    step: Preparation, state: SequenceRows, places: list[int] | None = None
 ) -> SamplingBatch | None:
-    """How the rows of `sampled` are sampled. Edits name rows of the step, where those of the first
+    """How the rows that are sampled are. Edits name rows of the step, where those of the first
     token of each sequence are `places`, if given."""
+    sampled, drafts = step.sampled, step.drafts
     if not sampled:
         return None
-    chosen = [plan.sequences[index] for index in sampled]
-    rows = [sequence.row for sequence in chosen]
+    rows = step.rows[sampled]
+    places_in_state = rows.tolist()
     lengths = None if drafts is None else [len(drafts[index]) + 1 for index in sampled]
-    if all(state.is_greedy[row] for row in rows):
+    if all(state.is_greedy[row] for row in places_in_state):
         return SamplingBatch.greedy(len(rows) if lengths is None else sum(lengths))
     edits = None
-    if any(state.has_edits[row] for row in rows):
+    if any(state.has_edits[row] for row in places_in_state):
         edits = LogitEdits()
         first = 0
-        for number, (index, sequence) in enumerate(zip(sampled, chosen, strict=True)):
+        for number, (index, row) in enumerate(zip(sampled, places_in_state, strict=True)):
             draft = () if drafts is None else drafts[index]
             if places is not None:
                 first = places[number]
-            if state.has_edits[sequence.row]:
+            if state.has_edits[row] and _is_there(step, index):
+                sequence = step.plan.sequences[index]
                 counts = state.token_counts(sequence)
                 for length in range(len(draft) + 1):
                     edits.add(first + length, sequence, counts, draft[:length])
             first += len(draft) + 1
-    repeated = np.array(rows)
-    positions = np.array([sequence.num_output_tokens for sequence in chosen]) + num_pending_tokens
+    positions = step.output_positions[sampled]
     if lengths is not None:
-        repeated = repeated.repeat(lengths)
+        rows = rows.repeat(lengths)
         # From the next token of each sequence on, one after the other.
         firsts = positions - np.cumsum(lengths) + lengths
-        positions = np.arange(len(repeated)) + firsts.repeat(lengths)
-    return state.sampling(repeated, positions, edits)
+        positions = np.arange(len(rows)) + firsts.repeat(lengths)
+    return state.sampling(rows, positions, edits)

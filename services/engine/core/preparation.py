@@ -23,7 +23,7 @@ class Preparation:
 
     plan: Plan
     rows: npt.NDArray[np.int64]  # of the planned sequences, in SequenceRows
-    output_positions: npt.NDArray[np.int64]  # of the tokens sampled next, in their outputs
+    num_tokens: list[int]  # of each, those that it has by the time it runs
     drafts: tuple[tuple[int, ...], ...] | None
     positions: npt.NDArray[np.int64]
     slots: npt.NDArray[np.int64]
@@ -92,12 +92,7 @@ def prepare_input(
     return Preparation(
         plan=plan,
         rows=rows,
-        output_positions=np.array(
-            [
-                known - each.num_prompt_tokens
-                for known, each in zip(expected, sequences, strict=True)
-            ]
-        ),
+        num_tokens=expected,
         drafts=drafts,
         positions=positions,
         slots=slots,
@@ -110,8 +105,8 @@ def prepare_input(
 
 
 def with_sampling(step: Preparation, state: SequenceRows) -> Preparation:
-    """The same, with how its tokens are sampled: by now all before them must be known to those whose
-    logits are edited."""
+    """The same, with how its tokens are sampled. Where logits are edited by what was said before,
+    that must be known by now."""
     if step.scores:
         sampling: SamplingBatch | None = _scoring(step, state)
     else:
@@ -202,7 +197,9 @@ def _sampling(
                 for length in range(len(draft) + 1):
                     edits.add(first + length, sequence, counts, draft[:length])
             first += len(draft) + 1
-    positions = step.output_positions[sampled]
+    positions = np.array(
+        [step.num_tokens[each] - step.plan.sequences[each].num_prompt_tokens for each in sampled]
+    )
     if lengths is not None:
         rows = rows.repeat(lengths)
         # From the next token of each sequence on, one after the other.

@@ -95,12 +95,19 @@ class Model(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Implement `__call__`."""
+        return self.logits(self.advance(self.embed(batch), batch, kv_cache), batch)
+
+    def advance(self, hidden: Tensor, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
+        """Take the residual stream, [num_tokens, hidden_size], through the layers."""
         if self.adapter_rows is not None:
             self.adapter_rows.begin(batch)
-        hidden = self.embed(batch)
         step = StepContext(batch, kv_cache, hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden, step)
+        return hidden
+
+    def logits(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
+        """What `__call__` returns, of the residual stream after the last layer."""
         rows = self.norm(hidden.index_select(0, batch.logits_rows))
         head: Any = self.embedding.project if self.head is None else self.head
         logits: Tensor = head(rows).float()

@@ -11,8 +11,14 @@ from services.engine.core.kernels.attention import (
 )
 from services.engine.core.kernels.experts import mixture_of_experts
 from services.engine.core.kernels.kv_layer import KVLayer
-from services.engine.core.kernels.linear import linear
+from services.engine.core.kernels.linear import (
+    grouped_embedding,
+    grouped_linear,
+    linear,
+    scaled_linear,
+)
 from services.engine.core.kernels.low_rank import AdapterParts, LowRankPart, add_low_rank
+from services.engine.core.kernels.matrices import GroupedMatrix, Matrix, ScaledMatrix
 from services.engine.core.kernels.normalization import add_rms_norm, layer_norm, rms_norm
 from services.engine.core.kernels.quantized_rows import add_rms_norm_quantized, quantize_rows
 from services.engine.core.kernels.registry import OPS, Op, Selection, declare, select
@@ -23,9 +29,12 @@ __all__ = [
     "AdapterParts",
     "AttentionMetadata",
     "DeviceLengths",
+    "GroupedMatrix",
     "KVLayer",
     "LowRankPart",
+    "Matrix",
     "Op",
+    "ScaledMatrix",
     "Selection",
     "add_low_rank",
     "add_rms_norm",
@@ -33,6 +42,8 @@ __all__ = [
     "declare",
     "gelu_tanh",
     "gelu_tanh_and_mul",
+    "grouped_embedding",
+    "grouped_linear",
     "layer_norm",
     "linear",
     "mixture_of_experts",
@@ -40,6 +51,7 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rotary_embedding",
+    "scaled_linear",
     "select",
     "silu_and_mul",
     "write_kv",

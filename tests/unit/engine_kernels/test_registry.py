@@ -49,6 +49,25 @@ def test_an_excluded_implementation_is_passed_over(op: Op[[Tensor], Tensor]) -> 
     assert op(torch.ones(1)).item() == 2
 
 
+def test_what_is_excluded_for_a_reason_is_shown_with_it(op: Op[[Tensor], Tensor]) -> None:
+    op.implementation("cpu", name="plain")(lambda x: x + 10)
+    assert str(op.select("cpu", {"plain": "it hangs"})) == "double: reference; plain: it hangs"
+
+
+def test_what_is_refused_is_refused_of_its_op_alone() -> None:
+    refused = {"rms_norm": {"triton": "it computes something else"}}
+    silu = OPS["silu_and_mul"]
+    silu.implementation("nowhere", name="triton")(silu.reference)
+    norm = OPS["rms_norm"]
+    norm.implementation("nowhere", name="triton")(norm.reference)
+    try:
+        selections = {each.op: each for each in select("nowhere", refused=refused)}
+    finally:
+        del silu.implementations["nowhere"], norm.implementations["nowhere"]
+    assert str(selections["rms_norm"]).endswith("reference; triton: it computes something else")
+    assert selections["silu_and_mul"].implementation == "triton"
+
+
 def test_the_device_of_the_first_argument_decides(op: Op[[Tensor], Tensor]) -> None:
     op.implementation("meta", name="shapes only")(lambda x: x.expand(3))
     op.select("meta")

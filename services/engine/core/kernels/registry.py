@@ -16,7 +16,7 @@ until then. The reference stays callable as `op.reference`, which is what tests 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -84,17 +84,25 @@ class Op(Generic[P, R]):
         return register
 
     def select(
-        self, device_type: str, exclude: Collection[str] = (), *, tensors_on: str | None = None
+        self,
+        device_type: str,
+        exclude: Collection[str] | Mapping[str, str] = (),
+        *,
+        tensors_on: str | None = None,
     ) -> Selection:
         """Choose the preferred implementation that can run on the device, and remember it.
 
+        exclude: names of those that are left out, perhaps with the reasons.
         tensors_on: the type of device whose tensors it is for, where that is another: kernels of a
         GPU that are interpreted compute on a CPU.
         """
         place = tensors_on or device_type
         passed_over: list[tuple[str, str]] = []
         for candidate in reversed(self.implementations.get(device_type, [])):
-            reason = "excluded" if candidate.name in exclude else candidate.unavailable()
+            if candidate.name not in exclude:
+                reason = candidate.unavailable()
+            else:
+                reason = exclude[candidate.name] if isinstance(exclude, Mapping) else "excluded"
             if reason is None:
                 self._chosen[place] = candidate.run
                 return Selection(self.name, candidate.name, tuple(passed_over))
@@ -115,10 +123,19 @@ def declare(reference: Callable[P, R]) -> Op[P, R]:
     return op
 
 
-def select(device_type: str, exclude: Collection[str] = ()) -> list[Selection]:
+def select(
+    device_type: str,
+    exclude: Collection[str] = (),
+    refused: Mapping[str, Mapping[str, str]] | None = None,
+) -> list[Selection]:
     """Choose an implementation of every op for a device type ("cpu", "cuda").
 
-    Implementations named in `exclude` are left out. Returns one Selection per op, to be shown at
-    start-up: an op that fell back to its reference is seen there with the reasons.
+    Implementations named in `exclude` are left out, and those of an op that are in `refused`, which
+    has the reasons. Returns one Selection per op, to be shown at start-up: an op that fell back to
+    its reference is seen there with the reasons.
     """
-    return [op.select(device_type, exclude) for op in OPS.values()]
+    left_out = dict.fromkeys(exclude, "excluded")
+    return [
+        op.select(device_type, left_out | dict((refused or {}).get(op.name, {})))
+        for op in OPS.values()
+    ]

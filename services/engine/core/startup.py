@@ -23,6 +23,7 @@ from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
 from services.engine.core.kernels import cpu, select, triton
+from services.engine.core.kernels.device_check import check_device
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
 from services.engine.core.messages import ModelFacts
@@ -62,7 +63,8 @@ def build_engine(
         triton.activate()
     if reads_whole_sequences(settings.model_path):
         return build_encoder(settings, device)
-    selections = select(device.type)
+    refused = check_device(device).refused if device.type == "cuda" else {}
+    selections = select(device.type, refused=refused)
     for selection in selections:
         logger.info("kernel %s", selection)
     opened = open_model(

@@ -125,7 +125,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
     host = torch.stack((token_ids, peaks.isfinite().long())).cpu()
     ids: list[int] = host[0].tolist()
     errors: list[EngineError | None] = [
-        None if fine else _logits_error() for fine in host[1].tolist()
+        None if fine else logits_error() for fine in host[1].tolist()
     ]
     if processed is not None:
         for row, error in processed.errors.items():
@@ -145,7 +145,7 @@ def _likeliest(logits: Tensor) -> SampledTokens:
     rows = logits.numpy()
     ids = rows.argmax(axis=-1)
     fine = np.isfinite(rows[np.arange(len(ids)), ids])
-    errors: list[EngineError | None] = [None if each else _logits_error() for each in fine.tolist()]
+    errors: list[EngineError | None] = [None if each else logits_error() for each in fine.tolist()]
     return SampledTokens(ids.tolist(), [None] * len(ids), errors)
 
 
@@ -250,7 +250,8 @@ def _logprobs(raw: Tensor, chosen: Tensor, counts: npt.NDArray[np.int64]) -> lis
     ]
 
 
-def _logits_error() -> LogitsError:
+def logits_error() -> LogitsError:
+    """What a row fails with."""
     return LogitsError(
         "the logits are not finite or leave no token to choose; nothing can be sampled from them"
     )

@@ -1,0 +1,336 @@
+"""Chooses the tokens of a step on the device that has their logits; the host does not wait.
+
+A step is staged, enqueued and fetched; `launch` does all three:
+
+    form = sampler.stage(batch)         # the numbers of the step: one transfer to the device
+    sampler.enqueue(logits, form)       # kernels alone; a CUDA graph can hold them, see `stage`
+    pending = sampler.fetch()           # one transfer back, behind the kernels
+    ...                                 # the next step is launched on `pending.token_ids`
+    tokens = pending.result()           # waits
+
+Tokens are those of `sampler.sample`: one uniform number per row inverts the cumulative distribution
+in the order of token ids. Gumbel noise (the likeliest of logits + noise) would save the sum over a
+row where no filter is on, but takes a number per token: the same seed would mean other tokens than
+on a CPU, and than in a step that filters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from services.engine.core.errors import EngineError
+from services.engine.core.kernels.sampling import (
+    Column,
+    DeviceEdits,
+    EditKind,
+    SamplingForm,
+    SamplingWorkspace,
+    choose_tokens,
+    edit_logits,
+    mask_logits,
+    report_logprobs,
+)
+from services.engine.core.logit_edits import LogitEdits, TokenMasks
+from services.engine.core.messages import TokenLogprobs
+from services.engine.core.sampler import (
+    LogitsError,
+    SampledTokens,
+    SamplingBatch,
+    logits_error,
+    sample,
+)
+
+_IN_FLIGHT = 2
+
+
+@dataclass(slots=True)
+class _Slot:
+    """The host's side of one step in flight: pinned memory that the device reads and writes."""
+
+    parameters: Tensor  # [columns * max_rows] float64
+    chosen: Tensor  # [2 * max_rows] int64
+    pending: PendingTokens | None = None
+
+
+@dataclass(slots=True)
+class _Staged:
+    """What a staged step has beside its parameters."""
+
+    form: SamplingForm
+    counts: npt.NDArray[np.int64]  # of log-probabilities, by row
+    masks: tuple[Tensor, Tensor] | None = None
+    edits: DeviceEdits | None = None
+    unknown_rows: list[int] = field(default_factory=list)  # whose edits name unknown tokens
+    reports: Tensor | None = None
+
+
+class PendingTokens:
+    """The tokens of a step that has been launched."""
+
+    def __init__(
+        self,
+        token_ids: Tensor,
+        read: Callable[[], SampledTokens],
+        done: torch.cuda.Event | None = None,
+    ) -> None:
+        """read: what they are, to be called once the device is `done`."""
+        self.token_ids = token_ids
+        """[rows] int64 on the device. The stream that sampled them may read them at once, until the
+        next step is enqueued on it. Rows that failed hold some token of the vocabulary."""
+        self._read = read
+        self._done = done
+        self._tokens: SampledTokens | None = None
+
+    def is_ready(self) -> bool:
+        """Whether `result` would not wait."""
+        if self._tokens is not None or self._done is None:
+            return True
+        return bool(self._done.query())  # type: ignore[no-untyped-call]
+
+    def result(self) -> SampledTokens:
+        """What `sampler.sample` gives; waits for the device the first time."""
+        if self._tokens is None:
+            if self._done is not None:
+                self._done.synchronize()
+            self._tokens = self._read()
+        return self._tokens
+
+
+class DeviceSampler:
+    """Samples the steps of one engine, up to two of which are in flight; a third waits for the
+    first.
+
+    A batch with logits processors is sampled at once, by `sampler.sample`, and the host waits:
+    processors are Python that reads logits. So is every batch on a CPU.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        max_rows: int,
+        vocab_size: int,
+        *,
+        at_once: bool | None = None,
+    ) -> None:
+        """max_rows: of logits in a step, with those of drafts and of scored prompts. at_once:
+        whether every batch is sampled by `sampler.sample`; by default on a CPU."""
+        self._device = device
+        self._max_rows = max_rows
+        self._vocab_size = vocab_size
+        self._at_once = device.type == "cpu" if at_once is None else at_once
+        self._steps = 0
+        self._staged: _Staged | None = None
+        if self._at_once:
+            return
+        self._workspace = SamplingWorkspace.make(device, max_rows, vocab_size)
+        numbers, choices = len(Column) * max_rows, 2 * max_rows
+        self._parameters = torch.zeros(numbers, dtype=torch.float64, device=device)
+        self._chosen = torch.zeros(choices, dtype=torch.int64, device=device)
+        self._slots = [
+            _Slot(self._pinned(numbers, torch.float64), self._pinned(choices, torch.int64))
+            for _ in range(_IN_FLIGHT)
+        ]
+
+    def launch(self, logits: Tensor, batch: SamplingBatch) -> PendingTokens:
+        """Sample `logits` ([rows, vocab] float32, edited in place) on the current stream."""
+        if self._at_once or (batch.edits is not None and batch.edits.has_processors):
+            tokens = sample(logits, batch)
+            token_ids = torch.tensor(tokens.token_ids, device=self._device)
+            return PendingTokens(token_ids, lambda: tokens)
+        self.enqueue(logits, self.stage(batch))
+        return self.fetch()
+
+    def stage(self, batch: SamplingBatch) -> SamplingForm:
+        """Send what the step's kernels read; nothing at all where it is greedy.
+
+        A captured `enqueue` may be replayed for every batch of the same form that has neither
+        masks nor edits and reports no log-probabilities: it reads and writes the same memory.
+
+        Precondition: the batch has no logits processors, and masks have been filled.
+        """
+        slot = self._slots[self._steps % _IN_FLIGHT]
+        if slot.pending is not None:
+            slot.pending.result()  # its memory is about to be written
+            slot.pending = None
+        form = form_of(batch)
+        self._staged = staged = _Staged(form, batch.logprobs)
+        if not form.is_greedy:
+            used = len(Column) * form.num_rows
+            _fill(slot.parameters[:used].view(len(Column), -1).numpy(), batch)
+            self._parameters[:used].copy_(slot.parameters[:used], non_blocking=True)
+        if batch.masks is not None:
+            staged.masks = self._send_masks(batch.masks)
+        if batch.edits is not None:
+            self._send_edits(batch.edits, staged)
+        return form
+
+    def enqueue(self, logits: Tensor, form: SamplingForm) -> None:
+        """Run the kernels of the staged step, whose form this is, on its `logits`."""
+        assert self._staged is not None
+        staged = self._staged
+        parameters = self._parameters[: len(Column) * form.num_rows].view(len(Column), -1)
+        chosen = self._chosen[: 2 * form.num_rows].view(2, -1)
+        if staged.masks is not None:
+            mask_logits(logits, *staged.masks)
+        raw = logits
+        if staged.edits is not None:
+            if form.most_logprobs >= 0:
+                raw = logits.clone()
+            edit_logits(logits, staged.edits)
+        choose_tokens(logits, parameters, chosen, form, self._workspace)
+        if form.most_logprobs >= 0:
+            shape = (1 + 2 * form.most_logprobs, form.num_rows)
+            staged.reports = torch.empty(shape, dtype=torch.float64, device=self._device)
+            report_logprobs(raw, parameters, chosen[0], staged.reports, form, self._workspace)
+
+    def fetch(self) -> PendingTokens:
+        """Have the tokens of the enqueued step brought to the host."""
+        assert self._staged is not None
+        staged, self._staged = self._staged, None
+        slot = self._slots[self._steps % _IN_FLIGHT]
+        self._steps += 1
+        used = 2 * staged.form.num_rows
+        slot.chosen[:used].copy_(self._chosen[:used], non_blocking=True)
+        reports = None
+        if staged.reports is not None:
+            reports = self._pinned(staged.reports.shape, torch.float64)
+            reports.copy_(staged.reports, non_blocking=True)
+        done = None
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        slot.pending = PendingTokens(
+            self._chosen[: staged.form.num_rows],
+            partial(_read, staged, slot.chosen[:used].view(2, -1), reports),
+            done,
+        )
+        return slot.pending
+
+    def _send_masks(self, masks: TokenMasks) -> tuple[Tensor, Tensor]:
+        words = torch.from_numpy(masks.words.view(np.int32))
+        if self._device.type == "cuda" and not words.is_pinned():
+            words = words.pin_memory()
+        rows = self._send(masks.rows.astype(np.int32))
+        return rows, words.to(self._device, non_blocking=True)
+
+    def _send_edits(self, edits: LogitEdits, staged: _Staged) -> None:
+        packed = pack_edits(edits, self._vocab_size)
+        staged.unknown_rows = packed.unknown_rows
+        if not len(packed.rows):
+            return
+        integers = np.concatenate(
+            (packed.rows, packed.offsets.ravel(), packed.token_ids, packed.numbers.view(np.int32))
+        )
+        ends = np.cumsum((len(packed.rows), packed.offsets.size, len(packed.token_ids)))
+        rows, offsets, token_ids, numbers = self._send(integers).tensor_split(ends.tolist())
+        staged.edits = DeviceEdits(
+            rows, offsets.view(len(EditKind), -1), token_ids, numbers.view(torch.float32)
+        )
+
+    def _send(self, array: npt.NDArray[np.int32]) -> Tensor:
+        # Memory that torch's allocator pins is kept by it until the transfer is over.
+        staging = self._pinned(array.shape, torch.int32)
+        staging.numpy()[:] = array
+        return staging.to(self._device, non_blocking=True)
+
+    def _pinned(self, shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
+
+
+def _read(staged: _Staged, chosen: Tensor, reports: Tensor | None) -> SampledTokens:
+    """What a step has brought the host."""
+    token_ids, statuses = chosen.numpy()
+    errors: list[EngineError | None] = [None] * len(token_ids)
+    if statuses.any():
+        for row in statuses.nonzero()[0].tolist():
+            errors[row] = logits_error()
+    for row in staged.unknown_rows:
+        errors[row] = LogitsError("a penalty, bias or bar names a token that does not exist")
+    logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+    if reports is not None:
+        most = staged.form.most_logprobs
+        own, ids, values = (part.numpy() for part in reports.tensor_split((1, 1 + most)))
+        for row in np.flatnonzero(staged.counts >= 0).tolist():
+            # What cannot be chosen is not reported.
+            possible = np.count_nonzero(values[:, row] > -np.inf)
+            count = min(int(staged.counts[row]), possible)
+            logprobs[row] = TokenLogprobs(
+                float(own[0, row]),
+                ids[:count, row].astype(np.int64).tolist(),
+                values[:count, row].tolist(),
+            )
+    return SampledTokens(token_ids.tolist(), logprobs, errors)
+
+
+def form_of(batch: SamplingBatch) -> SamplingForm:
+    """Which kernels sample `batch`."""
+    num_rows = len(batch.temperature)
+    if batch.is_greedy:
+        return SamplingForm(num_rows)
+    drawn = batch.temperature > 0
+    filtered = drawn & ((batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0))
+    return SamplingForm(
+        num_rows,
+        draws=bool(drawn.any()),
+        filters=bool(filtered.any()),
+        gives=batch.given is not None,
+        most_logprobs=int(batch.logprobs.max()),
+    )
+
+
+def _fill(parameters: npt.NDArray[np.float64], batch: SamplingBatch) -> None:
+    parameters[Column.TEMPERATURE] = batch.temperature
+    parameters[Column.TOP_K] = batch.top_k
+    parameters[Column.TOP_P] = batch.top_p
+    with np.errstate(divide="ignore"):
+        parameters[Column.LOG_MIN_P] = np.log(batch.min_p.astype(np.float64)).astype(np.float32)
+    parameters[Column.UNIFORM] = batch.uniforms
+    parameters[Column.GIVEN] = -1 if batch.given is None else batch.given
+    parameters[Column.LOGPROBS] = batch.logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class PackedEdits:
+    """`DeviceEdits` on the host. Those of unknown tokens are given to token 0: their rows fail."""
+
+    rows: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int32]
+    token_ids: npt.NDArray[np.int32]
+    numbers: npt.NDArray[np.float32]
+    unknown_rows: list[int]
+
+
+def pack_edits(edits: LogitEdits, vocab_size: int) -> PackedEdits:
+    """Bring edits into the form that a device applies."""
+    by_kind = edits.by_kind()
+    kinds = [by_kind.get(kind.name.lower()) for kind in EditKind]
+    some = [numbers for numbers in kinds if numbers is not None]
+    if not some:
+        nothing = np.empty(0, np.int32)
+        offsets = np.zeros((len(EditKind), 1), np.int32)
+        return PackedEdits(nothing, offsets, nothing, np.empty(0, np.float32), [])
+    rows = np.unique(np.concatenate([numbers.rows for numbers in some]))
+    token_ids = np.concatenate([numbers.token_ids for numbers in some]).astype(np.int32)
+    values = np.concatenate([numbers.numbers for numbers in some])
+    all_rows = np.concatenate([numbers.rows for numbers in some])
+    known = token_ids.view(np.uint32) < vocab_size
+    unknown_rows: list[int] = []
+    if not known.all():
+        unknown_rows = np.unique(all_rows[~known]).tolist()
+        token_ids = np.where(known, token_ids, 0)
+    offsets = np.zeros((len(EditKind), len(rows) + 1), np.int32)
+    start = 0
+    for kind, numbers in zip(EditKind, kinds, strict=True):
+        if numbers is not None:
+            offsets[kind, :-1] = np.searchsorted(numbers.rows, rows)
+            offsets[kind, -1] = len(numbers.rows)
+            offsets[kind] += start
+            start += len(numbers.rows)
+    return PackedEdits(rows.astype(np.int32), offsets, token_ids, values, unknown_rows)

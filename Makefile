@@ -8,6 +8,8 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTOS := $(shell find protos -name '*.proto')
 KERNELS := services/engine/core/kernels/cpu
 KERNEL_SOURCES := $(wildcard $(KERNELS)/src/*) $(KERNELS)/build.py
+CUDA_KERNELS := services/engine/core/kernels/cuda
+CUDA_SOURCES := $(CUDA_KERNELS)/src/* $(addprefix tests/fakes/cuda/,*.cpp *.cu include/*)
 # Where `meshserve up --traces` looks for it.
 PHOENIX := $(or $(MESHSERVE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/meshserve)/phoenix
 PYTEST := $(BIN)/python -m pytest
@@ -49,8 +51,9 @@ lint: $(VENV)/.dev ## Check style, types, contracts, images and what the C++ com
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(KERNELS)/src/*
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)/src/* $(CUDA_SOURCES)
 	$(BIN)/python $(KERNELS)/build.py --strict --into build/strict
+	$(BIN)/python $(CUDA_KERNELS)/build.py --strict --into build/strict
 	$(BIN)/hadolint deploy/images/Dockerfile tests/compose/stand-ins.Dockerfile
 	cd protos && ../$(BIN)/buf lint
 	cd protos && ../$(BIN)/buf breaking --against baseline.binpb
@@ -58,7 +61,7 @@ lint: $(VENV)/.dev ## Check style, types, contracts, images and what the C++ com
 format: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(KERNELS)/src/*
+	$(BIN)/clang-format -i $(KERNELS)/src/* $(CUDA_SOURCES)
 
 bench: $(VENV)/.bench $(VENV)/.kernels ## Measure the engine core alone and through the mesh
 	$(BIN)/python -m benchmarks --systems ours $(ARGS)

@@ -137,6 +137,7 @@ def test_a_wheel_holds_the_generated_stubs_and_the_compiled_kernels(tmp_path: Pa
     kernels = "services/engine/core/kernels/cpu"
     assert f"{kernels}/src/dispatch.cpp" in names
     assert f"{kernels}/src/kernels.h" in names
+    assert "services/engine/core/kernels/cuda/src/ptx.h" in names
     compiled = [name for name in names if name.endswith(".so")]
     if shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX"):
         assert [name.startswith(f"{kernels}/libmeshserve_cpu-") for name in compiled] == [True]

@@ -101,7 +101,7 @@ def test_a_compiler_is_looked_for_and_what_brings_one_is_said(tmp_path: Path) ->
     with pytest.raises(BuildError) as raised:
         find_compiler({"CUDACXX": "no-such-compiler", "PATH": str(tmp_path)})
     assert "no-such-compiler is not here" in raised.value.problem
-    assert "pip install nvidia-cuda-nvcc" in raised.value.way_out
+    assert "meshserve[nvcc]" in raised.value.way_out
 
 
 def test_a_card_gets_code_of_its_own_where_that_has_more() -> None:

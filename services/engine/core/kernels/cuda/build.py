@@ -130,8 +130,7 @@ def find_compiler(environment: Mapping[str, str] = os.environ) -> Compiler:
     raise BuildError(
         f"there is no CUDA compiler: {chosen or 'nvcc'} "
         + ("does not run" if any(candidates) else "is not here"),
-        "install the CUDA toolkit 12.8 or newer, or `pip install nvidia-cuda-nvcc "
-        "nvidia-cuda-runtime nvidia-cuda-cccl`",
+        "install the CUDA toolkit 12.8 or newer, or `pip install 'meshserve[nvcc]'`",
     )
 
 

@@ -22,7 +22,7 @@ from services.engine.core.encoding.startup import build_encoder, reads_whole_seq
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
-from services.engine.core.kernels import cpu, select, triton
+from services.engine.core.kernels import cpu, cuda, select, triton
 from services.engine.core.kernels.device_check import check_device
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
@@ -61,6 +61,7 @@ def build_engine(
         cpu.activate(settings.cpu_kernels)
     else:
         triton.activate()
+        cuda.activate(device)
     if reads_whole_sequences(settings.model_path):
         return build_encoder(settings, device)
     refused = check_device(device).refused if device.type == "cuda" else {}

@@ -290,7 +290,7 @@ def poison(device: torch.device) -> None:
 def _check_all(device_name: str, device_type: str, modules: Sequence[str]) -> None:
     import importlib
 
-    from services.engine.core.kernels import triton
+    from services.engine.core.kernels import cuda, triton
 
     # Whatever the kernels print must not be taken for a result.
     results = os.fdopen(os.dup(1), "w")
@@ -299,6 +299,7 @@ def _check_all(device_name: str, device_type: str, modules: Sequence[str]) -> No
     importlib.import_module("services.engine.core.kernels.examples")
     if device_type == "cuda":
         triton.activate()
+        cuda.activate(device)
     for module in modules:
         importlib.import_module(module)
     with torch.inference_mode():

@@ -83,6 +83,9 @@ def activate(device: torch.device, cache_dir: Path | None = None) -> Library | N
 
     What was chosen, or what is missed and how to get it, is logged in one line. Never raises.
     """
+    if device.type != "cuda":
+        use(None, f"the device is a {device.type}, no GPU of NVIDIA's")
+        return None
     try:
         path = find_or_build(torch.cuda.get_device_capability(device), cache_dir)
         use(Library(path))

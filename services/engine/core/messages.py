@@ -172,6 +172,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     labels: tuple[str, ...] = ()  # of an encoder that classifies, in order
     adapters: dict[str, int] = {}  # those that are there from the start, and their bytes
     takes_adapters: bool = False
+    memory: dict[str, int] = {}  # of a GPU, in bytes, by what takes it
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):

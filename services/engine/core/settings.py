@@ -50,13 +50,13 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     allow_pickled: bool = False  # whether weights may be pickled, where there are no others
     kv_cache_format: Literal["auto", "int8"] = "auto"  # "auto": as the dtype
     threads: int | None = None  # CPU threads of one step; None: see processors.py
-    tensor_parallel: int = 1  # ranks that share each layer
-    pipeline_parallel: int = 1  # stages of layers, each of so many ranks
     # Instruction set of the C++ kernels; "auto" is the best the machine has, "off" plain torch.
     cpu_kernels: Literal["auto", "amx", "avx512bf16", "avx512", "avx2", "off"] = "auto"
     block_size: int = 16
-    kv_cache_memory_bytes: int | None = None  # None: kv_cache_memory_fraction of what is free
-    kv_cache_memory_fraction: float = 0.5
+    kv_cache_memory_bytes: int | None = None  # None: by kv_cache_memory_fraction
+    # On a GPU: the share of its memory that the engine may take in all; None: see gpu_memory.py.
+    # On a CPU: the share that the cache may take of what is free; None: half.
+    kv_cache_memory_fraction: float | None = None
     memory_share: float = 1.0  # of what that fraction allows; the rest is for other models' caches
     waiting_weights_bytes: int = 0  # of what is free, kept for other models' weights
     max_context_tokens: int | None = None  # None: the model's own
@@ -89,8 +89,6 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for name in (
             "block_size",
-            "tensor_parallel",
-            "pipeline_parallel",
             "max_batch_tokens",
             "max_running_sequences",
             "max_waiting_sequences",
@@ -115,7 +113,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
         if self.speculation == "draft" and self.draft_model_path is None:
             raise ValueError("speculation with a draft model needs one: set draft_model")
         fraction = self.kv_cache_memory_fraction
-        if not 0 < fraction <= 1:
+        if fraction is not None and not 0 < fraction <= 1:
             raise ValueError(f"kv_cache_memory_fraction must lie in (0, 1], not {fraction}")
         if not 0 < self.memory_share <= 1:
             raise ValueError(f"memory_share must lie in (0, 1], not {self.memory_share}")

@@ -92,16 +92,6 @@ class EngineSettings(ServerSettings):
         description="Compute threads on a CPU. Default: one per core, within the quota of the "
         "container.",
     )
-    tensor_parallel: Positive = Field(
-        1,
-        description="GPUs that share each layer of the model, each with its part of every matrix "
-        "and of the KV cache. Must divide the model's heads and its feed-forward layers.",
-    )
-    pipeline_parallel: Positive = Field(
-        1,
-        description="Stages of consecutive layers, each on `tensor_parallel` GPUs: for models that "
-        "do not fit otherwise, and for machines that a slow network joins.",
-    )
     cpu_kernels: Literal["auto", "amx", "avx512bf16", "avx512", "avx2", "off"] = Field(
         "auto",
         description="Instruction set of the C++ kernels on a CPU: `auto` is the best that the "
@@ -119,10 +109,12 @@ class EngineSettings(ServerSettings):
         None,
         description="Size of the KV cache of each model in bytes. Default: from free memory.",
     )
-    kv_cache_memory_fraction: Fraction = Field(
-        0.5,
-        description="Share of the memory left beside the weights that the KV cache may take; those "
-        "of several models take equal parts of it.",
+    kv_cache_memory_fraction: Fraction | None = Field(
+        None,
+        description="On a GPU: the share of its memory that the engine may take in all, 0.9 by "
+        "default; the KV cache gets what weights, the largest step and CUDA graphs leave of it. On "
+        "a CPU: the share of the memory left beside the weights that the KV cache may take, 0.5 by "
+        "default. The caches of several models take equal parts.",
     )
     max_running_sequences: Positive = Field(64, description="Sequences computed in one step.")
     max_batch_tokens: Positive = Field(

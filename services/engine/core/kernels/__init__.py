@@ -23,6 +23,7 @@ from services.engine.core.kernels.normalization import add_rms_norm, layer_norm,
 from services.engine.core.kernels.quantized_rows import add_rms_norm_quantized, quantize_rows
 from services.engine.core.kernels.registry import OPS, Op, Selection, declare, select
 from services.engine.core.kernels.rotary import rotary_embedding
+from services.engine.core.kernels.rotary_kv import rotary_kv
 
 __all__ = [
     "OPS",
@@ -51,6 +52,7 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rotary_embedding",
+    "rotary_kv",
     "scaled_linear",
     "select",
     "silu_and_mul",

@@ -266,6 +266,22 @@ def _write_kv(make: Maker) -> Iterator[Example]:
                 yield Example(what, (keys, values, cache, slots), written=written)
 
 
+@examples_of("rotary_kv")
+def _rotary_kv(make: Maker) -> Iterator[Example]:
+    for example in _write_kv(make):
+        keys, values, cache, slots = example.args
+        tokens, _, head_dim = keys.shape
+        queries = make.normal(tokens, make.sizes.heads, head_dim)
+        qkv = torch.cat((queries, keys, values), 1).flatten(1)
+        angles = make.normal(tokens, 1, head_dim // 2, dtype=torch.float32)
+        cos = torch.cat((angles.cos(), angles.cos()), -1).to(qkv.dtype)
+        sin = torch.cat((-angles.sin(), angles.sin()), -1).to(qkv.dtype)
+        norms = make.normal(head_dim), make.normal(head_dim)
+        for what, own in (("plain", None), ("with norms", norms)):
+            args = qkv, cache, slots, own, _EPS, (cos, sin)
+            yield Example(f"{example.what}, {what}", args, written=example.written)
+
+
 @examples_of("paged_attention")
 def _paged_attention(make: Maker) -> Iterator[Example]:
     options: tuple[dict[str, Any], ...] = (

@@ -9,8 +9,7 @@ from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels import (
     AttentionMetadata,
     paged_attention,
-    rotary_embedding,
-    write_kv,
+    rotary_kv,
 )
 from services.engine.core.kernels.cpu.program import Buffer, ProgramBuilder
 from services.engine.core.kv_cache import KVCache
@@ -65,12 +64,11 @@ class PagedAttention(nn.Module):
         self.window = config.window(layer_index)
         self.softcap = config.attention_softcap
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, step: StepContext) -> Tensor:
-        """queries: [num_tokens, heads, head_dim], keys and values: [num_tokens, kv_heads,
-        head_dim] -> [num_tokens, heads * head_dim]."""
+    def forward(self, queries: Tensor, step: StepContext) -> Tensor:
+        """queries: [num_tokens, heads, head_dim], with keys and values in the cache -> [num_tokens,
+        heads * head_dim]."""
         cache = step.kv_cache.layers[self.layer_index]
-        slots, metadata = step.places(self.layer_index)
-        write_kv(keys, values, cache, slots)
+        _, metadata = step.places(self.layer_index)
         return paged_attention(
             queries, cache, metadata, self.scale, self.window, self.softcap
         ).flatten(1)
@@ -103,18 +101,19 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, step: StepContext) -> Tensor:
         """hidden: [num_tokens, hidden_size] -> the same shape."""
-        # [num_tokens, heads + 2 * kv_heads, head_dim]; queries and keys are rotated in one go.
-        heads: Tensor = self.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
-        rotated = self.heads + self.kv_heads
-        queries_keys, values = heads[:, :rotated], heads[:, rotated:]
+        index = self.attend.layer_index
+        norms, eps = None, 0.0
         if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = queries_keys[:, : self.heads], queries_keys[:, self.heads :]
-            queries_keys = torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=1)
-        if self.rotary is not None:
-            queries_keys = rotary_embedding(queries_keys, *step.angles(self.rotary))
-        attended = self.attend(
-            queries_keys[:, : self.heads], queries_keys[:, self.heads :], values, step
+            norms, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+        queries = rotary_kv(
+            self.qkv(hidden),
+            step.kv_cache.layers[index],
+            step.places(index)[0],
+            norms,
+            eps,
+            None if self.rotary is None else step.angles(self.rotary),
         )
+        attended = self.attend(queries, step)
         projected: Tensor = self.output(attended)
         return projected
 

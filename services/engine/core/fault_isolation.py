@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Sequence
 
 import torch
@@ -52,7 +53,8 @@ class IsolatingRunner:
             outputs = self._runner.run(plan, meanwhile)
         except Exception as error:
             raise_if_fatal(error)
-            logger.exception("step %d failed; running its sequences one by one", plan.step)
+            log_failed_step(plan, error)
+            let_go(error)
             outputs = self._run_one_by_one(plan)
         self._hopeless.count([output.error for output in outputs.outputs])
         return outputs
@@ -72,6 +74,7 @@ class IsolatingRunner:
                     type(error).__name__,
                     error,
                 )
+                let_go(error)
                 outputs.append(SequenceOutput(error=error))
         return StepOutputs(plan, tuple(outputs), started_ns, now_ns())
 
@@ -97,6 +100,25 @@ class HopelessSteps:
                 f"every sequence of {self._number} steps in a row failed; "
                 f"the last error was {type(errors[-1]).__name__}: {errors[-1]}"
             )
+
+
+def log_failed_step(plan: Plan, error: Exception) -> None:
+    """Log a step whose sequences are run one by one now."""
+    # As text: a record that has the error may be kept, and with it all that the step holds.
+    text = "".join(traceback.format_exception(error))
+    logger.error("step %d failed; running its sequences one by one\n%s", plan.step, text)
+
+
+def let_go(error: BaseException) -> None:
+    """Free what the frames of a failed step hold: where memory was short, what is run next may need
+    what the step had by then."""
+    is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    if is_out_of_memory:
+        torch.cuda.empty_cache()
 
 
 def raise_if_fatal(error: Exception) -> None:

@@ -50,6 +50,8 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     allow_pickled: bool = False  # whether weights may be pickled, where there are no others
     kv_cache_format: Literal["auto", "int8"] = "auto"  # "auto": as the dtype
     threads: int | None = None  # CPU threads of one step; None: see processors.py
+    tensor_parallel: int = 1  # ranks that share each layer
+    pipeline_parallel: int = 1  # stages of layers, each of so many ranks
     # Instruction set of the C++ kernels; "auto" is the best the machine has, "off" plain torch.
     cpu_kernels: Literal["auto", "amx", "avx512bf16", "avx512", "avx2", "off"] = "auto"
     block_size: int = 16
@@ -89,6 +91,8 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for name in (
             "block_size",
+            "tensor_parallel",
+            "pipeline_parallel",
             "max_batch_tokens",
             "max_running_sequences",
             "max_waiting_sequences",

@@ -14,7 +14,7 @@ import torch
 from services.engine.core.adapters.loaded import Adapters
 from services.engine.core.adapters.targets import Targets
 from services.engine.core.admission import AdmissionLimits
-from services.engine.core.backends import load_backend
+from services.engine.core.backends import Backend, load_backend
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.constraints.compilation import Compiler
 from services.engine.core.constraints.vocabulary import read_vocabulary
@@ -30,6 +30,11 @@ from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
 from services.engine.core.messages import ModelFacts
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.loader import open_model
+from services.engine.core.parallel.backend import (
+    ParallelBackend,
+    refuse_ranks,
+    start_workers,
+)
 from services.engine.core.pool_growth import PoolGrowth
 from services.engine.core.processors import available_processors, default_threads
 from services.engine.core.profiling import plan_card
@@ -65,7 +70,9 @@ def build_engine(
         triton.activate()
         cuda.activate(device)
     if reads_whole_sequences(settings.model_path):
+        refuse_ranks(settings, "an encoder")
         return build_encoder(settings, device)
+    workers = start_workers(settings)  # first, so that they start beside what follows
     refused = check_device(device).refused if device.type == "cuda" else {}
     selections = select(device.type, refused=refused)
     for selection in selections:
@@ -76,7 +83,12 @@ def build_engine(
         allow_pickled=settings.allow_pickled,
     )
     config = opened.config
-    backend = load_backend(opened, settings, device, selections)
+    backend: Backend
+    if workers is not None:
+        backend = parallel = ParallelBackend(opened, settings, device, selections, workers)
+        settings = parallel.settings
+    else:
+        backend = load_backend(opened, settings, device, selections)
     draft_model = load_draft_model(settings, config, device, selections)
     groups = LayerGroups.of(config)
     num_groups = len(groups.windows)
@@ -85,11 +97,13 @@ def build_engine(
     if draft_model is not None:
         bytes_per_row += draft_model.bytes_per_block(settings)
     memory: dict[str, int] = {}
-    if device.type == "cuda":
+    if device.type == "cuda" and workers is None:
         budget = plan_card(settings, backend, config, groups, bytes_per_row, device)
         memory = budget.by_part()
         settings = msgspec.structs.replace(settings, kv_cache_memory_bytes=max(1, budget.kv_cache))
-    num_rows = _count_rows(settings, config, bytes_per_row, device)
+    num_rows = count_rows(settings, config, bytes_per_row, device)
+    if workers is not None:
+        num_rows = min(num_rows, parallel.most_rows)
     num_blocks = num_rows * num_groups
     shape = TableShape.of_steps(settings.block_size, groups.windows, settings.max_batch_tokens)
     max_context_tokens = shape.most_tokens(num_blocks, config.max_context_tokens)
@@ -222,10 +236,14 @@ def _plans_ahead(settings: CoreSettings, device: torch.device, num_threads: int)
     return device.type != "cpu" or num_threads < available_processors()
 
 
-def _count_rows(
+def count_rows(
     settings: CoreSettings, config: ModelConfig, bytes_per_row: int, device: torch.device
 ) -> int:
-    """The rows of blocks, for all layers, that the KV cache is to have."""
+    """The rows of blocks, for all layers, that the KV cache is to have.
+
+    Raises:
+        StartupError: there is not memory for one, or not for what is asked for.
+    """
     budget = kv_cache_budget_bytes(
         device,
         requested_bytes=settings.kv_cache_memory_bytes,

@@ -92,6 +92,16 @@ class EngineSettings(ServerSettings):
         description="Compute threads on a CPU. Default: one per core, within the quota of the "
         "container.",
     )
+    tensor_parallel: Positive = Field(
+        1,
+        description="GPUs that share each layer of the model, each with its part of every matrix "
+        "and of the KV cache. Must divide the model's heads and its feed-forward layers.",
+    )
+    pipeline_parallel: Positive = Field(
+        1,
+        description="Stages of consecutive layers, each on `tensor_parallel` GPUs: for models that "
+        "do not fit otherwise, and for machines that a slow network joins.",
+    )
     cpu_kernels: Literal["auto", "amx", "avx512bf16", "avx512", "avx2", "off"] = Field(
         "auto",
         description="Instruction set of the C++ kernels on a CPU: `auto` is the best that the "

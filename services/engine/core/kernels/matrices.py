@@ -9,14 +9,17 @@ units multiply both as they are: a scale for each output.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, GroupedWeight
 from services.engine.core.kernels.quantized_rows import LARGEST
 
+if TYPE_CHECKING:
+    from services.engine.core.kernels.cpu.packing import GroupedWeight
+
+GROUP_INPUTS = 32  # of a `GroupedWeight`
 # Groups that a scale may serve, largest first: scales of 16 bits cost 1/8, 1/4 and 1/2 of a bit.
 GROUP_SIZES = (128, 64, 32)
 _CHUNK_ELEMENTS = 1 << 24  # rounded at a time, in float32

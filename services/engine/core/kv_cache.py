@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.engine.core.kernels.blocks import copy_blocks
 from services.engine.core.kernels.kv_layer import KVLayer
 from services.engine.core.layer_groups import LayerGroups
 
@@ -49,7 +50,8 @@ class KVCache:
         scales = None
         if dtype == torch.int8:
             scales = _zeros(shape[:-1], torch.float32, torch.device(device))
-        self._parts = (storage,) if scales is None else (storage, scales)
+        # Of all layers: what they keep, and the scales where the format has any.
+        self.parts = storage, scales
         self.layers: list[KVLayer] = [
             KVLayer(storage[place, 0], storage[place, 1])
             if scales is None
@@ -59,15 +61,14 @@ class KVCache:
 
     def clear(self) -> None:
         """Make all blocks zeros again."""
-        for part in self._parts:
-            part.zero_()
+        for part in self.parts:
+            if part is not None:
+                part.zero_()
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, given as (source, destination): all of their layers, keys and
         values."""
-        sources, destinations = torch.tensor(pairs, device=self._parts[0].device).unbind(1)
-        for part in self._parts:
-            part[:, :, destinations] = part[:, :, sources]
+        copy_blocks(*self.parts, *as_indices(pairs, self.parts[0].device))
 
     @staticmethod
     def bytes_per_block(
@@ -76,6 +77,15 @@ class KVCache:
         """Return what one block of so many layers takes, keys and values, in bytes."""
         vector = head_dim * dtype.itemsize + (_SCALE_BYTES if dtype == torch.int8 else 0)
         return 2 * num_layers * block_size * kv_heads * vector
+
+
+def as_indices(pairs: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first and the second of each pair on a device, which is not waited for."""
+    indices = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).t().contiguous()
+    if device.type == "cuda":
+        indices = indices.pin_memory().to(device, non_blocking=True)
+    first, second = indices.unbind()
+    return first, second
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from services.engine.core.kernels.attention import (
     paged_attention,
     write_kv,
 )
+from services.engine.core.kernels.blocks import copy_blocks, swap_blocks
 from services.engine.core.kernels.experts import mixture_of_experts
 from services.engine.core.kernels.kv_layer import KVLayer
 from services.engine.core.kernels.linear import (
@@ -40,6 +41,7 @@ __all__ = [
     "add_low_rank",
     "add_rms_norm",
     "add_rms_norm_quantized",
+    "copy_blocks",
     "declare",
     "gelu_tanh",
     "gelu_tanh_and_mul",
@@ -56,5 +58,6 @@ __all__ = [
     "scaled_linear",
     "select",
     "silu_and_mul",
+    "swap_blocks",
     "write_kv",
 ]

@@ -323,6 +323,41 @@ def _attention_step(
     return Example(what, args, options)
 
 
+def _storage(make: Maker, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """What three layers keep in eleven blocks, and its scales."""
+    shape = (3, 2, 11, _BLOCK_SIZE, make.sizes.kv_heads, make.sizes.head_dims[0])
+    elements, scales = quantize_heads(make.normal(*shape), dtype)
+    return elements, scales
+
+
+@examples_of("copy_blocks")
+def _copy_blocks(make: Maker) -> Iterator[Example]:
+    for dtype in _CACHE_DTYPES:
+        storage, scales = _storage(make, dtype)
+        sources, destinations = make.order(11)[:10].chunk(2)
+        written = (storage,) if scales is None else (storage, scales)
+        args = storage, scales, sources, destinations
+        yield Example(f"{dtype}", args, written=written)
+
+
+@examples_of("swap_blocks")
+def _swap_blocks(make: Maker) -> Iterator[Example]:
+    for dtype in _CACHE_DTYPES:
+        storage, scales = _storage(make, dtype)
+        kept = (storage,) if scales is None else (storage, scales)
+        row_bytes = sum(each[:, :, 0].nbytes for each in kept)
+        host = make.integers(7, row_bytes, below=256).to(torch.uint8).cpu()
+        if make.device.type == "cuda":
+            host = host.pin_memory()
+        args = storage, scales, make.order(11)[:5], host, make.order(7)[:5]
+        yield Example(f"{dtype} out", args, {"to_host": True}, written=(host,))
+        host = host % 64  # such bytes are numbers in all formats
+        if make.device.type == "cuda":
+            host = host.pin_memory()
+        args = *args[:3], host, args[4]
+        yield Example(f"{dtype} in", args, {"to_host": False}, written=kept)
+
+
 @examples_of("add_low_rank")
 def _add_low_rank(make: Maker) -> Iterator[Example]:
     inputs, outputs, rank = make.sizes.hidden, make.sizes.intermediate, 16

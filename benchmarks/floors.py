@@ -26,7 +26,8 @@ from services.engine.core.kernels.cpu.build import find_compiler
 from services.engine.core.kernels.cpu.kv_cache import PackedKVCache
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.models.loader import open_model
-from services.engine.core.models.native import NativeModel, WeightChoice
+from services.engine.core.models.native import NativeModel
+from services.engine.core.models.precision import WeightChoice
 from services.runtime.modelfiles import locate
 
 BLOCK_SIZE = 16

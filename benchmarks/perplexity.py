@@ -18,7 +18,8 @@ from services.engine.core.kernels import cpu, select
 from services.engine.core.kernels.cpu.kv_cache import KvFormat
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.models.loader import open_model
-from services.engine.core.models.native import NativeModel, WeightChoice
+from services.engine.core.models.native import NativeModel
+from services.engine.core.models.precision import WeightChoice
 from services.engine.core.quantization.measuring import native_step, perplexity, torch_step
 from services.runtime.modelfiles import locate
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks.prompts import english_token_ids
 from services.engine.core.kernels import cpu, select
 from services.engine.core.models.loader import open_model
-from services.engine.core.models.native import WeightChoice
+from services.engine.core.models.precision import WeightChoice
 from services.engine.core.quantization.allocation import Budget
 from services.engine.core.quantization.measuring import (
     Measured,

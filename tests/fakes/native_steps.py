@@ -13,7 +13,8 @@ from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.models.loader import OpenedModel, open_model
-from services.engine.core.models.native import NativeModel, WeightChoice
+from services.engine.core.models.native import NativeModel
+from services.engine.core.models.precision import WeightChoice
 from tests.fakes.decoder_families import VOCAB_SIZE
 from tests.fakes.paged_step import NAN_BYTE
 

@@ -31,7 +31,7 @@ from services.engine.core.models.loader import (
     open_model,
     read_config,
 )
-from services.engine.core.models.native import WeightChoice
+from services.engine.core.models.precision import WeightChoice
 from services.engine.core.models.registry import GGUF_FAMILIES, HF_FAMILIES
 from services.engine.core.weights.pickled_outline import (
     PickledOutline,

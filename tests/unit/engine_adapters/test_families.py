@@ -16,7 +16,8 @@ from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.models import load_model
 from services.engine.core.models.loader import open_model
-from services.engine.core.models.native import NativeModel, WeightChoice
+from services.engine.core.models.native import NativeModel
+from services.engine.core.models.precision import WeightChoice
 from tests.fakes.adapters import ALL_LINEAR, logits_of
 from tests.fakes.native_steps import Sequences, text
 from tests.fakes.paged_step import libraries

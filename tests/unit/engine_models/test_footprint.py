@@ -23,7 +23,8 @@ from services.engine.core.models.footprint import (
     kv_cache_bytes,
 )
 from services.engine.core.models.loader import open_model
-from services.engine.core.models.native import NativeModel, WeightChoice
+from services.engine.core.models.native import NativeModel
+from services.engine.core.models.precision import WeightChoice
 from tests.fakes.decoder_families import CASES as FAMILIES
 from tests.fakes.decoder_families import save_model
 from tests.fakes.gguf_files import write_gguf

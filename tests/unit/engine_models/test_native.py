@@ -18,7 +18,7 @@ from services.engine.core.kernels.cpu.packing import quantize_4, quantize_8
 from services.engine.core.kernels.cpu.sampling import sample_with
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.loader import open_model
-from services.engine.core.models.native import WeightChoice
+from services.engine.core.models.precision import WeightChoice
 from services.engine.core.sampler import SamplingBatch
 from services.tokenizer.model_tokenizer import load_model_tokenizer
 from tests.fakes.native_steps import MIXED_STEPS, Sequences, in_company, text

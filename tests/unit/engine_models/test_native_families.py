@@ -14,7 +14,7 @@ import torch
 from services.engine.core.kernels.cpu.kv_cache import KvFormat
 from services.engine.core.kernels.cpu.library import Library
 from services.engine.core.kernels.cpu.packing import quantize_4, quantize_8
-from services.engine.core.models.native import WeightChoice
+from services.engine.core.models.precision import WeightChoice
 from tests.fakes.decoder_families import (
     CASES,
     ORIGINAL_CONTEXT_TOKENS,

@@ -28,7 +28,8 @@ from services.engine.core.model_config import ModelConfig, check_config
 from services.engine.core.models.base import Model
 from services.engine.core.models.hf_config import read_hf_config
 from services.engine.core.models.loader import build_skeleton
-from services.engine.core.models.native import NativeModel, WeightChoice
+from services.engine.core.models.native import NativeModel
+from services.engine.core.models.precision import WeightChoice
 from services.engine.core.models.registry import HF_FAMILIES
 from services.engine.core.weights.checkpoint import Checkpoint
 from services.engine.core.weights.loading import check_weights, load_weights

@@ -17,7 +17,7 @@ from services.engine.core.encoding.outputs import OutputConfig
 from services.engine.core.kernels.cpu.encoder_program import EncoderProgramBuilder
 from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.kernels.cpu.team import Team
-from services.engine.core.models.native import WeightChoice
+from services.engine.core.models.precision import WeightChoice
 from services.engine.core.weights.checkpoint import Checkpoint
 from services.runtime.modelfiles.fields import Fields
 

@@ -69,12 +69,12 @@ class GroupedMatrix:
         """Return the values as float32 [..., outputs, inputs]."""
         levels = self.levels
         if self.bits == 4:
-            halves = levels.unflatten(-1, (-1, 1, 16))
+            halves = _split(levels, GROUP_INPUTS // 2).unsqueeze(-2)
             levels = torch.cat((halves & 0xF, halves >> 4), dim=-2).flatten(-3)
-        groups = levels.unflatten(-1, (-1, self.group_size)).float()
+        groups = _split(levels, self.group_size).float()
         scales = self.scales.float().unsqueeze(-1)
         if self.minima is None:
-            values = (groups - (1 << self.bits - 1)) * scales
+            values: Tensor = (groups - (1 << self.bits - 1)) * scales
         else:
             values = groups * scales + self.minima.float().unsqueeze(-1)
         return values.flatten(-2)
@@ -91,7 +91,7 @@ class GroupedMatrix:
         minima = None if minima is None else minima[..., ::times].contiguous()
         levels = weight.levels
         if weight.bits == 4:
-            halves = levels.unflatten(-1, (-1, 2, GROUP_INPUTS // 2))
+            halves = _split(_split(levels, GROUP_INPUTS), GROUP_INPUTS // 2)
             levels = (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2)
         return GroupedMatrix(levels, scales, minima, weight.bits)
 
@@ -158,9 +158,14 @@ def _repeats(scales: Tensor, minima: Tensor | None) -> int:
     for size in GROUP_SIZES:
         times = size // GROUP_INPUTS
         if scales.shape[-1] % times == 0 and all(
-            bool((part.unflatten(-1, (-1, times)) == part[..., ::times, None]).all())
+            bool((_split(part, times) == part[..., ::times, None]).all())
             for part in (scales, minima)
             if part is not None
         ):
             return times
     return 1  # not even with themselves: some are no numbers
+
+
+def _split(values: Tensor, size: int) -> Tensor:
+    """The last dimension in pieces: [..., n * size] -> [..., n, size]."""
+    return values.reshape(*values.shape[:-1], -1, size)

@@ -22,12 +22,8 @@ from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.layers import ExpertMatrices
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.loader import OpenedModel
-from services.engine.core.models.native import (
-    Packer,
-    WeightChoice,
-    bytes_by_format,
-    lower,
-)
+from services.engine.core.models.native import Packer, bytes_by_format, lower
+from services.engine.core.models.precision import WeightChoice
 from services.engine.core.settings import CoreSettings
 from services.engine.core.table_shape import TableShape
 from services.engine.core.weights.checkpoint import Checkpoint

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import operator
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +24,8 @@ from services.engine.core.kernels.cpu.kv_cache import (
 from services.engine.core.kernels.cpu.packing import (
     GroupedWeight,
     PackedLinear,
-    concatenate,
     pack_bf16,
     pack_grouped,
-    quantize_4,
 )
 from services.engine.core.kernels.cpu.program import (
     Buffer,
@@ -40,16 +37,12 @@ from services.engine.core.kernels.cpu.program import (
 )
 from services.engine.core.kernels.cpu.sampling import SampleRequest
 from services.engine.core.kernels.cpu.team import Team
-from services.engine.core.layers import Embedding, ExpertMatrices, MergedLinear
+from services.engine.core.layers import ExpertMatrices
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.base import Model
+from services.engine.core.models.precision import MatrixReader, WeightChoice
 from services.engine.core.sampler import SampledTokens, SamplingBatch, sample
 from services.engine.core.weights.checkpoint import Checkpoint
-from services.engine.core.weights.stored_linear import rounded
-
-# "auto": quantised matrices in their own precision, or in 8 bits where they cannot be, a quantised
-# model's head in 8 bits at most, all others in bf16.
-WeightChoice: TypeAlias = Literal["auto", "bfloat16", "int8", "int4"]
 
 
 class NativeModel:
@@ -72,7 +65,6 @@ class NativeModel:
         self.config: ModelConfig = model.config
         self._team = team
         packer = Packer(model, checkpoint, weights)
-        # Matrices by what they are stored as, of those that `auto` rounds to 8 bits.
         self.rounded: Mapping[str, int] = packer.rounded
         self._builder = lower(model, packer, max_adapter_rank if max_adapters else 0)
         self._adapters = AdapterSlots(self._builder.adapted, max_adapters)
@@ -207,15 +199,8 @@ def bytes_by_format(matrices: Iterable[PackedLinear]) -> dict[str, int]:
     return sizes
 
 
-class Packer:
+class Packer(MatrixReader):
     """Reads a model's matrices from its checkpoint and packs them, one module at a time."""
-
-    def __init__(self, model: Model, checkpoint: Checkpoint, weights: WeightChoice) -> None:
-        self._checkpoint = checkpoint
-        self._weights = weights
-        self.rounded: Counter[str] = Counter()
-        self._logits = "embedding" if model.config.tie_embeddings else "head"
-        self._paths = {id(module): path for path, module in model.named_modules()}
 
     def read(self, module: Any, kind: str) -> Tensor:
         # A copy: the checkpoint's own lies in a file that is closed.
@@ -239,98 +224,8 @@ class Packer:
             bias = torch.cat([self._checkpoint.read(f"{name}.bias").float() for name in names])
         return _pack(self.choose(module), bias, gated)
 
-    def choose(self, module: Any) -> GroupedWeight | Tensor:
-        """Return a module's matrix as it is to be kept."""
-        names, path = self._names(module), self._paths[id(module)]
-        if path.endswith(".router"):
-            # It is small, and an error in it sends tokens elsewhere.
-            return self._floats(names)
-        grouped = self._grouped(names, is_head=isinstance(module, Embedding) or path == "head")
-        return self._floats(names) if grouped is None else grouped
-
-    def choose_each(self, matrices: ExpertMatrices) -> Iterator[GroupedWeight | Tensor]:
-        """Return the matrix of one expert after the other as it is to be kept."""
-        path, count = self._paths[id(matrices.experts)], matrices.experts.count
-        if f"{path}.{matrices.parts[0]}.weight" not in self._checkpoint.shapes:
-            for index in range(count):
-                names = [f"{path}.{index}.{part}" for part in matrices.parts]
-                grouped = self._grouped(names, is_head=False)
-                yield self._floats(names) if grouped is None else grouped
-            return
-        # The experts' matrices of a part are stored as one stack.
-        names = [f"{path}.{part}" for part in matrices.parts]
-        stacks = [None if self._weights == "bfloat16" else self._read_grouped(n) for n in names]
-        floats: list[Tensor] = []  # read where something is to be rounded
-        for index in range(count):
-
-            def values(index: int = index) -> Tensor:
-                if not floats:
-                    floats.extend(self._checkpoint.read(f"{name}.weight") for name in names)
-                parts = [part[index] for part in floats]
-                return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-            parts = [_of_expert(stack, index, count) for stack in stacks]
-            grouped = self._kept(parts, values, is_head=False)
-            yield values() if grouped is None else grouped
-
-    def _names(self, module: Any) -> list[str]:
-        path = self._paths[id(module)]
-        if isinstance(module, MergedLinear) and f"{path}.weight" not in self._checkpoint.shapes:
-            parent = path.rpartition(".")[0]
-            return [f"{parent}.{part}" for part in module.sizes]
-        return [path]
-
-    def _floats(self, names: list[str]) -> Tensor:
-        parts = [self._checkpoint.read(f"{name}.weight") for name in names]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _grouped(self, names: list[str], *, is_head: bool) -> GroupedWeight | None:
-        if self._weights == "bfloat16":
-            return None
-        parts = [self._read_grouped(name) for name in names]
-        return self._kept(parts, lambda: self._floats(names), is_head=is_head)
-
-    def _kept(
-        self,
-        parts: list[GroupedWeight | None],
-        floats: Callable[[], Tensor],
-        *,
-        is_head: bool,
-    ) -> GroupedWeight | None:
-        stored = [part for part in parts if part is not None]
-        own = concatenate(stored) if len(stored) == len(parts) else None
-        if self._weights in ("auto", "bfloat16"):
-            return own
-        if self._weights == "int4" and not is_head:
-            return own if own is not None and own.bits == 4 else quantize_4(floats())
-        # A head stays at eight bits: logits show every error in it.
-        if own is not None and own.minima is None:
-            return own
-        return self.round(floats())
-
-    def round(self, floats: Tensor) -> GroupedWeight:
-        """Return a matrix of floats rounded to 8 bits."""
-        return rounded(lambda rows: floats[rows], (floats.shape[0], floats.shape[1]))
-
-    def _read_grouped(self, name: str) -> GroupedWeight | None:
-        weight = self._checkpoint.read_grouped(f"{name}.weight")
-        if weight is None and name == self._logits and self._checkpoint.is_quantised:
-            # Every step reads all of it: in 16 bits it can take longer than all layers together.
-            weight = self.round(self._checkpoint.read(f"{name}.weight"))
-        if weight is not None and weight.is_rounded:
-            self.rounded[self._checkpoint.stored_as(f"{name}.weight")] += 1
-        return weight
-
 
 def _pack(weight: GroupedWeight | Tensor, bias: Tensor | None, gated: bool) -> PackedLinear:
     if isinstance(weight, GroupedWeight):
         return pack_grouped(weight, bias, gated=gated)
     return pack_bf16(weight, bias, gated=gated)
-
-
-def _of_expert(stack: GroupedWeight | None, index: int, count: int) -> GroupedWeight | None:
-    """One of `count` matrices that lie one after the other."""
-    if stack is None:
-        return None
-    each = stack.shape[0] // count
-    return stack.map(lambda rows: rows[index * each : (index + 1) * each])

@@ -18,7 +18,8 @@ from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.loader import OpenedModel
-from services.engine.core.models.native import NativeModel, WeightChoice
+from services.engine.core.models.native import NativeModel
+from services.engine.core.models.precision import WeightChoice
 from services.engine.core.processors import default_threads
 
 BLOCK_SIZE = 16

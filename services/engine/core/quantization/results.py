@@ -9,7 +9,7 @@ from typing import Any
 
 from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.models.loader import open_model
-from services.engine.core.models.native import WeightChoice
+from services.engine.core.models.precision import WeightChoice
 from services.engine.core.quantization.measuring import Measured, Speed, measure, measure_speed
 from services.engine.core.quantization.sensitivity import Progress
 

@@ -121,7 +121,7 @@ def grouped_linear_kernel(  # type: ignore[no-untyped-def]
     next_scale = _read(
         scale_of, has_column, start_of + first_step * tile_inputs, inputs, group_size
     )
-    next_minimum = None
+    next_minimum = next_scale
     if minima is not None:
         next_minimum = _read(
             minimum_of, has_column, start_of + first_step * tile_inputs, inputs, group_size

@@ -46,7 +46,8 @@ def split_steps(steps: int, tile: Tile, num_programs: int, device: torch.device)
     `num_programs`, what an unsplit product has, would leave multiprocessors without work."""
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // num_programs
     # A split of fewer steps than are under way at once would not fill its pipeline.
-    return cdiv(steps, max(1, min(wanted, _MOST_SPLITS, steps // tile.num_stages)))
+    splits = max(1, min(wanted, _MOST_SPLITS, steps // tile.num_stages))
+    return -(-steps // splits)
 
 
 @jit(do_not_specialize=["elements"])

@@ -29,7 +29,7 @@ from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
 from services.engine.core.messages import ModelFacts
 from services.engine.core.model_config import ModelConfig
-from services.engine.core.models.loader import open_model
+from services.engine.core.models.loader import OpenedModel, open_model
 from services.engine.core.parallel.backend import (
     ParallelBackend,
     refuse_ranks,
@@ -49,12 +49,16 @@ logger = logging.getLogger(__name__)
 
 
 def build_engine(
-    settings: CoreSettings, *, make_runner: Callable[..., Runner] = Runner
+    settings: CoreSettings,
+    *,
+    make_runner: Callable[..., Runner] = Runner,
+    open_model: Callable[..., OpenedModel] = open_model,
 ) -> tuple[EngineCore | EncoderCore, ModelFacts]:
     """Load the model and make an engine ready for its first sequence.
 
     `make_runner` takes what Runner takes, for those who want to look over the shoulder of a model
-    that generates.
+    that generates. `open_model` takes what `loader.open_model` takes: weights may come from
+    elsewhere than files.
 
     Raises:
         StartupError: the device is missing or the KV cache does not fit.

@@ -171,7 +171,9 @@ class Workers:
         for connection in self._connections.values():
             connection.close()
         deadline = time.monotonic() + _END_S
-        for process in self._processes.values():
+        for rank, process in self._processes.items():
+            if rank not in self._connections:
+                process.kill()  # it has nobody to tell it
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
         self._kill()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from services.engine.core.admission import AdmissionLimits
 from services.engine.core.block_pool import BlockPool
+from services.engine.core.device_inputs import CapturedShape
+from services.engine.core.device_runner import DeviceRunner
 from services.engine.core.engine import EngineCore
 from services.engine.core.messages import SequenceRequest
 from services.engine.core.noise import stream_key, uniforms
@@ -82,9 +86,14 @@ def make_engine(
     grows: bool = False,
     speculator: Speculator | None = None,
     plans_ahead: bool = False,
+    overlaps: bool = False,
+    captured_shapes: tuple[CapturedShape, ...] = (),
     windows: Windows = NO_WINDOW,
 ) -> EngineCore:
-    """An engine core over the hash model."""
+    """An engine core over the hash model.
+
+    overlaps: whether it runs as on a device that computes steps beside the host.
+    """
     scheduler = make_scheduler(
         num_blocks=num_blocks,
         block_size=block_size,
@@ -98,17 +107,21 @@ def make_engine(
         speculator=speculator,
         windows=windows,
     )
-    runner = Runner(
-        make_hash_model(windows),
-        HashCache(num_blocks, block_size),
-        device=torch.device("cpu"),
-        block_size=block_size,
-        max_batch_tokens=max_batch_tokens,
-        max_running_sequences=max_running_sequences,
-        max_context_tokens=scheduler.limits.max_context_tokens,
-        num_groups=len(windows),
+    model, cache = make_hash_model(windows), HashCache(num_blocks, block_size)
+    shape: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "block_size": block_size,
+        "max_batch_tokens": max_batch_tokens,
+        "max_running_sequences": max_running_sequences,
+        "max_context_tokens": scheduler.limits.max_context_tokens,
+        "num_groups": len(windows),
+    }
+    if not overlaps:
+        return EngineCore(scheduler, Runner(model, cache, **shape), plans_ahead=plans_ahead)
+    runner = DeviceRunner(
+        model, cache, vocab_size=VOCAB_SIZE, captured_shapes=captured_shapes, **shape
     )
-    return EngineCore(scheduler, runner, plans_ahead=plans_ahead)
+    return EngineCore(scheduler, runner, plans_ahead=True)
 
 
 def reference_output(

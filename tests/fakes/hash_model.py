@@ -22,10 +22,11 @@ from services.engine.core.batch import ForwardBatch
 
 VOCAB_SIZE = 64
 EOS_TOKEN_ID = 2
-RAISING_TOKEN_ID = 60  # a step with it in a context raises
-NAN_TOKEN_ID = 61  # its sequence gets NaN logits
-SLOW_TOKEN_ID = 62  # its steps take 20 ms
-STALLING_TOKEN_ID = 63  # its step never ends
+# Poison. The last token of all is none: where logits are NaN, it is what comes of drawing from them.
+RAISING_TOKEN_ID = 59  # a step with it in a context raises
+NAN_TOKEN_ID = 60  # its sequence gets NaN logits
+SLOW_TOKEN_ID = 61  # its steps take 20 ms
+STALLING_TOKEN_ID = 62  # its step never ends
 
 Windows = tuple[int | None, ...]
 NO_WINDOW: Windows = (None,)
@@ -46,7 +47,7 @@ def _logits(seen: Sequence[int]) -> Tensor:
         return torch.full((VOCAB_SIZE,), torch.nan)
     digest = zlib.crc32(np.asarray(seen, np.int64).tobytes())
     logits = np.random.default_rng(digest).standard_normal(VOCAB_SIZE, np.float32) * 3
-    logits[NAN_TOKEN_ID - 1 :] = -np.inf  # poison is given, never generated
+    logits[RAISING_TOKEN_ID:] = -np.inf  # poison is given, never generated
     return torch.from_numpy(logits)
 
 
@@ -54,9 +55,12 @@ class HashCache:
     """One token id and one position per slot."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
         self.block_size = block_size
-        self.token_ids = torch.full((num_blocks * block_size,), -1, dtype=torch.int64)
-        self.positions = torch.full((num_blocks * block_size,), -1, dtype=torch.int64)
+        # One block more belongs to nobody: padding is written there.
+        num_slots = (num_blocks + 1) * block_size
+        self.token_ids = torch.full((num_slots,), -1, dtype=torch.int64)
+        self.positions = torch.full((num_slots,), -1, dtype=torch.int64)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, given as (source, destination)."""
@@ -77,7 +81,13 @@ def _compute(windows: Windows, batch: ForwardBatch, cache: HashCache) -> Tensor:
     assert several == (len(windows) > 1)
     slots_of = batch.slots if several else batch.slots.unsqueeze(0)
     tables_of = batch.block_tables if several else batch.block_tables.unsqueeze(0)
-    written = slots_of.flatten().tolist()
+    lengths = zip(batch.query_lengths, batch.context_lengths, strict=True)
+    if batch.are_bounds:
+        assert batch.lengths is not None
+        starts, contexts = batch.lengths.query_starts, batch.lengths.contexts
+        lengths = zip(starts.diff().tolist(), contexts.tolist(), strict=True)
+    padding = cache.num_blocks * cache.block_size
+    written = [slot for slot in slots_of.flatten().tolist() if slot < padding]
     assert len(set(written)) == len(written), "each token of a group has its own slot"
     for group, slots in enumerate(slots_of):
         cache.token_ids[slots] = batch.token_ids + group * VOCAB_SIZE
@@ -85,16 +95,15 @@ def _compute(windows: Windows, batch: ForwardBatch, cache: HashCache) -> Tensor:
     wanted = set(batch.logits_rows.tolist())
     rows: dict[int, Tensor] = {}
     end = 0
-    for index, (queries, context) in enumerate(
-        zip(batch.query_lengths, batch.context_lengths, strict=True)
-    ):
+    for index, (queries, context) in enumerate(lengths):
         prefixes: list[dict[int, int]] = []  # of each group, tokens by position
         for group, (window, tables) in enumerate(zip(windows, tables_of, strict=True)):
             first = 0 if window is None else max(0, context - queries - window + 1)
             positions = torch.arange(first, context)
             blocks = tables[index].long()[positions // cache.block_size]
             slots = blocks * cache.block_size + positions % cache.block_size
-            assert cache.positions[slots].tolist() == positions.tolist()
+            padded = queries > 0 and int(slots[-1]) >= padding
+            assert padded or cache.positions[slots].tolist() == positions.tolist()
             # Other groups have other keys and values of the same tokens.
             prefix = (cache.token_ids[slots] - group * VOCAB_SIZE).tolist()
             prefixes.append(dict(zip(positions.tolist(), prefix, strict=True)))

@@ -8,6 +8,7 @@ from functools import partial
 from services.engine.core.adapters.loaded import Adapters
 from services.engine.core.beam_search import BeamSearches
 from services.engine.core.clock import now_ns
+from services.engine.core.device_runner import DeviceRunner
 from services.engine.core.fault_isolation import IsolatingRunner
 from services.engine.core.messages import (
     AdapterChanged,
@@ -19,6 +20,7 @@ from services.engine.core.messages import (
     Step,
     UnloadAdapter,
 )
+from services.engine.core.overlap import OverlappingSteps
 from services.engine.core.plan import Plan
 from services.engine.core.runner import Runner
 from services.engine.core.scheduler import Scheduler
@@ -36,18 +38,21 @@ class EngineCore:
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: Runner,
+        runner: Runner | DeviceRunner,
         *,
         plans_ahead: bool = False,
         adapters: Adapters | None = None,
     ) -> None:
-        """plans_ahead: whether the next step is planned while one is computed. adapters: those
-        that the scheduler finds; None: there can be none."""
+        """plans_ahead: whether the next step is planned while one is computed, and launched where
+        the runner can. adapters: those that the scheduler finds; None: there can be none."""
         self._scheduler = scheduler
         self._adapters = adapters
         self._plans_ahead = plans_ahead
         self._runner = IsolatingRunner(runner)
         self._beam_searches = BeamSearches(scheduler)
+        self._overlapping: OverlappingSteps | None = None
+        if plans_ahead and isinstance(runner, DeviceRunner):
+            self._overlapping = OverlappingSteps(scheduler, runner, self._runner)
         self._last_step_us = 0
 
     @property
@@ -122,9 +127,7 @@ class EngineCore:
                 time.sleep(_COMPILE_POLL_S)
             return Ended(refused, self.load())
         started_ns = now_ns()
-        plan = self._scheduler.schedule()
-        meanwhile = partial(self._plan_ahead, plan) if self._plans_ahead else None
-        deltas = self._scheduler.apply(self._runner.run(plan, meanwhile))
+        plan, deltas = self._advance()
         if self._beam_searches:
             deltas = self._beam_searches.take(deltas)
         ended_ns = now_ns()
@@ -137,6 +140,15 @@ class EngineCore:
             deltas=refused + deltas if refused else deltas,
             load=self.load(),
         )
+
+    def _advance(self) -> tuple[Plan, list[Delta]]:
+        if self._overlapping is not None:
+            # What a search goes on with is known when a step has ended.
+            outputs, deltas = self._overlapping.advance(ahead=not self._beam_searches)
+            return outputs.plan, deltas
+        plan = self._scheduler.schedule()
+        meanwhile = partial(self._plan_ahead, plan) if self._plans_ahead else None
+        return plan, self._scheduler.apply(self._runner.run(plan, meanwhile))
 
     def _plan_ahead(self, plan: Plan) -> None:
         ahead = self._scheduler.lookahead.guess(plan)

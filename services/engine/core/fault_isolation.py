@@ -13,7 +13,7 @@ from services.engine.core.clock import now_ns
 from services.engine.core.constraints.masks import MaskCounts
 from services.engine.core.errors import FatalEngineError, IntegrityError
 from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
-from services.engine.core.runner import Runner
+from services.engine.core.runner import PlanRunner
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class IsolatingRunner:
     that the failed attempt did is in the way.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: PlanRunner) -> None:
         self._runner = runner
         self._hopeless = HopelessSteps()
 
@@ -41,6 +41,14 @@ class IsolatingRunner:
     def prepare(self, plan: Plan) -> None:
         """Prepare a plan as `Runner.prepare` does."""
         self._runner.prepare(plan)
+
+    def count(self, outputs: StepOutputs) -> None:
+        """Take in the outputs of a step that was run otherwise.
+
+        Raises:
+            FatalEngineError: nothing has worked for many steps.
+        """
+        self._hopeless.count([output.error for output in outputs.outputs])
 
     def run(self, plan: Plan, meanwhile: Work | None = None) -> StepOutputs:
         """Run the plan as `Runner.run` does.
@@ -55,11 +63,16 @@ class IsolatingRunner:
             raise_if_fatal(error)
             log_failed_step(plan, error)
             let_go(error)
-            outputs = self._run_one_by_one(plan)
-        self._hopeless.count([output.error for output in outputs.outputs])
+            return self.run_one_by_one(plan)
+        self.count(outputs)
         return outputs
 
-    def _run_one_by_one(self, plan: Plan) -> StepOutputs:
+    def run_one_by_one(self, plan: Plan) -> StepOutputs:
+        """Run each sequence of a plan alone; those that raise carry their error.
+
+        Raises:
+            FatalEngineError, IntegrityError: as `run`.
+        """
         started_ns = now_ns()
         outputs: list[SequenceOutput] = []
         for index, sequence in enumerate(plan.sequences):
@@ -76,7 +89,10 @@ class IsolatingRunner:
                 )
                 let_go(error)
                 outputs.append(SequenceOutput(error=error))
-        return StepOutputs(plan, tuple(outputs), started_ns, now_ns())
+        found = StepOutputs(plan, tuple(outputs), started_ns, now_ns())
+        if outputs:
+            self.count(found)
+        return found
 
 
 class HopelessSteps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import msgspec
@@ -47,6 +48,16 @@ class Plan:
             )
         )
         return drafts if any(drafts) else None
+
+    def of(self, sequences: Collection[Sequence]) -> Plan:
+        """The same step with some of its sequences only."""
+        kept = [
+            (sequence, count)
+            for sequence, count in zip(self.sequences, self.token_counts, strict=True)
+            if sequence in sequences
+        ]
+        counts = tuple(count for _, count in kept)
+        return Plan(self.step, tuple(each for each, _ in kept), counts, self.block_copies)
 
     def alone(self, index: int) -> Plan:
         """The same step with one of its sequences only, and without its draft."""

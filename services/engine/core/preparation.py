@@ -37,6 +37,20 @@ class Preparation:
     sampling: SamplingBatch | None = None  # None: nothing is sampled
     masks: StepMasks | None = None  # those of `sampling`, to be filled; None: it has none
 
+    @property
+    def sampled_row_of(self) -> dict[Sequence, int]:
+        """The row of logits that each sequence is sampled from whose next token is the last of the
+        step's; where there are drafts, nobody's."""
+        rows: dict[Sequence, int] = {}
+        row = 0
+        sampled = frozenset(self.sampled)
+        for index, sequence in enumerate(self.plan.sequences):
+            row += len(self.scores[index]) if self.scores else 0
+            if index in sampled and self.drafts is None:
+                rows[sequence] = row
+                row += 1
+        return rows
+
 
 def prepare(
     plan: Plan, state: SequenceRows, block_size: int, *, num_pending_tokens: int = 0

@@ -37,6 +37,18 @@ class Model(Protocol):
         ...
 
 
+class PlanRunner(Protocol):
+    """Turns plans into outputs."""
+
+    mask_counts: MaskCounts
+
+    def prepare(self, plan: Plan) -> None:
+        """Prepare a plan of decodes that is likely to follow the one being computed."""
+
+    def run(self, plan: Plan, meanwhile: Work | None = None) -> StepOutputs:
+        """Compute a plan, and do `meanwhile` beside it."""
+
+
 _Choose: TypeAlias = Callable[[ForwardBatch, Any, SamplingBatch], SampledTokens]
 
 _NO_OUTPUT = SequenceOutput()
@@ -119,13 +131,7 @@ class Runner:
                     tokens = sample(logits, step.sampling)
             else:
                 tokens = self._compute(batch, step.sampling, meanwhile)
-        outputs = _outputs(step, tokens)
-        if errors:
-            outputs = tuple(
-                SequenceOutput(error=errors[index]) if index in errors else output
-                for index, output in enumerate(outputs)
-            )
-        return StepOutputs(plan, outputs, started_ns, now_ns())
+        return StepOutputs(plan, step_outputs(step, tokens, errors), started_ns, now_ns())
 
     def _compute(
         self, batch: ForwardBatch, sampling: SamplingBatch | None, meanwhile: Work | None = None
@@ -175,6 +181,20 @@ def _fill_first(
 ) -> None:
     errors.update(masks.fill(counts))
     work()
+
+
+def step_outputs(
+    step: Preparation, tokens: SampledTokens | None, errors: dict[int, EngineError]
+) -> tuple[SequenceOutput, ...]:
+    """What a step brought each of its sequences: tokens, where any were chosen, or its own error,
+    by its index."""
+    outputs = _outputs(step, _NO_TOKENS if tokens is None else tokens)
+    if not errors:
+        return outputs
+    return tuple(
+        SequenceOutput(error=errors[index]) if index in errors else output
+        for index, output in enumerate(outputs)
+    )
 
 
 def _outputs(step: Preparation, tokens: SampledTokens) -> tuple[SequenceOutput, ...]:

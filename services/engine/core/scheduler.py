@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from services.engine.core.adapters.identity import LoadedAdapter
 from services.engine.core.adapters.loaded import Adapters
 from services.engine.core.admission import AdmissionLimits, ConcurrencyLimit, QueueLimits
@@ -253,8 +255,21 @@ class Scheduler:
         return Plan(self.steps, tuple(planned), tuple(planned.values()), tuple(copies))
 
     def launch(self, plan: Plan) -> None:
-        """Note that a device has been told to compute a plan."""
+        """Note that a device has been told to compute a plan, and to copy what it copies first:
+        whoever takes the blocks that were copied comes behind that."""
         self._under_way.launch(plan)
+        self._release_copied(plan)
+
+    def recall(self, plan: Plan) -> Plan:
+        """Take the earliest launched step back, whose outputs nobody will take in; returns what is
+        left of it to be computed once more. What it copied stays copied."""
+        remaining = self._under_way.settle(plan)
+        assert remaining is not None, "it was launched"
+        return replace(plan.of(remaining), block_copies=())
+
+    def has_left(self, plan: Plan) -> bool:
+        """Whether anybody waits for the outputs of a launched step."""
+        return self._under_way.has_left(plan)
 
     def schedule_ahead(self) -> Plan | None:
         """The step to follow those under way, as far as it can be told before their outputs come.
@@ -290,8 +305,8 @@ class Scheduler:
         deltas: list[Delta] = []
         plan = outputs.plan
         remaining = self._under_way.settle(plan)
-        if plan.block_copies:
-            self.pool.release([source for source, _ in plan.block_copies])
+        if remaining is None:
+            self._release_copied(plan)
         if self._speculator is not None:
             self._speculator.observe(outputs)
         num_prefill_tokens = 0
@@ -350,6 +365,10 @@ class Scheduler:
         self._running.check_integrity()
         for sequence in self._running:
             self._prefix_cache.check_integrity(sequence)
+
+    def _release_copied(self, plan: Plan) -> None:
+        if plan.block_copies:
+            self.pool.release([source for source, _ in plan.block_copies])
 
     def _plan(self) -> tuple[dict[Sequence, int], list[tuple[int, int]]]:
         planned: dict[Sequence, int] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,6 +12,15 @@ from services.engine.core.noise import stream_key, uniforms
 from services.engine.core.sampler import SamplingBatch
 from services.engine.core.sequence import Sequence
 from services.engine.core.token_counts import TokenCounts
+
+
+@dataclass(frozen=True, slots=True)
+class TableChange:
+    """Entries of a row's block table that are new, of all groups: from `begin` to `end`."""
+
+    row: int
+    begin: int
+    end: int
 
 
 class SequenceRows:
@@ -23,7 +34,10 @@ class SequenceRows:
     several groups of layers.
     """
 
-    def __init__(self, num_rows: int, max_blocks: int, num_groups: int = 1) -> None:
+    def __init__(
+        self, num_rows: int, max_blocks: int, num_groups: int = 1, *, notes_changes: bool = False
+    ) -> None:
+        """notes_changes: of the block tables, for who mirrors them elsewhere."""
         shape = (num_rows, max_blocks)
         self.num_groups = num_groups
         self.block_tables = np.zeros(shape if num_groups == 1 else (num_groups, *shape), np.int32)
@@ -38,6 +52,7 @@ class SequenceRows:
         self._token_counts: list[TokenCounts | None] = [None] * num_rows
         self._tenant: list[tuple[int, int] | None] = [None] * num_rows
         self._num_blocks = [0] * num_rows
+        self._changes: list[TableChange] | None = [] if notes_changes else None
 
     def refresh(self, sequence: Sequence) -> int:
         """Bring the row of `sequence` up to date; returns the number of its blocks, of a group.
@@ -62,7 +77,15 @@ class SequenceRows:
             else:
                 self.block_tables[row, place] = new
             self._num_blocks[row] = len(blocks)
+            if self._changes is not None:
+                begin, end = mirrored // self.num_groups, len(blocks) // self.num_groups
+                self._changes.append(TableChange(row, begin, end))
         return len(blocks) // self.num_groups
+
+    def take_changes(self) -> list[TableChange]:
+        """What is new in the block tables since this was last asked."""
+        changes, self._changes = self._changes or [], []
+        return changes
 
     def sampling(
         self,

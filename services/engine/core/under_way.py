@@ -43,6 +43,14 @@ class StepsUnderWay:
         admissions = tuple(sequence.admissions for sequence in plan.sequences)
         self._steps.append(_Launched(plan, admissions, tuple(is_sampled)))
 
+    def has_left(self, plan: Plan) -> bool:
+        """Whether any of a launched plan's sequences is as it was."""
+        step = next(each for each in self._steps if each.plan is plan)
+        return any(
+            sequence.state is SequenceState.RUNNING and sequence.admissions == admissions
+            for sequence, admissions in zip(plan.sequences, step.admissions, strict=True)
+        )
+
     def settle(self, plan: Plan) -> set[Sequence] | None:
         """Take the earliest plan from the account, if it is this one; returns those of its
         sequences that are as they were, to take in their outputs. None: it was never launched."""

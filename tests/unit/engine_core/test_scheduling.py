@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from services.engine.core.device_inputs import CapturedShape
 from services.engine.core.errors import NeverFitsError, QueueFullError
 from services.engine.core.messages import (
     Delta,
@@ -61,6 +62,8 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         prefix_cache=st.sampled_from([True, True, False]),
         grows=st.booleans(),
         plans_ahead=st.booleans(),
+        overlaps=st.booleans(),
+        captured_shapes=st.sampled_from([(), (CapturedShape(3, 1), CapturedShape(4, 3))]),
     )
     def start(self, **limits: Any) -> None:
         self.engine = make_engine(block_size=BLOCK_SIZE, max_waiting_sequences=8, **limits)

@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from services.engine.core.device_inputs import CapturedShape
 from services.engine.core.errors import NeverFitsError
 from services.engine.core.messages import (
     Delta,
@@ -56,6 +57,8 @@ class WindowedEngineUnderRandomLoad(RuleBasedStateMachine):
         prefix_cache=st.sampled_from([True, True, True, False]),
         grows=st.booleans(),
         plans_ahead=st.booleans(),
+        overlaps=st.booleans(),
+        captured_shapes=st.sampled_from([(), (CapturedShape(3, 1), CapturedShape(4, 3))]),
         drafts=st.booleans(),
     )
     def start(self, windows: Windows, num_rows: int, drafts: bool, **limits: Any) -> None:

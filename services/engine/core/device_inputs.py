@@ -1,0 +1,224 @@
+"""The input of steps that a device computes while the host is ahead of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from services.engine.core.batch import ForwardBatch
+from services.engine.core.device_staging import DeviceStaging
+from services.engine.core.kernels import DeviceLengths
+from services.engine.core.preparation import Preparation
+from services.engine.core.sequence_rows import SequenceRows, TableChange
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedShape:
+    """The shape of a step that is computed by a captured graph, whatever it holds of it.
+
+    Attributes:
+        num_tokens: and as many sequences, tokens whose logits are wanted, and their rows.
+        max_query_length: what no sequence has more tokens than.
+    """
+
+    num_tokens: int
+    max_query_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatestTokens:
+    """Tokens that the device knows and the host does not yet.
+
+    Attributes:
+        token_ids: [rows] int64, as they were sampled.
+        rows: of the tokens in a step's input, and the row of each in `token_ids`.
+    """
+
+    token_ids: Tensor
+    rows: list[tuple[int, int]]
+
+
+class DeviceInputs:
+    """Makes a step's ForwardBatch on a device; nothing in it waits for the device.
+
+    The block tables of all running sequences live there and are told what is new in them. All
+    other numbers of a step go there in one transfer.
+
+    Padding of a captured shape are sequences of one token, and of none, in the cache's last block,
+    which belongs to nobody.
+    """
+
+    def __init__(
+        self,
+        rows: SequenceRows,
+        *,
+        device: torch.device,
+        block_size: int,
+        padding_block: int,
+        max_batch_tokens: int,
+        max_running_sequences: int,
+        max_captured_tokens: int,
+        max_context_tokens: int,
+    ) -> None:
+        """padding_block: the one that belongs to nobody. max_captured_tokens: of a captured shape,
+        of `max_batch_tokens` at most."""
+        self._state = rows
+        self._block_size = block_size
+        self._padding_slots = padding_block * block_size + np.arange(block_size)
+        self._max_context_tokens = max_context_tokens
+        groups, max_blocks = rows.num_groups, -(-max_context_tokens // block_size)
+        self._max_blocks = max_blocks
+        # The last row is that of sequences that pad a step.
+        self._padding_row = max_running_sequences
+        self._num_rows = max_running_sequences + 1
+        self._tables = torch.full(
+            (groups, self._num_rows, max_blocks), padding_block, dtype=torch.int32, device=device
+        )
+        most = max_batch_tokens
+        self._numbers = DeviceStaging(
+            DeviceStaging.bytes_for(
+                *[(most, 8)] * 3, (groups * most, 8), (most + 1, 4), *[(most, 4)] * 2
+            ),
+            device,
+        )
+        self._news = DeviceStaging(
+            DeviceStaging.bytes_for(
+                *[(max_running_sequences, 8)] * 2,
+                (groups * self._num_rows * max_blocks, 8),
+                (groups * self._num_rows * max_blocks, 4),
+            ),
+            device,
+        )
+        # Where the tables of a step are, whatever its sequences.
+        most_sequences = max(max_running_sequences, max_captured_tokens)
+        self._step_tables = torch.zeros(
+            groups * most_sequences * max_blocks, dtype=torch.int32, device=device
+        )
+
+    def batch(
+        self,
+        step: Preparation,
+        token_ids: npt.NDArray[np.int64],
+        latest: LatestTokens | None,
+        captured: CapturedShape | None,
+        adapters: tuple[int, ...] | None,
+    ) -> ForwardBatch:
+        """A step's input.
+
+        token_ids: of all tokens, those of `latest` being anything. captured: what it is padded to;
+        None: to nothing.
+        """
+        numbers = _Numbers(step, token_ids)
+        if captured is not None:
+            numbers.pad(captured, self._padding_slots, self._padding_row)
+        there = self._numbers.send(numbers.arrays())
+        ids, positions, logits_rows, slots, starts, contexts, owners = there
+        self._tell_news(latest, self._state.take_changes(), ids)
+        several = self._state.num_groups > 1
+        tables = self._tables_of(
+            owners, self._max_blocks if captured else step.block_tables.shape[-1]
+        )
+        lengths = (step.plan.token_counts, step.context_lengths)
+        if captured is not None:
+            size = captured.num_tokens
+            lengths = (captured.max_query_length,) * size, (self._max_context_tokens,) * size
+        return ForwardBatch(
+            token_ids=ids,
+            positions=positions,
+            slots=slots if several else slots[0],
+            block_tables=tables if several else tables[0],
+            query_lengths=lengths[0],
+            context_lengths=lengths[1],
+            logits_rows=logits_rows,
+            lengths=DeviceLengths(starts, contexts),
+            are_bounds=captured is not None,
+            adapters=adapters,
+        )
+
+    def _tables_of(self, owners: Tensor, width: int) -> Tensor:
+        """[groups, sequences, width]"""
+        shape = (len(self._tables), len(owners), width)
+        tables = self._step_tables[: shape[0] * shape[1] * width].view(shape)
+        return torch.index_select(self._tables[..., :width], 1, owners, out=tables)
+
+    def _tell_news(
+        self, latest: LatestTokens | None, changes: list[TableChange], token_ids: Tensor
+    ) -> None:
+        known = [] if latest is None else latest.rows
+        if not known and not changes:
+            return
+        places, sources = np.array(known, np.int64).reshape(-1, 2).T
+        cells, blocks = self._cells(changes)
+        there = self._news.send([places, sources, cells, blocks])
+        if latest is not None and known:
+            token_ids.index_copy_(0, there[0], latest.token_ids.index_select(0, there[1]))
+        if changes:
+            self._tables.view(-1).index_copy_(0, there[2], there[3])
+
+    def _cells(
+        self, changes: Sequence[TableChange]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """Where changed entries of the tables are, and what they become."""
+        if not changes:
+            return np.empty(0, np.int64), np.empty(0, np.int32)
+        groups = np.arange(len(self._tables)).reshape(-1, 1) * self._num_rows
+        cells = [
+            ((groups + each.row) * self._max_blocks + np.arange(each.begin, each.end)).ravel()
+            for each in changes
+        ]
+        tables = self._state.block_tables.reshape(len(self._tables), -1, self._max_blocks)
+        blocks = [tables[:, each.row, each.begin : each.end].ravel() for each in changes]
+        return np.concatenate(cells), np.concatenate(blocks)
+
+
+class _Numbers:
+    """The numbers of a step, on the host."""
+
+    def __init__(self, step: Preparation, token_ids: npt.NDArray[np.int64]) -> None:
+        self.token_ids = token_ids
+        self.positions = step.positions
+        self.logits_rows = np.array(step.logits_rows, np.int64)
+        self.slots = step.slots.reshape(-1, len(token_ids))
+        self.query_starts = np.array([0, *accumulate(step.plan.token_counts)], np.int32)
+        self.contexts = np.array(step.context_lengths, np.int32)
+        self.owners = step.rows.astype(np.int32)
+
+    def pad(self, shape: CapturedShape, slots: npt.NDArray[np.int64], padding_row: int) -> None:
+        size, count, sequences = shape.num_tokens, len(self.token_ids), len(self.contexts)
+        more = size - count
+        self.token_ids = _padded(self.token_ids, size, 0)
+        self.positions = _padded(self.positions, size, 0)
+        self.logits_rows = _padded(self.logits_rows, size, 0)
+        pads = np.broadcast_to(np.resize(slots, more), (len(self.slots), more))
+        self.slots = np.concatenate([self.slots, pads], axis=1)
+        # A sequence for each token that pads, the others have none.
+        self.query_starts = np.concatenate(
+            [self.query_starts, np.minimum(count + 1 + np.arange(size - sequences), size)]
+        ).astype(np.int32)
+        self.contexts = _padded(self.contexts, size, 0)
+        self.contexts[sequences : sequences + more] = 1
+        self.owners = _padded(self.owners, size, padding_row)
+
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        return [
+            self.token_ids,
+            self.positions,
+            self.logits_rows,
+            self.slots,
+            self.query_starts,
+            self.contexts,
+            self.owners,
+        ]
+
+
+def _padded(array: npt.NDArray[Any], size: int, value: int) -> npt.NDArray[Any]:
+    padded = np.full(size, value, array.dtype)
+    padded[: len(array)] = array
+    return padded

@@ -1,0 +1,205 @@
+"""Runs plans on a device that computes while the host goes on.
+
+A step is launched: its input is sent, the model and the choice of tokens are enqueued, and nothing
+waits. The next may be launched behind it before its tokens are known, since the device knows them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from services.engine.core.beside import Work
+from services.engine.core.clock import now_ns
+from services.engine.core.constraints.masks import MaskCounts
+from services.engine.core.device_inputs import CapturedShape, DeviceInputs, LatestTokens
+from services.engine.core.device_sampling import DeviceSampler, PendingTokens
+from services.engine.core.errors import EngineError
+from services.engine.core.plan import Plan, StepOutputs
+from services.engine.core.preparation import Preparation, prepare_input, with_sampling
+from services.engine.core.runner import Model, step_outputs
+from services.engine.core.sequence_rows import SequenceRows
+
+
+@dataclass(slots=True, eq=False)
+class LaunchedStep:
+    """A step that the device computes, or has computed.
+
+    Attributes:
+        step: what it computes.
+        logits: of the rows whose tokens are chosen later; None: they are being chosen.
+        tokens: the choice; None: it is to come, or there is none.
+        errors: of sequences whose rules cannot be followed, by their index in the plan.
+    """
+
+    step: Preparation
+    launched_ns: int
+    logits: Tensor | None = None
+    tokens: PendingTokens | None = None
+    errors: dict[int, EngineError] | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that it carries out."""
+        return self.step.plan
+
+
+class DeviceRunner:
+    """Turns plans into outputs on a device, one after the other or overlapping."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv_cache: Any,
+        *,
+        device: torch.device,
+        block_size: int,
+        max_batch_tokens: int,
+        max_running_sequences: int,
+        max_context_tokens: int,
+        vocab_size: int,
+        num_groups: int = 1,
+        takes_adapters: bool = False,
+        captured_shapes: tuple[CapturedShape, ...] = (),
+    ) -> None:
+        """As Runner. captured_shapes: those that the model has captured or is going to."""
+        self.mask_counts = MaskCounts()
+        self._model = model
+        self._kv_cache = kv_cache
+        self._takes_adapters = takes_adapters
+        self._block_size = block_size
+        self._shapes = sorted(
+            captured_shapes, key=lambda each: (each.max_query_length, each.num_tokens)
+        )
+        self._rows = SequenceRows(
+            max_running_sequences,
+            -(-max_context_tokens // block_size),
+            num_groups,
+            notes_changes=True,
+        )
+        self._inputs = DeviceInputs(
+            self._rows,
+            device=device,
+            block_size=block_size,
+            padding_block=kv_cache.num_blocks,
+            max_batch_tokens=max_batch_tokens,
+            max_running_sequences=max_running_sequences,
+            max_captured_tokens=max((each.num_tokens for each in captured_shapes), default=0),
+            max_context_tokens=max_context_tokens,
+        )
+        self._sampler = DeviceSampler(device, max_batch_tokens, vocab_size)
+        self._ended_ns = 0
+
+    def prepare(self, plan: Plan) -> None:
+        """Nothing is prepared beforehand: steps are launched instead."""
+
+    def run(self, plan: Plan, meanwhile: Work | None = None) -> StepOutputs:
+        """Compute a plan and wait for it, as `Runner.run`."""
+        launched = self.launch(plan, None)
+        if meanwhile is not None:
+            meanwhile()
+        self.choose(launched)
+        return self.finish(launched)
+
+    def launch(self, plan: Plan, behind: LaunchedStep | None) -> LaunchedStep:
+        """Tell the device to compute a plan, behind a step whose outputs are not there yet.
+
+        Where the choice of tokens hangs on those of that step, which the device alone knows, it is
+        left for `choose`.
+        """
+        launched_ns = now_ns()
+        step = prepare_input(plan, self._rows, self._block_size)
+        latest = None if behind is None else _latest(step, behind)
+        with torch.inference_mode():
+            if plan.block_copies:
+                self._kv_cache.copy_blocks(plan.block_copies)
+            adapters = self._adapters(plan)
+            batch = self._inputs.batch(
+                step,
+                _token_ids(step),
+                latest,
+                None if adapters else self._captured(step),
+                adapters,
+            )
+            logits = self._model(batch, self._kv_cache)
+        launched = LaunchedStep(step, launched_ns, logits[: len(step.logits_rows)])
+        if latest is None or not any(self._rows.has_edits[row] for row in step.rows.tolist()):
+            self.choose(launched)
+        return launched
+
+    def choose(self, launched: LaunchedStep) -> None:
+        """Tell the device to choose the tokens of a launched step, unless it has been told.
+
+        Precondition: the outputs of all steps before it have been taken in, where its logits are
+        edited by what was said before.
+        """
+        if launched.logits is None:
+            return
+        logits, launched.logits = launched.logits, None
+        launched.step = step = with_sampling(launched.step, self._rows)
+        if step.sampling is None:
+            return
+        if step.masks is not None:
+            launched.errors = step.masks.fill(self.mask_counts)
+        with torch.inference_mode():
+            launched.tokens = self._sampler.launch(logits, step.sampling)
+
+    def finish(self, launched: LaunchedStep) -> StepOutputs:
+        """Wait for a launched step and return what it brought. Steps are finished in the order of
+        their launches."""
+        tokens = None if launched.tokens is None else launched.tokens.result()
+        outputs = step_outputs(launched.step, tokens, launched.errors or {})
+        # It began when the device was through with the step before.
+        started_ns = max(launched.launched_ns, self._ended_ns)
+        self._ended_ns = now_ns()
+        return StepOutputs(launched.plan, outputs, started_ns, self._ended_ns)
+
+    def _captured(self, step: Preparation) -> CapturedShape | None:
+        counts = step.plan.token_counts
+        longest, total = max(counts), sum(counts)
+        for shape in self._shapes:
+            if longest <= shape.max_query_length and total <= shape.num_tokens:
+                return shape
+        return None
+
+    def _adapters(self, plan: Plan) -> tuple[int, ...] | None:
+        if not self._takes_adapters:
+            return None
+        slots = tuple(-1 if each.adapter is None else each.adapter.slot for each in plan.sequences)
+        return slots if max(slots) >= 0 else None
+
+
+def _latest(step: Preparation, behind: LaunchedStep) -> LatestTokens | None:
+    """The tokens of `step` that the step before it brings."""
+    rows: list[tuple[int, int]] = []
+    row_of = behind.step.sampled_row_of
+    place = -1
+    for sequence, count in zip(step.plan.sequences, step.plan.token_counts, strict=True):
+        place += count
+        if sequence.num_pending_tokens:
+            rows.append((place, row_of[sequence]))
+    if not rows:
+        return None
+    assert behind.tokens is not None, "a step is launched behind one whose tokens are being chosen"
+    return LatestTokens(behind.tokens.token_ids, rows)
+
+
+def _token_ids(step: Preparation) -> npt.NDArray[np.int64]:
+    """All tokens of a step that the host knows, in their places."""
+    ids = np.zeros(len(step.positions), np.int64)
+    begin = 0
+    plan = step.plan
+    for index, (sequence, count) in enumerate(zip(plan.sequences, plan.token_counts, strict=True)):
+        start = sequence.num_computed_tokens + sequence.num_launched_tokens
+        known = sequence.token_ids[start : start + count]
+        end = begin + len(known)
+        ids[begin:end] = known
+        if step.drafts is not None:
+            ids[end : begin + count] = step.drafts[index]
+        begin += count
+    return ids

@@ -1,0 +1,268 @@
+"""While a device computes a step, the next is launched behind it: the answers are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from services.engine.core.device_inputs import CapturedShape
+from services.engine.core.device_runner import DeviceRunner, LaunchedStep
+from services.engine.core.engine import EngineCore
+from services.engine.core.errors import FatalEngineError
+from services.engine.core.messages import FinishReason, Sampling, SequenceRequest, Stopping
+from services.engine.core.plan import Plan, StepOutputs
+from services.engine.core.speculation.speculator import NgramSpeculator, Speculator
+from tests.fakes.engines import make_engine, reference_output
+from tests.fakes.hash_model import NAN_TOKEN_ID, RAISING_TOKEN_ID
+from tests.fakes.speculators import HalfRightSpeculator
+
+CONTEXT_TOKENS = 96
+SHAPES = (CapturedShape(2, 1), CapturedShape(4, 1), CapturedShape(12, 4))
+
+
+def overlapping(**limits: Any) -> EngineCore:
+    limits.setdefault("num_blocks", 24)
+    return make_engine(overlaps=True, **limits)
+
+
+def request(sequence_id: int, max_tokens: int = 10, **sampling: Any) -> SequenceRequest:
+    stopping = Stopping(max_tokens=max_tokens, ignore_eos=True)
+    return SequenceRequest(sequence_id, [1, 2, sequence_id], Sampling(**sampling), stopping)
+
+
+class Journal:
+    """What a runner was told to do, in order."""
+
+    def __init__(self, engine: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entries: list[tuple[str, int]] = []
+        assert engine._overlapping is not None
+        self.runner = runner = engine._overlapping._runner
+        launch, finish, choose = runner.launch, runner.finish, runner.choose
+
+        def launching(plan: Plan, behind: LaunchedStep | None) -> LaunchedStep:
+            self.entries.append(("launch", plan.step))
+            return launch(plan, behind)
+
+        def finishing(launched: LaunchedStep) -> StepOutputs:
+            self.entries.append(("finish", launched.plan.step))
+            return finish(launched)
+
+        def choosing(launched: LaunchedStep) -> None:
+            if launched.logits is not None:
+                self.entries.append(("choose", launched.plan.step))
+            choose(launched)
+
+        monkeypatch.setattr(runner, "launch", launching)
+        monkeypatch.setattr(runner, "finish", finishing)
+        monkeypatch.setattr(runner, "choose", choosing)
+
+
+def run(engine: EngineCore) -> dict[int, list[int]]:
+    answers: dict[int, list[int]] = {}
+    for _ in range(1000):
+        if not engine.has_work:
+            return answers
+        for delta in engine.step().deltas:
+            answers.setdefault(delta.sequence_id, []).extend(delta.token_ids)
+        engine.check_integrity()
+    raise AssertionError("it does not come to an end")
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = overlapping()
+    journal = Journal(engine, monkeypatch)
+    engine.add([request(0, max_tokens=4)])
+    run(engine)
+    # Nothing is launched behind the last: it is known to be that.
+    assert journal.entries == [
+        ("launch", 1), ("choose", 1), ("launch", 2), ("choose", 2), ("finish", 1),
+        ("launch", 3), ("choose", 3), ("finish", 2),
+        ("launch", 4), ("choose", 4), ("finish", 3),
+        ("finish", 4),
+    ]  # fmt: skip
+
+
+def test_tokens_that_hang_on_what_was_said_are_chosen_once_that_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = overlapping()
+    journal = Journal(engine, monkeypatch)
+    engine.add([request(0, max_tokens=3, presence_penalty=1.0)])
+    run(engine)
+    assert journal.entries == [
+        ("launch", 1), ("choose", 1), ("launch", 2), ("finish", 1), ("choose", 2),
+        ("launch", 3), ("finish", 2), ("choose", 3),
+        ("finish", 3),
+    ]  # fmt: skip
+
+
+def test_chunks_of_a_prompt_and_arrivals_are_launched_ahead_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = overlapping(max_batch_tokens=8)
+    journal = Journal(engine, monkeypatch)
+    stopping = Stopping(max_tokens=2, ignore_eos=True)
+    long = SequenceRequest(0, [*range(20)], stopping=stopping)
+    engine.add([long])
+    engine.step()
+    engine.add([late := request(1)])
+    answers = run(engine)
+    assert answers[0] == reference_output(long, CONTEXT_TOKENS)
+    assert answers[1] == reference_output(late, CONTEXT_TOKENS)
+    finished = [entry for entry in journal.entries if entry[0] == "finish"]
+    for number in range(2, len(finished)):
+        order = journal.entries
+        assert order.index(("launch", number)) < order.index(("finish", number - 1))
+
+
+@pytest.mark.parametrize("shapes", [(), SHAPES], ids=["as it is", "padded"])
+@pytest.mark.parametrize(
+    "make_speculator", [lambda: None, NgramSpeculator, lambda: HalfRightSpeculator(96, seed=1)]
+)
+def test_answers_are_the_same(
+    make_speculator: Callable[[], Speculator | None], shapes: tuple[CapturedShape, ...]
+) -> None:
+    requests = [
+        SequenceRequest(
+            index,
+            [1, 2, 3, index, NAN_TOKEN_ID if index == 4 else 9],
+            Sampling(
+                temperature=index % 2,
+                seed=index,
+                presence_penalty=1.0 if index == 5 else 0.0,
+                logprobs=2 if index == 6 else None,
+                prompt_logprobs=1 if index == 3 else None,
+            ),
+            Stopping(max_tokens=5 + 3 * index, min_tokens=index % 3, ignore_eos=index != 2),
+        )
+        for index in range(7)
+    ]
+
+    def answers(**how: Any) -> dict[int, list[int]]:
+        engine = make_engine(num_blocks=24, speculator=make_speculator(), **how)
+        engine.add(requests)
+        return run(engine)
+
+    assert answers(overlaps=True, captured_shapes=shapes) == answers()
+
+
+def test_beams_are_the_same() -> None:
+    def beams(*, overlaps: bool) -> dict[int, list[int]]:
+        engine = make_engine(num_blocks=64, overlaps=overlaps)
+        engine.add([request(0, beam_width=3)])
+        return run(engine)
+
+    assert beams(overlaps=True) == beams(overlaps=False)
+
+
+def test_who_is_aborted_in_the_middle_of_a_step_leaves_nothing_behind() -> None:
+    engine = overlapping()
+    engine.add([request(0), request(1)])
+    engine.step()
+    engine.step()
+    (delta,) = engine.abort([0])
+    assert delta.finish is not None
+    assert delta.finish.reason is FinishReason.ABORTED
+    engine.check_integrity()
+    answers = run(engine)
+    assert 0 not in answers
+    engine.add([request(2)])
+    assert run(engine)[2] == reference_output(request(2), CONTEXT_TOKENS)
+    assert engine.load().used_blocks == 0
+
+
+def test_a_step_that_nobody_awaits_any_more_is_forgotten() -> None:
+    engine = overlapping()
+    engine.add([request(0)])
+    engine.step()
+    engine.step()
+    engine.abort([0])
+    assert not engine.has_work
+    engine.add([request(1)])
+    assert run(engine)[1] == reference_output(request(1), CONTEXT_TOKENS)
+
+
+def test_an_arrival_whose_step_cannot_be_launched_fails_alone() -> None:
+    engine = overlapping()
+    engine.add([request(0, max_tokens=20)])
+    answers = [token for _ in range(2) for token in engine.step().deltas[0].token_ids]
+    poisoned = SequenceRequest(1, [5, RAISING_TOKEN_ID])
+    engine.add([poisoned])
+    while engine.has_work:
+        for delta in engine.step().deltas:
+            if delta.sequence_id == 0:
+                answers += delta.token_ids
+            else:
+                assert delta.finish is not None
+                assert delta.finish.error_kind == "RuntimeError"
+        engine.check_integrity()
+    assert answers == reference_output(request(0, max_tokens=20), CONTEXT_TOKENS)
+    assert engine.load().failed_sequences == 1
+
+
+@pytest.mark.parametrize("call", ["launch", "choose", "finish"])
+def test_a_step_that_fails_for_no_sequences_sake_is_computed_again(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = overlapping()
+    requests = [request(0, presence_penalty=0.5), request(1, temperature=1.0, seed=3)]
+    engine.add(requests)
+    done = [engine.step(), engine.step()]
+    runner = engine._overlapping._runner  # type: ignore[union-attr]
+    inner, calls = getattr(runner, call), []
+
+    def failing_once(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("a moment of weakness")
+        return inner(*args)
+
+    monkeypatch.setattr(runner, call, failing_once)
+    answers = run(engine)
+    for step in reversed(done):
+        for delta in reversed(step.deltas):
+            answers[delta.sequence_id] = [*delta.token_ids, *answers[delta.sequence_id]]
+    assert answers[1] == reference_output(requests[1], CONTEXT_TOKENS)
+    plain = make_engine(num_blocks=24)
+    plain.add(requests)
+    assert answers == run(plain)
+    assert engine.load().failed_sequences == 0
+
+
+def test_a_broken_device_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = overlapping()
+    engine.add([request(0)])
+    engine.step()
+
+    def broken(self: DeviceRunner, launched: LaunchedStep) -> StepOutputs:
+        raise FatalEngineError("the device is gone")
+
+    monkeypatch.setattr(DeviceRunner, "finish", broken)
+    with pytest.raises(FatalEngineError, match="the device is gone"):
+        engine.step()
+
+
+def test_where_somebody_has_to_go_the_outputs_are_awaited() -> None:
+    engine = overlapping(num_blocks=5)
+    requests = [request(0), request(1), request(2)]
+    engine.add(requests)
+    answers = run(engine)
+    assert engine.load().preemptions > 0
+    for each in requests:
+        assert answers[each.sequence_id] == reference_output(each, 20)
+
+
+def test_a_higher_priority_does_not_wait_for_room_for_ever() -> None:
+    engine = overlapping(num_blocks=8, max_running_sequences=1)
+    engine.add([request(0, max_tokens=24)])
+    engine.step()
+    urgent = SequenceRequest(1, [7], stopping=Stopping(max_tokens=2), priority=1)
+    engine.add([urgent])
+    finished: list[int] = []
+    while engine.has_work:
+        finished += [each.sequence_id for each in engine.step().deltas if each.finish]
+    assert finished == [1, 0]

@@ -1,0 +1,69 @@
+"""Whether every implementation computes what its reference does, at the shapes of real models."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.gpu_bench import Bench, Row, implementations
+from services.engine.core.kernels.device_check import poison
+from services.engine.core.kernels.examples import (
+    EXAMPLES,
+    LLAMA_8B,
+    SMALL,
+    Example,
+    Maker,
+    difference,
+)
+from services.engine.core.kernels.registry import OPS, REFERENCE
+
+
+def correctness(bench: Bench) -> None:
+    """Hold each implementation to its reference, small shapes first, outputs poisoned."""
+    names = {name: found for name in sorted(OPS) if (found := implementations(OPS[name]))}
+    for name, found in names.items():
+        for by in found:
+            if by == REFERENCE:
+                continue
+            if name not in EXAMPLES:
+                bench.add(Row(bench.part, name, by, None, "", note="there are no examples of it"))
+                continue
+            problems, count = [], 0
+            for sizes in (SMALL,) if bench.tiny else (SMALL, LLAMA_8B):
+                makes = EXAMPLES[name]
+                ours, theirs = makes(Maker(bench.device, sizes)), makes(Maker(bench.device, sizes))
+                for example, again in zip(ours, theirs, strict=True):
+                    if bench.left_s <= 0:
+                        break
+                    count += 1
+                    problem = _problem(bench, name, by, example, again)
+                    if problem:
+                        problems.append(f"{example.what}: {problem}")
+                    del example, again
+            bench.add(
+                Row(
+                    bench.part,
+                    name,
+                    by,
+                    float(count - len(problems)),
+                    f"of {count} right",
+                    note="; ".join(problems[:3]),
+                    values={"wrong": float(len(problems))},
+                )
+            )
+
+
+def _problem(bench: Bench, name: str, by: str, example: Example, again: Example) -> str | None:
+    op = OPS[name]
+    try:
+        expected = example.outcome(op.reference)
+        poison(bench.device)
+        found = again.outcome(implementations(op)[by])
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()
+        return difference(found, expected)
+    except Exception as error:
+        if isinstance(error, torch.AcceleratorError):
+            note = f"{example.what}: {error}"
+            bench.add(Row(bench.part, name, by, None, "", note=note))
+            raise
+        return f"{type(error).__name__}: {str(error)[:200]}"

@@ -45,7 +45,7 @@ test-sanitized: $(VENV)/.dev ## Run the tests of the CPU kernels with AddressSan
 	  --ignore-glob="*/test_build.py" --ignore-glob="*/test_library.py" --timeout=1200 $(ARGS)
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device
-	$(PYTEST) -m gpu $(ARGS)
+	TRITON_INTERPRET=0 $(PYTEST) -m gpu $(ARGS)
 
 lint: $(VENV)/.dev ## Check style, types, contracts, images and what the C++ compiler warns of
 	$(BIN)/ruff format --check .

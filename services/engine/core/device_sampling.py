@@ -159,7 +159,7 @@ class DeviceSampler:
         if slot.pending is not None:
             slot.pending.result()  # its memory is about to be written
             slot.pending = None
-        form = form_of(batch)
+        form = form_of(batch, self._vocab_size)
         self._staged = staged = _Staged(form, batch.logprobs)
         if not form.is_greedy:
             used = len(Column) * form.num_rows
@@ -258,18 +258,18 @@ def _read(staged: _Staged, chosen: Tensor, reports: Tensor | None) -> SampledTok
         most = staged.form.most_logprobs
         own, ids, values = (part.numpy() for part in reports.tensor_split((1, 1 + most)))
         for row in np.flatnonzero(staged.counts >= 0).tolist():
+            likeliest = values[: int(staged.counts[row]), row]
             # What cannot be chosen is not reported.
-            possible = np.count_nonzero(values[:, row] > -np.inf)
-            count = min(int(staged.counts[row]), possible)
+            count = np.count_nonzero(likeliest > -np.inf)
             logprobs[row] = TokenLogprobs(
                 float(own[0, row]),
                 ids[:count, row].astype(np.int64).tolist(),
-                values[:count, row].tolist(),
+                likeliest[:count].tolist(),
             )
     return SampledTokens(token_ids.tolist(), logprobs, errors)
 
 
-def form_of(batch: SamplingBatch) -> SamplingForm:
+def form_of(batch: SamplingBatch, vocab_size: int) -> SamplingForm:
     """Which kernels sample `batch`."""
     num_rows = len(batch.temperature)
     if batch.is_greedy:
@@ -281,7 +281,7 @@ def form_of(batch: SamplingBatch) -> SamplingForm:
         draws=bool(drawn.any()),
         filters=bool(filtered.any()),
         gives=batch.given is not None,
-        most_logprobs=int(batch.logprobs.max()),
+        most_logprobs=min(int(batch.logprobs.max()), vocab_size),
     )
 
 

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import Tensor
 
+from services.engine.core import sampler
+from services.engine.core.device_sampling import DeviceSampler
+from services.engine.core.kernels import registry, triton
 from services.engine.core.noise import stream_key, uniforms
-from services.engine.core.sampler import LogitsError, SampledTokens, SamplingBatch, sample
+from services.engine.core.sampler import LogitsError, SampledTokens, SamplingBatch
 
 DRAWS = 40_000
+Sample: TypeAlias = Callable[[Tensor, SamplingBatch], SampledTokens]
+
+
+def sample_on(device: torch.device) -> Sample:
+    """Sample as steps on a GPU do."""
+
+    def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
+        there = DeviceSampler(device, *logits.shape, at_once=False)
+        return there.launch(logits.to(device), batch).result()
+
+    return sample
+
+
+@pytest.fixture(
+    scope="module", params=["cpu", "staged", pytest.param("gpu", marks=pytest.mark.gpu)]
+)
+def sample(request: pytest.FixtureRequest) -> Sample:
+    """sampler.sample, and what gives the same step by step: by the references of its ops on a CPU,
+    by kernels on a GPU."""
+    if request.param == "cpu":
+        return sampler.sample
+    if request.param == "gpu":
+        triton.activate()
+        registry.select("cuda")
+        return sample_on(torch.device("cuda"))
+    return sample_on(torch.device("cpu"))
 
 
 def batch_of(
@@ -86,7 +118,9 @@ def chi_square_limit(degrees: int) -> float:
     ],
     ids=str,
 )
-def test_samples_follow_the_exact_distribution(parameters: dict[str, float]) -> None:
+def test_samples_follow_the_exact_distribution(
+    sample: Sample, parameters: dict[str, float]
+) -> None:
     logits = np.random.default_rng(5).standard_normal(40).astype(np.float32) * 2
     expected = reference_probabilities(logits, **parameters)  # type: ignore[arg-type]
     noise = uniforms(np.full(DRAWS, stream_key(11, 0), np.uint64), np.arange(DRAWS, dtype=np.int64))
@@ -121,6 +155,7 @@ def test_samples_follow_the_exact_distribution(parameters: dict[str, float]) -> 
     min_p=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
 )
 def test_only_tokens_of_the_filtered_set_are_drawn_and_all_of_them_can_be(
+    sample: Sample,
     seed: int,
     vocab: int,
     spread: float,
@@ -151,7 +186,7 @@ def test_only_tokens_of_the_filtered_set_are_drawn_and_all_of_them_can_be(
     assert np.mean(np.asarray(drawn) == exact) > 0.9
 
 
-def test_a_sample_does_not_depend_on_the_batch_around_it() -> None:
+def test_a_sample_does_not_depend_on_the_batch_around_it(sample: Sample) -> None:
     rng = np.random.default_rng(0)
     logits = torch.from_numpy(rng.standard_normal((32, 1500)).astype(np.float32) * 3)
     temperature = rng.choice([0.0, 0.7, 1.4], 32)
@@ -185,7 +220,7 @@ def test_a_sample_does_not_depend_on_the_batch_around_it() -> None:
         assert alone.token_ids == [together.token_ids[row]]
 
 
-def test_temperature_zero_is_the_likeliest_token_whatever_else_is_set() -> None:
+def test_temperature_zero_is_the_likeliest_token_whatever_else_is_set(sample: Sample) -> None:
     logits = torch.randn(6, 100, generator=torch.Generator().manual_seed(1))
     drawn = sample(
         logits.clone(), batch_of(6, temperature=0.0, top_k=3, top_p=0.5, noise=np.full(6, 0.99))
@@ -193,7 +228,7 @@ def test_temperature_zero_is_the_likeliest_token_whatever_else_is_set() -> None:
     assert drawn.token_ids == logits.argmax(dim=-1).tolist()
 
 
-def test_rows_that_are_not_finite_fail_alone() -> None:
+def test_rows_that_are_not_finite_fail_alone(sample: Sample) -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(2))
     clean = sample(logits.clone(), batch_of(6, temperature=[0, 1, 0, 1, 0, 1], top_p=0.9))
     broken = logits.clone()
@@ -208,14 +243,14 @@ def test_rows_that_are_not_finite_fail_alone() -> None:
         assert drawn.token_ids[row] == clean.token_ids[row]
 
 
-def test_minus_infinity_is_a_token_that_is_never_drawn() -> None:
+def test_minus_infinity_is_a_token_that_is_never_drawn(sample: Sample) -> None:
     logits = torch.zeros(1000, 4)
     logits[:, 2] = -torch.inf
     noise = (np.arange(1000) + 0.5) / 1000
     assert set(sample(logits, batch_of(1000, noise=noise)).token_ids) == {0, 1, 3}
 
 
-def test_log_probabilities_are_those_of_the_model_before_any_filter() -> None:
+def test_log_probabilities_are_those_of_the_model_before_any_filter(sample: Sample) -> None:
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(3))
     expected = logits.double().log_softmax(dim=-1)
     drawn = sample(

@@ -1,4 +1,5 @@
 """Kernels in Triton are interpreted here: they compute on the CPU, and are held to the references.
+With TRITON_INTERPRET=0, as `make test-gpu` has it, tests of a GPU run them there.
 
 Whether they compile for a GPU is what test_compiling sees, in a process of its own.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 
 # Before the first kernel is decorated: that is when Triton looks.
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -1,5 +1,8 @@
 #include "emulator.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <csetjmp>
 #include <csignal>
 #include <cstdio>
@@ -10,9 +13,6 @@
 #include <numeric>
 #include <random>
 #include <string>
-
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "cuda_runtime.h"
 
@@ -63,8 +63,8 @@ struct Guarded {
   explicit Guarded(size_t bytes) : size(bytes) {
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
     const size_t rounded = (bytes + page - 1) / page * page;
-    auto* base = static_cast<unsigned char*>(mmap(nullptr, rounded + 2 * page, PROT_NONE,
-                                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    auto* base = static_cast<unsigned char*>(
+        mmap(nullptr, rounded + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     mprotect(base + page, rounded, PROT_READ | PROT_WRITE);
     end = base + page + rounded;
   }
@@ -275,12 +275,12 @@ void check_shared(const void* address, size_t bytes) {
   }
 }
 
-void copy_later(void* shared, const void* global, bool present) {
-  check_shared(aligned(static_cast<unsigned char*>(shared), 16), 16);
-  const auto* from = aligned(static_cast<const unsigned char*>(global), 16);
+void copy_later(void* shared, const void* global, size_t bytes, bool present) {
+  check_shared(aligned(static_cast<unsigned char*>(shared), bytes), bytes);
+  const auto* from = aligned(static_cast<const unsigned char*>(global), bytes);
   if (present) (void)*const_cast<const volatile unsigned char*>(from);
-  memset(shared, kPoison, 16);
-  self->open.push_back({static_cast<unsigned char*>(shared), present ? from : nullptr});
+  memset(shared, kPoison, bytes);
+  self->open.push_back({static_cast<unsigned char*>(shared), present ? from : nullptr, bytes});
 }
 
 void commit_copies() {
@@ -292,9 +292,9 @@ void wait_for_copies(size_t pending) {
   while (self->groups.size() > pending) {
     for (const Copy& copy : self->groups.front()) {
       if (copy.from != nullptr) {
-        memcpy(copy.to, copy.from, 16);
+        memcpy(copy.to, copy.from, copy.bytes);
       } else {
-        memset(copy.to, 0, 16);
+        memset(copy.to, 0, copy.bytes);
       }
     }
     self->groups.erase(self->groups.begin());
@@ -331,7 +331,7 @@ int32_t run_grid(const void* kernel, Dimensions grid, Dimensions size, size_t sh
   if (sigsetjmp(failed, 1) == 0) {
     for (uint64_t each : order) {
       blockIdx = {uint32_t(each % grid.x), uint32_t(each / grid.x % grid.y),
-                     uint32_t(each / grid.x / grid.y)};
+                  uint32_t(each / grid.x / grid.y)};
       run_block(random);
     }
   }

@@ -91,6 +91,16 @@ __global__ void load_matrices_kernel(const ProbeArgs args) {
   write_sums(args, d);
 }
 
+// A matrix of 8 by 8 elements of two bytes, transposed on its way through registers.
+__global__ void transpose_kernel(const ProbeArgs args) {
+  const int lane = threadIdx.x, row = lane / 4, column = lane % 4 * 2;
+  const uint16_t* in = reinterpret_cast<const uint16_t*>(args.a) + row * 8 + column;
+  uint16_t* out = static_cast<uint16_t*>(args.out) + row * 8 + column;
+  const uint32_t pair = movmatrix_trans(in[0] | uint32_t(in[1]) << 16);
+  out[0] = uint16_t(pair);
+  out[1] = uint16_t(pair >> 16);
+}
+
 // What each lane gets of others, and of its warp.
 __global__ void exchange_kernel(const ProbeArgs args) {
   int32_t* out = static_cast<int32_t*>(args.out) + threadIdx.x * 6;
@@ -174,6 +184,9 @@ MESHSERVE_EXPORT int32_t meshserve_multiply(const ProbeArgs* args, void* stream)
 }
 MESHSERVE_EXPORT int32_t meshserve_load_matrices(const ProbeArgs* args, void* stream) {
   return probe(load_matrices_kernel, args, stream, 1, 32, 16 * 32 + 16 * 16);
+}
+MESHSERVE_EXPORT int32_t meshserve_transpose(const ProbeArgs* args, void* stream) {
+  return probe(transpose_kernel, args, stream, 1, 32, 0);
 }
 MESHSERVE_EXPORT int32_t meshserve_exchange(const ProbeArgs* args, void* stream) {
   return probe(exchange_kernel, args, stream, 1, kThreads, 0);

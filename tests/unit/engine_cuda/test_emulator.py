@@ -77,6 +77,11 @@ def test_matrices_are_loaded_as_products_want_them(probe: Emulator, by_columns: 
     torch.testing.assert_close(found, a.float() @ b.float(), atol=1e-5, rtol=1e-5)
 
 
+def test_a_matrix_is_transposed_in_registers(probe: Emulator) -> None:
+    numbers = guarded(torch.arange(64, dtype=torch.int16).view(8, 8))
+    assert torch.equal(run(probe, "transpose", numbers, numbers, numbers.clone()), numbers.T)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_lanes_exchange_values(probe: Emulator, seed: int) -> None:
     nothing, found = torch.empty(0), torch.empty(64, 6, dtype=torch.int32)

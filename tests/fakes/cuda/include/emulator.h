@@ -31,6 +31,7 @@ struct Dimensions {
 struct Copy {
   unsigned char* to;
   const unsigned char* from;  // null: zeros
+  size_t bytes;
 };
 
 struct Warp;
@@ -94,7 +95,7 @@ unsigned char* shared_memory();
 // Ends the kernel unless `bytes` from `address` on are within the block's dynamic shared memory.
 void check_shared(const void* address, size_t bytes);
 
-void copy_later(void* shared, const void* global, bool present);
+void copy_later(void* shared, const void* global, size_t bytes, bool present);
 void commit_copies();
 void wait_for_copies(size_t pending);
 

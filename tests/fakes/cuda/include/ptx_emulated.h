@@ -82,9 +82,8 @@ void multiply(Fragments<Sum>* const* lanes, Convert convert) {
 template <typename Wide, int size, typename Sum, typename Convert>
 void mma(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* what, Convert) {
   Fragments<Sum> own{d, a, b};
-  together(0xffffffffu, what, own, [](Fragments<Sum>* const* lanes, uint32_t) {
-    multiply<Wide, size>(lanes, Convert{});
-  });
+  together(0xffffffffu, what, own,
+           [](Fragments<Sum>* const* lanes, uint32_t) { multiply<Wide, size>(lanes, Convert{}); });
 }
 
 struct Matrices {
@@ -149,8 +148,27 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
   emulated::ldmatrix(r, row, true);
 }
 
+inline uint32_t movmatrix_trans(uint32_t pair) {
+  struct Exchanged {
+    uint32_t mine, received;
+  } own{pair, 0};
+  emulated::together(0xffffffffu, "movmatrix", own, [](Exchanged* const* lanes, uint32_t) {
+    const auto element = [lanes](int row, int column) {
+      return lanes[4 * row + column / 2]->mine >> 16 * (column % 2) & 0xffff;
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      const int row = lane / 4, column = lane % 4 * 2;
+      lanes[lane]->received = element(column, row) | element(column + 1, row) << 16;
+    }
+  });
+  return own.received;
+}
+
 inline void cp_async_16(void* shared, const void* global, bool present) {
-  emulated::copy_later(shared, global, present);
+  emulated::copy_later(shared, global, 16, present);
+}
+inline void cp_async_4(void* shared, const void* global, bool present) {
+  emulated::copy_later(shared, global, 4, present);
 }
 inline void cp_async_commit() { emulated::commit_copies(); }
 template <int pending>
@@ -190,14 +208,16 @@ inline uint32_t fma_fp16x2(uint32_t a, uint32_t b, uint32_t c) {
 inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t packed = 0;
   for (int shift = 0; shift < 32; shift += 16) {
-    packed |= uint32_t(emulated::float_to_bf16(
-                  std::fma(emulated::bf16_to_float(uint16_t(a >> shift)),
-                           emulated::bf16_to_float(uint16_t(b >> shift)),
-                           emulated::bf16_to_float(uint16_t(c >> shift)))))
-              << shift;
+    packed |=
+        uint32_t(emulated::float_to_bf16(std::fma(emulated::bf16_to_float(uint16_t(a >> shift)),
+                                                  emulated::bf16_to_float(uint16_t(b >> shift)),
+                                                  emulated::bf16_to_float(uint16_t(c >> shift)))))
+        << shift;
   }
   return packed;
 }
+
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline float tanh_approximate(float x) { return std::tanh(x); }

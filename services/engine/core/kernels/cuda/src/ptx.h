@@ -99,6 +99,13 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                : "memory");
 }
 
+// The 8 by 8 matrix of 2-byte elements whose row lane / 4 a lane holds two of, transposed.
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 // Copies 16 bytes to shared memory past the L1 cache and the registers; where not `present` it
 // writes zeros and reads nothing. The copy may be read by this thread once its group has been
 // waited for, by others after a barrier that follows.
@@ -107,6 +114,14 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                    shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(present ? 16 : 0)
                : "memory");
+}
+
+// The same of 4 bytes, by way of the L1 cache.
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, bool present) {
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(present ? 4 : 0)
+      : "memory");
 }
 
 // The copies since the last commit become a group.
@@ -183,6 +198,13 @@ __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t 
   uint32_t sum;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
   return sum;
+}
+
+// (a & mask) | bits, in one instruction; of plain C++ the compiler makes two where both are constants.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t merged;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(merged) : "r"(a), "r"(mask), "r"(bits));
+  return merged;
 }
 
 // 2^x and tanh x, within 2^-22 and 2^-10 of them.

@@ -1,0 +1,109 @@
+// Tiles of the cache on their way through shared memory, and what is multiplied with them.
+#pragma once
+
+#include "attention_cache.h"
+#include "attention_decode.h"
+
+namespace meshserve {
+
+// A warp's tile: so many tokens that keys and values are 4 KiB each, or 16 of them at least.
+template <typename Cache, int kHeadDim>
+struct Tile {
+  static constexpr int kRowBytes = kHeadDim * Cache::kBytes;
+  static constexpr int kTokens = kRowBytes >= 256 ? 16 : 4096 / kRowBytes;
+  static constexpr int kBytes = kTokens * kRowBytes;
+  static constexpr int kStageBytes = 2 * kBytes + (Cache::kScaled ? 2 * kTokens * 4 : 0);
+  static constexpr int kUnits = kRowBytes / 32;
+  static constexpr int kLanesPerRow = kRowBytes / 16;
+  static constexpr int kRowsPerCopy = 32 / kLanesPerRow;
+  static constexpr int kCopies = kTokens / kRowsPerCopy;
+  static constexpr int kIds = (kTokens + 31) / 32;
+
+  // Where 16 bytes of a token's vector are: eight tokens' same chunk lies in eight groups of banks.
+  static __device__ __forceinline__ int place(int token, int chunk) {
+    const int turned = kRowBytes >= 128 ? chunk ^ (token & 7) : chunk ^ (token >> 1 & 3);
+    return token * kRowBytes + turned * 16;
+  }
+};
+
+// Copies tiles of one sequence and KV head. A lane knows the blocks of the tokens lane + 32 i.
+template <typename Cache, int kHeadDim>
+struct TileReader {
+  using Shape = Tile<Cache, kHeadDim>;
+
+  const AttentionDecodeArgs& args;
+  const int32_t* table;
+  const unsigned char *keys, *values;  // of the KV head, and the chunk of the lane
+  int kv_head, end, lane;
+  int32_t blocks[Shape::kIds];
+
+  __device__ __forceinline__ TileReader(const AttentionDecodeArgs& a, const Part& part)
+      : args(a), kv_head(part.kv_head), end(part.end), lane(threadIdx.x % 32) {
+    table = args.block_tables + int64_t(part.sequence) * args.table_stride;
+    const int64_t at = kv_head * args.head_stride + lane % Shape::kLanesPerRow * 16;
+    keys = static_cast<const unsigned char*>(args.keys) + at;
+    values = static_cast<const unsigned char*>(args.values) + at;
+  }
+
+  __device__ __forceinline__ void find_blocks(int tile) {
+#pragma unroll
+    for (int i = 0; i < Shape::kIds; ++i) {
+      const int token = tile * Shape::kTokens + 32 * i + lane;
+      blocks[i] = token < end ? table[token >> args.block_shift] : 0;
+    }
+  }
+
+  // Begins to copy the tile whose blocks were found. Tokens that no row sees become zeros.
+  __device__ __forceinline__ void copy(int tile, unsigned char* stage) const {
+    const int within = (1 << args.block_shift) - 1;
+#pragma unroll
+    for (int i = 0; i < Shape::kCopies; ++i) {
+      const int row = i * Shape::kRowsPerCopy + lane / Shape::kLanesPerRow;
+      const int token = tile * Shape::kTokens + row;
+      const int32_t block =
+          __shfl_sync(0xffffffffu, blocks[i * Shape::kRowsPerCopy / 32], row % 32);
+      const int64_t offset = block * args.block_stride + (token & within) * args.token_stride;
+      unsigned char* to = stage + Shape::place(row, lane % Shape::kLanesPerRow);
+      cp_async_16(to, keys + offset, token < end);
+      cp_async_16(to + Shape::kBytes, values + offset, token < end);
+    }
+    if constexpr (Cache::kScaled) {
+#pragma unroll
+      for (int i = 0; i < Shape::kIds; ++i) {
+        const int row = 32 * i + lane, token = tile * Shape::kTokens + row;
+        if (row >= Shape::kTokens) break;
+        const int64_t offset = blocks[i] * args.scale_block_stride +
+                               (token & within) * args.scale_token_stride + kv_head;
+        float* to = reinterpret_cast<float*>(stage + 2 * Shape::kBytes) + row;
+        cp_async_4(to, args.key_scales + offset, token < end);
+        cp_async_4(to + Shape::kTokens, args.value_scales + offset, token < end);
+      }
+    }
+  }
+};
+
+// The queries of the rows of a part as the right factors of products with keys: lane / 4 is the row
+// of eight.
+template <typename Q, typename Cache, int kHeadDim, int kRowTiles>
+__device__ __forceinline__ void load_queries(const AttentionDecodeArgs& args, const Part& part,
+                                             uint32_t (&b)[kHeadDim / 16][kRowTiles][2]) {
+  const int group = threadIdx.x % 32 / 4, in_group = threadIdx.x % 4;
+#pragma unroll
+  for (int n = 0; n < kRowTiles; ++n) {
+    const int row = 8 * n + group;
+    const int2 place = place_of(part, min(row, part.rows - 1), args);
+    const uint16_t* query = static_cast<const uint16_t*>(args.queries) +
+                            place.x * args.query_stride + place.y * args.query_head_stride;
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      const uint16_t* at = query + 16 * k + Cache::first(in_group);
+      const float2 low = Q::unpack(at[0] | uint32_t(at[Cache::kSecond]) << 16);
+      const float2 high = Q::unpack(at[Cache::kThird] | uint32_t(at[Cache::kFourth]) << 16);
+      // Of fp16 and bf16 as they are this gives the same bits again.
+      b[k][n][0] = Cache::Compute::pack(low.x, low.y);
+      b[k][n][1] = Cache::Compute::pack(high.x, high.y);
+    }
+  }
+}
+
+}  // namespace meshserve

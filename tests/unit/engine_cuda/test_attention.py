@@ -1,0 +1,227 @@
+"""Attention of few queries in CUDA C++ gives what the reference gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from services.engine.core.kernels.attention import AttentionMetadata, DeviceLengths, paged_attention
+from services.engine.core.kernels.cuda import attention
+from services.engine.core.kernels.cuda.attention import Card, divide, paged_attention_cuda, serves
+from services.engine.core.kernels.kv_layer import KVLayer, quantize_heads
+from tests.fakes.cuda.emulator import Emulator, guarded
+
+H100 = Card(132, 227 * 1024)
+# Divides even short sequences: among several parts, of one warp or two.
+SMALL_CARD = Card(64, 50 * 1024)
+
+
+@dataclass
+class Step:
+    """Sequences as (query length, context length), and the model's shapes."""
+
+    sequences: Sequence[tuple[int, int]]
+    group: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    cache_dtype: torch.dtype = torch.bfloat16
+    scale: float = 0.125
+    window: int | None = None
+    softcap: float | None = None
+
+
+def make(step: Step) -> tuple[Tensor, KVLayer, AttentionMetadata]:
+    """Queries, a cache whose other tokens are NaN where the format has one, and the metadata."""
+    needed = [-(-context // step.block_size) for _, context in step.sequences]
+    num_blocks = sum(needed) + 3
+    order = torch.randperm(num_blocks, dtype=torch.int32)
+    tables = torch.full((len(needed), max(needed)), num_blocks + 1000, dtype=torch.int32)
+    shape = (num_blocks, step.block_size, step.kv_heads, step.head_dim)
+    used = torch.zeros(shape[:2], dtype=torch.bool)
+    taken = 0
+    for row, (blocks, (_, context)) in enumerate(zip(needed, step.sequences, strict=True)):
+        tables[row, :blocks] = order[taken : taken + blocks]
+        taken += blocks
+        for token in range(context):
+            used[int(tables[row, token // step.block_size]), token % step.block_size] = True
+    layer: list[Tensor | None] = []
+    all_scales: list[Tensor | None] = []
+    for _ in range(2):
+        elements, scales = quantize_heads(torch.randn(shape).to(step.dtype), step.cache_dtype)
+        unused = 127 if elements.dtype == torch.int8 else float("nan")
+        elements = torch.where(used[..., None, None], elements.float(), unused)
+        layer.append(guarded(elements.to(step.cache_dtype)))
+        all_scales.append(None if scales is None else guarded(scales))
+    metadata = AttentionMetadata(
+        tuple(queries for queries, _ in step.sequences),
+        tuple(context for _, context in step.sequences),
+        guarded(tables),
+        step.block_size,
+    )
+    num_tokens = sum(queries for queries, _ in step.sequences)
+    queries = torch.randn(num_tokens, step.group * step.kv_heads, step.head_dim).to(step.dtype)
+    return guarded(queries), KVLayer(*layer, *all_scales), metadata  # type: ignore[arg-type]
+
+
+def reference(step: Step, queries: Tensor, cache: KVLayer, metadata: AttentionMetadata) -> Tensor:
+    """The op's own answer, computed in float32."""
+    wide = [each.float().nan_to_num(0.0) for each in (cache.keys, cache.values)]
+    for index, scales in enumerate((cache.key_scales, cache.value_scales)):
+        if scales is not None:
+            wide[index] = wide[index] * scales.unsqueeze(-1)
+    tables = metadata.block_tables.clamp(max=cache.keys.shape[0] - 1)
+    exact = AttentionMetadata(
+        metadata.query_lengths, metadata.context_lengths, tables, metadata.block_size
+    )
+    return paged_attention.reference(
+        queries.float(), KVLayer(*wide), exact, step.scale, step.window, step.softcap
+    )
+
+
+def check(step: Step) -> None:
+    queries, cache, metadata = make(step)
+    assert serves(queries, cache, metadata)
+    found = paged_attention_cuda(
+        queries, cache, metadata, step.scale, step.window, step.softcap
+    ).float()
+    expected = reference(step, queries, cache, metadata)
+    bound = 1.6e-2 if step.dtype == torch.bfloat16 else 4e-3
+    torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
+
+
+@pytest.fixture
+def divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Card, "of", lambda device: SMALL_CARD)
+
+
+FORMATS = [
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float8_e4m3fn),
+    (torch.float16, torch.int8),
+    (torch.bfloat16, torch.int8),
+]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("dtype", "cache_dtype"), FORMATS)
+def test_one_query_sees_all_of_its_sequence(
+    emulated: Emulator, dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int
+) -> None:
+    sequences = [(1, 1), (1, 70), (1, 300)]
+    check(Step(sequences, head_dim=head_dim, dtype=dtype, cache_dtype=cache_dtype))
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), FORMATS)
+def test_parts_of_a_sequence_are_added_up(
+    emulated: Emulator, divided: None, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
+    step = Step([(1, 900), (1, 200), (2, 2)], dtype=dtype, cache_dtype=cache_dtype)
+    for seed in range(3):
+        with emulated.schedule(seed):
+            check(step)
+    assert not attention._arrived[torch.device("cpu"), 0].any()
+
+
+@given(
+    sequences=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 150)), min_size=1, max_size=4),
+    group=st.sampled_from([1, 2, 4, 5, 8]),
+    block_size=st.sampled_from([1, 8, 16, 32]),
+    window=st.sampled_from([None, 1, 17, 64]),
+    softcap=st.sampled_from([None, 30.0]),
+    cache_dtype=st.sampled_from([torch.bfloat16, torch.float8_e4m3fn, torch.int8]),
+    seed=st.integers(0, 3),
+)
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_ragged_steps_windows_and_soft_caps(
+    emulated: Emulator,
+    divided: None,
+    sequences: list[tuple[int, int]],
+    group: int,
+    block_size: int,
+    window: int | None,
+    softcap: float | None,
+    cache_dtype: torch.dtype,
+    seed: int,
+) -> None:
+    queries = [(query, query + before) for query, before in sequences]
+    with emulated.schedule(seed):
+        check(
+            Step(
+                queries,
+                group=group,
+                block_size=block_size,
+                window=window,
+                softcap=softcap,
+                cache_dtype=cache_dtype,
+                scale=0.5 if softcap else 0.125,
+            )
+        )
+
+
+def test_captured_steps_read_their_lengths_on_the_device(emulated: Emulator, divided: None) -> None:
+    step = Step([(1, 65), (1, 33), (1, 1)])
+    queries, cache, metadata = make(step)
+    exact = metadata.device_lengths
+    # The host knows bounds alone: the table is wider than any sequence needs.
+    wide = torch.full((3, 64), 9999, dtype=torch.int32)
+    wide[:, : metadata.block_tables.shape[1]] = metadata.block_tables
+    lengths = DeviceLengths(exact.query_starts.clone(), exact.contexts.clone())
+    bounds = AttentionMetadata((1, 1, 1), (1024,) * 3, wide, 16, lengths, are_bounds=True)
+    found = paged_attention_cuda(queries, cache, bounds, step.scale)
+    expected = reference(step, queries, cache, metadata)
+    torch.testing.assert_close(found.float(), expected, atol=1.6e-2, rtol=1.6e-2)
+
+
+def test_layers_that_lie_between_others_are_read_where_they_are(emulated: Emulator) -> None:
+    step = Step([(1, 40)], dtype=torch.float16, cache_dtype=torch.float16)
+    queries, cache, metadata = make(step)
+    stacked = torch.stack([cache.keys, torch.full_like(cache.keys, torch.nan), cache.values], 1)
+    packed = torch.cat([torch.full_like(queries, torch.nan), queries], 1)
+    layer = KVLayer(stacked[:, 0], stacked[:, 2])
+    found = paged_attention_cuda(packed[:, 8:], layer, metadata, step.scale)
+    expected = reference(step, queries, cache, metadata)
+    torch.testing.assert_close(found.float(), expected, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("what", ["many queries", "head_dim", "global tokens", "block size"])
+def test_what_the_kernel_does_not_serve_is_computed_all_the_same(
+    emulated: Emulator, what: str
+) -> None:
+    step = Step([(1, 20)], dtype=torch.float16, cache_dtype=torch.float16, window=8)
+    if what == "many queries":
+        step.sequences = [(17, 20)]
+    elif what == "head_dim":
+        step.head_dim = 80
+    elif what == "block size":
+        step.block_size = 12
+    global_tokens = 2 if what == "global tokens" else 0
+    queries, cache, metadata = make(step)
+    layer = KVLayer(cache.keys.nan_to_num(0), cache.values.nan_to_num(0))
+    assert serves(queries, layer, metadata) == (what == "global tokens")
+    arguments = (queries, layer, metadata, step.scale, step.window, None, global_tokens)
+    assert torch.equal(
+        paged_attention_cuda(*arguments), attention.beneath(paged_attention)(*arguments)
+    )
+
+
+def test_a_card_is_filled_with_one_wave_where_one_sequence_cannot() -> None:
+    stage = 3 * 2 * 16 * 256
+    # Llama 3.1 8B, one sequence of 8,192 tokens: 16 parts of each of 8 heads, 128 blocks.
+    assert divide(8, 512, stage, H100) == attention.Division(8, 16, 16)
+    # 64 of them fill it twice over, two blocks at a time; none is divided but for its length.
+    many = divide(64 * 8, 512, stage, H100)
+    assert (many.warps, many.least_tiles) == (4, 256)
+    assert many.splits <= 2
+    # One token is never divided.
+    assert divide(8, 1, stage, H100).splits == 1

@@ -219,6 +219,8 @@ inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
 
 inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline float tanh_approximate(float x) { return std::tanh(x); }
 

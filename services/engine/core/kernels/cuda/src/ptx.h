@@ -207,6 +207,13 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t b
   return merged;
 }
 
+// (a & mask) | bits in one instruction: of plain C++ with two constants the compiler makes two.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t merged;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(merged) : "r"(a), "r"(mask), "r"(bits));
+  return merged;
+}
+
 // 2^x and tanh x, within 2^-22 and 2^-10 of them.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;

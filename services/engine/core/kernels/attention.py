@@ -202,6 +202,8 @@ def _group_sequences(
     for index, query_length in enumerate(metadata.query_lengths):
         starts.append(row)
         row += query_length
+        if query_length == 0:
+            continue  # it pads the step
         if query_length > FOLD_MAX_QUERY_LENGTH:
             # A long chunk fills the machine by itself; padding it would only waste work.
             bucket = -1 - index

@@ -200,13 +200,6 @@ __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t 
   return sum;
 }
 
-// (a & mask) | bits, in one instruction; of plain C++ the compiler makes two where both are constants.
-__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
-  uint32_t merged;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(merged) : "r"(a), "r"(mask), "r"(bits));
-  return merged;
-}
-
 // (a & mask) | bits in one instruction: of plain C++ with two constants the compiler makes two.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
   uint32_t merged;

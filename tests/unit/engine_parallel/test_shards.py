@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from services.engine.core.layers import Linear, MergedLinear
 from services.engine.core.models.base import Model
 from services.engine.core.models.loader import load_model, open_model
 from services.engine.core.parallel.layout import Layout
+from services.engine.core.parallel.shard import load_shard, outline_shard
+from services.engine.core.weights import gguf_checkpoint
+from services.engine.core.weights.dequantize import dequantize
 from tests.fakes.decoder_directories import save_quantised
 from tests.fakes.decoder_families import FAMILIES, save_model, served
 from tests.fakes.decoder_files import save_gguf
@@ -66,7 +70,7 @@ def test_a_family_on_ranks_equals_the_whole(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3-moe", "gpt2", "phi3"])
-@pytest.mark.parametrize("kind", ["F32", "Q4_0"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q4_0", "Q8_0"])
 def test_a_gguf_file_on_ranks_equals_the_whole(case: str, kind: str, tmp_path: Path) -> None:
     save_model(case, tmp_path, **served(case))
     path = tmp_path / "model.gguf"
@@ -146,3 +150,25 @@ def test_each_rank_has_its_share_of_weights_and_cache_and_no_more(tmp_path: Path
         assert set(caches) == {
             2 * 4 * (NUM_BLOCKS + 1) * BLOCK_SIZE * 2 * 16 * 4 // layout.num_ranks
         }
+
+
+def test_a_rank_reads_its_share_of_a_gguf_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Halves of all sizes are whole blocks.
+    save_model("llama", tmp_path, **served("llama", intermediate_size=128))
+    path = tmp_path / "model.gguf"
+    save_gguf(tmp_path, "llama", path, ("Q8_0",))
+    opened = open_model(path)
+    read_bytes = 0
+
+    def counting(raw: np.ndarray, *rest: Any) -> Tensor:
+        nonlocal read_bytes
+        read_bytes += raw.nbytes
+        return dequantize(raw, *rest)
+
+    monkeypatch.setattr(gguf_checkpoint, "dequantize", counting)
+    place, config = Layout(2, 2).place(3), opened.config
+    outline = outline_shard(config, place, range(2, 4), torch.float32)
+    load_shard(outline, config, place, opened.checkpoint, "cpu")
+    assert 0 < read_bytes < 1.1 * opened.checkpoint.num_bytes / 4

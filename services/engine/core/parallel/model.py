@@ -87,8 +87,8 @@ class ParallelModel:
             self._ranks.broadcast(pack(batch))
             logits = self._compute(batch, kv_cache.own)
         except Exception as error:
-            judged = self._workers.judge(error, self._number, self._ranks.num_exchanges)
-            raise judged from error
+            self._workers.judge(error, self._number, self._ranks.num_exchanges)
+            raise
         return logits
 
     def prepare_adapter(self, parts: AdapterParts) -> _PreparedAdapter:

@@ -7,6 +7,7 @@ of them by their inputs, so that a layer needs two sums over the ranks and nothi
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,16 +31,18 @@ class Cut:
         """The extent of what it has."""
         return sum(map(len, self.ranges))
 
-    def fill(self, slot: Tensor, stored: Tensor) -> None:
-        """Copy the rank's part of a stored tensor, of which nothing else is touched. What is left
-        of the slot becomes zeros."""
+    def of(self, stored: Tensor) -> list[Tensor]:
+        """The ranges of a stored tensor."""
+        return [stored.narrow(self.dim, own.start, len(own)) for own in self.ranges]
+
+    def fill(self, slot: Tensor, parts: Iterable[Tensor]) -> None:
+        """Copy the ranges into their places; what is left of the slot becomes zeros."""
         start = 0
-        for own in self.ranges:
-            part = stored.narrow(self.dim, own.start, len(own))
-            slot.narrow(self.dim, start, len(own)).copy_(part)
-            start += len(own)
-        rest = slot.shape[self.dim] - start
-        slot.narrow(self.dim, start, rest).zero_()
+        for part in parts:
+            size = part.shape[self.dim]
+            slot.narrow(self.dim, start, size).copy_(part)
+            start += size
+        slot.narrow(self.dim, start, slot.shape[self.dim] - start).zero_()
 
 
 class Partition:

@@ -20,6 +20,7 @@ from services.engine.core.parallel.layout import Place, shard_config
 from services.engine.core.parallel.partition import Partition
 from services.engine.core.parallel.ranks import Ranks
 from services.engine.core.weights.checkpoint import Checkpoint
+from services.engine.core.weights.gguf_checkpoint import GGUFCheckpoint
 from services.engine.core.weights.loading import weight_slots
 
 
@@ -135,8 +136,8 @@ def load_shard(
     checkpoint: Checkpoint,
     device: torch.device | str,
 ) -> Model:
-    """Give an outline its weights. Of a tensor that is not quantised, no more is read from the file
-    than the rank has of it.
+    """Give an outline its weights. No more of a tensor is read from the file than the rank has of
+    it, unless it is quantised in a Hugging Face directory.
 
     Raises ModelFileError for a tensor that cannot be read and torch.OutOfMemoryError where the
     device has not the room.
@@ -144,10 +145,14 @@ def load_shard(
     model = outline.to_empty(device=device)
     partition = Partition(config, place)
     for name, slot in weight_slots(model, checkpoint.shapes).items():
-        cut, stored = partition.cut(name), checkpoint.read(name)
+        cut = partition.cut(name)
         if cut is None:
-            slot.copy_(stored)
+            slot.copy_(checkpoint.read(name))
+        elif isinstance(checkpoint, GGUFCheckpoint):
+            cut.fill(slot, checkpoint.read_ranges(name, cut.dim, cut.ranges))
         else:
-            cut.fill(slot, stored)
+            # Where it is not quantised, this is the file's own memory, of which only pages that
+            # are copied from are read.
+            cut.fill(slot, cut.of(checkpoint.read(name)))
         checkpoint.release()
     return model.eval().requires_grad_(False)

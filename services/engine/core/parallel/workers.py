@@ -137,9 +137,12 @@ class Workers:
         if self._problem:
             raise self._fatal(self._problem)
 
-    def judge(self, error: Exception, step: int, num_exchanges: int) -> Exception:
-        """What it means that a step has failed on rank 0, after so many exchanges: `error` where
-        it failed alike on all ranks, so that they can go on, else a FatalEngineError."""
+    def judge(self, error: Exception, step: int, num_exchanges: int) -> None:
+        """Take in that a step has failed on rank 0, after so many exchanges.
+
+        Raises:
+            FatalEngineError: it has not failed alike on all ranks, so that they cannot go on.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: self._problem or len(self._of_step(step)) == len(self._others), _ALIKE_S
@@ -148,13 +151,14 @@ class Workers:
             for report in reports:
                 del self._failed[report]
         if self._problem:
-            return self._fatal(self._problem)
-        if set(self._others) == set(reports) and all(
-            report.num_exchanges == num_exchanges for report in reports.values()
+            raise self._fatal(self._problem) from error
+        if set(self._others) != set(reports) or any(
+            report.num_exchanges != num_exchanges for report in reports.values()
         ):
-            return error
-        kind = type(error).__name__
-        return self._fatal(f"a step failed on rank 0, and not alike on others: {kind}: {error}")
+            what = f"{type(error).__name__}: {error}"
+            raise self._fatal(
+                f"a step failed on rank 0, and not alike on others: {what}"
+            ) from error
 
     def _of_step(self, step: int) -> dict[int, Failed]:
         return {rank: each for rank, (each, _) in self._failed.items() if each.step == step}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +70,35 @@ class GGUFCheckpoint:
         order = self._row_order(name, info)
         return tensor if order is None else tensor[order]
 
+    def read_ranges(self, name: str, dim: int, ranges: Sequence[range]) -> list[Tensor]:
+        """Return what `read` does of some ranges along the outputs (the last dimension but one; of
+        a vector the last) or the inputs (the last), reading no more of the file where these ranges
+        are whole blocks of the type. Of projections whose rows are paired, ranges are whole heads.
+        """
+        info = self._infos[name]
+        self._progress.add(info.nbytes)
+        blocks_of_row = info.shape[-1] // info.type.block_elements
+        raw = self._file.tensor_bytes(info.name).reshape(
+            *info.shape[:-1], blocks_of_row, info.type.block_bytes
+        )
+        return [self._range(raw, name, dim, own) for own in ranges]
+
+    def _range(self, raw: np.ndarray, name: str, dim: int, own: range) -> Tensor:
+        info = self._infos[name]
+        whole, size = info.shape[dim], info.type.block_elements
+        if dim == -1 and (own.start % size or own.stop % size):
+            every = dequantize(raw.reshape(-1), info.type, info.shape)
+            return every.narrow(dim, own.start, len(own))
+        first, last = (own.start, own.stop) if dim == -2 else (own.start // size, own.stop // size)
+        part = np.ascontiguousarray(raw[(..., slice(first, last)) + (slice(None),) * -dim])
+        shape = list(info.shape)
+        shape[dim] = len(own)
+        tensor = dequantize(part.reshape(-1), info.type, tuple(shape))
+        heads = self._heads_in_pairs(name)
+        if heads is None or dim != -len(shape):
+            return tensor
+        return tensor[_halves_from_pairs(len(own), heads * len(own) // whole)]
+
     def read_grouped(self, name: str) -> GroupedWeight | None:
         info = self._infos[name]
         if info.type.name in FLOATS or len(info.shape) < 2 or info.shape[-1] % GROUP_INPUTS:
@@ -117,9 +147,14 @@ class GGUFCheckpoint:
         return ModelFileError(path, problem, what=f"tensor {info.name!r}", offset=info.offset)
 
     def _row_order(self, name: str, info: TensorInfo) -> Tensor | None:
+        heads = self._heads_in_pairs(name)
+        return None if heads is None else _halves_from_pairs(info.shape[0], heads)
+
+    def _heads_in_pairs(self, name: str) -> int | None:
+        """The heads of a projection that has the rows of each in pairs."""
         parts = name.split(".")
-        if len(parts) > 2 and parts[-3] == "attention" and parts[-2] in self._paired_heads:
-            return _halves_from_pairs(info.shape[0], self._paired_heads[parts[-2]])
+        if len(parts) > 2 and parts[-3] == "attention":
+            return self._paired_heads.get(parts[-2])
         return None
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from services.engine.core.device_sampling import DeviceSampler
+from services.engine.core.kernels import sampling as ops
 from services.engine.core.kernels.sampling import (
     DeviceEdits,
     choose_tokens,
@@ -30,7 +31,8 @@ from services.engine.core.sequence import Sequence
 
 CPU = torch.device("cpu")
 OPS = (choose_tokens, report_logprobs, mask_logits, edit_logits)
-CASES = settings(max_examples=25, deadline=None)
+CASES = settings(max_examples=10, deadline=None)
+FEW_CASES = settings(max_examples=5, deadline=None)
 # Blocks have 128 logits, tiles 2048.
 VOCABULARIES = st.sampled_from([1, 3, 127, 128, 129, 1000, 2047, 2049, 5003])
 # Interpreted, both sides of a `where` are computed.
@@ -103,7 +105,7 @@ def test_tokens_are_those_of_the_sampler(seed: int, vocab: int, spread: float, f
     assert_same(launch(logits, batch), sample.reference(logits.clone(), batch))
 
 
-@CASES
+@FEW_CASES
 @given(seed=st.integers(0, 2**32), top_k=st.sampled_from([0, 70]), top_p=st.sampled_from([1, 0.9]))
 def test_a_row_too_flat_to_be_gathered_is_searched_itself(
     seed: int, top_k: int, top_p: float
@@ -217,6 +219,15 @@ def test_steps_are_launched_before_those_in_front_of_them_are_read() -> None:
         assert_same(tokens.result(), sample.reference(each.clone(), batch))
         assert tokens.result() is tokens.result()
     assert pending[-1].token_ids.tolist() == pending[-1].result().token_ids
+
+
+def test_more_rows_than_there_is_room_for_are_sampled_in_lots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = torch.randn(7, 300)
+    batch = random_batch(7, 2, logprobs=[0, -1, 2, 3, -1, -1, 1])
+    monkeypatch.setattr(ops, "ROWS_AT_ONCE", 3)
+    assert_same(launch(logits, batch), sample.reference(logits.clone(), batch))
 
 
 def test_what_kernels_count_in_is_left_as_it_was_found() -> None:

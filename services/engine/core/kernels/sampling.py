@@ -16,6 +16,9 @@ from services.engine.core.kernels.registry import declare
 
 BLOCK = 128  # logits whose largest and whose mass are kept together
 CANDIDATES = 4096  # logits of a row that are gathered to look for the smallest one kept
+# Rows for which there is room at a time: more, of long drafts and of scored prompts, come one lot
+# after the other, and have enough to do for a card in each.
+ROWS_AT_ONCE = 512
 MASK_BITS = 32
 
 
@@ -79,6 +82,7 @@ class SamplingWorkspace:
     @staticmethod
     def make(device: torch.device, max_rows: int, vocab_size: int) -> SamplingWorkspace:
         """Room for batches of up to `max_rows` rows."""
+        max_rows = min(max_rows, ROWS_AT_ONCE)
         blocks = (max_rows, -(-vocab_size // BLOCK))
         candidates = (max_rows, CANDIDATES)
 

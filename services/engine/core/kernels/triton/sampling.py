@@ -7,12 +7,14 @@ vocabulary; the second pass gathers these, and the last program of a row finds t
 kept, exactly, three bits of it in every round. Where they are too many to gather, because the
 distribution is flat, the row itself takes their place.
 
-Passes are bound by memory, 20 ns a thousand rows' logits on an H100, so arithmetic is kept under
-some thirty instructions for a logit: its weight is one ex2 and one conversion, its division by the
-temperature the exact one, so that logits tie here where they tie on a CPU.
+Passes are bound by memory: at 3 TB/s an H100 reads 256 rows of 128k logits in 45 us. In that time
+it has some 38 instructions for each, of which the exact division by the temperature takes ten (so
+that logits tie here where they tie on a CPU), and the weight ten more.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ _MASS = tl.constexpr(1)
 _MASS_BEFORE = tl.constexpr(2)
 
 
-@jit(do_not_specialize=["rows", "tiles"])
+@jit(do_not_specialize=["columns", "tiles"])
 def choose_kernel(  # type: ignore[no-untyped-def]
     logits,
     parameters,
@@ -71,7 +73,7 @@ def choose_kernel(  # type: ignore[no-untyped-def]
     best,
     arrivals,
     bounds,
-    rows,
+    columns,
     vocab,
     stride,
     tiles,
@@ -91,7 +93,7 @@ def choose_kernel(  # type: ignore[no-untyped-def]
     divisor = tl.full((), 1.0, tl.float32)
     temperature = divisor * 0.0
     if draws:
-        temperature = tl.load(parameters + _TEMPERATURE * rows + row).to(tl.float32)
+        temperature = tl.load(parameters + _TEMPERATURE * columns + row).to(tl.float32)
         divisor = tl.where(temperature > 0.0, temperature, 1.0)
     first_tile = tl.program_id(1) * tiles
     packed = scan(
@@ -100,13 +102,13 @@ def choose_kernel(  # type: ignore[no-untyped-def]
     tl.atomic_max(best + row, packed, sem="relaxed")
     if arrives_last(arrivals + row, tl.num_programs(1)):
         likeliest, fine = unpack_best(best + row)
-        tl.store(chosen + rows + row, tl.where(fine, 0, 1).to(tl.int64))
+        tl.store(chosen + columns + row, tl.where(fine, 0, 1).to(tl.int64))
         token = likeliest.to(tl.int64)
         if draws and temperature > 0.0:
-            top_k = tl.load(parameters + _TOP_K * rows + row).to(tl.int32)
-            top_p = tl.load(parameters + _TOP_P * rows + row)
-            log_min_p = tl.load(parameters + _LOG_MIN_P * rows + row).to(tl.float32)
-            uniform = tl.load(parameters + _UNIFORM * rows + row)
+            top_k = tl.load(parameters + _TOP_K * columns + row).to(tl.int32)
+            top_p = tl.load(parameters + _TOP_P * columns + row)
+            log_min_p = tl.load(parameters + _LOG_MIN_P * columns + row).to(tl.float32)
+            uniform = tl.load(parameters + _UNIFORM * columns + row)
             peaks, peak, own, shared = load_blocks(maxima, masses, vocab, num_blocks, block_size)
             is_filtered = (top_k > 0) | (top_p < 1.0) | (log_min_p > -float("inf"))
             if filters and is_filtered:
@@ -127,7 +129,7 @@ def choose_kernel(  # type: ignore[no-untyped-def]
                     logits, divisor, uniform, peaks, own, shared, vocab, num_blocks, block_size
                 ).to(tl.int64)
         if gives:
-            given = tl.load(parameters + _GIVEN * rows + row).to(tl.int64)
+            given = tl.load(parameters + _GIVEN * columns + row).to(tl.int64)
             token = tl.where(given >= 0, given, token)
         tl.store(chosen + row, token)
 
@@ -196,7 +198,7 @@ def search(  # type: ignore[no-untyped-def]
     return found
 
 
-@jit(do_not_specialize=["rows", "tiles"])
+@jit(do_not_specialize=["columns", "tiles"])
 def filter_kernel(  # type: ignore[no-untyped-def]
     logits,
     parameters,
@@ -206,7 +208,7 @@ def filter_kernel(  # type: ignore[no-untyped-def]
     bounds,
     candidates,
     candidate_tokens,
-    rows,
+    columns,
     vocab,
     stride,
     tiles,
@@ -217,14 +219,14 @@ def filter_kernel(  # type: ignore[no-untyped-def]
 ):
     """Grid: rows, parts of `tiles` tiles. Writes the token of every row with filters."""
     row = tl.program_id(0)
-    temperature = tl.load(parameters + _TEMPERATURE * rows + row).to(tl.float32)
-    top_k = tl.load(parameters + _TOP_K * rows + row).to(tl.int64)
-    top_p = tl.load(parameters + _TOP_P * rows + row)
-    log_min_p = tl.load(parameters + _LOG_MIN_P * rows + row).to(tl.float32)
+    temperature = tl.load(parameters + _TEMPERATURE * columns + row).to(tl.float32)
+    top_k = tl.load(parameters + _TOP_K * columns + row).to(tl.int64)
+    top_p = tl.load(parameters + _TOP_P * columns + row)
+    log_min_p = tl.load(parameters + _LOG_MIN_P * columns + row).to(tl.float32)
     is_filtered = (top_k > 0) | (top_p < 1.0) | (log_min_p > -float("inf"))
     is_wanted = (temperature > 0.0) & is_filtered
     if gives:
-        is_wanted = is_wanted & (tl.load(parameters + _GIVEN * rows + row) < 0)
+        is_wanted = is_wanted & (tl.load(parameters + _GIVEN * columns + row) < 0)
     if is_wanted:
         logits += row.to(tl.int64) * stride
         candidates += row * capacity
@@ -315,7 +317,7 @@ def filter_kernel(  # type: ignore[no-untyped-def]
                 chunk,
             )
             mass = tl.max(sums, 0)
-            uniform = tl.load(parameters + _UNIFORM * rows + row)
+            uniform = tl.load(parameters + _UNIFORM * columns + row)
             target = tl.minimum((uniform * mass.to(tl.float64)).to(tl.int64), mass - 1)
             token = search(
                 values,
@@ -348,13 +350,29 @@ def choose_tokens_triton(
     form: SamplingForm,
     workspace: SamplingWorkspace,
 ) -> None:
-    """One kernel, or two where a row has filters."""
-    rows, vocab = logits.shape
-    if rows == 0:
-        return
-    if logits.stride(-1) != 1 or logits.dtype != torch.float32 or vocab >= 2**24:
+    """One kernel, or two where a row has filters, for every 512 rows."""
+    if logits.stride(-1) != 1 or logits.dtype != torch.float32 or logits.shape[1] >= 2**24:
         choose_tokens.reference(logits, parameters, chosen, form, workspace)
         return
+    for lot in lots(len(logits), workspace):
+        _choose(logits[lot], parameters[:, lot], chosen[:, lot], form, workspace)
+
+
+def lots(rows: int, workspace: SamplingWorkspace) -> Iterator[slice]:
+    """Rows that the workspace has room for."""
+    size = len(workspace.best)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def _choose(
+    logits: Tensor,
+    parameters: Tensor,
+    chosen: Tensor,
+    form: SamplingForm,
+    workspace: SamplingWorkspace,
+) -> None:
+    rows, vocab = logits.shape
     parts, tiles = parts_of(rows, vocab, TILE_BLOCKS * BLOCK)
     choose_kernel[(rows, parts)](
         logits,
@@ -365,7 +383,7 @@ def choose_tokens_triton(
         workspace.best,
         workspace.arrivals,
         workspace.bounds,
-        rows,
+        chosen.stride(0),
         vocab,
         logits.stride(0),
         tiles,
@@ -388,7 +406,7 @@ def choose_tokens_triton(
         workspace.bounds,
         workspace.candidates,
         workspace.candidate_tokens,
-        rows,
+        chosen.stride(0),
         vocab,
         logits.stride(0),
         tiles,
@@ -401,7 +419,7 @@ def choose_tokens_triton(
 
 def _compiled() -> tuple[Specialisation, ...]:
     row = {"logits": "*fp32", "parameters": "*fp64", "chosen": "*i64", "arrivals": "*i32"}
-    row |= {"bounds": "*fp64", "rows": "i32", "tiles": "i32"}
+    row |= {"bounds": "*fp64", "columns": "i32", "tiles": "i32"}
     aligned = row | {"vocab": "i32:16", "stride": "i32:16"}
     odd = row | {"vocab": "i32", "stride": "i32"}
     blocks = {"maxima": "*fp32", "masses": "*i64", "best": "*i64"}

@@ -20,7 +20,7 @@ from services.engine.core.kernels.sampling import (
     report_logprobs,
 )
 from services.engine.core.kernels.triton import why_not
-from services.engine.core.kernels.triton.sampling import GATHER_TILE, TILE_BLOCKS, parts_of
+from services.engine.core.kernels.triton.sampling import GATHER_TILE, TILE_BLOCKS, lots, parts_of
 from services.engine.core.kernels.triton.sampling_row import (
     BIAS,
     OF_NAN,
@@ -38,7 +38,7 @@ _LOGPROBS = tl.constexpr(int(Column.LOGPROBS))
 _CHUNK = 1024
 
 
-@jit(do_not_specialize=["rows", "tiles"])
+@jit(do_not_specialize=["columns", "tiles"])
 def mass_kernel(  # type: ignore[no-untyped-def]
     logits,
     parameters,
@@ -48,7 +48,7 @@ def mass_kernel(  # type: ignore[no-untyped-def]
     masses,
     arrivals,
     bounds,
-    rows,
+    columns,
     vocab,
     stride,
     tiles,
@@ -60,14 +60,13 @@ def mass_kernel(  # type: ignore[no-untyped-def]
     reports any; to `bounds` the logarithm of the row's mass, and a value that as many logits reach
     as it reports."""
     row = tl.program_id(0)
-    wanted = tl.load(parameters + _LOGPROBS * rows + row).to(tl.int32)
+    wanted = tl.load(parameters + _LOGPROBS * columns + row).to(tl.int32)
     if wanted >= 0:
         logits += row.to(tl.int64) * stride
         maxima += row * tl.cdiv(vocab, block_size)
         masses += row * tl.cdiv(vocab, block_size)
-        one = tl.full((), 1.0, tl.float32)
         first_tile = tl.program_id(1) * tiles
-        scan(logits, one, maxima, masses, vocab, first_tile, tiles, True, tile_size, block_size)
+        scan(logits, None, maxima, masses, vocab, first_tile, tiles, True, tile_size, block_size)
         if arrives_last(arrivals + row, tl.num_programs(1)):
             peaks, peak, _, shared = load_blocks(maxima, masses, vocab, num_blocks, block_size)
             log_mass = peak + tl.log(tl.sum(shared, 0).to(tl.float32) / UNIT)
@@ -79,7 +78,7 @@ def mass_kernel(  # type: ignore[no-untyped-def]
             tl.store(bounds + row * 3 + 2, least.to(tl.float64))
 
 
-@jit(do_not_specialize=["rows", "tiles", "most"])
+@jit(do_not_specialize=["columns", "tiles", "most"])
 def likeliest_kernel(  # type: ignore[no-untyped-def]
     logits,
     parameters,
@@ -89,7 +88,7 @@ def likeliest_kernel(  # type: ignore[no-untyped-def]
     bounds,
     candidates,
     candidate_tokens,
-    rows,
+    columns,
     vocab,
     stride,
     tiles,
@@ -101,17 +100,16 @@ def likeliest_kernel(  # type: ignore[no-untyped-def]
     """Grid: rows, parts of `tiles` tiles. Writes the likeliest tokens of every row that reports
     any, and their log-probabilities: -Inf where there are no more."""
     row = tl.program_id(0)
-    wanted = tl.load(parameters + _LOGPROBS * rows + row).to(tl.int32)
+    wanted = tl.load(parameters + _LOGPROBS * columns + row).to(tl.int32)
     if wanted > 0:
         logits += row.to(tl.int64) * stride
         candidates += row * capacity
         candidate_tokens += row * capacity
-        one = tl.full((), 1.0, tl.float32)
         least = tl.load(bounds + row * 3 + 2).to(tl.float32)
         first_tile = tl.program_id(1) * tiles
         gather(
             logits,
-            one,
+            None,
             least,
             candidates,
             candidate_tokens,
@@ -147,9 +145,9 @@ def likeliest_kernel(  # type: ignore[no-untyped-def]
                 token = (above & OF_NAN) ^ OF_NAN
                 inside = above > 0
                 value = tl.load(logits + token, inside, other=-float("inf")).to(tl.float32)
-                tl.store(reports + (1 + number) * rows + row, token.to(tl.float64))
+                tl.store(reports + (1 + number) * columns + row, token.to(tl.float64))
                 logprob = (value - log_mass).to(tl.float64)
-                tl.store(reports + (1 + most + number) * rows + row, logprob)
+                tl.store(reports + (1 + most + number) * columns + row, logprob)
 
 
 @report_logprobs.implementation("cuda", name="triton", unavailable=why_not)
@@ -161,11 +159,23 @@ def report_logprobs_triton(
     form: SamplingForm,
     workspace: SamplingWorkspace,
 ) -> None:
-    """One kernel, or two where a row reports the likeliest tokens."""
-    rows, vocab = logits.shape
+    """One kernel, or two where a row reports the likeliest tokens, for every 512 rows."""
     if logits.stride(-1) != 1 or logits.dtype != torch.float32:
         report_logprobs.reference(logits, parameters, tokens, reports, form, workspace)
         return
+    for lot in lots(len(logits), workspace):
+        _report(logits[lot], parameters[:, lot], tokens[lot], reports[:, lot], form, workspace)
+
+
+def _report(
+    logits: Tensor,
+    parameters: Tensor,
+    tokens: Tensor,
+    reports: Tensor,
+    form: SamplingForm,
+    workspace: SamplingWorkspace,
+) -> None:
+    rows, vocab = logits.shape
     parts, tiles = parts_of(rows, vocab, TILE_BLOCKS * BLOCK)
     mass_kernel[(rows, parts)](
         logits,
@@ -176,7 +186,7 @@ def report_logprobs_triton(
         workspace.masses,
         workspace.arrivals,
         workspace.bounds,
-        rows,
+        reports.stride(0),
         vocab,
         logits.stride(0),
         tiles,
@@ -196,7 +206,7 @@ def report_logprobs_triton(
         workspace.bounds,
         workspace.candidates,
         workspace.candidate_tokens,
-        rows,
+        reports.stride(0),
         vocab,
         logits.stride(0),
         tiles,
@@ -209,7 +219,7 @@ def report_logprobs_triton(
 
 def _compiled() -> tuple[Specialisation, ...]:
     row = {"logits": "*fp32", "parameters": "*fp64", "reports": "*fp64", "arrivals": "*i32"}
-    row |= {"bounds": "*fp64", "rows": "i32", "tiles": "i32"}
+    row |= {"bounds": "*fp64", "columns": "i32", "tiles": "i32"}
     mass = row | {"tokens": "*i64", "maxima": "*fp32", "masses": "*i64"}
     top = row | {"found": "*i32", "candidates": "*fp32", "candidate_tokens": "*i32", "most": "i32"}
     forms = []

@@ -65,7 +65,8 @@ def scan(  # type: ignore[no-untyped-def]
         best_token = tl.where(larger, token, best_token)
         spoiled = spoiled | (values != values)
         if weigh:
-            values = tl.div_rn(values, divisor)
+            if divisor is not None:
+                values = tl.div_rn(values, divisor)
             peaks = tl.max(values, 1)
             inside = block * block_size < vocab
             tl.store(maxima + block, peaks, inside)
@@ -200,7 +201,7 @@ def gather(  # type: ignore[no-untyped-def]
     for tile in range(first_tile, first_tile + tiles):
         token = tile * tile_size + tl.arange(0, tile_size)
         values = tl.load(logits + token, token < vocab, other=-float("inf")).to(tl.float32)
-        scaled = tl.div_rn(values, divisor)
+        scaled = values if divisor is None else tl.div_rn(values, divisor)
         kept = ((scaled >= least) & (values > -float("inf"))).to(tl.int32)
         count = tl.sum(kept, 0)
         if count > 0:

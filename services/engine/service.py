@@ -184,6 +184,7 @@ def core_settings(settings: Settings, name: str, waiting_weights_bytes: int = 0)
             max_waiting_tokens=engine.max_waiting_tokens,
             step_latency_target_ms=engine.step_latency_target_ms,
             plan_ahead=engine.plan_ahead,
+            cuda_graphs=engine.cuda_graphs,
             prefix_cache=engine.prefix_cache,
             speculation=engine.speculation.method,
             draft_model_path=draft_model_path,

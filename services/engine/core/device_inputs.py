@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -115,20 +115,56 @@ class DeviceInputs:
         token_ids: of all tokens, those of `latest` being anything. captured: what it is padded to;
         None: to nothing.
         """
-        numbers = _Numbers(step, token_ids)
+        numbers = _Numbers.of(step, token_ids)
+        changes = self._state.take_changes()
         if captured is not None:
-            numbers.pad(captured, self._padding_slots, self._padding_row)
-        there = self._numbers.send(numbers.arrays())
-        ids, positions, logits_rows, slots, starts, contexts, owners = there
-        self._tell_news(latest, self._state.take_changes(), ids)
-        several = self._state.num_groups > 1
-        tables = self._tables_of(
-            owners, self._max_blocks if captured else step.block_tables.shape[-1]
-        )
+            return self._padded_batch(numbers, captured, latest, changes)
+        width = step.block_tables.shape[-1]
         lengths = (step.plan.token_counts, step.context_lengths)
-        if captured is not None:
-            size = captured.num_tokens
-            lengths = (captured.max_query_length,) * size, (self._max_context_tokens,) * size
+        return self._batch(numbers, lengths, width, latest, changes, adapters)
+
+    def padding(self, shape: CapturedShape) -> ForwardBatch:
+        """A step of a captured shape in which there is nothing but padding."""
+        nothing = np.empty(0, np.int64)
+        numbers = _Numbers(
+            token_ids=nothing,
+            positions=nothing,
+            logits_rows=nothing,
+            slots=np.empty((self._state.num_groups, 0), np.int64),
+            query_starts=np.zeros(1, np.int32),
+            contexts=np.empty(0, np.int32),
+            owners=np.empty(0, np.int32),
+        )
+        return self._padded_batch(numbers, shape, None, [])
+
+    def _padded_batch(
+        self,
+        numbers: _Numbers,
+        shape: CapturedShape,
+        latest: LatestTokens | None,
+        changes: list[TableChange],
+    ) -> ForwardBatch:
+        numbers.pad(shape.num_tokens, self._padding_slots, self._padding_row)
+        size = shape.num_tokens
+        bounds = (shape.max_query_length,) * size, (self._max_context_tokens,) * size
+        batch = self._batch(numbers, bounds, self._max_blocks, latest, changes, None)
+        return replace(batch, are_bounds=True)
+
+    def _batch(
+        self,
+        numbers: _Numbers,
+        lengths: tuple[tuple[int, ...], tuple[int, ...]],
+        width: int,
+        latest: LatestTokens | None,
+        changes: list[TableChange],
+        adapters: tuple[int, ...] | None,
+    ) -> ForwardBatch:
+        ids, positions, logits_rows, slots, starts, contexts, owners = self._numbers.send(
+            numbers.arrays()
+        )
+        self._tell_news(latest, changes, ids)
+        tables = self._tables_of(owners, width)
+        several = self._state.num_groups > 1
         return ForwardBatch(
             token_ids=ids,
             positions=positions,
@@ -138,7 +174,6 @@ class DeviceInputs:
             context_lengths=lengths[1],
             logits_rows=logits_rows,
             lengths=DeviceLengths(starts, contexts),
-            are_bounds=captured is not None,
             adapters=adapters,
         )
 
@@ -178,20 +213,34 @@ class DeviceInputs:
         return np.concatenate(cells), np.concatenate(blocks)
 
 
+@dataclass(slots=True)
 class _Numbers:
     """The numbers of a step, on the host."""
 
-    def __init__(self, step: Preparation, token_ids: npt.NDArray[np.int64]) -> None:
-        self.token_ids = token_ids
-        self.positions = step.positions
-        self.logits_rows = np.array(step.logits_rows, np.int64)
-        self.slots = step.slots.reshape(-1, len(token_ids))
-        self.query_starts = np.array([0, *accumulate(step.plan.token_counts)], np.int32)
-        self.contexts = np.array(step.context_lengths, np.int32)
-        self.owners = step.rows.astype(np.int32)
+    token_ids: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    logits_rows: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]  # [groups, num_tokens]
+    query_starts: npt.NDArray[np.int32]
+    contexts: npt.NDArray[np.int32]
+    owners: npt.NDArray[np.int32]  # the row of each sequence in the block tables
 
-    def pad(self, shape: CapturedShape, slots: npt.NDArray[np.int64], padding_row: int) -> None:
-        size, count, sequences = shape.num_tokens, len(self.token_ids), len(self.contexts)
+    @classmethod
+    def of(cls, step: Preparation, token_ids: npt.NDArray[np.int64]) -> _Numbers:
+        """Those of a step as it is."""
+        return cls(
+            token_ids=token_ids,
+            positions=step.positions,
+            logits_rows=np.array(step.logits_rows, np.int64),
+            slots=step.slots.reshape(-1, len(token_ids)),
+            query_starts=np.array([0, *accumulate(step.plan.token_counts)], np.int32),
+            contexts=np.array(step.context_lengths, np.int32),
+            owners=step.rows.astype(np.int32),
+        )
+
+    def pad(self, size: int, slots: npt.NDArray[np.int64], padding_row: int) -> None:
+        """Make tokens, sequences and rows of logits `size` each; padding goes to these slots."""
+        count, sequences = len(self.token_ids), len(self.contexts)
         more = size - count
         self.token_ids = _padded(self.token_ids, size, 0)
         self.positions = _padded(self.positions, size, 0)
@@ -207,6 +256,7 @@ class _Numbers:
         self.owners = _padded(self.owners, size, padding_row)
 
     def arrays(self) -> list[npt.NDArray[Any]]:
+        """All of them, in the order in which they are sent."""
         return [
             self.token_ids,
             self.positions,

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from services.engine.core.beside import Work
+from services.engine.core.capturing import CaptureLimits, capture_all, shapes_to_capture
 from services.engine.core.clock import now_ns
 from services.engine.core.constraints.masks import MaskCounts
 from services.engine.core.device_inputs import CapturedShape, DeviceInputs, LatestTokens
 from services.engine.core.device_sampling import DeviceSampler, PendingTokens
 from services.engine.core.errors import EngineError
+from services.engine.core.graphs import CudaRecorder, GraphedModel
 from services.engine.core.plan import Plan, StepOutputs
 from services.engine.core.preparation import Preparation, prepare_input, with_sampling
 from services.engine.core.runner import Model, step_outputs
 from services.engine.core.sequence_rows import SequenceRows
+from services.engine.core.speculation.controller import MAX_DRAFT_TOKENS
 
 
 @dataclass(slots=True, eq=False)
@@ -67,15 +70,14 @@ class DeviceRunner:
         takes_adapters: bool = False,
         captured_shapes: tuple[CapturedShape, ...] = (),
     ) -> None:
-        """As Runner. captured_shapes: those that the model has captured or is going to."""
+        """As Runner. captured_shapes: those that steps are padded to, if `capture` gets to them."""
         self.mask_counts = MaskCounts()
         self._model = model
         self._kv_cache = kv_cache
         self._takes_adapters = takes_adapters
         self._block_size = block_size
-        self._shapes = sorted(
-            captured_shapes, key=lambda each: (each.max_query_length, each.num_tokens)
-        )
+        self._candidates = captured_shapes
+        self._shapes = _in_order(captured_shapes)
         self._rows = SequenceRows(
             max_running_sequences,
             -(-max_context_tokens // block_size),
@@ -94,6 +96,14 @@ class DeviceRunner:
         )
         self._sampler = DeviceSampler(device, max_batch_tokens, vocab_size)
         self._ended_ns = 0
+
+    def capture(self, limits: CaptureLimits) -> None:
+        """Have the model capture the shapes that steps are padded to; who is left out of them is
+        not any more. To be called before the first step."""
+        assert isinstance(self._model, GraphedModel)
+        shapes = self._candidates
+        done = capture_all(self._model, self._kv_cache, shapes, self._inputs.padding, limits)
+        self._shapes = _in_order(done)
 
     def prepare(self, plan: Plan) -> None:
         """Nothing is prepared beforehand: steps are launched instead."""
@@ -172,6 +182,43 @@ class DeviceRunner:
             return None
         slots = tuple(-1 if each.adapter is None else each.adapter.slot for each in plan.sequences)
         return slots if max(slots) >= 0 else None
+
+
+def make_device_runner(
+    model: Any,
+    kv_cache: Any,
+    *,
+    captures: bool,
+    drafts: bool,
+    **shape: Any,
+) -> DeviceRunner:
+    """A runner on a CUDA device, with the graphs that are worth it.
+
+    captures: whether there are to be any. drafts: whether steps verify guesses. shape: what
+    DeviceRunner takes.
+    """
+    if not captures:
+        return DeviceRunner(model, kv_cache, **shape)
+    shapes = shapes_to_capture(
+        max_running_sequences=shape["max_running_sequences"],
+        max_batch_tokens=shape["max_batch_tokens"],
+        max_query_length=1 + MAX_DRAFT_TOKENS if drafts else 1,
+    )
+    device = shape["device"]
+    graphed = GraphedModel(
+        model,
+        CudaRecorder(device),
+        max_rows=max(each.num_tokens for each in shapes),
+        device=device,
+    )
+    runner = DeviceRunner(graphed, kv_cache, captured_shapes=shapes, **shape)
+    runner.capture(CaptureLimits())
+    return runner
+
+
+def _in_order(shapes: tuple[CapturedShape, ...]) -> list[CapturedShape]:
+    """Those first that take the least."""
+    return sorted(shapes, key=lambda each: (each.max_query_length, each.num_tokens))
 
 
 def _latest(step: Preparation, behind: LaunchedStep) -> LatestTokens | None:

@@ -55,7 +55,7 @@ class DeviceStaging:
             end = _aligned(end)
         self._there[:end].copy_(self._hosts[index][:end], non_blocking=True)
         if self._is_cuda:
-            self._sent[index] = torch.cuda.Event()
+            self._sent[index] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._sent[index].record()
         return [
             self._there[begin:end].view(_TORCH_DTYPES[array.dtype]).view(array.shape)

@@ -134,7 +134,7 @@ def with_sampling(step: Preparation, state: SequenceRows) -> Preparation:
 
 def _is_there(step: Preparation, index: int) -> bool:
     """Whether a sequence of a step that was prepared before is still where it was."""
-    return step.plan.sequences[index].row == step.rows[index]
+    return step.plan.sequences[index].row == int(step.rows[index])
 
 
 def _follows(step: Preparation, index: int) -> bool:

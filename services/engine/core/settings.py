@@ -72,6 +72,8 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     # Whether a step is planned while the one before it is computed; "auto": where a device of its
     # own computes, or a processor is left beside those that do.
     plan_ahead: Literal["auto", "on", "off"] = "auto"
+    # Whether steps that decode are captured as CUDA graphs when the engine starts.
+    cuda_graphs: Literal["auto", "off"] = "auto"
     prefix_cache: bool = True  # whether blocks are kept and found by what they contain
     # What drafts tokens; "auto" is the draft model where there is one, else prompt look-up.
     speculation: Literal["auto", "ngram", "draft", "off"] = "auto"

@@ -18,6 +18,7 @@ from services.engine.core.backends import Backend, load_backend
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.constraints.compilation import Compiler
 from services.engine.core.constraints.vocabulary import read_vocabulary
+from services.engine.core.device_runner import DeviceRunner, make_device_runner
 from services.engine.core.encoding.core import EncoderCore
 from services.engine.core.encoding.startup import build_encoder, reads_whole_sequences
 from services.engine.core.engine import EngineCore
@@ -51,14 +52,14 @@ logger = logging.getLogger(__name__)
 def build_engine(
     settings: CoreSettings,
     *,
-    make_runner: Callable[..., Runner] = Runner,
+    make_runner: Callable[..., Runner | DeviceRunner] = Runner,
     open_model: Callable[..., OpenedModel] = open_model,
 ) -> tuple[EngineCore | EncoderCore, ModelFacts]:
     """Load the model and make an engine ready for its first sequence.
 
     `make_runner` takes what Runner takes, for those who want to look over the shoulder of a model
-    that generates. `open_model` takes what `loader.open_model` takes: weights may come from
-    elsewhere than files.
+    that generates on a CPU. `open_model` takes what `loader.open_model` takes: weights may come
+    from elsewhere than files.
 
     Raises:
         StartupError: the device is missing or the KV cache does not fit.
@@ -160,6 +161,13 @@ def build_engine(
         ),
         adapters=adapters,
     )
+    if device.type == "cuda" and workers is None:
+        make_runner = partial(
+            make_device_runner,
+            vocab_size=config.vocab_size,
+            captures=settings.cuda_graphs == "auto",
+            drafts=speculator is not None,
+        )
     runner = make_runner(
         model,
         kv_cache,

@@ -143,8 +143,14 @@ class EngineSettings(ServerSettings):
     )
     plan_ahead: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Whether a step is planned while the one before it is computed. `auto`: where "
-        "a GPU computes, or fewer `threads` than there are processors.",
+        description="Whether a step is planned while the one before it is computed, and on a GPU "
+        "launched behind it. `auto`: where a GPU computes, or fewer `threads` than there are "
+        "processors.",
+    )
+    cuda_graphs: Literal["auto", "off"] = Field(
+        "auto",
+        description="Whether a GPU's steps that decode are captured as graphs at start-up, which "
+        "takes some seconds then and spares the host from launching kernels one by one.",
     )
     prefix_cache: bool = Field(
         True, description="Whether beginnings that prompts have in common are computed once."

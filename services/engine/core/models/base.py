@@ -49,6 +49,8 @@ class Model(nn.Module):
         if not config.tie_embeddings:
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.adapter_rows: AdapterRows | None = None  # once there has been an adapter
+        # Where logits go, [rows, vocab_size] float32, if each step's may overwrite the last one's.
+        self.logits_memory: Tensor | None = None
 
     def __call__(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Compute a step's tokens, write their keys and values to the cache, and return logits.
@@ -110,9 +112,13 @@ class Model(nn.Module):
         """What `__call__` returns, of the residual stream after the last layer."""
         rows = self.norm(hidden.index_select(0, batch.logits_rows))
         head: Any = self.embedding.project if self.head is None else self.head
-        logits: Tensor = head(rows).float()
+        projected: Tensor = head(rows)
+        if self.logits_memory is None or len(projected) > len(self.logits_memory):
+            logits = projected.float()
+        else:
+            logits = self.logits_memory[: len(projected)].copy_(projected)
         cap = self.config.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def rotary_of(self, layer_index: int) -> RotaryEmbedding | None:
         """The positions of a layer: those with a window may have their own."""

@@ -1,0 +1,90 @@
+"""Which steps are captured as graphs when an engine starts, and what that may take."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from services.engine.core.batch import ForwardBatch
+from services.engine.core.device_inputs import CapturedShape
+from services.engine.core.graphs import GraphedModel
+
+logger = logging.getLogger(__name__)
+
+# Of steps that decode, one token a sequence.
+_LARGEST_DECODE = 512
+# Of steps that verify drafts or compute short prompts: tokens, and the most of a sequence.
+_SMALL_STEPS = (8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureLimits:
+    """What capturing may take. Sizes that are not captured by then are computed kernel by kernel,
+    or padded to one that is."""
+
+    seconds: float = 60.0
+    num_bytes: int = 2 << 30
+
+
+def shapes_to_capture(
+    *, max_running_sequences: int, max_batch_tokens: int, max_query_length: int
+) -> tuple[CapturedShape, ...]:
+    """What is worth capturing, the most valuable first: of one token a sequence, sizes of which the
+    next is a quarter larger at most, from 32 on; with drafts (`max_query_length` over 1), few."""
+    largest = min(max_running_sequences, max_batch_tokens, _LARGEST_DECODE)
+    sizes = {1, 2, 4, largest} | set(range(8, min(largest, 64), 8))
+    step = 16
+    while (begin := 4 * step) < largest:
+        sizes |= set(range(begin, min(largest, 2 * begin), step))
+        step *= 2
+    powers = [size for size in sizes if size & (size - 1) == 0]
+    order = sorted(powers, reverse=True) + sorted(sizes.difference(powers), reverse=True)
+    decodes = [CapturedShape(size, 1) for size in order if size <= largest]
+    if max_query_length == 1:
+        return tuple(decodes)
+    small = [
+        CapturedShape(size, max_query_length)
+        for size in reversed(_SMALL_STEPS)
+        if size <= max_batch_tokens
+    ]
+    return (*decodes, *small)
+
+
+def capture_all(
+    model: GraphedModel,
+    kv_cache: Any,
+    shapes: Sequence[CapturedShape],
+    padding: Callable[[CapturedShape], ForwardBatch],
+    limits: CaptureLimits,
+) -> tuple[CapturedShape, ...]:
+    """Capture shapes, in their order, until time or memory is used up; returns those that are.
+
+    padding: makes a step of a shape of nothing but padding. A step that cannot be captured ends it,
+    and the log says why: such steps are computed kernel by kernel.
+    """
+    started_s = time.monotonic()
+    done: list[CapturedShape] = []
+    reason = ""
+    for shape in shapes:
+        try:
+            model.capture(padding(shape), kv_cache)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            reason = f"; {shape.num_tokens} tokens could not be: {error}"
+            break
+        done.append(shape)
+        if time.monotonic() - started_s > limits.seconds or model.num_bytes() > limits.num_bytes:
+            reason = "; time or memory for more is used up"
+            break
+    logger.info(
+        "captured %d of %d shapes of steps as graphs in %.1f s (%.0f MiB): %s tokens%s",
+        len(done),
+        len(shapes),
+        time.monotonic() - started_s,
+        model.num_bytes() / 2**20,
+        ", ".join(str(each.num_tokens) for each in sorted(done, key=lambda e: e.num_tokens)),
+        reason,
+    )
+    return tuple(done)

@@ -1,0 +1,190 @@
+"""Captured steps compute what steps do that are launched kernel by kernel.
+
+What a GPU would replay is computed anew here, from the memory that was captured and from nothing
+else: what the host knows of a step does not reach it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from services.engine.core.batch import ForwardBatch
+from services.engine.core.capturing import CaptureLimits, capture_all, shapes_to_capture
+from services.engine.core.device_inputs import CapturedShape
+from services.engine.core.device_runner import DeviceRunner
+from services.engine.core.engine import EngineCore
+from services.engine.core.graphs import Compute, GraphedModel
+from services.engine.core.messages import Sampling, SequenceRequest, Stopping
+from services.engine.core.settings import CoreSettings
+from services.engine.core.startup import build_engine
+from tests.fakes.decoder_families import VOCAB_SIZE, save_model
+
+FAMILIES = ["llama", "gemma2", "qwen3-moe", "gpt2"]
+
+
+class Replaying:
+    """Computes anew what it was given, into the memory of the first time."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def record(self, compute: Compute) -> Compute:
+        output = compute()
+
+        def replay() -> Tensor:
+            self.replays += 1
+            again = compute()
+            return again if again.data_ptr() == output.data_ptr() else output.copy_(again)
+
+        return replay
+
+    def num_bytes(self) -> int:
+        return 0
+
+
+def build(path: Path, make_runner: Callable[..., Any] | None = None, **fields: Any) -> EngineCore:
+    settings = CoreSettings(
+        model_path=str(path),
+        device="cpu",
+        threads=1,
+        dtype="float32",
+        cpu_kernels="off",
+        kv_cache_memory_bytes=1 << 21,
+        max_running_sequences=6,
+        max_batch_tokens=64,
+        plan_ahead="on",
+        **fields,
+    )
+    more = {} if make_runner is None else {"make_runner": make_runner}
+    core, _ = build_engine(settings, **more)
+    assert isinstance(core, EngineCore)
+    return core
+
+
+def graphed(recorder: Replaying, max_query_length: int, *args: Any, **shape: Any) -> DeviceRunner:
+    """A device's runner on a CPU, its graphs computed anew."""
+    model, kv_cache = args
+    shapes = shapes_to_capture(
+        max_running_sequences=shape["max_running_sequences"],
+        max_batch_tokens=shape["max_batch_tokens"],
+        max_query_length=max_query_length,
+    )
+    rows = max(each.num_tokens for each in shapes)
+    model = GraphedModel(model, recorder, max_rows=rows, device=shape["device"])
+    runner = DeviceRunner(model, kv_cache, vocab_size=VOCAB_SIZE, captured_shapes=shapes, **shape)
+    runner.capture(CaptureLimits())
+    return runner
+
+
+def requests() -> list[SequenceRequest]:
+    chance = random.Random(3)
+    return [
+        SequenceRequest(
+            number,
+            [chance.randrange(3, VOCAB_SIZE) for _ in range(3 + 11 * number)] + [5, 6, 7, 8] * 3,
+            Sampling(temperature=0.0, presence_penalty=0.3 if number == 2 else 0.0),
+            Stopping(max_tokens=8 + 3 * number, ignore_eos=True),
+        )
+        for number in range(8)
+    ]
+
+
+def answers(core: EngineCore) -> dict[int, list[int]]:
+    core.add(requests())
+    found: dict[int, list[int]] = {}
+    while core.has_work:
+        for delta in core.step().deltas:
+            assert delta.finish is None or not delta.finish.error, delta.finish
+            found.setdefault(delta.sequence_id, []).extend(delta.token_ids)
+        core.check_integrity()
+    return found
+
+
+@pytest.mark.parametrize("speculation", ["off", "ngram"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_the_same(family: str, speculation: Any, tmp_path: Path) -> None:
+    save_model(family, tmp_path, max_position_embeddings=160)
+    recorder = Replaying()
+    longest = 1 if speculation == "off" else 17
+    make_runner = partial(graphed, recorder, longest)
+    found = answers(build(tmp_path, make_runner, speculation=speculation))
+    assert found == answers(build(tmp_path, speculation=speculation))
+    assert recorder.replays > 3
+
+
+class Refusing(Replaying):
+    """Captures nothing larger than it can."""
+
+    def __init__(self, most_tokens: int) -> None:
+        super().__init__()
+        self.most_tokens = most_tokens
+
+    def record(self, compute: Compute) -> Compute:
+        recorded = super().record(compute)
+        self.most_tokens -= 1
+        if self.most_tokens < 0:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return recorded
+
+
+def test_what_cannot_be_captured_is_computed_kernel_by_kernel(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model("llama", tmp_path, max_position_embeddings=160)
+    caplog.set_level(logging.INFO)
+    found = answers(build(tmp_path, partial(graphed, Refusing(1), 1)))
+    assert "captured 1 of 4 shapes" in caplog.text
+    assert "could not be: operation not permitted" in caplog.text
+    assert found == answers(build(tmp_path))
+
+
+class _Config:
+    vocab_size = 8
+
+
+class _Model:
+    config = _Config()
+    logits_memory: Tensor | None = None
+
+
+def test_capturing_ends_when_its_time_or_memory_is_used_up() -> None:
+    shapes = shapes_to_capture(max_running_sequences=64, max_batch_tokens=64, max_query_length=1)
+
+    class Large(Replaying):
+        def num_bytes(self) -> int:
+            return 1000
+
+    class Nothing(GraphedModel):
+        def capture(self, batch: ForwardBatch, kv_cache: Any) -> None:
+            pass
+
+    def done(limits: CaptureLimits, recorder: Replaying) -> tuple[CapturedShape, ...]:
+        model = Nothing(_Model(), recorder, max_rows=64, device=torch.device("cpu"))
+        return capture_all(model, None, shapes, lambda shape: None, limits)  # type: ignore[arg-type,return-value]
+
+    assert done(CaptureLimits(), Replaying()) == shapes
+    assert done(CaptureLimits(num_bytes=999), Large()) == shapes[:1]
+    assert done(CaptureLimits(seconds=0.0), Replaying()) == shapes[:1]
+
+
+def test_the_sizes_that_are_captured_leave_little_to_pad() -> None:
+    for most in (1, 3, 8, 33, 64, 256, 300, 512):
+        shapes = shapes_to_capture(
+            max_running_sequences=most, max_batch_tokens=2048, max_query_length=1
+        )
+        sizes = sorted(each.num_tokens for each in shapes)
+        assert sizes[0] == 1
+        assert sizes[-1] == most
+        assert all(large <= 2 * small for small, large in pairwise(sizes))
+        wide = [size for size in sizes if size >= 32]
+        assert all(4 * large <= 5 * small for small, large in pairwise(wide))

@@ -32,3 +32,6 @@ class ForwardBatch:
     lengths: DeviceLengths | None = None
     are_bounds: bool = False  # what AttentionMetadata says of it
     adapters: tuple[int, ...] | None = None  # per sequence, -1 for none; None: nobody has one
+    # The same per token where kernels read it, [num_tokens] int32; None: whoever needs it brings it
+    # there. With it, nothing looks at `adapters`.
+    token_adapters: Tensor | None = None

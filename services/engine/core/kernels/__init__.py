@@ -18,7 +18,13 @@ from services.engine.core.kernels.linear import (
     linear,
     scaled_linear,
 )
-from services.engine.core.kernels.low_rank import AdapterParts, LowRankPart, add_low_rank
+from services.engine.core.kernels.low_rank import (
+    AdapterParts,
+    LowRankPart,
+    SlottedParts,
+    add_low_rank,
+    add_low_ranks,
+)
 from services.engine.core.kernels.matrices import GroupedMatrix, Matrix, ScaledMatrix
 from services.engine.core.kernels.normalization import add_rms_norm, layer_norm, rms_norm
 from services.engine.core.kernels.quantized_rows import add_rms_norm_quantized, quantize_rows
@@ -38,7 +44,9 @@ __all__ = [
     "Op",
     "ScaledMatrix",
     "Selection",
+    "SlottedParts",
     "add_low_rank",
+    "add_low_ranks",
     "add_rms_norm",
     "add_rms_norm_quantized",
     "copy_blocks",

@@ -46,6 +46,7 @@ dim3 blockDim, gridDim;
 namespace emulated {
 
 Thread* self;
+size_t bank_conflicts;
 
 namespace {
 
@@ -369,3 +370,6 @@ EXPORT void emulator_schedule(uint32_t seed) { emulated::schedule_seed = seed; }
 
 // What the last kernel that failed did wrong.
 EXPORT const char* emulator_message() { return emulated::message.c_str(); }
+
+// How many so far.
+EXPORT uint64_t emulator_bank_conflicts() { return emulated::bank_conflicts; }

@@ -46,6 +46,8 @@ class Emulator:
         loaded = self.library._loaded
         self._schedule = loaded.emulator_schedule
         self._schedule.argtypes = (ctypes.c_uint32,)
+        self._bank_conflicts = loaded.emulator_bank_conflicts
+        self._bank_conflicts.restype = ctypes.c_uint64
         self._message = loaded.emulator_message
         self._message.restype = ctypes.c_char_p
 
@@ -54,6 +56,11 @@ class Emulator:
         """What the last kernel that failed did wrong."""
         text: bytes = self._message()
         return text.decode()
+
+    @property
+    def bank_conflicts(self) -> int:
+        """Rows that ldmatrix had to load after others so far: they lie in the same banks."""
+        return int(self._bank_conflicts())
 
     @contextmanager
     def schedule(self, seed: int) -> Iterator[None]:

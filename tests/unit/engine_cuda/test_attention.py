@@ -117,7 +117,9 @@ def test_one_query_sees_all_of_its_sequence(
     emulated: Emulator, dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int
 ) -> None:
     sequences = [(1, 1), (1, 70), (1, 300)]
+    conflicts = emulated.bank_conflicts
     check(Step(sequences, head_dim=head_dim, dtype=dtype, cache_dtype=cache_dtype))
+    assert emulated.bank_conflicts == conflicts
 
 
 @pytest.mark.parametrize(("dtype", "cache_dtype"), FORMATS)

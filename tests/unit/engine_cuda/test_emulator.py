@@ -73,7 +73,10 @@ def test_every_element_of_a_fragment_has_its_place(probe: Emulator, dtype: torch
 def test_matrices_are_loaded_as_products_want_them(probe: Emulator, by_columns: bool) -> None:
     a, b = matrix(16, 16, torch.bfloat16), matrix(16, 8, torch.bfloat16)
     stored = guarded(b.T.contiguous()) if by_columns else b
+    conflicts = probe.bank_conflicts
     found = run(probe, "load_matrices", a, stored, torch.empty(16, 8), int(by_columns))
+    # Rows of 32 bytes: those that are 4 apart lie in the same banks. Those of 16 bytes do not.
+    assert probe.bank_conflicts - conflicts == (16 + 8 if by_columns else 16)
     torch.testing.assert_close(found, a.float() @ b.float(), atol=1e-5, rtol=1e-5)
 
 

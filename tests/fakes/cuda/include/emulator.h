@@ -57,6 +57,9 @@ struct Warp {
 // The one that runs.
 extern Thread* self;
 
+// Rows of matrices that ldmatrix had to load after others, because they lie in the same banks.
+extern size_t bank_conflicts;
+
 // Ends the kernel: its launch returns `error`, and emulator_message() says `why`.
 [[noreturn]] void fail(int32_t error, const char* why);
 

@@ -97,6 +97,13 @@ void ldmatrix(uint32_t (&r)[count], const void* row, bool transposed) {
   Matrices own{address, r};
   if (self->lane < 8 * count) check_shared(aligned(address, 16), 16);
   const auto load = [](Matrices* const* lanes, bool across) {
+    for (int i = 0; i < count; ++i) {
+      uint32_t banks = 0;  // in groups of 16 bytes
+      for (int r = 0; r < 8; ++r) {
+        banks |= 1u << reinterpret_cast<uintptr_t>(lanes[8 * i + r]->row) / 16 % 8;
+      }
+      bank_conflicts += size_t(8 - std::popcount(banks));
+    }
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < count; ++i) {
         uint16_t halves[2];

@@ -148,9 +148,8 @@ def serves(queries: Tensor, cache: KVLayer, metadata: AttentionMetadata) -> bool
         and queries.shape[2] in HEAD_DIMS
         and metadata.max_query_length * group <= MAX_ROWS
         and metadata.block_size.bit_count() == 1
-        and queries.stride(2) == 1
         and keys.stride() == values.stride()
-        and is_aligned(keys, values)
+        and is_aligned(queries, keys, values)
         and metadata.block_tables.stride(1) == 1
         and _are_alike(cache.key_scales, cache.value_scales)
     )

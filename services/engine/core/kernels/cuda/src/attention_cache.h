@@ -18,9 +18,11 @@ struct SameCache {
   static constexpr bool kScaled = false;
   static constexpr float kFactor = 1.0f;  // what an element of a fragment lacks
 
-  // Which elements of 16 a lane holds of the queries: two, and two more.
-  static __device__ __forceinline__ int first(int in_group) { return 2 * in_group; }
-  static constexpr int kSecond = 1, kThird = 8, kFourth = 9;
+  // What a lane holds of 16 elements of a query: two, and two more.
+  static __device__ __forceinline__ uint2 queries(const uint16_t* of_16, int in_group) {
+    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(of_16);
+    return {pairs[in_group], pairs[in_group + 4]};
+  }
 
   // ldmatrix of 16 tokens by a unit gives the keys of a product as they are.
   static __device__ __forceinline__ void keys(const uint32_t (&raw)[4], uint32_t (&a)[1][4]) {
@@ -48,8 +50,10 @@ struct ByteCache {
   static constexpr bool kScaled = Halves::kScaled;
   static constexpr float kFactor = Halves::kFactor;
 
-  static __device__ __forceinline__ int first(int in_group) { return 4 * in_group; }
-  static constexpr int kSecond = 2, kThird = 1, kFourth = 3;
+  static __device__ __forceinline__ uint2 queries(const uint16_t* of_16, int in_group) {
+    const uint2 four = reinterpret_cast<const uint2*>(of_16)[in_group];
+    return {__byte_perm(four.x, four.y, 0x5410), __byte_perm(four.x, four.y, 0x7632)};
+  }
 
   static __device__ __forceinline__ void keys(const uint32_t (&raw)[4], uint32_t (&a)[2][4]) {
 #pragma unroll

@@ -39,37 +39,41 @@ struct AttentionDecodeArgs {
 // What a block of threads computes: rows of one KV head of a sequence, over a part of its tokens.
 struct Part {
   int sequence, kv_head, split, pair;
-  int query_start, first_row, rows;
+  int query_start, queries, first_row, rows;
   int seen_by_first;  // tokens that the first query of the sequence sees, were there no window
   int end;            // tokens that the last row sees
   int tile_begin, tile_end;
   int parts;  // that the sequence is divided into
 
-  // The query of the sequence that a row is of. Rows that pad the last tile count as its last.
-  __device__ int query_of(int row, const AttentionDecodeArgs& args) const {
-    return (first_row + min(row, rows - 1)) / args.heads_per_kv;
+  // The query and the query head, of the KV head's, of a row. Rows that pad the last tile count as
+  // its last.
+  __device__ __forceinline__ int2 split_row(int row, const AttentionDecodeArgs& args) const {
+    const int at = first_row + min(row, rows - 1);
+    // A division takes as long as a dozen other instructions, and decoding needs none.
+    if (queries == 1) return {0, at};
+    const int query = at / args.heads_per_kv;
+    return {query, at - query * args.heads_per_kv};
   }
 };
 
-// False where there is nothing to do.
+// False where there is nothing to do. The grid is [KV heads, parts and tiles of rows, sequences]:
+// blocks that run at once read what lies side by side.
 template <int kRows, int kTile>
 __device__ __forceinline__ bool find_part(const AttentionDecodeArgs& args, Part& part) {
-  const int heads_and_tiles = args.kv_heads * args.row_tiles;
-  // KV heads come first: blocks that run at once read what lies side by side.
-  part.kv_head = blockIdx.x % args.kv_heads;
-  const int row_tile = blockIdx.x / args.kv_heads % args.row_tiles;
-  part.split = blockIdx.x / heads_and_tiles;
-  part.sequence = blockIdx.y;
-  part.pair = part.sequence * heads_and_tiles + blockIdx.x % heads_and_tiles;
+  part.sequence = blockIdx.z;
+  part.kv_head = blockIdx.x;
+  const int row_tile = args.row_tiles == 1 ? 0 : blockIdx.y % args.row_tiles;
+  part.split = args.row_tiles == 1 ? blockIdx.y : blockIdx.y / args.row_tiles;
+  part.pair = (part.sequence * args.row_tiles + row_tile) * args.kv_heads + part.kv_head;
   part.query_start = args.query_starts[part.sequence];
-  const int queries = args.query_starts[part.sequence + 1] - part.query_start;
+  part.queries = args.query_starts[part.sequence + 1] - part.query_start;
   const int context = args.contexts[part.sequence];
   part.first_row = row_tile * kRows;
-  part.rows = min(kRows, queries * args.heads_per_kv - part.first_row);
+  part.rows = min(kRows, part.queries * args.heads_per_kv - part.first_row);
   if (part.rows <= 0) return false;
-  part.seen_by_first = context - queries + 1;
-  part.end = part.seen_by_first + part.query_of(kRows, args);
-  const int first_query_sees = part.seen_by_first + part.query_of(0, args);
+  part.seen_by_first = context - part.queries + 1;
+  part.end = part.seen_by_first + part.split_row(kRows, args).x;
+  const int first_query_sees = part.seen_by_first + part.split_row(0, args).x;
   const int begin = args.window > 0 ? max(0, first_query_sees - args.window) : 0;
   const int first_tile = begin / kTile;
   const int tiles = (part.end + kTile - 1) / kTile - first_tile;
@@ -83,9 +87,8 @@ __device__ __forceinline__ bool find_part(const AttentionDecodeArgs& args, Part&
 // Where a row of a part is in the queries and the output: its token, and its head.
 __device__ __forceinline__ int2 place_of(const Part& part, int row,
                                          const AttentionDecodeArgs& args) {
-  const int at = part.first_row + row;
-  return {part.query_start + at / args.heads_per_kv,
-          part.kv_head * args.heads_per_kv + at % args.heads_per_kv};
+  const int2 split = part.split_row(row, args);
+  return {part.query_start + split.x, part.kv_head * args.heads_per_kv + split.y};
 }
 
 // By cache format, in files of their own, which compile side by side.

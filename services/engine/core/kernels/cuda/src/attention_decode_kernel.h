@@ -28,6 +28,7 @@ namespace meshserve {
 
 constexpr int kStages = 3;
 constexpr int kMaxWarps = 8;
+constexpr int kPartsAtOnce = 8;
 // Below all scores, and finite: the difference of two of it is zero.
 constexpr float kLowest = -1e30f;
 constexpr float kLog2E = 1.4426950408889634f;
@@ -172,7 +173,7 @@ struct Decode {
                                                 int tile, const unsigned char* stage,
                                                 State& state) {
     const int first_token = tile * Shape::kTokens;
-    const int seen_by_all = part.seen_by_first + part.query_of(0, args);
+    const int seen_by_all = part.seen_by_first + part.split_row(0, args).x;
     const bool masked = first_token + Shape::kTokens > seen_by_all ||
                         (args.window > 0 && first_token < part.end - args.window);
 #pragma unroll
@@ -191,18 +192,23 @@ struct Decode {
   static __device__ __forceinline__ void attend_all(const AttentionDecodeArgs& args,
                                                     const Part& part, unsigned char* stages,
                                                     State& state) {
+    using Reader = TileReader<Cache, kHeadDim>;
     const int first = part.tile_begin + int(threadIdx.x) / 32;
-    TileReader<Cache, kHeadDim> reader(args, part);
+    const Reader reader(args, part);
+    typename Reader::Blocks blocks[kStages];
+#pragma unroll
+    for (int ahead = 0; ahead < kStages; ++ahead) {
+      blocks[ahead] = reader.find_blocks(first + ahead * args.warps);
+    }
 #pragma unroll
     for (int ahead = 0; ahead < kStages - 1; ++ahead) {
       const int tile = first + ahead * args.warps;
       if (tile < part.tile_end) {
-        reader.find_blocks(tile);
-        reader.copy(tile, stages + ahead * Shape::kStageBytes);
+        reader.copy(tile, blocks[ahead], stages + ahead * Shape::kStageBytes);
       }
       cp_async_commit();
     }
-    reader.find_blocks(first + (kStages - 1) * args.warps);
+    typename Reader::Blocks next_blocks = blocks[kStages - 1];
     load_queries<Q, Cache, kHeadDim, kRowTiles>(args, part, state.queries);
     int slot = 0;
     for (int tile = first; tile < part.tile_end; tile += args.warps) {
@@ -212,8 +218,8 @@ struct Decode {
       const int next = tile + (kStages - 1) * args.warps;
       const int free = slot == 0 ? kStages - 1 : slot - 1;
       if (next < part.tile_end) {
-        reader.copy(next, stages + free * Shape::kStageBytes);
-        reader.find_blocks(next + args.warps);
+        reader.copy(next, next_blocks, stages + free * Shape::kStageBytes);
+        next_blocks = reader.find_blocks(next + args.warps);
       }
       cp_async_commit();
       attend(args, part, tile, stages + slot * Shape::kStageBytes, state);
@@ -270,12 +276,15 @@ template <typename Q, int kHeadDim, int kRows>
 __device__ void combine_parts(const AttentionDecodeArgs& args, const Part& part, float* factors) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t first = int64_t(part.pair) * args.splits * kRows;
+#pragma unroll 1
   for (int row = warp; row < part.rows; row += args.warps) {
     float highest = kLowest, weights = 0.0f;
+#pragma unroll 1
     for (int i = lane; i < part.parts; i += 32) {
       highest = fmaxf(highest, __ldcg(args.part_sums + first + i * kRows + row).x);
     }
     highest = warp_max(highest);
+#pragma unroll 1
     for (int i = lane; i < part.parts; i += 32) {
       const float2 each = __ldcg(args.part_sums + first + i * kRows + row);
       const float factor = exp2_approximate(each.x - highest);
@@ -284,18 +293,27 @@ __device__ void combine_parts(const AttentionDecodeArgs& args, const Part& part,
     }
     weights = warp_sum(weights);
     __syncwarp();
+#pragma unroll 1
     for (int i = lane; i < part.parts; i += 32) factors[i * kRows + row] /= weights;
   }
   __syncthreads();
+#pragma unroll 1
   for (int at = threadIdx.x; at < part.rows * kHeadDim / 4; at += blockDim.x) {
     const int row = at / (kHeadDim / 4), dimension = at % (kHeadDim / 4) * 4;
     const float* from = args.parts + (first + row) * kHeadDim + dimension;
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 16
-    for (int i = 0; i < part.parts; ++i) {
-      const int64_t offset = int64_t(i) * kRows * kHeadDim;
-      add_scaled(sum, __ldcg(reinterpret_cast<const float4*>(from + offset)),
-                 factors[i * kRows + row]);
+    // Those of a batch are read at once: it is how often one waits that counts.
+    for (int i = 0; i < part.parts; i += kPartsAtOnce) {
+      float4 each[kPartsAtOnce];
+#pragma unroll
+      for (int j = 0; j < kPartsAtOnce; ++j) {
+        const int64_t offset = int64_t(min(i + j, part.parts - 1)) * kRows * kHeadDim;
+        each[j] = __ldcg(reinterpret_cast<const float4*>(from + offset));
+      }
+#pragma unroll
+      for (int j = 0; j < kPartsAtOnce; ++j) {
+        if (i + j < part.parts) add_scaled(sum, each[j], factors[(i + j) * kRows + row]);
+      }
     }
     write_row<Q, kHeadDim>(args, part, row, dimension, sum, 1.0f);
   }
@@ -307,10 +325,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   using Does = Decode<Q, Cache, kHeadDim, kRowTiles>;
   constexpr int kRows = Does::kRows;
   // The step's lengths and blocks were last read a layer ago, and have left the L2 cache since.
-  const int32_t* table = args.block_tables + int64_t(blockIdx.y) * args.table_stride;
+  const int32_t* table = args.block_tables + int64_t(blockIdx.z) * args.table_stride;
   if (int(threadIdx.x) * 32 < args.table_stride) prefetch_l2(table + threadIdx.x * 32);
-  if (threadIdx.x == 0) prefetch_l2(args.contexts + blockIdx.y);
-  if (threadIdx.x == 32) prefetch_l2(args.query_starts + blockIdx.y);
+  if (threadIdx.x == 0) prefetch_l2(args.contexts + blockIdx.z);
+  if (threadIdx.x == 32) prefetch_l2(args.query_starts + blockIdx.z);
   grid_dependency_wait();
   grid_dependency_launch();
   Part part;
@@ -324,7 +342,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
       state.highest[n][i] = kLowest;
       state.weights[n][i] = 0.0f;
       const int row = 8 * n + 2 * (threadIdx.x % 4) + i;
-      state.last[n][i] = part.seen_by_first + part.query_of(row, args) - 1;
+      state.last[n][i] = part.seen_by_first + part.split_row(row, args).x - 1;
     }
 #pragma unroll
     for (int m = 0; m < Does::kSumTiles; ++m) {
@@ -340,13 +358,16 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   float2* totals = reinterpret_cast<float2*>(sums + args.warps * kRows * Does::kPitch);
   Does::share_sums(state, sums, totals);
   __syncthreads();
+#pragma unroll 1
   for (int at = threadIdx.x; at < part.rows * kHeadDim / 4; at += blockDim.x) {
     const int row = at / (kHeadDim / 4), dimension = at % (kHeadDim / 4) * 4;
     float highest = kLowest, weights = 0.0f;
+#pragma unroll 1
     for (int warp = 0; warp < args.warps; ++warp) {
       highest = fmaxf(highest, totals[warp * kRows + row].x);
     }
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
     for (int warp = 0; warp < args.warps; ++warp) {
       const float2 total = totals[warp * kRows + row];
       const float factor = exp2_approximate(total.x - highest);
@@ -380,7 +401,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
 template <typename Q, typename Cache, int kHeadDim, int kRowTiles>
 int32_t start_decode(const AttentionDecodeArgs& args, cudaStream_t stream) {
   using Does = Decode<Q, Cache, kHeadDim, kRowTiles>;
-  const dim3 grid(args.kv_heads * args.row_tiles * args.splits, args.sequences);
+  const dim3 grid(args.kv_heads, args.row_tiles * args.splits, args.sequences);
   const Launch how{grid, dim3(32 * args.warps), size_t(args.warps) * Does::kWarpBytes, stream,
                    true};
   return launch(attention_decode_kernel<Q, Cache, kHeadDim, kRowTiles>, how, args);

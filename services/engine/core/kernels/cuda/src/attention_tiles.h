@@ -26,7 +26,7 @@ struct Tile {
   }
 };
 
-// Copies tiles of one sequence and KV head. A lane knows the blocks of the tokens lane + 32 i.
+// Copies tiles of one sequence and KV head.
 template <typename Cache, int kHeadDim>
 struct TileReader {
   using Shape = Tile<Cache, kHeadDim>;
@@ -35,7 +35,6 @@ struct TileReader {
   const int32_t* table;
   const unsigned char *keys, *values;  // of the KV head, and the chunk of the lane
   int kv_head, end, lane;
-  int32_t blocks[Shape::kIds];
 
   __device__ __forceinline__ TileReader(const AttentionDecodeArgs& a, const Part& part)
       : args(a), kv_head(part.kv_head), end(part.end), lane(threadIdx.x % 32) {
@@ -45,23 +44,30 @@ struct TileReader {
     values = static_cast<const unsigned char*>(args.values) + at;
   }
 
-  __device__ __forceinline__ void find_blocks(int tile) {
+  // The blocks of a tile: of each lane those of the tokens lane + 32 i.
+  struct Blocks {
+    int32_t of[Shape::kIds];
+  };
+
+  __device__ __forceinline__ Blocks find_blocks(int tile) const {
+    Blocks blocks;
 #pragma unroll
     for (int i = 0; i < Shape::kIds; ++i) {
       const int token = tile * Shape::kTokens + 32 * i + lane;
-      blocks[i] = token < end ? table[token >> args.block_shift] : 0;
+      blocks.of[i] = token < end ? table[token >> args.block_shift] : 0;
     }
+    return blocks;
   }
 
-  // Begins to copy the tile whose blocks were found. Tokens that no row sees become zeros.
-  __device__ __forceinline__ void copy(int tile, unsigned char* stage) const {
+  // Begins to copy a tile. Tokens that no row sees become zeros.
+  __device__ __forceinline__ void copy(int tile, const Blocks& blocks, unsigned char* stage) const {
     const int within = (1 << args.block_shift) - 1;
 #pragma unroll
     for (int i = 0; i < Shape::kCopies; ++i) {
       const int row = i * Shape::kRowsPerCopy + lane / Shape::kLanesPerRow;
       const int token = tile * Shape::kTokens + row;
       const int32_t block =
-          __shfl_sync(0xffffffffu, blocks[i * Shape::kRowsPerCopy / 32], row % 32);
+          __shfl_sync(0xffffffffu, blocks.of[i * Shape::kRowsPerCopy / 32], row % 32);
       const int64_t offset = block * args.block_stride + (token & within) * args.token_stride;
       unsigned char* to = stage + Shape::place(row, lane % Shape::kLanesPerRow);
       cp_async_16(to, keys + offset, token < end);
@@ -72,7 +78,7 @@ struct TileReader {
       for (int i = 0; i < Shape::kIds; ++i) {
         const int row = 32 * i + lane, token = tile * Shape::kTokens + row;
         if (row >= Shape::kTokens) break;
-        const int64_t offset = blocks[i] * args.scale_block_stride +
+        const int64_t offset = blocks.of[i] * args.scale_block_stride +
                                (token & within) * args.scale_token_stride + kv_head;
         float* to = reinterpret_cast<float*>(stage + 2 * Shape::kBytes) + row;
         cp_async_4(to, args.key_scales + offset, token < end);
@@ -91,17 +97,14 @@ __device__ __forceinline__ void load_queries(const AttentionDecodeArgs& args, co
 #pragma unroll
   for (int n = 0; n < kRowTiles; ++n) {
     const int row = 8 * n + group;
-    const int2 place = place_of(part, min(row, part.rows - 1), args);
+    const int2 place = place_of(part, row, args);
     const uint16_t* query = static_cast<const uint16_t*>(args.queries) +
                             place.x * args.query_stride + place.y * args.query_head_stride;
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
-      const uint16_t* at = query + 16 * k + Cache::first(in_group);
-      const float2 low = Q::unpack(at[0] | uint32_t(at[Cache::kSecond]) << 16);
-      const float2 high = Q::unpack(at[Cache::kThird] | uint32_t(at[Cache::kFourth]) << 16);
-      // Of fp16 and bf16 as they are this gives the same bits again.
-      b[k][n][0] = Cache::Compute::pack(low.x, low.y);
-      b[k][n][1] = Cache::Compute::pack(high.x, high.y);
+      const uint2 pairs = Cache::queries(query + 16 * k, in_group);
+      b[k][n][0] = convert<Q, typename Cache::Compute>(pairs.x);
+      b[k][n][1] = convert<Q, typename Cache::Compute>(pairs.y);
     }
   }
 }

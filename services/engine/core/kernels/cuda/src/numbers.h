@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "ptx.h"
 
@@ -33,6 +34,14 @@ struct Fp16 {
     mma_m16n8k16_fp16(d, a, b);
   }
 };
+
+// A pair of one type as a pair of another.
+template <typename From, typename To>
+__device__ __forceinline__ uint32_t convert(uint32_t pair) {
+  if constexpr (std::is_same_v<From, To>) return pair;
+  const float2 wide = From::unpack(pair);
+  return To::pack(wide.x, wide.y);
+}
 
 // Sixteen bytes are eight elements of two bytes.
 template <typename T>

@@ -10,6 +10,7 @@ from services.engine.core.kernels.examples import (
     EXAMPLES,
     LLAMA_8B,
     SMALL,
+    TINY,
     Example,
     Maker,
     difference,
@@ -28,7 +29,7 @@ def correctness(bench: Bench) -> None:
                 bench.add(Row(bench.part, name, by, None, "", note="there are no examples of it"))
                 continue
             problems, count = [], 0
-            for sizes in (SMALL,) if bench.tiny else (SMALL, LLAMA_8B):
+            for sizes in (TINY,) if bench.tiny else (SMALL, LLAMA_8B):
                 makes = EXAMPLES[name]
                 ours, theirs = makes(Maker(bench.device, sizes)), makes(Maker(bench.device, sizes))
                 for example, again in zip(ours, theirs, strict=True):

@@ -16,6 +16,7 @@ from services.engine.core.adapters.targets import Targets
 from services.engine.core.admission import AdmissionLimits
 from services.engine.core.backends import Backend, load_backend
 from services.engine.core.block_pool import BlockPool
+from services.engine.core.capturing import CaptureLimits
 from services.engine.core.constraints.compilation import Compiler
 from services.engine.core.constraints.vocabulary import read_vocabulary
 from services.engine.core.device_runner import DeviceRunner, make_device_runner
@@ -25,6 +26,7 @@ from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
 from services.engine.core.kernels import cpu, cuda, select, triton
+from services.engine.core.kernels.choice import tune
 from services.engine.core.kernels.device_check import check_device
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
@@ -103,7 +105,16 @@ def build_engine(
         bytes_per_row += draft_model.bytes_per_block(settings)
     memory: dict[str, int] = {}
     if device.type == "cuda" and workers is None:
-        budget = plan_card(settings, backend, config, groups, bytes_per_row, device)
+        graphs_bytes = CaptureLimits().num_bytes if settings.cuda_graphs == "auto" else 0
+        budget = plan_card(
+            settings,
+            backend,
+            config,
+            groups,
+            bytes_per_row,
+            device,
+            graphs_bytes=graphs_bytes,
+        )
         memory = budget.by_part()
         settings = msgspec.structs.replace(settings, kv_cache_memory_bytes=max(1, budget.kv_cache))
     num_rows = count_rows(settings, config, bytes_per_row, device)
@@ -162,6 +173,7 @@ def build_engine(
         adapters=adapters,
     )
     if device.type == "cuda" and workers is None:
+        tune(model.matrices(), getattr(torch, backend.dtype))
         make_runner = partial(
             make_device_runner,
             vocab_size=config.vocab_size,

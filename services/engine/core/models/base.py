@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from services.engine.core.batch import ForwardBatch
-from services.engine.core.kernels import AdapterParts
+from services.engine.core.kernels import AdapterParts, Matrix
 from services.engine.core.kernels.cpu.program import ProgramBuilder
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layers import (
@@ -78,6 +79,14 @@ class Model(nn.Module):
                     module.adapters = LinearAdapters(self.adapter_rows)
                 if module.adapters is not None:
                     module.adapters.set(slot, own)
+
+    def matrices(self) -> Iterator[Matrix]:
+        """What projections multiply by, that which gives logits included."""
+        for module in self.modules():
+            if isinstance(module, Linear | MergedLinear):
+                yield module.weight
+        if self.head is None:
+            yield self.embedding.weight
 
     @abstractmethod
     def make_layer(self, layer_index: int) -> nn.Module:

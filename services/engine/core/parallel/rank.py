@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from services.engine.core.errors import StartupError
-from services.engine.core.kernels import cpu, triton
+from services.engine.core.kernels import cpu, cuda, triton
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.memory import free_memory_bytes
@@ -173,6 +173,7 @@ def choose_kernels(settings: CoreSettings, device: torch.device) -> None:
     else:
         torch.cuda.set_device(device)
         triton.activate()
+        cuda.activate(device)
 
 
 def _check_settings(settings: CoreSettings) -> None:

@@ -79,6 +79,28 @@ Swapping.TestCase.settings = settings(max_examples=40, stateful_step_count=25, d
 test_swapping = Swapping.TestCase
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_copies_beside_steps_wait_for_what_came_before_and_are_waited_for() -> None:
+    cache = KVCache(4, 64, 16, 8, 128, torch.bfloat16, "cuda")
+    host = HostBlocks(cache, 64 << 20)
+    storage, _ = cache.parts
+    for repetition in range(20):
+        delayed = torch.randn(4096, 4096, device="cuda").matmul(torch.randn(4096, 4096).cuda())
+        storage[:, :, 5:25] = repetition + delayed.mean() * 0
+        ticket = host.save(range(5, 25))
+        assert ticket is not None
+        host.join()
+        storage[:, :, 5:25] = -1
+        host.restore(ticket, range(30, 50))
+        host.join()
+        copied = storage[:, :, 30:50].clone()
+        host.drop(ticket)
+        assert (copied == repetition).all()
+        assert (storage[:, :, 5:25] == -1).all()
+        host.check_integrity()
+
+
 def test_capacity_is_whole_blocks() -> None:
     cache = cache_of(torch.bfloat16)
     row_bytes = len(contents(cache, 0))

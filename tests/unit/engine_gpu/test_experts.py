@@ -49,7 +49,7 @@ def assert_same(arguments: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(found.double(), exact.double(), atol=0.05, rtol=0.03)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     tokens=st.integers(1, 40),
     experts=st.integers(1, 9),

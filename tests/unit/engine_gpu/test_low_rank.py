@@ -64,11 +64,11 @@ def _doubled(adapters: SlottedParts) -> SlottedParts:
     return doubled
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     ranks=st.lists(st.sampled_from([1, 3, 8, 16, 20, 33, 64]), min_size=0, max_size=3),
     slots=st.lists(st.integers(-1, SLOTS - 1), max_size=9),
-    inputs=st.sampled_from([8, 48, 200, 1100]),
+    inputs=st.sampled_from([8, 48, 1100]),
     sizes=st.sampled_from([[24], [16, 8, 8], [130, 30], [7, 9]]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )

@@ -14,7 +14,6 @@ from services.engine.core.kernels import (
     add_low_ranks,
 )
 
-
 # As many adapters a model on a GPU can have at a time.
 MAX_SLOTS = 256
 

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from services.engine.core.constraints.grammar import Matcher
 from services.engine.core.errors import EngineError
@@ -45,7 +47,7 @@ class StepMasks:
             for each in followers
         ]
         size = (sum(map(len, rows)), followers[0].matcher.num_words)
-        self.masks = TokenMasks(np.concatenate(rows), np.empty(size, np.uint32))
+        self.masks = TokenMasks(np.concatenate(rows), _words(size))
 
     def fill(self, counts: MaskCounts) -> dict[int, EngineError]:
         """Write the masks; returns the errors of sequences that cannot go on, by their index."""
@@ -61,3 +63,10 @@ class StepMasks:
         counts.masks += start
         counts.us += (time.monotonic_ns() - started_ns) // 1000
         return errors
+
+
+def _words(size: tuple[int, int]) -> npt.NDArray[np.uint32]:
+    """Room for masks, from which a GPU can fetch them itself where there is one."""
+    if not torch.cuda.is_initialized():
+        return np.empty(size, np.uint32)
+    return torch.empty(size, dtype=torch.int32, pin_memory=True).numpy().view(np.uint32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -24,9 +23,9 @@ WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Iterator[torch.device]:
+def gpu() -> torch.device:
     registry.select("cuda")
-    yield torch.device("cuda")
+    return torch.device("cuda")
 
 
 def batch_of(rows: int, seed: int) -> SamplingBatch:

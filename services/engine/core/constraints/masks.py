@@ -67,6 +67,6 @@ class StepMasks:
 
 def _words(size: tuple[int, int]) -> npt.NDArray[np.uint32]:
     """Room for masks, from which a GPU can fetch them itself where there is one."""
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return np.empty(size, np.uint32)
     return torch.empty(size, dtype=torch.int32, pin_memory=True).numpy().view(np.uint32)

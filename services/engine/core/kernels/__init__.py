@@ -10,7 +10,7 @@ from services.engine.core.kernels.attention import (
     write_kv,
 )
 from services.engine.core.kernels.blocks import copy_blocks, swap_blocks
-from services.engine.core.kernels.experts import mixture_of_experts
+from services.engine.core.kernels.experts import grouped_mixture_of_experts, mixture_of_experts
 from services.engine.core.kernels.kv_layer import KVLayer
 from services.engine.core.kernels.linear import (
     grouped_embedding,
@@ -55,6 +55,7 @@ __all__ = [
     "gelu_tanh_and_mul",
     "grouped_embedding",
     "grouped_linear",
+    "grouped_mixture_of_experts",
     "layer_norm",
     "linear",
     "mixture_of_experts",

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from services.engine.core.kernels.activation import silu_and_mul
+from services.engine.core.kernels.matrices import GroupedMatrix
 from services.engine.core.kernels.registry import declare
 
 
@@ -28,3 +29,28 @@ def mixture_of_experts(
         outer = functional.linear(inner, down[expert])
         output.index_add_(0, rows, outer * expert_weights[rows, places, None])
     return output
+
+
+@declare
+def grouped_mixture_of_experts(
+    hidden: Tensor,
+    gate_up: Tensor | GroupedMatrix,
+    down: Tensor | GroupedMatrix,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+) -> Tensor:
+    """`mixture_of_experts` with matrices of eight and four bits in groups, both or either of the
+    stacks."""
+    output = torch.zeros_like(hidden)
+    for expert in sorted(set(expert_ids.flatten().tolist())):
+        rows, places = torch.where(expert_ids == expert)
+        inner = silu_and_mul(functional.linear(hidden[rows], _of(gate_up, expert, hidden.dtype)))
+        outer = functional.linear(inner, _of(down, expert, hidden.dtype))
+        output.index_add_(0, rows, outer * expert_weights[rows, places, None])
+    return output
+
+
+def _of(stack: Tensor | GroupedMatrix, expert: int, dtype: torch.dtype) -> Tensor:
+    if isinstance(stack, Tensor):
+        return stack[expert]
+    return stack.rows(expert).dequantize().to(dtype)

@@ -8,6 +8,7 @@ units multiply both as they are: a scale for each output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -60,7 +61,7 @@ class GroupedMatrix:
         minima = 0 if self.minima is None else self.minima.nbytes
         return self.levels.nbytes + self.scales.nbytes + minima
 
-    def rows(self, rows: slice | Tensor) -> GroupedMatrix:
+    def rows(self, rows: slice | Tensor | int) -> GroupedMatrix:
         """Some outputs of a matrix, or some matrices of a stack."""
         minima = None if self.minima is None else self.minima[rows]
         return replace(self, levels=self.levels[rows], scales=self.scales[rows], minima=minima)
@@ -81,19 +82,55 @@ class GroupedMatrix:
 
     @staticmethod
     def of(weight: GroupedWeight) -> GroupedMatrix:
-        """Lay out a matrix of a checkpoint, on its device: the same values in no more bytes."""
+        """Lay out a matrix of a checkpoint, on its device: the same values in no more bytes.
+
+        Of an outline, whose levels are on the meta device, the result is one too.
+        """
         scales, minima = weight.scales, weight.minima
         # GGUF's Q4_0, GPTQ's symmetric kind: what their minima say is known.
-        if minima is not None and torch.equal(minima, scales * -(1 << weight.bits - 1)):
+        if (
+            minima is not None
+            and not minima.is_meta
+            and torch.equal(minima, scales * -(1 << weight.bits - 1))
+        ):
             minima = None
         times = _repeats(scales, minima)
-        scales = scales[..., ::times].contiguous()
-        minima = None if minima is None else minima[..., ::times].contiguous()
+        if times > 1:
+            scales = scales[..., ::times].contiguous()
+            minima = None if minima is None else minima[..., ::times].contiguous()
         levels = weight.levels
         if weight.bits == 4:
             halves = _split(_split(levels, GROUP_INPUTS), GROUP_INPUTS // 2)
             levels = (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2)
         return GroupedMatrix(levels, scales, minima, weight.bits)
+
+    @staticmethod
+    def stack(matrices: Sequence[GroupedMatrix]) -> GroupedMatrix | None:
+        """Matrices of the same shape as one, [matrices, outputs, inputs], with the same values;
+        None where they differ in their bits."""
+        first = matrices[0]
+        if any(each.bits != first.bits for each in matrices):
+            return None
+        if len({each.group_size for each in matrices}) > 1:
+            least = min(each.group_size for each in matrices)
+            matrices = [each._regrouped(least) for each in matrices]
+        minima = [each.minima for each in matrices if each.minima is not None]
+        if minima and len(minima) < len(matrices):
+            centre = 1 << first.bits - 1
+            minima = [
+                each.scales * -centre if each.minima is None else each.minima for each in matrices
+            ]
+        return GroupedMatrix(
+            torch.stack([each.levels for each in matrices]),
+            torch.stack([each.scales for each in matrices]),
+            torch.stack(minima) if minima else None,
+            first.bits,
+        )
+
+    def _regrouped(self, size: int) -> GroupedMatrix:
+        times = self.group_size // size
+        minima = None if self.minima is None else self.minima.repeat_interleave(times, -1)
+        return replace(self, scales=self.scales.repeat_interleave(times, -1), minima=minima)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +191,10 @@ Matrix: TypeAlias = Tensor | GroupedMatrix | ScaledMatrix
 
 
 def _repeats(scales: Tensor, minima: Tensor | None) -> int:
-    """How many groups of 32 that follow one another share their scales everywhere."""
+    """How many groups of 32 that follow one another share their scales everywhere, as far as these
+    are known."""
+    if scales.is_meta:
+        return 1
     for size in GROUP_SIZES:
         times = size // GROUP_INPUTS
         if scales.shape[-1] % times == 0 and all(

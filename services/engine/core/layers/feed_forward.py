@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from services.engine.core.kernels import (
+    GroupedMatrix,
     gelu_tanh,
     gelu_tanh_and_mul,
+    grouped_mixture_of_experts,
     mixture_of_experts,
     silu_and_mul,
 )
@@ -69,7 +72,12 @@ class Experts(nn.Module):
 
     Checkpoints hold those of each expert apart, `N.gate`, `N.up` and `N.down`, or those of all
     together, `gate`, `up` and `down`; `slots` gives the places of whichever are stored.
+
+    gate_up, down: parameters, or each a GroupedMatrix.
     """
+
+    gate_up: Any
+    down: Any
 
     def __init__(self, experts: ExpertsConfig, hidden_size: int) -> None:
         super().__init__()
@@ -78,7 +86,9 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(self.count, hidden_size, self.size))
 
     def slots(self, path: str, stored: Container[str]) -> dict[str, Tensor]:
-        """Where each stored tensor goes: views into the parameters."""
+        """Where each stored tensor goes: views into the parameters, if these are floats."""
+        if not (isinstance(self.gate_up, Tensor) and isinstance(self.down, Tensor)):
+            return {}
         parts = {
             "gate": self.gate_up.data[:, : self.size],
             "up": self.gate_up.data[:, self.size :],
@@ -126,6 +136,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [num_tokens, hidden_size] -> the same shape."""
         ids, weights = self.route(hidden)
-        return mixture_of_experts(
-            hidden, self.experts.gate_up, self.experts.down, ids, weights.to(hidden.dtype)
-        )
+        gate_up, down, weights = self.experts.gate_up, self.experts.down, weights.to(hidden.dtype)
+        if isinstance(gate_up, GroupedMatrix) or isinstance(down, GroupedMatrix):
+            return grouped_mixture_of_experts(hidden, gate_up, down, ids, weights)
+        return mixture_of_experts(hidden, gate_up, down, ids, weights)

@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from services.engine.core.kernels import linear
+from services.engine.core.kernels import (
+    GroupedMatrix,
+    Matrix,
+    ScaledMatrix,
+    grouped_embedding,
+    grouped_linear,
+    linear,
+    quantize_rows,
+    scaled_linear,
+)
 from services.engine.core.layers.adapters import LinearAdapters
+
+
+def project(hidden: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+    """hidden * weight^T + bias: [num_tokens, inputs] -> [num_tokens, outputs].
+
+    Where a matrix has scales by output, activations are rounded to its format row by row.
+    """
+    if isinstance(weight, Tensor):
+        return linear(hidden, weight, bias)
+    if isinstance(weight, GroupedMatrix):
+        return grouped_linear(hidden, weight, bias)
+    elements, scales = quantize_rows(hidden, weight.elements.dtype)
+    return scaled_linear(elements, scales, weight, bias, hidden.dtype)
+
+
+def keep(module: nn.Module, name: str, matrix: GroupedMatrix | ScaledMatrix) -> None:
+    """Give a module a matrix of few bits in the place of a parameter."""
+    delattr(module, name)
+    setattr(module, name, matrix)
 
 
 class Linear(nn.Module):
     """A projection [num_tokens, in_features] -> [num_tokens, out_features]."""
 
+    weight: Matrix
     adapters: LinearAdapters | None = None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
@@ -23,22 +53,30 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        projected = linear(hidden, self.weight, self.bias)
+        projected = project(hidden, self.weight, self.bias)
         return projected if self.adapters is None else self.adapters.add(projected, hidden)
 
 
 class Embedding(nn.Module):
-    """Token ids [num_tokens] -> [num_tokens, size]; `project` gives logits where a head is tied."""
+    """Token ids [num_tokens] -> [num_tokens, size]; `project` gives logits where a head is tied.
+
+    weight: a parameter, or a GroupedMatrix; then `dtype` is what embeddings are looked up in.
+    """
+
+    weight: Any
+    dtype: torch.dtype | None = None
 
     def __init__(self, vocab_size: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
 
     def forward(self, token_ids: Tensor) -> Tensor:
+        if self.dtype is not None:
+            return grouped_embedding(token_ids, self.weight, self.dtype)
         return functional.embedding(token_ids, self.weight)
 
     def project(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.weight, None)
+        return project(hidden, self.weight, None)
 
 
 class MergedLinear(nn.Module):
@@ -48,6 +86,7 @@ class MergedLinear(nn.Module):
     together under its own; `slots` gives the places of whichever are stored.
     """
 
+    weight: Matrix
     adapters: LinearAdapters | None = None
 
     def __init__(self, in_features: int, sizes: Mapping[str, int], *, bias: bool) -> None:
@@ -57,7 +96,7 @@ class MergedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(sum(sizes.values()))) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        projected = linear(hidden, self.weight, self.bias)
+        projected = project(hidden, self.weight, self.bias)
         return projected if self.adapters is None else self.adapters.add(projected, hidden)
 
     def slots(self, path: str, stored: Container[str]) -> dict[str, Tensor]:

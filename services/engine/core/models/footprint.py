@@ -5,7 +5,7 @@ Steps are lowered as they are to run, with matrices that have a shape and a form
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,14 +17,15 @@ from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.packing import GroupedWeight, PackedLinear, outline
 from services.engine.core.kernels.cpu.packing import quantize_4 as round_to_4
 from services.engine.core.kernels.cpu.program import Packed, UnsupportedModelError, lowering
-from services.engine.core.kv_cache import KVCache
+from services.engine.core.kv_cache import KVCache, kv_dtype
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.layers import ExpertMatrices
 from services.engine.core.model_config import ModelConfig
+from services.engine.core.models.kept import KeptWeights, bytes_by_precision
 from services.engine.core.models.loader import OpenedModel
 from services.engine.core.models.native import Packer, bytes_by_format, lower
 from services.engine.core.models.precision import WeightChoice
-from services.engine.core.settings import CoreSettings
+from services.engine.core.settings import CoreSettings, KVCacheFormat
 from services.engine.core.table_shape import TableShape
 from services.engine.core.weights.checkpoint import Checkpoint
 from services.engine.core.weights.stored_linear import rounded_outline
@@ -41,7 +42,7 @@ class Footprint:
         native: whether the native kernels of a CPU serve it; else plain torch does.
         reason: why they do not, None where they do.
         weight_bytes: of its weights in memory, by their format.
-        dtype: what it computes in; of its KV cache, unless that is int8.
+        dtype: what it computes in; of its KV cache, unless that has eight bits.
     """
 
     native: bool
@@ -57,17 +58,21 @@ class Footprint:
 
 def decoder_footprint(
     opened: OpenedModel,
-    weights: WeightChoice,
+    weights: KeptWeights,
     *,
     why_not_native: str | None,
     torch_dtype: torch.dtype,
+    keeps_few_bits: bool = False,
 ) -> Footprint:
     """Return what a decoder would take.
 
     why_not_native: why the kernels are not to be had here, if they are not. torch_dtype: what
-    plain torch would compute in. Raises ModelFileError for a quantised matrix that cannot be read.
+    torch would compute in. keeps_few_bits: whether it would keep matrices in few bits, as it does
+    on a GPU. Raises ModelFileError for a quantised matrix that cannot be read.
     """
-    if why_not_native is None:
+    if weights == "fp8" or weights == "w8a8":
+        why_not_native = why_not_native or f"weights in {weights} are for a GPU"
+    elif why_not_native is None:
         packer = _OutlinePacker(opened.skeleton, _Outlines(opened.checkpoint), weights)
         try:
             builder = lower(opened.skeleton, packer)
@@ -75,6 +80,10 @@ def decoder_footprint(
             why_not_native = str(error)
         else:
             return Footprint(True, None, bytes_by_format(builder.packed), torch.bfloat16)
+    if keeps_few_bits:
+        outline = replace(opened, checkpoint=_Outlines(opened.checkpoint))
+        model, _ = outline.load_kept(weights, torch_dtype, "meta")
+        return Footprint(False, why_not_native, bytes_by_precision(model), torch_dtype)
     return _on_torch(opened.skeleton, why_not_native, torch_dtype)
 
 
@@ -121,7 +130,7 @@ def kv_cache_bytes(
     *,
     sequences: int,
     tokens: int,
-    kv_format: KvFormat = KvFormat.BF16,
+    kv_format: KVCacheFormat = "auto",
 ) -> int:
     """Bytes of the KV cache for so many sequences of so many tokens, which share nothing.
 
@@ -132,9 +141,10 @@ def kv_cache_bytes(
     shape = TableShape.of_steps(BLOCK_TOKENS, groups.windows, STEP_TOKENS)
     sizes = (groups.layers_per_block, BLOCK_TOKENS, config.kv_heads, config.head_dim)
     if footprint.native:
-        block_bytes = PackedKVCache.bytes_per_block(*sizes, kv_format)
+        packed = KvFormat.INT8 if kv_format == "int8" else KvFormat.BF16
+        block_bytes = PackedKVCache.bytes_per_block(*sizes, packed)
     else:
-        block_bytes = KVCache.bytes_per_block(*sizes, footprint.dtype)
+        block_bytes = KVCache.bytes_per_block(*sizes, kv_dtype(kv_format, footprint.dtype))
     return sequences * shape.blocks_for(tokens) * block_bytes
 
 

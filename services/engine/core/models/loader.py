@@ -13,6 +13,7 @@ from services.engine.core.models.base import Model
 from services.engine.core.models.family import Family
 from services.engine.core.models.gguf_config import gguf_decoder_config
 from services.engine.core.models.hf_config import read_hf_config
+from services.engine.core.models.kept import KeptWeights, load_kept
 from services.engine.core.models.registry import GGUF_FAMILIES, HF_FAMILIES
 from services.engine.core.weights.checkpoint import Checkpoint
 from services.engine.core.weights.loading import check_weights, load_weights
@@ -61,6 +62,18 @@ class OpenedModel:
         model = _build(self.config, dtype, device)
         load_weights(model, self.checkpoint)
         return model.eval().requires_grad_(False)
+
+    def load_kept(
+        self, weights: KeptWeights, dtype: torch.dtype, device: torch.device | str
+    ) -> tuple[Model, Mapping[str, int]]:
+        """Load it for torch with matrices that stay in few bits, and say which were rounded.
+
+        Raises what `load` raises; see `kept.load_kept`.
+        """
+        if weights == "bfloat16" or (weights == "auto" and not self.checkpoint.is_quantised):
+            return self.load(dtype, device), {}
+        model = build_skeleton(self.config)
+        return model, load_kept(model, self.checkpoint, weights, dtype, device)
 
 
 def open_model(

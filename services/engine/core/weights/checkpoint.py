@@ -55,7 +55,7 @@ class Checkpoint(Protocol):
 
     def outline(self, name: str) -> GroupedWeight | None:
         """Return what `read_grouped` would, with levels on the meta device and, of a GGUF file,
-        zeros for scales: for its shape and format, without reading the matrix."""
+        made-up scales: for its shape and format, without reading the matrix."""
 
     def stored_bytes(self, name: str) -> int:
         """Bytes that a tensor takes as it is stored."""

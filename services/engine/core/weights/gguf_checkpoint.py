@@ -19,6 +19,9 @@ from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.gguf import TensorInfo
 from services.runtime.modelfiles.gguf_model import GGUFModel
 
+# Halves of two such bytes are about 1.
+_PROBE = 0x3C
+
 
 class GGUFCheckpoint:
     """The tensors of a GGUF model by the model's names; see `checkpoint.Checkpoint`."""
@@ -123,12 +126,20 @@ class GGUFCheckpoint:
         shape = _rows_and_inputs(info)
         if info.type.name not in GROUPED:
             return rounded_outline(shape)
-        # A block of zeros tells whether the type has minima, and its bits.
-        block = torch.zeros(1, info.type.block_bytes, dtype=torch.uint8)
-        _, _, minima, bits = GROUPED[info.type.name](block)
-        scales = no_scales(shape)
-        levels = torch.empty(shape, dtype=torch.uint8, device="meta")
-        return GroupedWeight(levels, scales, None if minima is None else scales, bits)
+        # A block of any content tells the bits of the type, whether it has minima, and whether
+        # these follow from the scales.
+        block = torch.full((1, info.type.block_bytes), _PROBE, dtype=torch.uint8)
+        _, scales, minima, bits = GROUPED[info.type.name](block)
+
+        def outlined(values: Tensor) -> Tensor:
+            return (values.flatten()[0] * no_scales((1, shape[1]))).expand(shape[0], -1)
+
+        return GroupedWeight(
+            torch.empty(shape, dtype=torch.uint8, device="meta"),
+            outlined(scales),
+            None if minima is None else outlined(minima),
+            bits,
+        )
 
     def _rows(self, info: TensorInfo, rows: slice) -> Tensor:
         count, inputs = _rows_and_inputs(info)

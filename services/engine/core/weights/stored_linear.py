@@ -101,15 +101,18 @@ def rounded(dequantize: Callable[[slice], Tensor], shape: tuple[int, int]) -> Gr
 
 
 def rounded_outline(shape: tuple[int, int]) -> GroupedWeight:
-    """Return what `rounded` would, without its numbers: levels on the meta device, no scales."""
+    """Return what `rounded` would, without its numbers: levels on the meta device, made-up
+    scales."""
     return GroupedWeight(
         torch.empty(shape, dtype=torch.uint8, device="meta"), no_scales(shape), None, bits=8
     )
 
 
 def no_scales(shape: tuple[int, int]) -> Tensor:
-    """Zeros in place of the scales of a matrix, which take no memory."""
-    return torch.zeros((), dtype=torch.float16).expand(shape[0], shape[1] // GROUP_INPUTS)
+    """Numbers in place of the scales of a matrix, which take no memory; no two groups beside each
+    other have the same."""
+    ones_and_twos = torch.arange(shape[1] // GROUP_INPUTS) % 2 + 1
+    return ones_and_twos.half().expand(shape[0], -1)
 
 
 def _repeated(values: Tensor, times: int) -> Tensor:

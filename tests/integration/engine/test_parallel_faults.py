@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 
@@ -19,6 +20,7 @@ from services.engine.request_stream import CoreLostError, CoreUnavailableError, 
 from tests.fakes.decoder_families import save_model, served
 from tests.fakes.faulty_ranks import ALL_FAIL, COMMAND, ONE_FAILS, ONE_HANGS
 from tests.support.engine_server import engine_server
+from tests.support.ports import free_ports
 from tests.support.waiting import until
 
 PROMPT = [5, 6, 7]
@@ -81,11 +83,7 @@ async def under_way(client: CoreClient) -> RequestStream:
 
 
 def is_replaced(client: CoreClient, pid: int) -> bool:
-    try:
-        client.check_health()
-    except CoreUnavailableError:
-        return False
-    return client.core_pid != pid
+    return _is_healthy(client) and client.core_pid != pid
 
 
 async def all_end_and_begin_anew(
@@ -205,3 +203,43 @@ async def _tokens(call: object) -> list[int]:
         for delta in response.chunk.deltas:
             found += delta.token_ids
     return found
+
+
+@pytest.mark.slow
+async def test_ranks_of_another_machine_join_wait_for_the_next_engine_and_end_with_it(
+    settings: CoreSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_ports(1)[0]),
+        "LOCAL_WORLD_SIZE": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    command = (sys.executable, "-m", "services.engine.core.parallel.machine")
+    machine = psutil.Popen(command, env=os.environ | {"GROUP_RANK": "1"})
+    client = CoreClient(settings)
+    try:
+        await client.start()
+        expected = await tokens_of(submit(client, PROMPT))
+        assert len(ranks(client)) == 1
+        (rank,) = machine.children()
+        os.kill(ranks(client)[0], signal.SIGKILL)
+        await until(lambda: client.core_pid is None)
+        await until(lambda: _is_healthy(client), 60)
+        assert await tokens_of(submit(client, PROMPT)) == expected
+        assert machine.children() == [rank]
+        # It waits for what rank 0 has yet to do.
+        machine.terminate()
+        assert await tokens_of(submit(client, PROMPT)) == expected
+        assert machine.is_running()
+    finally:
+        await client.close()
+        assert await asyncio.to_thread(machine.wait, 20) == 0
+
+
+def _is_healthy(client: CoreClient) -> bool:
+    try:
+        client.check_health()
+    except CoreUnavailableError:
+        return False
+    return True

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from services.engine.core.errors import StartupError
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.model_config import ExpertsConfig, ModelConfig
-from services.engine.core.parallel.environment import Meeting, rank_of_worker
+from services.engine.core.parallel.environment import Meeting, rank_of_worker, ranks_of_machine
 from services.engine.core.parallel.layout import (
     Layout,
     check_layout,
@@ -175,18 +175,41 @@ def test_a_stage_keeps_the_groups_of_all_layers_with_places_for_its_own() -> Non
 def test_ranks_of_one_machine_meet_on_it_alone() -> None:
     meeting = Meeting.of_leader(4, "secret", {})
     assert (meeting.address, meeting.port, meeting.local_ranks) == ("127.0.0.1", 0, 4)
-    variables = meeting.variables(3, 4)
+    variables = meeting.variables(3)
     assert Meeting.of_worker(variables) == meeting
     assert rank_of_worker(variables) == 3
-    assert (variables["LOCAL_RANK"], variables["WORLD_SIZE"]) == ("3", "4")
+    assert variables["LOCAL_RANK"] == "3"
+    assert meeting.was_started_by_leader
 
 
 def test_ranks_of_several_machines_meet_where_torchrun_says() -> None:
     variables = {"MASTER_ADDR": "leader", "MASTER_PORT": "29500", "LOCAL_WORLD_SIZE": "8"}
     meeting = Meeting.of_leader(16, "unused", variables)
     assert (meeting.address, meeting.port, meeting.local_ranks) == ("leader", 29500, 8)
-    assert meeting.variables(9, 16)["LOCAL_RANK"] == "1"
+    assert meeting.variables(9)["LOCAL_RANK"] == "1"
     assert Meeting.of_worker(variables) == meeting
+    assert not meeting.was_started_by_leader
+    assert ranks_of_machine(meeting, {"GROUP_RANK": "1"}) == range(8, 16)
+
+
+def test_ranks_of_a_leader_worker_set_meet_at_its_leader() -> None:
+    variables = {
+        "LWS_LEADER_ADDRESS": "mesh-0.mesh",
+        "LWS_WORKER_INDEX": "2",
+        "MASTER_PORT": "29500",
+        "LOCAL_WORLD_SIZE": "4",
+    }
+    meeting = Meeting.of_worker(variables)
+    assert meeting == Meeting.of_leader(12, "unused", variables)
+    assert meeting.address == "mesh-0.mesh"
+    assert ranks_of_machine(meeting, variables) == range(8, 12)
+
+
+def test_a_machine_that_is_not_told_enough_says_what_it_lacks() -> None:
+    with pytest.raises(StartupError, match="MASTER_ADDR, MASTER_PORT, LOCAL_WORLD_SIZE must"):
+        Meeting.of_worker({})
+    with pytest.raises(StartupError, match="GROUP_RANK must be set"):
+        ranks_of_machine(Meeting("leader", 1, 8, ""), {})
 
 
 @pytest.mark.parametrize(

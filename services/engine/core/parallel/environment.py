@@ -1,4 +1,5 @@
-"""Where the ranks of a model find each other: the variables that torchrun sets."""
+"""Where the ranks of a model find each other: the variables that torchrun sets, or those of a
+Kubernetes LeaderWorkerSet in their place."""
 
 from __future__ import annotations
 
@@ -44,39 +45,42 @@ class Meeting:
             )
         if local_ranks == num_ranks:
             return cls(LOOPBACK, 0, num_ranks, token)
-        if not ("MASTER_ADDR" in environment and "MASTER_PORT" in environment):
+        address = _first(environment, "MASTER_ADDR", "LWS_LEADER_ADDRESS")
+        if not (address and "MASTER_PORT" in environment):
             raise StartupError(
                 f"there are {num_ranks} ranks, of which {local_ranks} are on this machine: set "
                 "MASTER_ADDR and MASTER_PORT to where the others reach it"
             )
-        return cls(
-            environment["MASTER_ADDR"],
-            _integer(environment, "MASTER_PORT", 0),
-            local_ranks,
-            environment.get(_TOKEN, ""),
-        )
+        port = _integer(environment, "MASTER_PORT", 0)
+        return cls(address, port, local_ranks, environment.get(_TOKEN, ""))
 
     @classmethod
     def of_worker(cls, environment: Mapping[str, str] = os.environ) -> Meeting:
         """Where another rank finds rank 0; raises StartupError where it is not told."""
-        for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
-            if name not in environment:
-                raise StartupError(f"{name} is not set: it comes from torchrun, or from rank 0")
+        address = _first(environment, "MASTER_ADDR", "LWS_LEADER_ADDRESS")
+        missing = [] if address else ["MASTER_ADDR"]
+        missing += [each for each in ("MASTER_PORT", "LOCAL_WORLD_SIZE") if each not in environment]
+        if missing:
+            raise StartupError(f"{', '.join(missing)} must be set, as on the machine of rank 0")
         return cls(
-            environment["MASTER_ADDR"],
+            address,
             _integer(environment, "MASTER_PORT", 0),
             _integer(environment, "LOCAL_WORLD_SIZE", 1),
             environment.get(_TOKEN, ""),
         )
 
-    def variables(self, rank: int, num_ranks: int) -> dict[str, str]:
+    @property
+    def was_started_by_leader(self) -> bool:
+        """Whether this rank is a child of rank 0, and ends with it."""
+        return bool(self.token)
+
+    def variables(self, rank: int) -> dict[str, str]:
         """What a rank of this machine is to find in its environment."""
         return {
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank % self.local_ranks),
-            "WORLD_SIZE": str(num_ranks),
             "LOCAL_WORLD_SIZE": str(self.local_ranks),
             _TOKEN: self.token,
         }
@@ -85,8 +89,23 @@ class Meeting:
 def rank_of_worker(environment: Mapping[str, str] = os.environ) -> int:
     """The rank of this process; raises StartupError where there is none."""
     if "RANK" not in environment:
-        raise StartupError("RANK is not set: it comes from torchrun, or from rank 0")
+        raise StartupError("RANK must be set: it comes from torchrun, or from whoever starts ranks")
     return _integer(environment, "RANK", 0)
+
+
+def ranks_of_machine(meeting: Meeting, environment: Mapping[str, str] = os.environ) -> range:
+    """The ranks of this machine, by its number; raises StartupError where it has none."""
+    number = _first(environment, "GROUP_RANK", "LWS_WORKER_INDEX")
+    if not number:
+        raise StartupError(
+            "GROUP_RANK must be set: the number of this machine, from 0 for rank 0's"
+        )
+    first = _integer({"GROUP_RANK": number}, "GROUP_RANK", 0) * meeting.local_ranks
+    return range(first, first + meeting.local_ranks)
+
+
+def _first(environment: Mapping[str, str], *names: str) -> str:
+    return next((environment[name] for name in names if environment.get(name)), "")
 
 
 def _integer(environment: Mapping[str, str], name: str, default: int) -> int:

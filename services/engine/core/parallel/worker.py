@@ -1,4 +1,8 @@
-"""A rank other than rank 0: does what rank 0 tells it until that is gone."""
+"""A rank other than rank 0: does what rank 0 tells it until that is gone.
+
+On rank 0's machine it ends then. On others it starts over and waits for the next rank 0, which an
+engine that failed makes within seconds, unless it was asked to end meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -144,24 +149,42 @@ def _beat(connection: Connection) -> None:
         try:
             connection.send(Beat())
         except OSError:
-            os._exit(1)
+            return  # rank 0 is gone
 
 
-def _end_with_leader(connection: socket.socket) -> None:
-    """End the process when rank 0 is gone, whatever it is at."""
-    poll = select.poll()
-    poll.register(connection, select.POLLRDHUP)
-    poll.poll()
-    os._exit(1)
+class _Ending:
+    """How this process ends: at once, without waiting for what was under way with ranks that may
+    be gone."""
+
+    def __init__(self, meeting: Meeting) -> None:
+        self._starts_over = not meeting.was_started_by_leader
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """Have it end with rank 0. A signal reaches whole process groups and pods, but rank 0
+        decides when it is over: after it has drained."""
+        self._starts_over = False
+
+    def now(self) -> None:
+        """End it, or start over."""
+        if self._starts_over:
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        os._exit(0)
+
+    def with_leader(self, connection: socket.socket) -> None:
+        """End it when rank 0 is gone, whatever it is at."""
+        poll = select.poll()
+        poll.register(connection, select.POLLRDHUP)
+        poll.poll()
+        self.now()
 
 
-def _connect(meeting: Meeting, *, waits: bool) -> socket.socket:
-    """A connection to rank 0. waits: for one that does not listen yet, for ever."""
+def _connect(meeting: Meeting) -> socket.socket:
+    """A connection to rank 0, which may not be there yet, unless it has started this process."""
     while True:
         try:
             return socket.create_connection((meeting.address, meeting.port))
         except OSError as error:
-            if not waits:
+            if meeting.was_started_by_leader:
                 raise StartupError(
                     f"rank 0 is not at {meeting.address}:{meeting.port}: {error}"
                 ) from None
@@ -169,28 +192,26 @@ def _connect(meeting: Meeting, *, waits: bool) -> socket.socket:
 
 
 def main() -> int:
-    """The entry point of a rank, which torchrun's variables tell of rank 0."""
-    # Both reach whole process groups and pods, but rank 0 decides when it is over: after it has
-    # drained.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """The entry point of a rank, which the environment tells of itself and of rank 0."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         rank, meeting = rank_of_worker(), Meeting.of_worker()
-        raw = _connect(meeting, waits=rank >= meeting.local_ranks)
+        raw = _connect(meeting)
     except StartupError as error:
         print(error, file=sys.stderr)
         return 1
+    ending = _Ending(meeting)
+    signal.signal(signal.SIGINT, ending.ask)
+    signal.signal(signal.SIGTERM, ending.ask)
     connection = Connection(raw)
+    threading.Thread(target=ending.with_leader, args=(raw,), daemon=True).start()
     try:
         connection.send(Hello(rank, meeting.token))
         threading.Thread(target=_beat, args=(connection,), daemon=True).start()
-        threading.Thread(target=_end_with_leader, args=(raw,), daemon=True).start()
         Worker(rank, meeting, connection).follow()
     except ConnectionError:
-        pass
-    # Without waiting for what was under way with ranks that may be gone.
-    os._exit(0)
+        ending.now()
+    return 0
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Workers:
             rank: subprocess.Popen(
                 WORKER_COMMAND,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | self.meeting.variables(rank, layout.num_ranks),
+                env=os.environ | self.meeting.variables(rank),
             )
             for rank in range(1, self.meeting.local_ranks)
         }

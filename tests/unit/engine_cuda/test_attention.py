@@ -10,7 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
+from services.engine.core.kernels import cuda
 from services.engine.core.kernels.attention import AttentionMetadata, DeviceLengths, paged_attention
 from services.engine.core.kernels.cuda import attention
 from services.engine.core.kernels.cuda.attention import Card, divide, paged_attention_cuda, serves
@@ -227,3 +229,93 @@ def test_a_card_is_filled_with_one_wave_where_one_sequence_cannot() -> None:
     assert many.splits <= 2
     # One token is never divided.
     assert divide(8, 1, stage, H100).splits == 1
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> torch.device:
+    device = torch.device("cuda")
+    cuda.activate(device)
+    assert cuda.why_not() is None, cuda.why_not()
+    return device
+
+
+def on_device(
+    contexts: Sequence[int], queries: int, cache_dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, KVLayer, AttentionMetadata]:
+    """A step of Llama 3.1 8B's shapes, as many queries of each sequence."""
+    most = -(-max(contexts) // 16)
+    tables = torch.randperm(len(contexts) * most, device=device, dtype=torch.int32)
+    shape = (len(contexts) * most, 16, 8, 128)
+    halves = []
+    for _ in range(2):
+        drawn = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        halves.append(quantize_heads(drawn, cache_dtype))
+    (keys, key_scales), (values, value_scales) = halves
+    metadata = AttentionMetadata(
+        (queries,) * len(contexts), tuple(contexts), tables.view(len(contexts), most), 16
+    )
+    rows = torch.randn(len(contexts) * queries, 32, 128, device=device, dtype=torch.bfloat16)
+    return rows, KVLayer(keys, values, key_scales, value_scales), metadata
+
+
+def attended(queries: Tensor, cache: KVLayer, metadata: AttentionMetadata, index: int) -> Tensor:
+    """What torch computes, in float32, of one sequence: [queries, heads, head_dim]."""
+    count, context = metadata.query_lengths[index], metadata.context_lengths[index]
+    blocks = metadata.block_tables[index, : -(-context // 16)].long()
+    keys, values = (
+        (stored[blocks].float() * (1.0 if scales is None else scales[blocks].unsqueeze(-1)))
+        .flatten(0, 1)[:context]
+        .transpose(0, 1)
+        for stored, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales))
+    )
+    first = sum(metadata.query_lengths[:index])
+    rows = queries[first : first + count].float().transpose(0, 1)
+    positions = torch.arange(context, device=queries.device)
+    seen = positions <= context - count + torch.arange(count, device=queries.device).view(-1, 1)
+    exact = functional.scaled_dot_product_attention(
+        rows, keys, values, attn_mask=seen, scale=0.088, enable_gqa=True
+    )
+    return exact.transpose(0, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("queries", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("batch", "context"), [(1, 1), (1, 8192), (1, 100_000), (16, 8192), (64, 8192), (256, 700)]
+)
+def test_a_card_computes_what_torch_does(
+    on_gpu: torch.device, batch: int, context: int, queries: int, cache_dtype: torch.dtype
+) -> None:
+    lengths = torch.randint(-(-context // 2), context + 1, (batch,)).clamp(min=queries).tolist()
+    rows, cache, metadata = on_device(lengths, queries, cache_dtype, on_gpu)
+    found = paged_attention_cuda(rows, cache, metadata, 0.088)
+    for index in range(batch):
+        exact = attended(rows, cache, metadata, index)
+        own = found[index * queries : (index + 1) * queries].float()
+        torch.testing.assert_close(own, exact, atol=4e-3, rtol=1.6e-2)
+    # A race would show: parts are added up in their own order, whichever block is the last.
+    for _ in range(20):
+        assert torch.equal(paged_attention_cuda(rows, cache, metadata, 0.088), found)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_runs_again_with_other_lengths(on_gpu: torch.device) -> None:
+    rows, cache, metadata = on_device([3001] * 8, 1, torch.bfloat16, on_gpu)
+    lengths = metadata.device_lengths
+    bounds = AttentionMetadata(
+        (1,) * 8, (4096,) * 8, metadata.block_tables, 16, lengths, are_bounds=True
+    )
+    paged_attention_cuda(rows, cache, bounds, 0.088)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = paged_attention_cuda(rows, cache, bounds, 0.088)
+    for contexts in ([1, 5, 3001, 64, 65, 2000, 16, 17], [7] * 8):
+        lengths.contexts.copy_(torch.tensor(contexts))
+        graph.replay()
+        exact = AttentionMetadata((1,) * 8, tuple(contexts), metadata.block_tables, 16)
+        for index in range(8):
+            expected = attended(rows, cache, exact, index)
+            torch.testing.assert_close(
+                found[index : index + 1].float(), expected, atol=4e-3, rtol=1.6e-2
+            )

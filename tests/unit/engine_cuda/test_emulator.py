@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from services.engine.core.kernels.cuda.build import SOURCES, Recipe, build
+from services.engine.core.kernels.cuda.library import Library
 from tests.fakes.cuda import emulator
 from tests.fakes.cuda.emulator import Emulator, guarded
 
@@ -27,15 +30,35 @@ class ProbeArgs(ctypes.Structure):
     )
 
 
+class Card:
+    """The probe on a GPU: what the emulator is to be like."""
+
+    def __init__(self, directory: Path) -> None:
+        recipe = Recipe(PROBE.parent, extra_flags=(f"-I{SOURCES}",))
+        self.library = Library(build(directory, recipe))
+
+
 @pytest.fixture
 def probe() -> Emulator:
     return emulator.of(PROBE)
 
 
-def run(probe: Emulator, name: str, a: Tensor, b: Tensor, out: Tensor, choice: int = 0) -> Tensor:
+@pytest.fixture(scope="session", params=["emulator", pytest.param("card", marks=pytest.mark.gpu)])
+def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The emulator, and, where there is a GPU, what it stands in for."""
+    is_card = request.param == "card"
+    return Card(tmp_path_factory.mktemp("probe")) if is_card else emulator.of(PROBE)
+
+
+def run(probe: Any, name: str, a: Tensor, b: Tensor, out: Tensor, choice: int = 0) -> Tensor:
+    if isinstance(probe, Card):
+        if a.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+            pytest.skip("this card has no products of eight-bit floats")
+        a, b, out = a.cuda(), b.cuda(), out.cuda()
     arguments = ProbeArgs(a.data_ptr(), b.data_ptr(), out.data_ptr(), choice)
-    probe.library.call(name, arguments, 0)
-    return out
+    stream = torch.cuda.current_stream().cuda_stream if isinstance(probe, Card) else 0
+    probe.library.call(name, arguments, stream)
+    return out.cpu()
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -45,17 +68,17 @@ def matrix(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_products_of_matrices_are_those_of_torch(probe: Emulator, dtype: torch.dtype) -> None:
+def test_products_of_matrices_are_those_of_torch(either: Any, dtype: torch.dtype) -> None:
     depth = 32 // dtype.itemsize
     sums = torch.int32 if dtype == torch.int8 else torch.float32
     for _ in range(3):
         a, b = matrix(16, depth, dtype), matrix(depth, 8, dtype)
-        found = run(probe, "multiply", a, b, torch.empty(16, 8, dtype=sums), FORMATS.index(dtype))
+        found = run(either, "multiply", a, b, torch.empty(16, 8, dtype=sums), FORMATS.index(dtype))
         torch.testing.assert_close(found, (a.double() @ b.double()).to(sums), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_every_element_of_a_fragment_has_its_place(probe: Emulator, dtype: torch.dtype) -> None:
+def test_every_element_of_a_fragment_has_its_place(either: Any, dtype: torch.dtype) -> None:
     # One at a time is not zero, so that no two that are mistaken for each other cancel out.
     depth = 32 // dtype.itemsize
     sums = torch.int32 if dtype == torch.int8 else torch.float32
@@ -65,24 +88,29 @@ def test_every_element_of_a_fragment_has_its_place(probe: Emulator, dtype: torch
             a, b = torch.zeros(16, depth), torch.zeros(depth, 8)
             a[row, k], b[k] = 3, weights
             out = torch.empty(16, 8, dtype=sums)
-            run(probe, "multiply", a.to(dtype), b.to(dtype), out, FORMATS.index(dtype))
+            run(either, "multiply", a.to(dtype), b.to(dtype), out, FORMATS.index(dtype))
             assert torch.equal(out.float(), a @ b), (row, k)
 
 
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_matrices_are_loaded_as_products_want_them(probe: Emulator, by_columns: bool) -> None:
+def test_matrices_are_loaded_as_products_want_them(either: Any, by_columns: bool) -> None:
     a, b = matrix(16, 16, torch.bfloat16), matrix(16, 8, torch.bfloat16)
     stored = guarded(b.T.contiguous()) if by_columns else b
-    conflicts = probe.bank_conflicts
-    found = run(probe, "load_matrices", a, stored, torch.empty(16, 8), int(by_columns))
-    # Rows of 32 bytes: those that are 4 apart lie in the same banks. Those of 16 bytes do not.
-    assert probe.bank_conflicts - conflicts == (16 + 8 if by_columns else 16)
+    found = run(either, "load_matrices", a, stored, torch.empty(16, 8), int(by_columns))
     torch.testing.assert_close(found, a.float() @ b.float(), atol=1e-5, rtol=1e-5)
 
 
-def test_a_matrix_is_transposed_in_registers(probe: Emulator) -> None:
+def test_rows_in_the_same_banks_are_counted(probe: Emulator) -> None:
+    a = matrix(16, 16, torch.bfloat16)
+    before = probe.bank_conflicts
+    run(probe, "load_matrices", a, a, torch.empty(16, 8), choice=0)
+    # Of rows of 32 bytes those that are 4 apart lie in the same banks, of 16 bytes none of eight.
+    assert probe.bank_conflicts - before == 4 * 4
+
+
+def test_a_matrix_is_transposed_in_registers(either: Any) -> None:
     numbers = guarded(torch.arange(64, dtype=torch.int16).view(8, 8))
-    assert torch.equal(run(probe, "transpose", numbers, numbers, numbers.clone()), numbers.T)
+    assert torch.equal(run(either, "transpose", numbers, numbers, numbers.clone()), numbers.T)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.engine.core.kernels import cuda
 from services.engine.core.kernels.cuda.normalization import add_rms_norm_cuda, rms_norm_cuda
 from services.engine.core.kernels.normalization import add_rms_norm, rms_norm
 from tests.fakes.cuda.emulator import Emulator, guarded
@@ -61,3 +62,17 @@ def test_what_the_kernel_does_not_serve_is_computed_all_the_same(
     assert torch.equal(found, expected)
     assert torch.equal(total, expected_total)
     assert rms_norm_cuda(torch.empty(0, 64).bfloat16(), torch.ones(64).bfloat16(), EPS).numel() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 4096), (256, 4096), (8, 1024), (3, 16384)])
+def test_a_card_normalises_rows_of_real_sizes(rows: int, size: int, dtype: torch.dtype) -> None:
+    cuda.activate(torch.device("cuda"))
+    hidden, residual = (torch.randn(rows, size, device="cuda", dtype=dtype) for _ in range(2))
+    weight = torch.randn(size, device="cuda", dtype=dtype)
+    expected, total = add_rms_norm.reference(hidden, residual.clone(), weight, EPS)
+    found, found_total = add_rms_norm_cuda(hidden, residual, weight, EPS)
+    assert torch.equal(found_total, total)
+    close(found, expected)
+    close(rms_norm_cuda(hidden, weight, EPS), rms_norm.reference(hidden, weight, EPS))

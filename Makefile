@@ -17,7 +17,12 @@ PYTEST := $(BIN)/python -m pytest
 SANITIZED_TESTS := tests/unit/engine_core/cpu tests/unit/engine_encoding/test_native.py \
   tests/unit/engine_models/test_native_families.py tests/unit/engine_adapters/test_families.py
 
-.PHONY: help up down test test-slow test-compose test-sanitized test-gpu lint format bench bench-peers bench-start phoenix docs kernels stubs baseline lock clean
+# What `GPU_PYTHON` runs of the tests: those of an engine's core. It has torch, triton and
+# transformers, and what `make gpu-wheels` fetches.
+BARE_GPU_TESTS = $(shell grep -rl --include='*.py' 'mark\.gpu' tests/unit/engine_* tests/integration/engine)
+WHEEL_PLATFORMS := $(foreach glibc,2_17 2_28 2_31 2_34,--platform manylinux_$(glibc)_x86_64)
+
+.PHONY: help up down test test-slow test-compose test-sanitized test-gpu bench-gpu gpu-wheels lint format bench bench-peers bench-start phoenix docs kernels stubs baseline lock clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,8 +49,8 @@ test-sanitized: $(VENV)/.dev ## Run the tests of the CPU kernels with AddressSan
 	ASAN_OPTIONS=detect_leaks=0 $(PYTEST) $(SANITIZED_TESTS) -m "not slow" \
 	  --ignore-glob="*/test_build.py" --ignore-glob="*/test_library.py" --timeout=1200 $(ARGS)
 
-test-gpu: $(VENV)/.dev ## Run the tests that need a CUDA device
-	TRITON_INTERPRET=0 $(PYTEST) -m gpu $(ARGS)
+test-gpu: $(if $(GPU_PYTHON),,$(VENV)/.dev) ## Run the tests that need a CUDA device; GPU_PYTHON=python3: without a mesh
+	TRITON_INTERPRET=0 $(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu $(if $(GPU_PYTHON),$(BARE_GPU_TESTS)) $(ARGS)
 
 lint: $(VENV)/.dev ## Check style, types, contracts, images and what the C++ compiler warns of
 	$(BIN)/ruff format --check .
@@ -75,6 +80,14 @@ bench-peers: $(VENV)/.bench $(VENV)/.kernels ## Measure MeshServe beside vLLM, l
 
 bench-start: ## Print the time from git clone to the first token, and of a second start
 	$(PYTHON) benchmarks/first_token.py
+
+bench-gpu: $(if $(GPU_PYTHON),,$(VENV)/.dev) ## Measure kernels and engine on a CUDA device; GPU_PYTHON=python3: without a mesh
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu --into build/gpu $(ARGS)
+
+gpu-wheels: $(VENV)/.dev ## Fetch what a GPU machine without a network lacks beside torch, for Python 3.12
+	$(BIN)/python -m pip download --only-binary=:all: --no-deps --python-version 3.12 \
+	  --implementation cp --abi cp312 --abi abi3 $(WHEEL_PLATFORMS) -d build/gpu-wheels \
+	  $$(grep -E '^(msgspec|llguidance)==' requirements.lock)
 
 phoenix: ## Install Phoenix, which shows traces, in an environment of its own (850 MB)
 	@test -x $(PHOENIX)/bin/phoenix || { $(PYTHON) -m venv $(PHOENIX) && $(PHOENIX)/bin/pip --disable-pip-version-check --quiet install arize-phoenix==20.26.1; }

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from meshserve.cli.doctor.findings import Finding, ok, problem, warning
 from services.engine.core.fitness import examine
-from services.engine.core.kernels.cpu.kv_cache import KvFormat
 from services.runtime.modelfiles import ModelFileError, ModelStoreError, check_source, locate
 from services.runtime.modelfiles.description import describe
 from services.runtime.settings import ModelSettings, Settings
@@ -60,9 +59,11 @@ def _model(
     text = f"{what} is a {described.architecture} of {(fitness.num_parameters or 0) / 1e6:,.0f}M"
     text += f" parameters, {size / GIB:.2f} GiB in memory, on "
     text += "the native kernels" if footprint.native else f"plain torch: {footprint.reason}"
-    kv_format = KvFormat.INT8 if settings.engine.kv_cache_format == "int8" else KvFormat.BF16
     needed = size + fitness.kv_cache_bytes(
-        model.weights, sequences=1, tokens=LEAST_TOKENS, kv_format=kv_format
+        model.weights,
+        sequences=1,
+        tokens=LEAST_TOKENS,
+        kv_format=settings.engine.kv_cache_format,
     )
     if starting and needed > free:
         return problem(

@@ -14,7 +14,7 @@ from services.engine.core.kernels import Selection, cpu
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.kernels.cpu.team import Team
-from services.engine.core.kv_cache import KVCache
+from services.engine.core.kv_cache import KVCache, kv_dtype
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.models.dtype import resolve_dtype
 from services.engine.core.models.loader import OpenedModel
@@ -80,6 +80,8 @@ def _load_backend(
     takes_adapters: bool,
 ) -> Backend:
     reason = _why_not_native(settings, device)
+    if reason is None and settings.kv_cache_format == "fp8":
+        raise StartupError("a KV cache in fp8 is for a GPU: on a CPU there is int8")
     if reason is None:
         try:
             return _NativeBackend(opened, settings, selections, takes_adapters=takes_adapters)
@@ -89,8 +91,6 @@ def _load_backend(
         raise StartupError(
             f"weights in {settings.weights} need the native kernels of a CPU: {reason}"
         )
-    if settings.kv_cache_format == "int8":
-        raise StartupError(f"a KV cache in int8 needs the native kernels of a CPU: {reason}")
     logger.info("steps run on torch: %s", reason)
     return _TorchBackend(opened, settings, device, selections)
 
@@ -203,6 +203,7 @@ class _TorchBackend:
             raise StartupError(str(error)) from None
         self._device = device
         self._config = opened.config
+        self._kv_dtype = kv_dtype(settings.kv_cache_format, self._dtype)
         self._model = opened.load(self._dtype, device)
         self.dtype = str(self._dtype).removeprefix("torch.")
         self.kernels = {selection.op: selection.implementation for selection in selections}
@@ -210,7 +211,7 @@ class _TorchBackend:
     def bytes_per_block(self, block_size: int, groups: LayerGroups) -> int:
         config = self._config
         return KVCache.bytes_per_block(
-            groups.layers_per_block, block_size, config.kv_heads, config.head_dim, self._dtype
+            groups.layers_per_block, block_size, config.kv_heads, config.head_dim, self._kv_dtype
         )
 
     def allocate(
@@ -223,7 +224,7 @@ class _TorchBackend:
             block_size=settings.block_size,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
-            dtype=self._dtype,
+            dtype=self._kv_dtype,
             device=self._device,
             groups=groups,
         )

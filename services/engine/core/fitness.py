@@ -15,7 +15,6 @@ from services.engine.core.encoding.families import ARCHITECTURES
 from services.engine.core.encoding.loader import is_encoder, open_encoder
 from services.engine.core.kernels.cpu import library
 from services.engine.core.kernels.cpu.build import BuildError, check_machine, find_compiler
-from services.engine.core.kernels.cpu.kv_cache import KvFormat
 from services.engine.core.memory import free_memory_bytes
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.dtype import resolve_dtype
@@ -33,6 +32,7 @@ from services.engine.core.models.loader import (
 )
 from services.engine.core.models.precision import WeightChoice
 from services.engine.core.models.registry import GGUF_FAMILIES, HF_FAMILIES
+from services.engine.core.settings import KVCacheFormat
 from services.engine.core.weights.pickled_outline import (
     PickledOutline,
     UnreadCheckpoint,
@@ -77,7 +77,7 @@ class Fitness:
         *,
         sequences: int,
         tokens: int,
-        kv_format: KvFormat = KvFormat.BF16,
+        kv_format: KVCacheFormat = "auto",
     ) -> int:
         """Bytes of the KV cache for sequences that share nothing; none for an encoder."""
         if not isinstance(self.config, ModelConfig):

@@ -12,8 +12,15 @@ from torch import Tensor
 from services.engine.core.kernels.blocks import copy_blocks
 from services.engine.core.kernels.kv_layer import KVLayer
 from services.engine.core.layer_groups import LayerGroups
+from services.engine.core.settings import KVCacheFormat
 
 _SCALE_BYTES = 4
+_EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def kv_dtype(kv_format: KVCacheFormat, dtype: torch.dtype) -> torch.dtype:
+    """What a cache of this format keeps for a model that computes in `dtype`."""
+    return _EIGHT_BITS.get(kv_format, dtype)
 
 
 class KVCache:

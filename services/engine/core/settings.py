@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
+
+# How keys and values are kept; "auto": in the precision that a model computes in.
+KVCacheFormat: TypeAlias = Literal["auto", "int8", "fp8"]
 
 
 class BatcherSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +51,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     # How matrices are stored; "auto" keeps the precision of a quantised file, else bfloat16.
     weights: Literal["auto", "bfloat16", "int8", "int4"] = "auto"
     allow_pickled: bool = False  # whether weights may be pickled, where there are no others
-    kv_cache_format: Literal["auto", "int8"] = "auto"  # "auto": as the dtype
+    kv_cache_format: KVCacheFormat = "auto"
     threads: int | None = None  # CPU threads of one step; None: see processors.py
     tensor_parallel: int = 1  # ranks that share each layer
     pipeline_parallel: int = 1  # stages of layers, each of so many ranks

@@ -110,10 +110,11 @@ class EngineSettings(ServerSettings):
     block_tokens: Literal[8, 16, 32, 64, 128] = Field(
         16, description="Tokens in a block of the KV cache."
     )
-    kv_cache_format: Literal["auto", "int8"] = Field(
+    kv_cache_format: Literal["auto", "int8", "fp8"] = Field(
         "auto",
         description="How keys and values are stored: as the model's dtype, or in 8 bits, which "
-        "holds nearly twice the tokens. 8 bits need the CPU kernels.",
+        "holds about twice the tokens: `int8` with a scale for each token and head, on a CPU and a "
+        "GPU; `fp8` (e4m3) without, on a GPU.",
     )
     kv_cache_bytes: Positive | None = Field(
         None,

@@ -90,8 +90,6 @@ def test_settings_that_need_torch_get_torch_and_the_log_says_why(
     assert f"steps run on torch: {reason}" in caplog.text
     with pytest.raises(StartupError, match=f"weights in int8 need the native kernels .*{reason}"):
         facts(weights="int8", **fields)
-    with pytest.raises(StartupError, match=f"KV cache in int8 needs the native .*{reason}"):
-        facts(kv_cache_format="int8", **fields)
 
 
 @pytest.mark.parametrize(("changes", "reason"), UNSERVED.values(), ids=UNSERVED.keys())
@@ -126,7 +124,22 @@ def test_weights_are_quantised_on_request(facts: Any, weights: str, name: str) -
     assert f"{name} " in facts(weights=weights).kernels["step"]
 
 
-def test_an_int8_cache_takes_little_over_half_the_memory(facts: Any) -> None:
-    room = {"kv_cache_memory_bytes": 1 << 16, "max_running_sequences": 512}
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
+def test_an_int8_cache_takes_little_over_half_the_memory(facts: Any, cpu_kernels: str) -> None:
+    room = {
+        "kv_cache_memory_bytes": 1 << 16,
+        "max_running_sequences": 512,
+        "dtype": "bfloat16",
+        "cpu_kernels": cpu_kernels,
+    }
     bf16 = facts(**room).num_blocks
     assert facts(kv_cache_format="int8", **room).num_blocks > 1.5 * bf16
+
+
+def test_a_cache_of_eight_bit_floats_is_for_those_who_compute_on_torch(facts: Any) -> None:
+    room = {"kv_cache_memory_bytes": 1 << 16, "max_running_sequences": 512, "dtype": "bfloat16"}
+    bf16 = facts(cpu_kernels="off", **room).num_blocks
+    found = facts(cpu_kernels="off", kv_cache_format="fp8", **room)
+    assert found.num_blocks >= 2 * bf16
+    with pytest.raises(StartupError, match="fp8 is for a GPU"):
+        facts(kv_cache_format="fp8")

@@ -120,8 +120,11 @@ def test_the_kv_cache_takes_whole_blocks_of_each_sequence(make_checkpoint: Any) 
     assert kv_cache_bytes(config, on_torch, sequences=1, tokens=16) == plain
     assert kv_cache_bytes(config, on_torch, sequences=3, tokens=17) == 6 * plain
     if native.native:
-        found = kv_cache_bytes(config, native, sequences=1, tokens=1, kv_format=KvFormat.INT8)
+        found = kv_cache_bytes(config, native, sequences=1, tokens=1, kv_format="int8")
         assert found == packed
+    for kv_format, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        found = kv_cache_bytes(config, on_torch, sequences=1, tokens=16, kv_format=kv_format)
+        assert found == KVCache.bytes_per_block(*sizes, dtype)
 
 
 def test_layers_with_a_window_take_their_window_of_the_kv_cache(tmp_path: Path) -> None:

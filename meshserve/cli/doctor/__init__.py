@@ -88,7 +88,7 @@ async def _look_here(config: Path | None, state: StateDir) -> list[tuple[str, li
     here = [
         *machine.packages(),
         *machine.processors(cache_dir),
-        *machine.gpu(settings),
+        *machine.gpu(settings, cache_dir),
         *machine.memory(),
         *machine.open_files(),
         *machine.folders(cache_dir, state.path),

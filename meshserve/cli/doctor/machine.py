@@ -16,6 +16,7 @@ from meshserve.supervisor.plan import SERVICES
 from meshserve.supervisor.statedir import STATE_VARIABLE
 from services.engine.core.kernels.cpu import library
 from services.engine.core.kernels.cpu.build import BuildError, check_machine, find_compiler
+from services.engine.core.kernels.device_check import Verdicts, known_verdicts
 from services.engine.core.memory import free_memory_bytes
 from services.engine.core.processors import default_threads
 from services.runtime.settings import Settings
@@ -119,7 +120,7 @@ def folders(cache_dir: Path, state_dir: Path) -> Iterator[Finding]:
             yield ok(text)
 
 
-def gpu(settings: Settings) -> Iterator[Finding]:
+def gpu(settings: Settings, cache_dir: Path) -> Iterator[Finding]:
     """Whether what the engine is told to compute on is there, and a GPU that nobody uses."""
     device = settings.engine.device
     if torch.cuda.is_available():
@@ -127,6 +128,7 @@ def gpu(settings: Settings) -> Iterator[Finding]:
             free, total = torch.cuda.mem_get_info(index)
             name = torch.cuda.get_device_name(index)
             yield ok(f"cuda:{index} is {name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free")
+            yield _gpu_kernels(known_verdicts(torch.device("cuda", index), cache_dir), index)
         return
     build = "has no CUDA" if torch.version.cuda is None else f"is for CUDA {torch.version.cuda}"
     if device.startswith("cuda"):
@@ -139,3 +141,21 @@ def gpu(settings: Settings) -> Iterator[Finding]:
             f"there is an NVIDIA GPU that torch {torch.__version__}, which {build}, cannot use",
             "install a torch built for CUDA, or set engine.device to cpu if that is meant",
         )
+
+
+def _gpu_kernels(verdicts: Verdicts | None, index: int) -> Finding:
+    """What an engine found that checked its kernels on a card."""
+    if verdicts is None:
+        return ok(f"the kernels for cuda:{index} are checked at the first start of an engine")
+    refused = [
+        f"{name} of {op}: {problem}"
+        for op, problems in verdicts.refused.items()
+        for name, problem in problems.items()
+    ]
+    if not refused:
+        return ok(f"all {len(verdicts.problems)} kernels compute on cuda:{index} what they should")
+    return warning(
+        f"{len(refused)} of {len(verdicts.problems)} kernels are not used on cuda:{index}, and "
+        f"others in their place: {'; '.join(refused)}",
+        "please report this, with `meshserve doctor --json`",
+    )

@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from meshserve.cli.doctor import machine
 from meshserve.cli.doctor.mesh import of_replicas
 from meshserve.supervisor.statedir import RunningMesh, ServiceEntry, StateDir
 from meshserve.v1 import gateway_pb2, mesh_pb2, monitor_pb2
+from services.engine.core.kernels.device_check import Verdicts
+from services.runtime.settings import Settings
 from tests.fakes.scripted_gateway import ScriptedGateway
 from tests.support.ports import free_ports
 
@@ -268,3 +272,30 @@ def test_replicas_of_several_versions_are_a_warning() -> None:
     assert mixed.state == "warning"
     assert "1, 2" in mixed.text
     assert serving.text == "all 3 replicas are serving"
+
+
+def test_of_a_card_it_says_which_kernels_are_not_used_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * 2**30, 4 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A card")
+    verdicts: dict[tuple[str, str], str] = {}
+    monkeypatch.setattr(
+        machine, "known_verdicts", lambda *_: Verdicts(verdicts) if verdicts else None
+    )
+
+    def found() -> tuple[str, str]:
+        card, kernels = machine.gpu(Settings(), tmp_path)
+        assert card.text == "cuda:0 is A card, 3.0 of 4.0 GiB free"
+        return kernels.state, kernels.text
+
+    assert found()[1] == "the kernels for cuda:0 are checked at the first start of an engine"
+    verdicts["rms_norm", "triton"] = ""
+    assert found() == ("ok", "all 1 kernels compute on cuda:0 what they should")
+    verdicts["paged_attention", "cuda"] = "it dies of SIGSEGV"
+    state, text = found()
+    assert state == "warning"
+    assert text.startswith("1 of 2 kernels are not used on cuda:0, and others in their place")
+    assert text.endswith("cuda of paged_attention: it dies of SIGSEGV")

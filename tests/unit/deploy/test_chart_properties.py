@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -227,8 +228,15 @@ def test_a_multi_node_engine_is_called_at_its_leader_alone() -> None:
     assert service["spec"]["selector"]["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
     group = the(manifests, "LeaderWorkerSet", "engine-large")["spec"]["leaderWorkerTemplate"]
     assert group["size"] == 2
+    (leader,) = group["leaderTemplate"]["spec"]["containers"]
     (worker,) = group["workerTemplate"]["spec"]["containers"]
-    assert worker["args"] == ["--worker"]
+    assert "command" not in leader
+    assert worker["command"] == ["python", "-m", "services.engine.core.parallel.machine"]
+    for container in (leader, worker):
+        said = {each["name"]: each.get("value") for each in container["env"]}
+        ranks = [int(said[f"MESHSERVE_ENGINE__{each}_PARALLEL"]) for each in ("TENSOR", "PIPELINE")]
+        assert math.prod(ranks) == int(said["LOCAL_WORLD_SIZE"]) * group["size"]
+        assert said["MASTER_PORT"] == "29500"
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == 8
     assert "readinessProbe" not in worker
     assert problems(the(manifests, "LeaderWorkerSet", "engine-large")) == []

@@ -60,6 +60,11 @@
 {{- if .engine }}
 - {name: MESHSERVE_ENGINE__TARGET, value: {{ printf "dns:///%s:50053" (include "meshserve.name" .) }}}
 - {name: MESHSERVE_ENGINE__DEVICE, value: {{ ternary "cuda:0" "cpu" (eq .engine.device "cuda") }}}
+{{- if .engine.multiNode.enabled }}
+# The ranks of an engine find its leader by this and by what the LeaderWorkerSet sets.
+- {name: MASTER_PORT, value: "29500"}
+- {name: LOCAL_WORLD_SIZE, value: {{ ternary .engine.gpus 1 (eq .engine.device "cuda") | quote }}}
+{{- end }}
 {{- range $key, $value := .engine.settings }}
 - {name: MESHSERVE_ENGINE__{{ upper $key }}, value: {{ $value | toJson | quote }}}
 {{- end }}

@@ -127,10 +127,13 @@ spec:
     {{- end }}
 {{- end -}}
 
-{{/* The pods beside the leader: they answer nobody. */}}
+{{/* The pods beside the leader: they answer nobody, and compute what the leader tells them. */}}
 {{- define "meshserve.workerTemplate" -}}
 {{- $pod := include "meshserve.podTemplate" (merge (dict "args" .engine.multiNode.workerArgs) .) | fromYaml -}}
 {{- $container := omit (first $pod.spec.containers) "startupProbe" "readinessProbe" "livenessProbe" "ports" "lifecycle" -}}
+{{- if not .engine.multiNode.workerArgs -}}
+{{- $_ := set $container "command" (list "python" "-m" "services.engine.core.parallel.machine") -}}
+{{- end -}}
 {{- $_ := set $pod.spec "containers" (list $container) -}}
 {{- toYaml $pod -}}
 {{- end -}}

@@ -177,7 +177,7 @@ def choose_kernels(settings: CoreSettings, device: torch.device) -> None:
 
 
 def _check_settings(settings: CoreSettings) -> None:
-    if settings.weights in ("int8", "int4"):
+    if settings.weights not in ("auto", "bfloat16"):
         raise StartupError(
             f"weights in {settings.weights} are not divided over ranks: with tensor_parallel or "
             "pipeline_parallel, weights are auto or bfloat16"

@@ -6,6 +6,7 @@ engine that failed makes within seconds, unless it was asked to end meanwhile.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import select
@@ -191,11 +192,26 @@ def _connect(meeting: Meeting) -> socket.socket:
             time.sleep(_RETRY_S)
 
 
+def _environment() -> dict[str, str]:
+    """The environment, with what the command line says in place of it: under torchrun on one of
+    several machines, ranks count from 0 and the address is that machine's own."""
+    parser = argparse.ArgumentParser(prog="python -m services.engine.core.parallel.worker")
+    parser.add_argument("--leader", metavar="HOST:PORT", help="where rank 0 listens")
+    parser.add_argument("--first-rank", type=int, default=0, help="what RANK counts from")
+    options = parser.parse_args()
+    variables = dict(os.environ)
+    if options.leader is not None:
+        variables["MASTER_ADDR"], _, variables["MASTER_PORT"] = options.leader.rpartition(":")
+    variables["RANK"] = str(rank_of_worker() + options.first_rank)
+    return variables
+
+
 def main() -> int:
     """The entry point of a rank, which the environment tells of itself and of rank 0."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        rank, meeting = rank_of_worker(), Meeting.of_worker()
+        environment = _environment()
+        rank, meeting = rank_of_worker(environment), Meeting.of_worker(environment)
         raw = _connect(meeting)
     except StartupError as error:
         print(error, file=sys.stderr)

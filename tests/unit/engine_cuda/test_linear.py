@@ -11,12 +11,14 @@ from torch.nn import functional
 
 from services.engine.core.kernels import choice
 from services.engine.core.kernels.cuda.linear import (
+    gated_linear_cuda,
     grouped_linear_cuda,
     launch,
     linear_cuda,
     scaled_linear_cuda,
     serves,
 )
+from services.engine.core.kernels.gated_linear import gated_linear
 from services.engine.core.kernels.linear import grouped_linear, linear, scaled_linear
 from services.engine.core.kernels.matrices import GroupedMatrix, Matrix, ScaledMatrix
 from services.engine.core.kernels.quantized_rows import quantize_rows
@@ -130,6 +132,19 @@ def test_gates_and_residuals_are_part_of_a_product(
         functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
     )
     close(found, gated * up + residual.double())
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [2, 65])
+def test_a_gated_projection_is_one_where_it_is_streamed(
+    emulated: Emulator, rows: int, activation: str
+) -> None:
+    hidden = random(rows, 256, dtype=torch.bfloat16)
+    whole = guarded((torch.randn(48, 256) / 16).bfloat16())
+    for weight in (whole, grouped(48, 256, 4, 64, minima=False)):
+        found = gated_linear_cuda(hidden, weight, None, activation)
+        expected = gated_linear.reference(hidden, weight, None, activation)
+        torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 12, 64])

@@ -12,16 +12,13 @@ from torch import Tensor, nn
 from services.engine.core.kernels import (
     GroupedMatrix,
     gelu_tanh,
-    gelu_tanh_and_mul,
     grouped_mixture_of_experts,
     mixture_of_experts,
-    silu_and_mul,
 )
 from services.engine.core.kernels.cpu.program import Buffer, Epilogue, ProgramBuilder
 from services.engine.core.layers.linear import Linear, MergedLinear
 from services.engine.core.model_config import ExpertsConfig, ModelConfig
 
-_GATES = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
 _GATE_EPILOGUES = {"silu": Epilogue.GATED_SILU, "gelu_tanh": Epilogue.GATED_GELU}
 
 
@@ -37,7 +34,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [num_tokens, hidden_size] -> the same shape."""
-        projected: Tensor = self.down(_GATES[self.activation](self.gate_up(hidden)))
+        projected: Tensor = self.down(self.gate_up(hidden, gate=self.activation))
         return projected
 
     def lower(self, program: ProgramBuilder) -> None:

@@ -19,6 +19,7 @@ from services.engine.core.kernels import (
     quantize_rows,
     scaled_linear,
 )
+from services.engine.core.kernels.gated_linear import GATES, gated_linear
 from services.engine.core.layers.adapters import LinearAdapters
 
 
@@ -95,9 +96,14 @@ class MergedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(sizes.values()), in_features))
         self.bias = nn.Parameter(torch.empty(sum(sizes.values()))) if bias else None
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, *, gate: str = "") -> Tensor:
+        """gate: an activation of the first half of the outputs, which multiplies the second."""
+        if gate and self.adapters is None and isinstance(self.weight, Tensor | GroupedMatrix):
+            return gated_linear(hidden, self.weight, self.bias, gate)
         projected = project(hidden, self.weight, self.bias)
-        return projected if self.adapters is None else self.adapters.add(projected, hidden)
+        if self.adapters is not None:
+            projected = self.adapters.add(projected, hidden)
+        return GATES[gate](projected) if gate else projected
 
     def slots(self, path: str, stored: Container[str]) -> dict[str, Tensor]:
         """Where each stored tensor goes: views into the parameters."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from services.engine.core.kernels import choice
 from services.engine.core.kernels.cuda import library
 from services.engine.core.kernels.cuda.library import FORMATS, beneath, call, is_aligned, why_not
+from services.engine.core.kernels.gated_linear import gated_linear
 from services.engine.core.kernels.linear import grouped_linear, linear, scaled_linear
 from services.engine.core.kernels.matrices import (
     GROUP_SIZES,
@@ -129,6 +130,18 @@ def scaled_linear_cuda(
         product: Tensor = beneath(scaled_linear)(elements, scales, weight, bias, dtype)
         return product
     return launch(elements, weight, bias, dtype, row_scales=scales)
+
+
+@gated_linear.implementation("cuda", name="cuda", unavailable=why_not)
+def gated_linear_cuda(
+    hidden: Tensor, weight: Tensor | GroupedMatrix, bias: Tensor | None, activation: str
+) -> Tensor:
+    """activation(gate) * up of a projection's halves: see the op."""
+    op = "linear" if isinstance(weight, Tensor) else "grouped_linear"
+    if not choice.takes("cuda", op, hidden, weight) or not serves(hidden, weight):
+        gated: Tensor = beneath(gated_linear)(hidden, weight, bias, activation)
+        return gated
+    return launch(hidden, weight, bias, hidden.dtype, activation=activation)
 
 
 def serves(hidden: Tensor, weight: Matrix) -> bool:

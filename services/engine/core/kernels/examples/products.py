@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from services.engine.core.kernels.examples.base import Example, Maker, examples_of
+from services.engine.core.kernels.gated_linear import GATES
 from services.engine.core.kernels.matrices import GroupedMatrix, ScaledMatrix
 from services.engine.core.kernels.quantized_rows import quantize_rows
 
@@ -22,6 +23,17 @@ def _grouped_linear(make: Maker) -> Iterator[Example]:
             for bias in (None, make.normal(outputs)):
                 what = f"[{tokens}, {inputs}] to {outputs} of {bits} bits by {group}"
                 yield Example(what, (make.normal(tokens, inputs), weight, bias))
+
+
+@examples_of("gated_linear")
+def _gated_linear(make: Maker) -> Iterator[Example]:
+    inputs, outputs = make.sizes.hidden, 2 * make.sizes.intermediate
+    whole = make.normal(outputs, inputs, std=inputs**-0.5)
+    for weight in (whole, _grouped(make, (outputs, inputs), 4, 128, False)):
+        for tokens in make.sizes.tokens:
+            for activation in GATES:
+                what = f"[{tokens}, {inputs}] to {outputs}, {activation}"
+                yield Example(what, (make.normal(tokens, inputs), weight, None, activation))
 
 
 @examples_of("grouped_embedding")

@@ -13,8 +13,9 @@ from benchmarks.gpu_transformers import run_transformers
 from benchmarks.gpu_workloads import Loaded, Timeline, engine, prompt, request, run
 from services.engine.core.errors import StartupError
 
-# Of the 8B model, whose head is not its embedding: decodes read a few rows of it.
-_UNREAD_BYTES = 2 * LLAMA_31_8B["vocab_size"] * LLAMA_31_8B["hidden_size"]
+# Of the 8B model, whose head is not its embedding: decodes read a few rows of it. Where matrices
+# are of fewer bits, it is of eight.
+_UNREAD_ELEMENTS = LLAMA_31_8B["vocab_size"] * LLAMA_31_8B["hidden_size"]
 FORMATS = ("auto", "int8", "int4", "fp8")
 
 
@@ -188,7 +189,9 @@ def speculation(bench: Bench) -> None:
 
 
 def _llama(bench: Bench, **settings: Any) -> Any:
-    return engine(bench, LLAMA_31_8B, unread_bytes=_UNREAD_BYTES, **settings)
+    element_bytes = 2 if settings.get("weights", "auto") == "auto" else 1
+    unread = element_bytes * _UNREAD_ELEMENTS
+    return engine(bench, LLAMA_31_8B, unread_bytes=unread, **settings)
 
 
 def _decode(

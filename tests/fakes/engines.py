@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from services.engine.core.admission import AdmissionLimits
+from services.engine.core.batch import CapturedShape
 from services.engine.core.block_pool import BlockPool
-from services.engine.core.device_inputs import CapturedShape
 from services.engine.core.device_runner import DeviceRunner
 from services.engine.core.engine import EngineCore
 from services.engine.core.messages import SequenceRequest

@@ -10,6 +10,20 @@ from services.engine.core.kernels.attention import DeviceLengths
 
 
 @dataclass(frozen=True, slots=True)
+class CapturedShape:
+    """The shape of a step that is computed by captured graphs, whatever it holds of it.
+
+    Attributes:
+        num_tokens: and, where all of the step is captured, as many sequences and rows of logits.
+        max_query_length: what no sequence has more tokens than. None: any; attention, which depends
+            on these lengths, is computed between graphs of what does not.
+    """
+
+    num_tokens: int
+    max_query_length: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """One step's tokens, flattened over sequences; tensors live on the model's device.
 
@@ -31,6 +45,7 @@ class ForwardBatch:
     # The same lengths where kernels read them; None: whoever needs them brings them there.
     lengths: DeviceLengths | None = None
     are_bounds: bool = False  # what AttentionMetadata says of it
+    captured: CapturedShape | None = None  # what it is padded to; None: to nothing
     adapters: tuple[int, ...] | None = None  # per sequence, -1 for none; None: nobody has one
     # The same per token where kernels read it, [num_tokens] int32; None: whoever needs it brings it
     # there. With it, nothing looks at `adapters`.

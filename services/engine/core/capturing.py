@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.engine.core.batch import ForwardBatch
-from services.engine.core.device_inputs import CapturedShape
+from services.engine.core.batch import CapturedShape, ForwardBatch
 from services.engine.core.graphs import GraphedModel
 
 logger = logging.getLogger(__name__)
@@ -17,7 +16,10 @@ logger = logging.getLogger(__name__)
 # Of steps that decode, one token a sequence.
 _LARGEST_DECODE = 512
 # Of steps that verify drafts or compute short prompts: tokens, and the most of a sequence.
-_SMALL_STEPS = (8, 16, 32, 64, 128)
+_SMALL_STEPS = (128, 64, 32, 16, 8)
+# Of steps that compute prompts, captured in pieces: in larger ones a kernel takes longer than it
+# takes to launch the next.
+_PIECEWISE = (1024, 512, 256, 128, 64, 768, 384, 192, 96)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ def shapes_to_capture(
     *, max_running_sequences: int, max_batch_tokens: int, max_query_length: int
 ) -> tuple[CapturedShape, ...]:
     """What is worth capturing, the most valuable first: of one token a sequence, sizes of which the
-    next is a quarter larger at most, from 32 on; with drafts (`max_query_length` over 1), few."""
+    next is a quarter larger at most, from 32 on; with drafts (`max_query_length` over 1), few; and
+    in pieces, of any lengths."""
     largest = min(max_running_sequences, max_batch_tokens, _LARGEST_DECODE)
     sizes = {1, 2, 4, largest} | set(range(8, min(largest, 64), 8))
     step = 16
@@ -43,14 +46,12 @@ def shapes_to_capture(
     powers = [size for size in sizes if size & (size - 1) == 0]
     order = sorted(powers, reverse=True) + sorted(sizes.difference(powers), reverse=True)
     decodes = [CapturedShape(size, 1) for size in order if size <= largest]
-    if max_query_length == 1:
-        return tuple(decodes)
-    small = [
-        CapturedShape(size, max_query_length)
-        for size in reversed(_SMALL_STEPS)
-        if size <= max_batch_tokens
-    ]
-    return (*decodes, *small)
+    drafts = (
+        [] if max_query_length == 1 else [CapturedShape(n, max_query_length) for n in _SMALL_STEPS]
+    )
+    pieces = [CapturedShape(size, None) for size in _PIECEWISE]
+    fitting = [each for each in (*drafts, *pieces) if each.num_tokens <= max_batch_tokens]
+    return (*decodes, *fitting)
 
 
 def capture_all(

@@ -12,24 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.engine.core.batch import ForwardBatch
+from services.engine.core.batch import CapturedShape, ForwardBatch
 from services.engine.core.device_staging import DeviceStaging
 from services.engine.core.kernels import DeviceLengths
 from services.engine.core.preparation import Preparation
 from services.engine.core.sequence_rows import SequenceRows, TableChange
-
-
-@dataclass(frozen=True, slots=True)
-class CapturedShape:
-    """The shape of a step that is computed by a captured graph, whatever it holds of it.
-
-    Attributes:
-        num_tokens: and as many sequences, tokens whose logits are wanted, and their rows.
-        max_query_length: what no sequence has more tokens than.
-    """
-
-    num_tokens: int
-    max_query_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +104,14 @@ class DeviceInputs:
         """
         numbers = _Numbers.of(step, token_ids)
         changes = self._state.take_changes()
+        if captured is not None and captured.max_query_length is not None:
+            return self._bounded(numbers, captured, latest, changes)
         if captured is not None:
-            return self._padded_batch(numbers, captured, latest, changes)
+            numbers.pad_tokens(captured.num_tokens, self._padding_slots)
         width = step.block_tables.shape[-1]
         lengths = (step.plan.token_counts, step.context_lengths)
-        return self._batch(numbers, lengths, width, latest, changes, adapters)
+        batch = self._batch(numbers, lengths, width, latest, changes)
+        return replace(batch, captured=captured, adapters=adapters)
 
     def padding(self, shape: CapturedShape) -> ForwardBatch:
         """A step of a captured shape in which there is nothing but padding."""
@@ -135,20 +125,27 @@ class DeviceInputs:
             contexts=np.empty(0, np.int32),
             owners=np.empty(0, np.int32),
         )
-        return self._padded_batch(numbers, shape, None, [])
+        if shape.max_query_length is not None:
+            return self._bounded(numbers, shape, None, [])
+        numbers.pad_tokens(shape.num_tokens, self._padding_slots)
+        batch = self._batch(numbers, ((), ()), self._max_blocks, None, [])
+        return replace(batch, captured=shape)
 
-    def _padded_batch(
+    def _bounded(
         self,
         numbers: _Numbers,
         shape: CapturedShape,
         latest: LatestTokens | None,
         changes: list[TableChange],
     ) -> ForwardBatch:
-        numbers.pad(shape.num_tokens, self._padding_slots, self._padding_row)
-        size = shape.num_tokens
+        """A step of whose sequences the host does not tell how long they are."""
+        assert shape.max_query_length is not None
+        size, count = shape.num_tokens, len(numbers.token_ids)
+        numbers.pad_tokens(size, self._padding_slots)
+        numbers.pad_sequences(size, count, self._padding_row)
         bounds = (shape.max_query_length,) * size, (self._max_context_tokens,) * size
-        batch = self._batch(numbers, bounds, self._max_blocks, latest, changes, None)
-        return replace(batch, are_bounds=True)
+        batch = self._batch(numbers, bounds, self._max_blocks, latest, changes)
+        return replace(batch, captured=shape, are_bounds=True)
 
     def _batch(
         self,
@@ -157,9 +154,8 @@ class DeviceInputs:
         width: int,
         latest: LatestTokens | None,
         changes: list[TableChange],
-        adapters: tuple[int, ...] | None,
     ) -> ForwardBatch:
-        ids, positions, logits_rows, slots, starts, contexts, owners = self._numbers.send(
+        ids, positions, slots, logits_rows, starts, contexts, owners = self._numbers.send(
             numbers.arrays()
         )
         self._tell_news(latest, changes, ids)
@@ -174,7 +170,6 @@ class DeviceInputs:
             context_lengths=lengths[1],
             logits_rows=logits_rows,
             lengths=DeviceLengths(starts, contexts),
-            adapters=adapters,
         )
 
     def _tables_of(self, owners: Tensor, width: int) -> Tensor:
@@ -238,30 +233,33 @@ class _Numbers:
             owners=step.rows.astype(np.int32),
         )
 
-    def pad(self, size: int, slots: npt.NDArray[np.int64], padding_row: int) -> None:
-        """Make tokens, sequences and rows of logits `size` each; padding goes to these slots."""
-        count, sequences = len(self.token_ids), len(self.contexts)
-        more = size - count
+    def pad_tokens(self, size: int, slots: npt.NDArray[np.int64]) -> None:
+        """Make so many tokens of them; those that pad go to these slots."""
+        more = size - len(self.token_ids)
         self.token_ids = _padded(self.token_ids, size, 0)
         self.positions = _padded(self.positions, size, 0)
-        self.logits_rows = _padded(self.logits_rows, size, 0)
         pads = np.broadcast_to(np.resize(slots, more), (len(self.slots), more))
         self.slots = np.concatenate([self.slots, pads], axis=1)
-        # A sequence for each token that pads, the others have none.
-        self.query_starts = np.concatenate(
-            [self.query_starts, np.minimum(count + 1 + np.arange(size - sequences), size)]
-        ).astype(np.int32)
+
+    def pad_sequences(self, size: int, num_tokens: int, padding_row: int) -> None:
+        """Make as many sequences and rows of logits as there are tokens, of which `num_tokens` are
+        no padding: a sequence for each token that is, the others have none."""
+        sequences = len(self.contexts)
+        ends = np.minimum(num_tokens + 1 + np.arange(size - sequences), size)
+        self.logits_rows = _padded(self.logits_rows, size, 0)
+        self.query_starts = np.concatenate([self.query_starts, ends]).astype(np.int32)
         self.contexts = _padded(self.contexts, size, 0)
-        self.contexts[sequences : sequences + more] = 1
+        self.contexts[sequences : sequences + size - num_tokens] = 1
         self.owners = _padded(self.owners, size, padding_row)
 
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """All of them, in the order in which they are sent."""
+        """All of them, in the order in which they are sent: those of tokens first, which lie in the
+        same places in all steps of so many."""
         return [
             self.token_ids,
             self.positions,
-            self.logits_rows,
             self.slots,
+            self.logits_rows,
             self.query_starts,
             self.contexts,
             self.owners,

@@ -14,11 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from services.engine.core.batch import CapturedShape
 from services.engine.core.beside import Work
 from services.engine.core.capturing import CaptureLimits, capture_all, shapes_to_capture
 from services.engine.core.clock import now_ns
 from services.engine.core.constraints.masks import MaskCounts
-from services.engine.core.device_inputs import CapturedShape, DeviceInputs, LatestTokens
+from services.engine.core.device_inputs import DeviceInputs, LatestTokens
 from services.engine.core.device_sampling import DeviceSampler, PendingTokens
 from services.engine.core.errors import EngineError
 from services.engine.core.graphs import CudaRecorder, GraphedModel
@@ -91,7 +92,9 @@ class DeviceRunner:
             padding_block=kv_cache.num_blocks,
             max_batch_tokens=max_batch_tokens,
             max_running_sequences=max_running_sequences,
-            max_captured_tokens=max((each.num_tokens for each in captured_shapes), default=0),
+            max_captured_tokens=max(
+                (each.num_tokens for each in captured_shapes if each.max_query_length), default=0
+            ),
             max_context_tokens=max_context_tokens,
         )
         self._sampler = DeviceSampler(device, max_batch_tokens, vocab_size)
@@ -173,7 +176,8 @@ class DeviceRunner:
         counts = step.plan.token_counts
         longest, total = max(counts), sum(counts)
         for shape in self._shapes:
-            if longest <= shape.max_query_length and total <= shape.num_tokens:
+            fits = shape.max_query_length is None or longest <= shape.max_query_length
+            if fits and total <= shape.num_tokens:
                 return shape
         return None
 
@@ -205,20 +209,18 @@ def make_device_runner(
         max_query_length=1 + MAX_DRAFT_TOKENS if drafts else 1,
     )
     device = shape["device"]
-    graphed = GraphedModel(
-        model,
-        CudaRecorder(device),
-        max_rows=max(each.num_tokens for each in shapes),
-        device=device,
-    )
+    graphed = GraphedModel(model, CudaRecorder(device), shapes, device=device)
     runner = DeviceRunner(graphed, kv_cache, captured_shapes=shapes, **shape)
     runner.capture(CaptureLimits())
     return runner
 
 
 def _in_order(shapes: tuple[CapturedShape, ...]) -> list[CapturedShape]:
-    """Those first that take the least."""
-    return sorted(shapes, key=lambda each: (each.max_query_length, each.num_tokens))
+    """Those first that take the least; those in pieces last."""
+    return sorted(
+        shapes,
+        key=lambda each: (each.max_query_length is None, each.max_query_length, each.num_tokens),
+    )
 
 
 def _latest(step: Preparation, behind: LaunchedStep) -> LatestTokens | None:

@@ -3,20 +3,20 @@
 Of a step that decodes, a GPU computes hundreds of kernels of a few microseconds each; launched one
 by one they keep the host busy for longer than the device. A graph launches all of them at once. It
 reads its input where it lay when it was captured, and computes a step of the shape that it was
-captured with: smaller ones are padded.
+captured with: smaller ones are padded. Of steps that prefill, layers are captured in pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from services.engine.core.batch import ForwardBatch
-from services.engine.core.device_inputs import CapturedShape
+from services.engine.core.batch import CapturedShape, ForwardBatch
+from services.engine.core.graph_pieces import BreakMemory, ComputePieces, LayerPieces, Replay
 
 Compute: TypeAlias = Callable[[], Tensor]
 
@@ -30,6 +30,9 @@ class Recorder(Protocol):
         Raises RuntimeError for what cannot be captured.
         """
 
+    def record_pieces(self, compute: ComputePieces) -> tuple[list[Replay], Tensor]:
+        """As PieceRecorder."""
+
     def num_bytes(self) -> int:
         """Memory of the device that recordings hold."""
 
@@ -39,7 +42,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        self._pool: Any = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._free_bytes = torch.cuda.mem_get_info(device)[0]
 
@@ -50,7 +53,7 @@ class CudaRecorder:
         with torch.cuda.stream(self._stream):
             compute()
         self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
         # Other threads of this process may use the device meanwhile, to read an adapter for one.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
@@ -58,10 +61,34 @@ class CudaRecorder:
             output = compute()
 
         def replay() -> Tensor:
-            graph.replay()  # type: ignore[no-untyped-call]
+            graph.replay()
             return output
 
         return replay
+
+    def record_pieces(self, compute: ComputePieces) -> tuple[list[Replay], Tensor]:
+        """As PieceRecorder."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            compute(_nothing)
+        torch.cuda.synchronize(self._device)
+        graphs: list[torch.cuda.CUDAGraph] = []
+
+        def begin() -> None:
+            graphs.append(torch.cuda.CUDAGraph())
+            graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+        def cut() -> None:
+            graphs[-1].capture_end()
+            begin()
+
+        with torch.cuda.stream(self._stream):
+            begin()
+            try:
+                output = compute(cut)
+            finally:
+                graphs[-1].capture_end()
+        return [graph.replay for graph in graphs], output
 
     def num_bytes(self) -> int:
         """As Recorder."""
@@ -71,7 +98,7 @@ class CudaRecorder:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    replay: Compute
+    logits: Callable[[ForwardBatch, Any], Tensor]
     addresses: tuple[int, ...]  # where its input lies
 
 
@@ -79,55 +106,71 @@ class GraphedModel:
     """A model that computes steps of captured shapes by their graphs, and all others as it is."""
 
     def __init__(
-        self, model: Any, recorder: Recorder, *, max_rows: int, device: torch.device
+        self,
+        model: Any,
+        recorder: Recorder,
+        shapes: Sequence[CapturedShape],
+        *,
+        device: torch.device,
     ) -> None:
-        """model: a Model of `models`; its further methods are had from this as well. max_rows: of
-        logits of a captured step."""
+        """model: a Model of `models`; its further methods are had from this as well. shapes: those
+        that may be captured."""
         self._model = model
-        # One memory for the logits of all graphs, whose own would add up: they are read before the
-        # next step's are computed.
-        model.logits_memory = torch.empty(max_rows, model.config.vocab_size, device=device)
         self._recorder = recorder
         self._captured: dict[CapturedShape, _Captured] = {}
+        wholes = [each.num_tokens for each in shapes if each.max_query_length is not None]
+        if wholes:
+            # One memory for the logits of all graphs, whose own would add up: they are read before
+            # the next step's are computed.
+            rows = max(wholes)
+            model.logits_memory = torch.empty(rows, model.config.vocab_size, device=device)
+        self._breaks = BreakMemory(max((each.num_tokens for each in shapes), default=0))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def __call__(self, batch: ForwardBatch, kv_cache: Any) -> Tensor:
         """As Model. The logits of a captured step are overwritten by the next."""
-        if not batch.are_bounds:
+        if batch.captured is None:
             return self._model(batch, kv_cache)  # type: ignore[no-any-return]
-        captured = self._captured[_shape_of(batch)]
+        captured = self._captured[batch.captured]
         assert captured.addresses == _addresses(batch), "the input of a graph has moved"
-        return captured.replay()
+        return captured.logits(batch, kv_cache)
 
     def capture(self, batch: ForwardBatch, kv_cache: Any) -> None:
         """Capture the step of a batch, whose input will lie where it lies now.
 
         Raises RuntimeError for a step that cannot be captured.
         """
+        assert batch.captured is not None
+        logits: Callable[[ForwardBatch, Any], Tensor]
         with torch.inference_mode():
-            replay = self._recorder.record(lambda: self._model(batch, kv_cache))
-        self._captured[_shape_of(batch)] = _Captured(replay, _addresses(batch))
+            if batch.captured.max_query_length is None:
+                pieces = LayerPieces(self._model, self._recorder, self._breaks, batch, kv_cache)
+                logits = pieces.logits
+            else:
+                replay = self._recorder.record(lambda: self._model(batch, kv_cache))
+                logits = _ignoring(replay)
+        self._captured[batch.captured] = _Captured(logits, _addresses(batch))
 
     def num_bytes(self) -> int:
         """Memory that the graphs hold."""
         return self._recorder.num_bytes()
 
 
-def _shape_of(batch: ForwardBatch) -> CapturedShape:
-    return CapturedShape(len(batch.token_ids), batch.query_lengths[0])
+def _ignoring(replay: Compute) -> Callable[[ForwardBatch, Any], Tensor]:
+    return lambda batch, kv_cache: replay()
+
+
+def _nothing() -> None:
+    return None
 
 
 def _addresses(batch: ForwardBatch) -> tuple[int, ...]:
-    assert batch.lengths is not None
-    tensors = (
-        batch.token_ids,
-        batch.positions,
-        batch.slots,
-        batch.block_tables,
-        batch.logits_rows,
-        batch.lengths.query_starts,
-        batch.lengths.contexts,
-    )
+    """Where a step's input lies that graphs read."""
+    tensors = [batch.token_ids, batch.positions, batch.slots]
+    if batch.are_bounds:
+        assert batch.lengths is not None
+        tensors += [batch.block_tables, batch.logits_rows]
+        tensors += [batch.lengths.query_starts, batch.lengths.contexts]
     return tuple(tensor.data_ptr() for tensor in tensors)

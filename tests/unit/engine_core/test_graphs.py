@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from services.engine.core.batch import ForwardBatch
+from services.engine.core import device_runner
+from services.engine.core.batch import CapturedShape, ForwardBatch
 from services.engine.core.capturing import CaptureLimits, capture_all, shapes_to_capture
-from services.engine.core.device_inputs import CapturedShape
-from services.engine.core.device_runner import DeviceRunner
+from services.engine.core.device_runner import DeviceRunner, make_device_runner
 from services.engine.core.engine import EngineCore
+from services.engine.core.graph_pieces import ComputePieces, Replay
 from services.engine.core.graphs import Compute, GraphedModel
 from services.engine.core.messages import Sampling, SequenceRequest, Stopping
 from services.engine.core.settings import CoreSettings
@@ -37,6 +40,7 @@ class Replaying:
 
     def __init__(self) -> None:
         self.replays = 0
+        self.pieces = 0
 
     def record(self, compute: Compute) -> Compute:
         output = compute()
@@ -48,8 +52,52 @@ class Replaying:
 
         return replay
 
+    def record_pieces(self, compute: ComputePieces) -> tuple[list[Replay], Tensor]:
+        """Each time that the first piece is replayed a thread computes anew, and waits at each cut
+        until the next piece is."""
+        cuts = []
+        output = compute(lambda: cuts.append(None))
+        course: list[InTurns] = []
+
+        def replay(index: int) -> None:
+            self.pieces += 1
+            if index == 0:
+                course[:] = [InTurns(compute)]
+            again = course[0].go_on()
+            if index == len(cuts):
+                assert again is not None
+                output.copy_(again)
+
+        return [partial(replay, index) for index in range(len(cuts) + 1)], output
+
     def num_bytes(self) -> int:
         return 0
+
+
+class InTurns:
+    """A computation on a thread of its own, a piece at a time."""
+
+    def __init__(self, compute: ComputePieces) -> None:
+        self._turn, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._result: Tensor | None = None
+
+        def run() -> None:
+            self._turn.acquire()
+            with torch.inference_mode():
+                self._result = compute(self._cut)
+            self._done.release()
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def go_on(self) -> Tensor | None:
+        """Compute the next piece; returns the result with the last."""
+        self._turn.release()
+        assert self._done.acquire(timeout=30)
+        return self._result
+
+    def _cut(self) -> None:
+        self._done.release()
+        self._turn.acquire()
 
 
 def build(path: Path, make_runner: Callable[..., Any] | None = None, **fields: Any) -> EngineCore:
@@ -71,19 +119,12 @@ def build(path: Path, make_runner: Callable[..., Any] | None = None, **fields: A
     return core
 
 
-def graphed(recorder: Replaying, max_query_length: int, *args: Any, **shape: Any) -> DeviceRunner:
+def graphed(recorder: Replaying, *args: Any, drafts: bool, **shape: Any) -> DeviceRunner:
     """A device's runner on a CPU, its graphs computed anew."""
-    model, kv_cache = args
-    shapes = shapes_to_capture(
-        max_running_sequences=shape["max_running_sequences"],
-        max_batch_tokens=shape["max_batch_tokens"],
-        max_query_length=max_query_length,
-    )
-    rows = max(each.num_tokens for each in shapes)
-    model = GraphedModel(model, recorder, max_rows=rows, device=shape["device"])
-    runner = DeviceRunner(model, kv_cache, vocab_size=VOCAB_SIZE, captured_shapes=shapes, **shape)
-    runner.capture(CaptureLimits())
-    return runner
+    with patch.object(device_runner, "CudaRecorder", lambda device: recorder):
+        return make_device_runner(
+            *args, captures=True, drafts=drafts, vocab_size=VOCAB_SIZE, **shape
+        )
 
 
 def requests() -> list[SequenceRequest]:
@@ -115,11 +156,11 @@ def answers(core: EngineCore) -> dict[int, list[int]]:
 def test_answers_are_the_same(family: str, speculation: Any, tmp_path: Path) -> None:
     save_model(family, tmp_path, max_position_embeddings=160)
     recorder = Replaying()
-    longest = 1 if speculation == "off" else 17
-    make_runner = partial(graphed, recorder, longest)
+    make_runner = partial(graphed, recorder, drafts=speculation != "off")
     found = answers(build(tmp_path, make_runner, speculation=speculation))
     assert found == answers(build(tmp_path, speculation=speculation))
     assert recorder.replays > 3
+    assert recorder.pieces > 3 * 5  # four layers make five pieces
 
 
 class Refusing(Replaying):
@@ -142,8 +183,8 @@ def test_what_cannot_be_captured_is_computed_kernel_by_kernel(
 ) -> None:
     save_model("llama", tmp_path, max_position_embeddings=160)
     caplog.set_level(logging.INFO)
-    found = answers(build(tmp_path, partial(graphed, Refusing(1), 1)))
-    assert "captured 1 of 4 shapes" in caplog.text
+    found = answers(build(tmp_path, partial(graphed, Refusing(1), drafts=False)))
+    assert "captured 1 of 5 shapes" in caplog.text
     assert "could not be: operation not permitted" in caplog.text
     assert found == answers(build(tmp_path))
 
@@ -169,7 +210,7 @@ def test_capturing_ends_when_its_time_or_memory_is_used_up() -> None:
             pass
 
     def done(limits: CaptureLimits, recorder: Replaying) -> tuple[CapturedShape, ...]:
-        model = Nothing(_Model(), recorder, max_rows=64, device=torch.device("cpu"))
+        model = Nothing(_Model(), recorder, shapes, device=torch.device("cpu"))
         return capture_all(model, None, shapes, lambda shape: None, limits)  # type: ignore[arg-type,return-value]
 
     assert done(CaptureLimits(), Replaying()) == shapes
@@ -182,7 +223,7 @@ def test_the_sizes_that_are_captured_leave_little_to_pad() -> None:
         shapes = shapes_to_capture(
             max_running_sequences=most, max_batch_tokens=2048, max_query_length=1
         )
-        sizes = sorted(each.num_tokens for each in shapes)
+        sizes = sorted(each.num_tokens for each in shapes if each.max_query_length == 1)
         assert sizes[0] == 1
         assert sizes[-1] == most
         assert all(large <= 2 * small for small, large in pairwise(sizes))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.engine.core.device_inputs import CapturedShape
+from services.engine.core.batch import CapturedShape
 from services.engine.core.device_runner import DeviceRunner, LaunchedStep
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import FatalEngineError

@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from services.engine.core.device_inputs import CapturedShape
+from services.engine.core.batch import CapturedShape
 from services.engine.core.errors import NeverFitsError
 from services.engine.core.messages import (
     Delta,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +21,25 @@ from services.engine.core.layers.rotary import RotaryEmbedding
 from services.engine.core.model_config import ModelConfig
 
 
+class AttentionBreaks(Protocol):
+    """Where layers are captured in pieces, between which attention is computed as it is."""
+
+    def at(self, attention: PagedAttention, queries: Tensor) -> Tensor:
+        """End a piece with these queries, and begin one with what `attention` makes of them."""
+
+
 class StepContext:
     """What all layers of a step share, computed once."""
 
-    def __init__(self, batch: ForwardBatch, kv_cache: KVCache, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        batch: ForwardBatch,
+        kv_cache: KVCache,
+        dtype: torch.dtype,
+        breaks: AttentionBreaks | None = None,
+    ) -> None:
+        """breaks: of a step that is being captured in pieces."""
+        self.breaks = breaks
         self.batch = batch
         self.kv_cache = kv_cache
         several = batch.block_tables.dim() > 2
@@ -67,6 +84,8 @@ class PagedAttention(nn.Module):
     def forward(self, queries: Tensor, step: StepContext) -> Tensor:
         """queries: [num_tokens, heads, head_dim], with keys and values in the cache -> [num_tokens,
         heads * head_dim]."""
+        if step.breaks is not None:
+            return step.breaks.at(self, queries)
         cache = step.kv_cache.layers[self.layer_index]
         _, metadata = step.places(self.layer_index)
         return paged_attention(

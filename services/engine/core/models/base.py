@@ -21,6 +21,7 @@ from services.engine.core.layers import (
     StepContext,
 )
 from services.engine.core.layers.adapters import AdapterRows, LinearAdapters, PlacedAdapter
+from services.engine.core.layers.attention import AttentionBreaks
 from services.engine.core.model_config import ModelConfig
 
 
@@ -50,6 +51,7 @@ class Model(nn.Module):
         if not config.tie_embeddings:
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.adapter_rows: AdapterRows | None = None  # once there has been an adapter
+        self.breaks: AttentionBreaks | None = None  # while it is captured in pieces
         # Where logits go, [rows, vocab_size] float32, if each step's may overwrite the last one's.
         self.logits_memory: Tensor | None = None
 
@@ -112,7 +114,7 @@ class Model(nn.Module):
         """Take the residual stream, [num_tokens, hidden_size], through the layers."""
         if self.adapter_rows is not None:
             self.adapter_rows.begin(batch)
-        step = StepContext(batch, kv_cache, hidden.dtype)
+        step = StepContext(batch, kv_cache, hidden.dtype, self.breaks)
         for layer in self.layers:
             hidden = layer(hidden, step)
         return hidden

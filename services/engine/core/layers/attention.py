@@ -58,6 +58,9 @@ class StepContext:
         )
         self._dtype = dtype
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
+        # What the last layer adds to the residual stream, if the next norm is to do it: one pass
+        # over memory less for each layer.
+        self._added: Tensor | None = None
 
     def places(self, layer_index: int) -> tuple[Tensor, AttentionMetadata]:
         """Where a layer's keys and values go, and where those of all tokens are."""
@@ -69,6 +72,20 @@ class StepContext:
         if id(rotary) not in self._angles:
             self._angles[id(rotary)] = rotary.angles(self.batch.positions, self._dtype)
         return self._angles[id(rotary)]
+
+    def add_next(self, added: Tensor) -> None:
+        """Leave it to the next `normed` or `settled` to add this to the residual stream."""
+        self._added = added
+
+    def normed(self, norm: RMSNorm, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of the residual stream, and the stream, with what the last layer adds."""
+        added, self._added = self._added, None
+        return (norm(hidden), hidden) if added is None else norm.add(added, hidden)
+
+    def settled(self, hidden: Tensor) -> Tensor:
+        """The residual stream with what the last layer adds."""
+        added, self._added = self._added, None
+        return hidden if added is None else hidden + added
 
 
 class PagedAttention(nn.Module):

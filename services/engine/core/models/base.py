@@ -30,7 +30,7 @@ class Model(nn.Module):
 
     A family says what its layers are and, where they differ, how tokens are embedded and what its
     final norm is. A layer takes (hidden [num_tokens, hidden_size], StepContext) and returns the
-    residual stream after it.
+    residual stream after it, or leaves its last addition to the context (`StepContext.add_next`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -117,7 +117,7 @@ class Model(nn.Module):
         step = StepContext(batch, kv_cache, hidden.dtype, self.breaks)
         for layer in self.layers:
             hidden = layer(hidden, step)
-        return hidden
+        return step.settled(hidden)
 
     def logits(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """What `__call__` returns, of the residual stream after the last layer."""

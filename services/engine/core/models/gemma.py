@@ -48,10 +48,11 @@ class GemmaLayer(nn.Module):
         self.feed_forward_post_norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, hidden: Tensor, step: StepContext) -> Tensor:
-        attended = self.attention(self.attention_norm(hidden), step)
+        normed, hidden = step.normed(self.attention_norm, hidden)
+        attended = self.attention(normed, step)
         normed, hidden = self.feed_forward_norm.add(self.attention_post_norm(attended), hidden)
-        total: Tensor = hidden + self.feed_forward_post_norm(self.feed_forward(normed))
-        return total
+        step.add_next(self.feed_forward_post_norm(self.feed_forward(normed)))
+        return hidden
 
     def lower(self, program: ProgramBuilder, *, is_last: bool) -> None:
         """The same as operations of the native kernels, on the residual stream."""

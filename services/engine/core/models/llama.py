@@ -46,10 +46,10 @@ class LlamaLayer(nn.Module):
             self.feed_forward = MixtureOfExperts(config, experts)
 
     def forward(self, hidden: Tensor, step: StepContext) -> Tensor:
-        attended = self.attention(self.attention_norm(hidden), step)
-        normed, hidden = self.feed_forward_norm.add(attended, hidden)
-        total: Tensor = hidden + self.feed_forward(normed)
-        return total
+        normed, hidden = step.normed(self.attention_norm, hidden)
+        normed, hidden = self.feed_forward_norm.add(self.attention(normed, step), hidden)
+        step.add_next(self.feed_forward(normed))
+        return hidden
 
     def lower(self, program: ProgramBuilder, *, is_last: bool) -> None:
         """The same as operations of the native kernels, on the residual stream."""

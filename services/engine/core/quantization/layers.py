@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from services.engine.core.batch import ForwardBatch
-from services.engine.core.kernels import silu_and_mul
+from services.engine.core.kernels import KVLayer, silu_and_mul
 from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, GroupedWeight, outline
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.layers import (
@@ -152,17 +152,15 @@ class LayeredModel:
     def _run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         config, tokens = self.config, hidden.shape[0] * self._tokens
         shape = (tokens // _BLOCK_TOKENS, _BLOCK_TOKENS, config.kv_heads, config.head_dim)
-        keys, values = torch.zeros(shape), torch.zeros(shape)
         # Every layer's keys and values lie in the same memory: it is computed from its first token.
         cache: Any = SimpleNamespace(
-            keys=[keys] * config.num_layers,
-            values=[values] * config.num_layers,
+            layers=[KVLayer(torch.zeros(shape), torch.zeros(shape))] * config.num_layers,
             block_size=_BLOCK_TOKENS,
             groups=LayerGroups.single(config.num_layers),
         )
         batch = self._batch(torch.zeros(hidden.shape[:2], dtype=torch.int64))
         step = StepContext(batch, cache, torch.float32)
-        output: Tensor = layer(hidden.reshape(tokens, -1), step)
+        output = step.settled(layer(hidden.reshape(tokens, -1), step))
         return output.view(hidden.shape)
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ NEW_TOKENS = 24
 
 
 def completions(
-    checkpoint: Path, device: str, sampling: Sampling, **limits: int
+    checkpoint: Path, device: str, sampling: Sampling, **changed: Any
 ) -> list[list[int]]:
     """What 24 sequences of different lengths get that share a small cache, so that chunks of
     prefills, decodes and preemptions meet in one step."""
@@ -31,8 +32,7 @@ def completions(
             device=device,
             dtype="float32",
             kv_cache_memory_bytes=512 * 2 * 2 * 2 * 16 * 4,
-            max_batch_tokens=limits.get("max_batch_tokens", 48),
-            max_running_sequences=16,
+            **{"max_batch_tokens": 48, "max_running_sequences": 16, **changed},
         )
     )
     engine.add(
@@ -79,3 +79,33 @@ def test_the_cache_is_sized_by_what_the_largest_step_leaves_of_the_card(checkpoi
     assert 0 < facts.kv_cache_memory_bytes <= facts.memory["KV cache"]
     assert facts.memory["left free"] >= total // 2
     assert not engine.has_work
+
+
+@pytest.mark.parametrize("changed", [{"cuda_graphs": "off"}, {"plan_ahead": "off"}])
+def test_graphs_and_overlapping_steps_change_no_answer(
+    checkpoint: Path, changed: dict[str, str]
+) -> None:
+    for sampling in (Sampling(temperature=0), Sampling(temperature=0.9, top_p=0.9, seed=3)):
+        plain = completions(checkpoint, "cuda:0", sampling, **changed)
+        assert completions(checkpoint, "cuda:0", sampling) == plain
+
+
+def test_a_steady_decode_never_waits_for_all_that_the_device_has_to_do(checkpoint: Path) -> None:
+    engine, _ = build_engine(
+        CoreSettings(model_path=str(checkpoint), device="cuda:0", speculation="off")
+    )
+    stopping = Stopping(max_tokens=200, ignore_eos=True)
+    engine.add([SequenceRequest(index, [5, 6, 7], stopping=stopping) for index in range(4)])
+    for _ in range(10):
+        engine.step()
+    steps = 40
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(steps):
+            engine.step()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    waits = {name: calls[name] for name in calls if "Synchronize" in name or name == "cudaMemcpy"}
+    # For the tokens of the step before, while the next is queued; and for memory of transfers that
+    # were over two steps ago.
+    assert waits.pop("cudaEventSynchronize", 0) <= 4 * steps
+    assert waits == {}
+    assert calls.get("cudaGraphLaunch", 0) >= steps

@@ -64,6 +64,8 @@ class Op(Generic[P, R]):
         self.__doc__ = reference.__doc__
         self.implementations: dict[str, list[Implementation[P, R]]] = {}
         self._chosen: dict[str, Callable[P, R]] = {}
+        # Names of those that were left out when one was chosen, and must not be called by others.
+        self.excluded: frozenset[str] = frozenset()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         first: Any = args[0]
@@ -97,6 +99,7 @@ class Op(Generic[P, R]):
         GPU that are interpreted compute on a CPU.
         """
         place = tensors_on or device_type
+        self.excluded = frozenset(exclude)
         passed_over: list[tuple[str, str]] = []
         for candidate in reversed(self.implementations.get(device_type, [])):
             if candidate.name not in exclude:

@@ -151,9 +151,11 @@ def call(name: str, arguments: ctypes.Structure, on: Tensor) -> None:
 def beneath(op: Op[Any, Any]) -> Callable[..., Any]:
     """What computes an op where these kernels do not serve its arguments: the next best.
 
-    That is the implementation registered last of the others that can run, or the reference.
+    That is the implementation registered last of the others that can run and are not excluded, or
+    the reference.
     """
-    others = [each for each in op.implementations.get("cuda", []) if each.name != "cuda"]
+    known = op.implementations.get("cuda", [])
+    others = [each for each in known if each.name != "cuda" and each.name not in op.excluded]
     usable = [each.run for each in others if each.unavailable() is None]
     return usable[-1] if usable else op.reference
 

@@ -16,7 +16,7 @@ from services.engine.core.errors import StartupError
 # Of the 8B model, whose head is not its embedding: decodes read a few rows of it. Where matrices
 # are of fewer bits, it is of eight.
 _UNREAD_ELEMENTS = LLAMA_31_8B["vocab_size"] * LLAMA_31_8B["hidden_size"]
-FORMATS = ("auto", "int8", "int4", "fp8")
+FORMATS = ("auto", "int4", "int8", "fp8", "w8a8")
 
 
 def decode(bench: Bench) -> None:

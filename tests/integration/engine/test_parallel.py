@@ -4,6 +4,7 @@ a sequence."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from msgspec import structs
 from transformers import AutoModelForCausalLM
 
+from services.engine.core.device_runner import make_device_runner
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.kernels.cpu import library
 from services.engine.core.messages import Delta, Sampling, SequenceRequest, Stopping
 from services.engine.core.parallel.backend import end_workers
+from services.engine.core.runner import Runner
 from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
 from tests.fakes.adapters import add_adapters
@@ -59,9 +62,9 @@ def as_before() -> Iterator[None]:
 def engine() -> Iterator[Callable[..., EngineCore]]:
     """Builds engines, one after the other; of several ranks there is one at a time."""
 
-    def build(path: Path, **fields: Any) -> EngineCore:
+    def build(path: Path, make_runner: Callable[..., Any] = Runner, **fields: Any) -> EngineCore:
         end_workers()
-        core, _ = build_engine(settings_of(path, **fields))
+        core, _ = build_engine(settings_of(path, **fields), make_runner=make_runner)
         assert isinstance(core, EngineCore)
         return core
 
@@ -168,6 +171,21 @@ def test_two_ranks_say_what_one_process_says_whatever_is_done_with_a_sequence(
     assert load.preemptions
     assert load.cache_hit_tokens
     assert load.failed_sequences == 0
+
+
+@pytest.mark.slow
+def test_ranks_compute_steps_that_are_launched_ahead_of_their_tokens(
+    engine: Callable[..., EngineCore], llama: tuple[Path, dict[str, str]]
+) -> None:
+    path, adapters = llama
+    made = [
+        *requests()[:2],
+        *(structs.replace(each, adapter="one") for each in requests()[2:]),
+    ]
+    expected = answers(engine(path, adapters=adapters), made)
+    ahead = partial(make_device_runner, vocab_size=VOCAB_SIZE, captures=False, drafts=False)
+    fields = {"tensor_parallel": 2, "pipeline_parallel": 2, "adapters": adapters}
+    assert answers(engine(path, ahead, plan_ahead="on", **fields), made) == expected
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ def batches(draw: st.DrawFn) -> ForwardBatch:
         lengths,
         are_bounds=lengths is not None,
         adapters=adapters,
+        token_adapters=integers(total, dtype=torch.int32) if draw(st.booleans()) else None,
     )
 
 
@@ -108,7 +109,7 @@ def pair() -> tuple[Connection, Connection]:
 
 def test_orders_and_steps_arrive_in_order() -> None:
     leader, follower = pair()
-    header = StepHeader(1, 2, 1, (1, 4), False, False, (2,), (2,), None)
+    header = StepHeader(1, 2, 1, (1, 4), False, False, False, (2,), (2,), None)
     for _ in range(3):
         leader.send(CopyBlocks([(1, 2)]))
         leader.send_step(header.to_bytes())

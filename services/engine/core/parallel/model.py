@@ -31,6 +31,7 @@ class ParallelKVCache:
     def __init__(self, own: KVCache, workers: Workers) -> None:
         """own: that of rank 0."""
         self.own = own
+        self.num_blocks = own.num_blocks
         self._workers = workers
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from services.engine.core.errors import StartupError
+from services.engine.core.gpu_memory import DEFAULT_FRACTION
 from services.engine.core.kernels import cpu, cuda, triton
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layer_groups import LayerGroups
@@ -86,9 +87,30 @@ class Rank:
 
     @property
     def settings(self) -> CoreSettings:
-        """The settings, of whose share of memory those who share the machine have equal parts."""
-        share = self._settings.memory_share / self._sharing
-        return msgspec.structs.replace(self._settings, memory_share=share)
+        """The settings by which the rank sizes its KV cache, once it has its weights. Those who
+        share the memory of a machine have equal parts of it; on a GPU of its own a rank gets what
+        its share of the card leaves beside its weights and the largest step."""
+        settings = self._settings
+        if self.device.type == "cpu":
+            share = settings.memory_share / self._sharing
+            return msgspec.structs.replace(settings, memory_share=share)
+        if settings.kv_cache_memory_bytes is not None:
+            return settings
+        free, total = torch.cuda.mem_get_info(self.device)
+        taken = total - free + self._step_bytes() + settings.waiting_weights_bytes
+        left = (settings.kv_cache_memory_fraction or DEFAULT_FRACTION) * total - taken
+        budget = max(1, int(left * settings.memory_share))
+        return msgspec.structs.replace(settings, kv_cache_memory_bytes=budget)
+
+    def _step_bytes(self) -> int:
+        """About what the activations of the largest step take: of each token the residual stream
+        and what a layer makes of it, and of each sequence logits in their stages on rank 0."""
+        config = shard_config(self.config, self.place.layout.tensor)
+        settings = self._settings
+        heads = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
+        token = 6 * config.hidden_size + 4 * config.intermediate_size + heads
+        rows = 4 * settings.max_running_sequences * self.config.vocab_size * 4
+        return settings.max_batch_tokens * token * self.dtype.itemsize + rows
 
     def divide(self, free_bytes: Sequence[int], enough_rows: int) -> list[int]:
         """The first layer of each stage, and their number. free_bytes: of each rank."""

@@ -25,6 +25,7 @@ from services.engine.core.settings import CoreSettings
 
 _FRAME = struct.Struct("<IB")
 _STEP, _MESSAGE = 0, 1
+_NUM_FIXED = 9  # integers of a step's header that every header has
 _BUFFER_BYTES = 1 << 16
 
 
@@ -108,6 +109,7 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True):
     num_rows: int
     table_shape: tuple[int, ...]
     has_lengths: bool
+    has_token_adapters: bool
     are_bounds: bool
     query_lengths: tuple[int, ...]
     context_lengths: tuple[int, ...]
@@ -122,6 +124,7 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True):
             len(batch.logits_rows),
             tuple(batch.block_tables.shape),
             batch.lengths is not None,
+            batch.token_adapters is not None,
             batch.are_bounds,
             batch.query_lengths,
             batch.context_lengths,
@@ -134,7 +137,8 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True):
         groups = self.table_shape[0] if len(self.table_shape) > 2 else 1
         lengths = 2 * len(self.query_lengths) + 1 if self.has_lengths else 0
         tables = int(np.prod(self.table_shape))
-        return (2 + groups) * self.num_tokens + self.num_rows + tables + lengths
+        per_token = 2 + groups + self.has_token_adapters
+        return per_token * self.num_tokens + self.num_rows + tables + lengths
 
     def to_bytes(self) -> bytes:
         """As integers, in a fixed order: lengths of what has one first."""
@@ -145,6 +149,7 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True):
             len(self.query_lengths),
             len(self.table_shape),
             self.has_lengths,
+            self.has_token_adapters,
             self.are_bounds,
             self.adapters is not None,
         )
@@ -155,8 +160,9 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True):
     def from_bytes(cls, payload: bytes) -> StepHeader:
         """What `to_bytes` made."""
         values = np.frombuffer(payload, np.int64).tolist()
-        number, num_tokens, num_rows, count, dims, has_lengths, are_bounds, adapted = values[:8]
-        ends = np.cumsum([8, dims, count, count, count * adapted]).tolist()
+        number, num_tokens, num_rows, count, dims, *flags = values[:_NUM_FIXED]
+        has_lengths, has_token_adapters, are_bounds, adapted = map(bool, flags)
+        ends = np.cumsum([_NUM_FIXED, dims, count, count, count * adapted]).tolist()
         shape, queries, contexts, adapters = (
             tuple(values[start:end]) for start, end in pairwise(ends)
         )
@@ -165,8 +171,9 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True):
             num_tokens,
             num_rows,
             shape,
-            bool(has_lengths),
-            bool(are_bounds),
+            has_lengths,
+            has_token_adapters,
+            are_bounds,
             queries,
             contexts,
             adapters if adapted else None,
@@ -179,6 +186,8 @@ def pack(batch: ForwardBatch) -> Tensor:
     parts = [batch.token_ids, batch.positions, batch.slots, batch.logits_rows, batch.block_tables]
     if batch.lengths is not None:
         parts += [batch.lengths.query_starts, batch.lengths.contexts]
+    if batch.token_adapters is not None:
+        parts.append(batch.token_adapters)
     return torch.cat([part.reshape(-1).long() for part in parts])
 
 
@@ -190,8 +199,10 @@ def unpack(header: StepHeader, packed: Tensor) -> ForwardBatch:
     shapes = [(header.num_tokens,)] * 2 + [slots, (header.num_rows,), header.table_shape]
     if header.has_lengths:
         shapes += [(sequences + 1,), (sequences,)]
+    if header.has_token_adapters:
+        shapes.append((header.num_tokens,))
     cuts = torch.split(packed, [int(np.prod(shape)) for shape in shapes])
-    token_ids, positions, slots_there, rows, tables, *lengths = (
+    token_ids, positions, slots_there, rows, tables, *further = (
         cut.view(shape) for cut, shape in zip(cuts, shapes, strict=True)
     )
     return ForwardBatch(
@@ -202,9 +213,10 @@ def unpack(header: StepHeader, packed: Tensor) -> ForwardBatch:
         query_lengths=header.query_lengths,
         context_lengths=header.context_lengths,
         logits_rows=rows,
-        lengths=DeviceLengths(lengths[0].int(), lengths[1].int()) if lengths else None,
+        lengths=DeviceLengths(further[0].int(), further[1].int()) if header.has_lengths else None,
         are_bounds=header.are_bounds,
         adapters=header.adapters,
+        token_adapters=further[-1].int() if header.has_token_adapters else None,
     )
 
 

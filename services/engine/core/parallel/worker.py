@@ -130,6 +130,7 @@ class Worker:
             Path(settings.model_path),
             max_context_tokens=settings.max_context_tokens,
             allow_pickled=settings.allow_pickled,
+            sparse_attention=settings.sparse_attention,
         )
         place = layout_of(settings).place(self._index)
         self._rank = Rank(opened, settings, place, device, local_ranks)

@@ -58,7 +58,6 @@ lint: $(VENV)/.dev ## Check style, types, contracts, images and what the C++ com
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(KERNELS)/src/* $(CUDA_SOURCES)
 	$(BIN)/python $(KERNELS)/build.py --strict --into build/strict
-	$(BIN)/python $(CUDA_KERNELS)/build.py --strict --into build/strict
 	$(BIN)/hadolint deploy/images/Dockerfile tests/compose/stand-ins.Dockerfile
 	cd protos && ../$(BIN)/buf lint
 	cd protos && ../$(BIN)/buf breaking --against baseline.binpb

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from services.engine.core.kernels.cuda import library
 from services.engine.core.kernels.cuda.build import (
     ARCHITECTURES,
     SOURCES,
+    STRICT_FLAGS,
     BuildError,
     Compiler,
     Recipe,
@@ -20,7 +23,7 @@ from services.engine.core.kernels.cuda.build import (
     main,
     recipe_for,
 )
-from services.engine.core.kernels.cuda.library import Library, UnavailableError
+from services.engine.core.kernels.cuda.library import Library, UnavailableError, find_or_build
 
 KERNELS = sorted(SOURCES.glob("*.cu"))
 RESOURCES = re.compile(
@@ -41,25 +44,41 @@ def compiler() -> Compiler:
     pytest.skip(missing)
 
 
+@pytest.fixture(scope="module")
+def compiled(
+    compiler: Compiler, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Path, tuple[Path, str]]:
+    """Of each source its object, for all architectures, and what the assembler said."""
+    out = tmp_path_factory.mktemp("objects")
+    flags = (*Recipe().flags, *STRICT_FLAGS, "-Xptxas=-v", "-c")
+
+    def compile_one(source: Path) -> tuple[Path, str]:
+        target = out / f"{source.stem}.o"
+        command = [compiler.path, *flags, source, "-o", target]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return target, result.stderr
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return dict(zip(KERNELS, pool.map(compile_one, KERNELS), strict=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
-def test_no_kernel_spills_registers(
-    compiler: Compiler, source: Path, architecture: str, tmp_path: Path
+@pytest.mark.timeout(1200)
+def test_no_kernel_spills_registers(compiled: dict[Path, tuple[Path, str]]) -> None:
+    found = [use for _, said in compiled.values() for use in RESOURCES.findall(said)]
+    assert {architecture for _, architecture, *_ in found} == set(ARCHITECTURES)
+    assert [use for use in found if use[2:] != ("0", "0", "0")] == []
+
+
+@pytest.mark.slow
+def test_the_library_can_be_loaded_without_a_card(
+    compiler: Compiler, compiled: dict[Path, tuple[Path, str]], tmp_path: Path
 ) -> None:
-    flags = (*Recipe(architectures=(architecture,)).flags, "-Xptxas=-v", "-c", str(source))
-    result = subprocess.run(
-        [compiler.path, *flags, "-o", tmp_path / "out.o"], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    found = RESOURCES.findall(result.stderr)
-    assert found, result.stderr
-    assert [each for each in found if each[2:] != ("0", "0", "0")] == []
-
-
-@pytest.mark.slow
-def test_the_library_can_be_loaded_without_a_card(compiler: Compiler, tmp_path: Path) -> None:
-    path = build(tmp_path, Recipe(), compiler)
+    path = tmp_path / "kernels.so"
+    objects = [target for target, _ in compiled.values()]
+    link = [compiler.path, *Recipe().flags, *compiler.library_flags, "-cudart=static", "-shared"]
+    subprocess.run([*link, *objects, "-o", path], check=True)
     assert Library(path)._error_name(700) == b"cudaErrorIllegalAddress"
 
 
@@ -125,3 +144,32 @@ def test_a_file_that_is_no_library_is_a_plain_error(tmp_path: Path) -> None:
     (tmp_path / "broken.so").write_text("nothing")
     with pytest.raises(UnavailableError, match="remove it to have it compiled again"):
         Library(tmp_path / "broken.so")
+
+
+def test_a_card_that_is_too_old_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(
+        UnavailableError, match=r"need compute capability 8\.0, and the card has 7\.5"
+    ):
+        find_or_build((7, 5), tmp_path)
+
+
+def test_without_a_compiler_an_image_runs_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing() -> Compiler:
+        raise BuildError("there is no CUDA compiler", "install one")
+
+    monkeypatch.setattr(library, "find_compiler", missing)
+    monkeypatch.setattr(library, "PACKAGE", tmp_path / "package")
+    with pytest.raises(UnavailableError, match="there is no CUDA compiler; install one"):
+        find_or_build((8, 9), tmp_path)
+    (tmp_path / "package").mkdir()
+    usual = tmp_path / "package" / f"libmeshserve_cuda-{Recipe().digest}-0.so"
+    usual.touch()
+    assert find_or_build((9, 0), tmp_path) == usual
+    # Another card runs the code for sm_80, or has its driver compile the PTX.
+    assert find_or_build((8, 9), tmp_path) == usual
+    (tmp_path / "kernels").mkdir()
+    own = tmp_path / "kernels" / f"libmeshserve_cuda-{recipe_for((8, 9)).digest}-0.so"
+    own.touch()
+    assert find_or_build((8, 9), tmp_path) == own

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.engine.core.kernels.cuda.build import BuildError, build, find_compiler, recipe_for
+from services.engine.core.kernels.cuda.build import (
+    PACKAGE,
+    BuildError,
+    Recipe,
+    build,
+    find_compiler,
+    recipe_for,
+)
 from services.engine.core.kernels.registry import Op
 from services.runtime.modelfiles import default_cache_dir
 
@@ -103,8 +110,8 @@ def use(library: Library | None, reason: str = "no engine has been started on a 
 
 
 def find_or_build(capability: tuple[int, int] | None, cache_dir: Path | None = None) -> Path:
-    """Return the library of the present sources for cards of a compute capability: the cached one,
-    or one compiled now.
+    """Return the library of the present sources for cards of a compute capability: the installed
+    or the cached one, or one compiled now.
 
     Raises:
         UnavailableError: there is none and it cannot be compiled, or the card is too old.
@@ -117,13 +124,16 @@ def find_or_build(capability: tuple[int, int] | None, cache_dir: Path | None = N
         )
     recipe = recipe_for(capability)
     cached = (cache_dir or default_cache_dir()) / "kernels"
-    for path in recipe.find(cached):
+    for path in (*recipe.find(PACKAGE), *recipe.find(cached)):
         return path
     try:
         compiler = find_compiler()
         logger.info("CUDA kernels: compiling them into %s, once, for a minute or two", cached)
         return build(cached, recipe, compiler)
     except BuildError as error:
+        # An image has them for the usual cards, whose code others run too.
+        for path in Recipe().find(PACKAGE):
+            return path
         raise UnavailableError(error.problem, error.way_out) from None
 
 

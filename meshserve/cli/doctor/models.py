@@ -52,7 +52,7 @@ def _model(
     footprint = fitness.footprints.get(model.weights)
     if footprint is None:
         return problem(
-            f"{what} has weights in {model.weights}, which plain torch does not keep",
+            f"{what} has weights in {model.weights}, which it cannot be kept in here",
             f"set models.NAME.weights to auto; `meshserve models show {model.source}` tells more",
         )
     size, free = footprint.total_weight_bytes, fitness.free_bytes

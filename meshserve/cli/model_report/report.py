@@ -18,7 +18,7 @@ from services.engine.core.encoding.config import EncoderConfig
 from services.engine.core.fitness import Fitness, examine
 from services.engine.core.generation_defaults import read_generation_defaults
 from services.engine.core.model_config import ModelConfig, RopeConfig
-from services.engine.core.models.precision import WeightChoice
+from services.engine.core.models.kept import KeptWeights
 from services.engine.core.weights.pickled_outline import PickledOutline
 from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.description import ModelDescription, describe
@@ -187,7 +187,7 @@ def _memory(fitness: Fitness, concurrencies: tuple[int, ...], tokens: int) -> di
     }
 
 
-def _kv_bytes(fitness: Fitness, choice: WeightChoice, sequences: int, tokens: int) -> int:
+def _kv_bytes(fitness: Fitness, choice: KeptWeights, sequences: int, tokens: int) -> int:
     return fitness.kv_cache_bytes(choice, sequences=sequences, tokens=tokens)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -17,8 +17,10 @@ from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.kv_cache import KVCache, kv_dtype
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.models.dtype import resolve_dtype
+from services.engine.core.models.kept import KeptWeights, bytes_by_precision
 from services.engine.core.models.loader import OpenedModel
 from services.engine.core.models.native import NativeModel
+from services.engine.core.models.precision import WeightChoice
 from services.engine.core.processors import default_threads, own_processors
 from services.engine.core.settings import CoreSettings
 
@@ -82,17 +84,41 @@ def _load_backend(
     reason = _why_not_native(settings, device)
     if reason is None and settings.kv_cache_format == "fp8":
         raise StartupError("a KV cache in fp8 is for a GPU: on a CPU there is int8")
+    if device.type == "cpu" and settings.weights in ("fp8", "w8a8"):
+        raise StartupError(
+            f"weights in {settings.weights} are for a GPU: on a CPU there are int8 and int4"
+        )
     if reason is None:
         try:
             return _NativeBackend(opened, settings, selections, takes_adapters=takes_adapters)
         except UnsupportedModelError as error:
             reason = f"the native kernels do not serve this model: {error}"
-    if settings.weights in ("int8", "int4"):
+    if device.type == "cpu" and settings.weights in ("int8", "int4"):
+        # Torch would turn them into floats at every step.
         raise StartupError(
             f"weights in {settings.weights} need the native kernels of a CPU: {reason}"
         )
-    logger.info("steps run on torch: %s", reason)
-    return _TorchBackend(opened, settings, device, selections)
+    return _TorchBackend(opened, settings, device, selections, reason)
+
+
+def kept_weights(settings: CoreSettings, device: torch.device, dtype: torch.dtype) -> KeptWeights:
+    """What a model on torch keeps its matrices in; "bfloat16" stands for `dtype`.
+
+    Raises StartupError for what the card does not multiply.
+    """
+    weights = settings.weights
+    if device.type == "cpu":
+        return "bfloat16"
+    if dtype == torch.float32 and weights != "bfloat16":
+        if weights == "auto":
+            return "bfloat16"
+        raise StartupError(f"weights in {weights} go with a dtype of 16 bits, not with float32")
+    if weights == "fp8" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise StartupError(
+            f"weights in fp8 need compute capability 8.9, and {device} has "
+            f"{capability[0]}.{capability[1]}: take w8a8 or int8"
+        )
+    return weights
 
 
 def _why_not_native(settings: CoreSettings, device: torch.device) -> str | None:
@@ -126,17 +152,12 @@ class _NativeBackend:
                 opened.skeleton,
                 opened.checkpoint,
                 team,
-                settings.weights,
+                cast(WeightChoice, settings.weights),
                 max_adapters=settings.max_adapters if takes_adapters else 0,
                 max_adapter_rank=settings.max_adapter_rank,
             )
         self.dtype = "bfloat16"
-        stored = ", ".join(
-            f"{name} {size / 2**20:.0f} MiB" for name, size in self._model.weight_bytes.items()
-        )
-        if self._model.rounded and settings.weights == "auto":
-            kinds = ", ".join(f"{count} of {kind}" for kind, count in self._model.rounded.items())
-            stored += f"; rounded to 8 bits: {kinds}"
+        stored = _described(self._model.weight_bytes, self._model.rounded, settings.weights)
         # All other ops are operations of the step.
         sampling = {each.op: each.implementation for each in selections if each.op == "sample"}
         self.kernels = {"step": f"{library.isa} ({stored})", **sampling}
@@ -177,6 +198,15 @@ class _NativeBackend:
         return self._model, cache
 
 
+def _described(weight_bytes: Mapping[str, int], rounded: Mapping[str, int], weights: str) -> str:
+    """What weights take, and which of them a file has in more bits."""
+    stored = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in weight_bytes.items())
+    if rounded and weights == "auto":
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in rounded.items())
+        stored += f"; rounded to 8 bits: {kinds}"
+    return stored
+
+
 @contextlib.contextmanager
 def _threads_for_packing(num_bytes: int) -> Iterator[None]:
     """Packing a small model is many short operations of torch: waking a pool of threads for each
@@ -196,6 +226,7 @@ class _TorchBackend:
         settings: CoreSettings,
         device: torch.device,
         selections: list[Selection],
+        why_torch: str,
     ) -> None:
         try:
             self._dtype = resolve_dtype(settings.dtype, device)
@@ -204,9 +235,13 @@ class _TorchBackend:
         self._device = device
         self._config = opened.config
         self._kv_dtype = kv_dtype(settings.kv_cache_format, self._dtype)
-        self._model = opened.load(self._dtype, device)
+        weights = kept_weights(settings, device, self._dtype)
+        self._model, rounded = opened.load_kept(weights, self._dtype, device)
         self.dtype = str(self._dtype).removeprefix("torch.")
+        stored = _described(bytes_by_precision(self._model), rounded, weights)
         self.kernels = {selection.op: selection.implementation for selection in selections}
+        self.kernels["weights"] = stored
+        logger.info("steps run on torch: %s; weights %s", why_torch, stored)
 
     def bytes_per_block(self, block_size: int, groups: LayerGroups) -> int:
         config = self._config

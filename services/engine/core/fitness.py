@@ -6,7 +6,6 @@ import contextlib
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -24,13 +23,13 @@ from services.engine.core.models.footprint import (
     encoder_footprint,
     kv_cache_bytes,
 )
+from services.engine.core.models.kept import KEPT_WEIGHTS, KeptWeights
 from services.engine.core.models.loader import (
     OpenedModel,
     build_skeleton,
     open_model,
     read_config,
 )
-from services.engine.core.models.precision import WeightChoice
 from services.engine.core.models.registry import GGUF_FAMILIES, HF_FAMILIES
 from services.engine.core.settings import KVCacheFormat
 from services.engine.core.weights.pickled_outline import (
@@ -39,8 +38,6 @@ from services.engine.core.weights.pickled_outline import (
     outline_pickled,
 )
 from services.runtime.modelfiles import ModelFileError
-
-WEIGHTS: tuple[WeightChoice, ...] = get_args(WeightChoice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,7 @@ class Fitness:
     family: str | None = None
     max_context_tokens: int | None = None
     num_parameters: int | None = None
-    footprints: dict[WeightChoice, Footprint] = field(default_factory=dict)
+    footprints: dict[KeptWeights, Footprint] = field(default_factory=dict)
     instruction_set: str | None = None
     device: str = "cpu"
     free_bytes: int = 0
@@ -73,7 +70,7 @@ class Fitness:
 
     def kv_cache_bytes(
         self,
-        weights: WeightChoice,
+        weights: KeptWeights,
         *,
         sequences: int,
         tokens: int,
@@ -97,7 +94,7 @@ def examine(
     dtype: str = "auto",
     max_context_tokens: int | None = None,
     cache_dir: Path | None = None,
-    weights: tuple[WeightChoice, ...] = WEIGHTS,
+    weights: tuple[KeptWeights, ...] = KEPT_WEIGHTS,
 ) -> Fitness:
     """Open a model as an engine would, and say what would come of loading it.
 
@@ -112,17 +109,21 @@ def examine(
     elif dtype not in ("auto", "bfloat16"):
         reason = f"the dtype is {dtype}"
     torch_dtype = resolve_dtype(dtype, device)
+    # As backends.kept_weights has it.
+    on_torch: tuple[KeptWeights, ...] = ("auto", "bfloat16")
+    keeps_few_bits = device.type != "cpu" and torch_dtype != torch.float32
+    if keeps_few_bits and not is_encoder(path):
+        on_torch = KEPT_WEIGHTS
+    how = _How(weights, reason, torch_dtype, keeps_few_bits)
     try:
-        config, context, skeleton, found = _open(
-            path, weights, reason, torch_dtype, max_context_tokens
-        )
+        config, context, skeleton, found = _open(path, how, max_context_tokens)
         problem, pickled = None, None
     except ModelFileError as error:
         problem, pickled = _explained(error), outline_pickled(path)
         if pickled is None:
             return Fitness(problem, device=str(device), free_bytes=free_bytes)
         try:
-            config, context, skeleton, found = _unread(path, pickled, weights, reason, torch_dtype)
+            config, context, skeleton, found = _unread(path, pickled, how)
         except ModelFileError:
             return Fitness(problem, device=str(device), free_bytes=free_bytes, pickled=pickled)
     return Fitness(
@@ -131,8 +132,7 @@ def examine(
         type(skeleton).__name__,
         context,
         sum(parameter.numel() for parameter in skeleton.parameters()),
-        # Plain torch keeps weights in its dtype alone.
-        {name: each for name, each in found.items() if each.native or name in ("auto", "bfloat16")},
+        {name: each for name, each in found.items() if each.native or name in on_torch},
         instruction_set if any(each.native for each in found.values()) else None,
         str(device),
         free_bytes,
@@ -140,41 +140,53 @@ def examine(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How a model would be loaded: by the settings `weights`; see `decoder_footprint`."""
+
+    weights: tuple[KeptWeights, ...]
+    why_not_native: str | None
+    torch_dtype: torch.dtype
+    keeps_few_bits: bool
+
+    def decoder(self, opened: OpenedModel) -> dict[KeptWeights, Footprint]:
+        return {
+            each: decoder_footprint(
+                opened,
+                each,
+                why_not_native=self.why_not_native,
+                torch_dtype=self.torch_dtype,
+                keeps_few_bits=self.keeps_few_bits,
+            )
+            for each in self.weights
+        }
+
+
 def _open(
-    path: Path,
-    weights: tuple[WeightChoice, ...],
-    reason: str | None,
-    torch_dtype: torch.dtype,
-    max_context_tokens: int | None,
-) -> tuple[ModelConfig | EncoderConfig, int, torch.nn.Module, dict[WeightChoice, Footprint]]:
+    path: Path, how: _How, max_context_tokens: int | None
+) -> tuple[ModelConfig | EncoderConfig, int, torch.nn.Module, dict[KeptWeights, Footprint]]:
     if is_encoder(path):
         encoder = open_encoder(path)
         with contextlib.closing(encoder.checkpoint):
-            found = {
+            found: dict[KeptWeights, Footprint] = {
                 each: encoder_footprint(
-                    encoder, each, why_not_native=reason, torch_dtype=torch_dtype
+                    encoder, each, why_not_native=how.why_not_native, torch_dtype=how.torch_dtype
                 )
-                for each in weights
+                for each in how.weights
+                if each != "fp8" and each != "w8a8"
             }
         config = encoder.skeleton.config
         context = min(encoder.outputs.max_tokens or config.max_tokens, config.max_tokens)
         return config, context, encoder.skeleton, found
     opened = open_model(path, max_context_tokens=max_context_tokens)
     with contextlib.closing(opened.checkpoint):
-        found = {
-            each: decoder_footprint(opened, each, why_not_native=reason, torch_dtype=torch_dtype)
-            for each in weights
-        }
+        found = how.decoder(opened)
     return opened.config, opened.config.max_context_tokens, opened.skeleton, found
 
 
 def _unread(
-    path: Path,
-    pickled: PickledOutline,
-    weights: tuple[WeightChoice, ...],
-    reason: str | None,
-    torch_dtype: torch.dtype,
-) -> tuple[ModelConfig, int, torch.nn.Module, dict[WeightChoice, Footprint]]:
+    path: Path, pickled: PickledOutline, how: _How
+) -> tuple[ModelConfig, int, torch.nn.Module, dict[KeptWeights, Footprint]]:
     """What a decoder's configuration tells, where its weights are not to be looked at.
 
     Raises ModelFileError for one that cannot be read, and for more layers than there are tensors.
@@ -185,11 +197,7 @@ def _unread(
         raise ModelFileError(path, problem)
     skeleton = build_skeleton(config)
     opened = OpenedModel(config, UnreadCheckpoint(path, skeleton), skeleton)
-    found = {
-        each: decoder_footprint(opened, each, why_not_native=reason, torch_dtype=torch_dtype)
-        for each in weights
-    }
-    return config, config.max_context_tokens, skeleton, found
+    return config, config.max_context_tokens, skeleton, how.decoder(opened)
 
 
 def nearest_architecture(name: str) -> str | None:

@@ -48,8 +48,9 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     device: str = "auto"  # "auto" (CUDA where there is a card), "cpu", "cuda:1"
     dtype: str = "auto"  # "auto", "float32", "bfloat16", "float16"
-    # How matrices are stored; "auto" keeps the precision of a quantised file, else bfloat16.
-    weights: Literal["auto", "bfloat16", "int8", "int4"] = "auto"
+    # How matrices are stored; "auto" keeps the precision of a quantised file, else bfloat16. With
+    # "fp8" and "w8a8", for a GPU, activations are rounded to eight bits too.
+    weights: Literal["auto", "bfloat16", "int8", "int4", "fp8", "w8a8"] = "auto"
     allow_pickled: bool = False  # whether weights may be pickled, where there are no others
     kv_cache_format: KVCacheFormat = "auto"
     threads: int | None = None  # CPU threads of one step; None: see processors.py

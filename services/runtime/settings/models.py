@@ -56,10 +56,11 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights as they run."
     )
-    weights: Literal["auto", "bfloat16", "int8", "int4"] = Field(
+    weights: Literal["auto", "bfloat16", "int8", "int4", "fp8", "w8a8"] = Field(
         "auto",
-        description="How a CPU stores matrices: as the dtype, or rounded to 8 or 4 bits in groups "
-        "of 32. Default: a quantised file's own precision, else the dtype.",
+        description="How matrices are stored: as the dtype, or rounded to 8 or 4 bits in groups of "
+        "32. On a GPU also by output, with activations rounded to the same 8 bits: floats (`fp8`) "
+        "or integers (`w8a8`). Default: a quantised file's own precision, else the dtype.",
     )
     adapters: dict[str, str] = Field(
         default_factory=dict,

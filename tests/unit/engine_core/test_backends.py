@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from services.engine.core import backends
+from services.engine.core.backends import kept_weights
 from services.engine.core.errors import StartupError
 from services.engine.core.kernels.cpu import library
+from services.engine.core.model_config import SparseAttention
 from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
 from tests.fakes.paged_step import libraries
@@ -143,3 +147,56 @@ def test_a_cache_of_eight_bit_floats_is_for_those_who_compute_on_torch(facts: An
     assert found.num_blocks >= 2 * bf16
     with pytest.raises(StartupError, match="fp8 is for a GPU"):
         facts(kv_cache_format="fp8")
+
+
+@pytest.mark.parametrize("weights", ["fp8", "w8a8"])
+def test_products_of_eight_bits_by_eight_are_for_a_gpu(facts: Any, weights: str) -> None:
+    for kernels in ("auto", "off"):
+        with pytest.raises(StartupError, match=f"weights in {weights} are for a GPU: on a CPU"):
+            facts(weights=weights, cpu_kernels=kernels)
+
+
+def kept(weights: Any, dtype: torch.dtype = torch.bfloat16, device: str = "cuda:0") -> str:
+    settings = CoreSettings(model_path="", weights=weights)
+    return kept_weights(settings, torch.device(device), dtype)
+
+
+def test_a_gpu_keeps_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    for weights in ("auto", "bfloat16", "int8", "int4", "fp8", "w8a8"):
+        assert kept(weights, torch.float16) == weights
+    assert kept("auto", device="cpu") == "bfloat16"
+
+
+def test_a_gpu_that_has_no_eight_bit_floats_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert kept("w8a8") == "w8a8"
+    with pytest.raises(StartupError, match=r"need compute capability 8.9, and cuda:0 has 8.0"):
+        kept("fp8")
+
+
+def test_few_bits_go_with_activations_of_sixteen() -> None:
+    assert kept("auto", torch.float32) == "bfloat16"
+    with pytest.raises(StartupError, match="weights in int4 go with a dtype of 16 bits"):
+        kept("int4", torch.float32)
+
+
+def test_an_engine_on_torch_says_what_its_weights_are_kept_in(
+    facts: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "kept_weights", lambda *_: "int4")
+    with caplog.at_level(logging.INFO):
+        found = facts(cpu_kernels="off", dtype="bfloat16")
+    stored = found.kernels["weights"]
+    assert {part.split()[0] for part in stored.split(", ")} == {"int4", "int8", "bfloat16"}
+    assert re.search(f"steps run on torch: .*; weights {stored}", caplog.text)
+
+
+def test_attention_to_a_window_alone_is_native_and_to_global_tokens_too_is_not(
+    facts: Any, caplog: Any
+) -> None:
+    assert "step" in facts(sparse_attention=SparseAttention(8)).kernels
+    with caplog.at_level(logging.INFO):
+        found = facts(sparse_attention=SparseAttention(8, 4))
+    assert "step" not in found.kernels
+    assert "do not serve this model: sparse_attention has global tokens" in caplog.text

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from services.engine.core.kernels.cpu.program import UnsupportedModelError
 from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.messages import EncodeRequest, EncodeTask, ModelFacts
 from services.engine.core.models.dtype import resolve_dtype
+from services.engine.core.models.precision import WeightChoice
 from services.engine.core.processors import default_threads, own_processors
 from services.engine.core.settings import CoreSettings
 
@@ -123,6 +124,8 @@ def _load(
     opened: OpenedModel, settings: CoreSettings, device: torch.device
 ) -> tuple[Encodes, str, dict[str, str]]:
     """The model, its dtype, and what computes it."""
+    if settings.weights in ("fp8", "w8a8"):
+        raise StartupError(f"weights in {settings.weights} are for decoders that write text")
     reason = _why_not_native(settings, device)
     library = cpu.active()
     if reason is None and library is not None:
@@ -132,7 +135,7 @@ def _load(
         team = Team(library, num_threads, own_processors(num_threads))
         try:
             model, weight_bytes = opened.load_natively(
-                team, settings.weights, batch_tokens=settings.batcher.max_tokens
+                team, cast(WeightChoice, settings.weights), batch_tokens=settings.batcher.max_tokens
             )
         except UnsupportedModelError as error:
             reason = f"the native kernels do not serve this model: {error}"

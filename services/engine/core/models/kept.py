@@ -147,7 +147,7 @@ def load_kept(
 
 
 def bytes_by_precision(model: nn.Module) -> dict[str, int]:
-    """What a model's weights take on its device, by what they are kept in."""
+    """What a model's weights take on its device, by what they are kept in, largest first."""
     sizes: Counter[str] = Counter()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -157,7 +157,7 @@ def bytes_by_precision(model: nn.Module) -> dict[str, int]:
                 sizes[f"int{matrix.bits}"] += matrix.nbytes
             elif isinstance(matrix, ScaledMatrix):
                 sizes[_NAMES[matrix.elements.dtype]] += matrix.nbytes
-    return dict(sizes)
+    return dict(sizes.most_common())
 
 
 def _place(module: nn.Module, name: str, matrix: Matrix, dtype: torch.dtype) -> None:

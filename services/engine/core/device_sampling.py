@@ -25,19 +25,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from services.engine.core.device_counts import MOST_DISTINCT, DeviceCounts
+from services.engine.core.device_edits import pack_edits
 from services.engine.core.errors import EngineError
 from services.engine.core.kernels.sampling import (
     Column,
     DeviceEdits,
     EditKind,
+    Penalties,
     SamplingForm,
     SamplingWorkspace,
     choose_tokens,
     edit_logits,
     mask_logits,
+    penalize,
     report_logprobs,
 )
-from services.engine.core.logit_edits import LogitEdits, TokenMasks
+from services.engine.core.logit_edits import CountedRow, LogitEdits, TokenMasks
 from services.engine.core.messages import TokenLogprobs
 from services.engine.core.sampler import (
     LogitsError,
@@ -66,6 +70,7 @@ class _Staged:
     form: SamplingForm
     counts: npt.NDArray[np.int64]  # of log-probabilities, by row
     masks: tuple[Tensor, Tensor] | None = None
+    penalties: Penalties | None = None
     edits: DeviceEdits | None = None
     unknown_rows: list[int] = field(default_factory=list)  # whose edits name unknown tokens
     reports: Tensor | None = None
@@ -129,6 +134,7 @@ class DeviceSampler:
         self._staged: _Staged | None = None
         if self._at_once:
             return
+        self._counts = DeviceCounts(device)
         self._workspace = SamplingWorkspace.make(device, max_rows, vocab_size)
         numbers, choices = len(Column) * max_rows, 2 * max_rows
         self._parameters = torch.zeros(numbers, dtype=torch.float64, device=device)
@@ -168,6 +174,8 @@ class DeviceSampler:
         if batch.masks is not None:
             staged.masks = self._send_masks(batch.masks)
         if batch.edits is not None:
+            counted = batch.edits.counted(MOST_DISTINCT)
+            staged.penalties = self._send_penalties(counted) if counted else None
             self._send_edits(batch.edits, staged)
         return form
 
@@ -180,9 +188,11 @@ class DeviceSampler:
         if staged.masks is not None:
             mask_logits(logits, *staged.masks)
         raw = logits
+        if form.most_logprobs >= 0 and (staged.edits is not None or staged.penalties is not None):
+            raw = logits.clone()
+        if staged.penalties is not None:
+            penalize(logits, staged.penalties, self._counts.table)
         if staged.edits is not None:
-            if form.most_logprobs >= 0:
-                raw = logits.clone()
             edit_logits(logits, staged.edits)
         choose_tokens(logits, parameters, chosen, form, self._workspace)
         if form.most_logprobs >= 0:
@@ -220,8 +230,15 @@ class DeviceSampler:
         rows = self._send(masks.rows.astype(np.int32))
         return rows, words.to(self._device, non_blocking=True)
 
+    def _send_penalties(self, counted: list[CountedRow]) -> Penalties:
+        packed, begins = self._counts.pack(counted)
+        numbers, rows, ends, changed = self._send(packed).tensor_split(begins)
+        return Penalties(
+            numbers.view(torch.float64).view(3, -1), rows.view(3, -1), ends, changed.view(3, -1)
+        )
+
     def _send_edits(self, edits: LogitEdits, staged: _Staged) -> None:
-        packed = pack_edits(edits, self._vocab_size)
+        packed = pack_edits(edits, self._vocab_size, without_counted=MOST_DISTINCT)
         staged.unknown_rows = packed.unknown_rows
         if not len(packed.rows):
             return
@@ -294,43 +311,3 @@ def _fill(parameters: npt.NDArray[np.float64], batch: SamplingBatch) -> None:
     parameters[Column.UNIFORM] = batch.uniforms
     parameters[Column.GIVEN] = -1 if batch.given is None else batch.given
     parameters[Column.LOGPROBS] = batch.logprobs
-
-
-@dataclass(frozen=True, slots=True)
-class PackedEdits:
-    """`DeviceEdits` on the host. Those of unknown tokens are given to token 0: their rows fail."""
-
-    rows: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int32]
-    token_ids: npt.NDArray[np.int32]
-    numbers: npt.NDArray[np.float32]
-    unknown_rows: list[int]
-
-
-def pack_edits(edits: LogitEdits, vocab_size: int) -> PackedEdits:
-    """Bring edits into the form that a device applies."""
-    by_kind = edits.by_kind()
-    kinds = [by_kind.get(kind.name.lower()) for kind in EditKind]
-    some = [numbers for numbers in kinds if numbers is not None]
-    if not some:
-        nothing = np.empty(0, np.int32)
-        offsets = np.zeros((len(EditKind), 1), np.int32)
-        return PackedEdits(nothing, offsets, nothing, np.empty(0, np.float32), [])
-    rows = np.unique(np.concatenate([numbers.rows for numbers in some]))
-    token_ids = np.concatenate([numbers.token_ids for numbers in some]).astype(np.int32)
-    values = np.concatenate([numbers.numbers for numbers in some])
-    all_rows = np.concatenate([numbers.rows for numbers in some])
-    known = token_ids.view(np.uint32) < vocab_size
-    unknown_rows: list[int] = []
-    if not known.all():
-        unknown_rows = np.unique(all_rows[~known]).tolist()
-        token_ids = np.where(known, token_ids, 0)
-    offsets = np.zeros((len(EditKind), len(rows) + 1), np.int32)
-    start = 0
-    for kind, numbers in zip(EditKind, kinds, strict=True):
-        if numbers is not None:
-            offsets[kind, :-1] = np.searchsorted(numbers.rows, rows)
-            offsets[kind, -1] = len(numbers.rows)
-            offsets[kind] += start
-            start += len(numbers.rows)
-    return PackedEdits(rows.astype(np.int32), offsets, token_ids, values, unknown_rows)

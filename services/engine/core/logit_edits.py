@@ -76,6 +76,16 @@ class ProcessedLogits:
     errors: dict[int, LogitsProcessorError]  # by row; its logits are as they were
 
 
+@dataclass(frozen=True, slots=True)
+class CountedRow:
+    """A row that is edited by the counts of all known tokens of a sequence, as they are when the
+    edits are applied."""
+
+    row: int
+    sequence: Sequence
+    counts: TokenCounts
+
+
 class LogitEdits:
     """The edits of one step.
 
@@ -83,6 +93,7 @@ class LogitEdits:
     """
 
     def __init__(self) -> None:
+        self._counted: list[CountedRow] = []
         self._repetition = _Triples()
         self._subtracted = _Triples()
         self._added = _Triples()
@@ -113,13 +124,11 @@ class LogitEdits:
             if counts is None:
                 counts = TokenCounts()
                 counts.advance(sequence.token_ids, sequence.num_prompt_tokens)
-            seen, in_output = counts.after(draft)
-            if sampling.repetition_penalty != 1.0:
-                self._repetition.add(row, seen, sampling.repetition_penalty)
-            said = in_output.nonzero()[0]
-            if said.size and (sampling.presence_penalty or sampling.frequency_penalty):
-                penalties = sampling.presence_penalty + sampling.frequency_penalty * in_output[said]
-                self._subtracted.add(row, seen[said], penalties)
+            if draft:
+                seen, in_output = counts.after(draft)
+                _penalize(row, sampling, seen, in_output, self._repetition, self._subtracted)
+            else:
+                self._counted.append(CountedRow(row, sequence, counts))
         if sampling.logits_processors:
             self._processed.append((row, sequence, draft))
         if sampling.logit_bias:
@@ -157,13 +166,14 @@ class LogitEdits:
 
     def apply(self, logits: Tensor) -> None:
         """Edit `logits` ([rows, vocab] float32), which have been processed, in place."""
-        if self._repetition:
-            rows, ids, penalty = self._repetition.tensors(logits.device)
+        repetition, subtracted = self._penalties()
+        if repetition:
+            rows, ids, penalty = repetition.tensors(logits.device)
             seen = logits[rows, ids]
             # CTRL (1909.05858), with the sign taken into account so that it always lowers.
             logits[rows, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
-        if self._subtracted:
-            rows, ids, penalty = self._subtracted.tensors(logits.device)
+        if subtracted:
+            rows, ids, penalty = subtracted.tensors(logits.device)
             logits[rows, ids] -= penalty
         if self._added:
             rows, ids, bias = self._added.tensors(logits.device)
@@ -177,22 +187,56 @@ class LogitEdits:
             rows, ids, _ = self._banned.tensors(logits.device)
             logits[rows, ids] = -torch.inf
 
-    def by_kind(self) -> dict[str, TokenNumbers]:
+    def counted(self, max_distinct: int) -> list[CountedRow]:
+        """Rows that are edited by counts of at most so many distinct tokens."""
+        return [each for each in self._counted if each.counts.num_distinct <= max_distinct]
+
+    def by_kind(self, *, without_counted: int = -1) -> dict[str, TokenNumbers]:
         """The edits as arrays, for a kernel that applies them itself, in the order of `apply`.
 
         Kinds without edits are left out. Allowed and banned tokens have numbers without meaning.
+        `counted(without_counted)` are left out too.
         """
+        repetition, subtracted = self._penalties(without_counted)
         allowed = _Triples()
         for row, token_ids in self._allowed:
             allowed.add(row, token_ids, 0.0)
         kinds = {
-            "repetition": self._repetition,
-            "subtracted": self._subtracted,
+            "repetition": repetition,
+            "subtracted": subtracted,
             "added": self._added,
             "allowed": allowed,
             "banned": self._banned,
         }
         return {kind: triples.arrays() for kind, triples in kinds.items() if triples}
+
+    def _penalties(self, without_counted: int = -1) -> tuple[_Triples, _Triples]:
+        """What divides or multiplies logits, and what is subtracted from them."""
+        if not self._counted:
+            return self._repetition, self._subtracted
+        repetition, subtracted = self._repetition.copy(), self._subtracted.copy()
+        for each in self._counted:
+            if each.counts.num_distinct > without_counted:
+                seen, in_output = each.counts.after(())
+                sampling = each.sequence.sampling
+                _penalize(each.row, sampling, seen, in_output, repetition, subtracted)
+        return repetition, subtracted
+
+
+def _penalize(
+    row: int,
+    sampling: Sampling,
+    seen: npt.NDArray[np.int64],
+    in_output: npt.NDArray[np.int64],
+    repetition: _Triples,
+    subtracted: _Triples,
+) -> None:
+    if sampling.repetition_penalty != 1.0:
+        repetition.add(row, seen, sampling.repetition_penalty)
+    said = in_output.nonzero()[0]
+    if said.size and (sampling.presence_penalty or sampling.frequency_penalty):
+        penalties = sampling.presence_penalty + sampling.frequency_penalty * in_output[said]
+        subtracted.add(row, seen[said], penalties)
 
 
 class _Triples:
@@ -205,6 +249,14 @@ class _Triples:
 
     def __bool__(self) -> bool:
         return bool(self._rows)
+
+    def copy(self) -> _Triples:
+        """The same triples, to which more can be added."""
+        other = _Triples()
+        other._rows = self._rows.copy()
+        other._ids = self._ids.copy()
+        other._numbers = self._numbers.copy()
+        return other
 
     def add(
         self,

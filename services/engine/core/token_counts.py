@@ -24,6 +24,26 @@ class TokenCounts:
         self._in_output = np.zeros(_LEAST_ROOM, np.int64)
         self._num_taken = 0
 
+    @property
+    def num_taken(self) -> int:
+        """Tokens that have been taken in."""
+        return self._num_taken
+
+    @property
+    def num_distinct(self) -> int:
+        """Distinct tokens among them. Each has a place, which stays its own."""
+        return len(self._places)
+
+    def changed(self, token_ids: array[int], since: int) -> tuple[list[int], list[int], list[int]]:
+        """The places that tokens from number `since` on have changed, the token of each, and how
+        often it is in the output. `token_ids` are those that were taken in."""
+        if since == 0:
+            ids, in_output = self.after(())
+            return list(range(len(ids))), ids.tolist(), in_output.tolist()
+        new = list(dict.fromkeys(token_ids[since : self._num_taken]))
+        places = [self._places[token_id] for token_id in new]
+        return places, new, [self._in_output.item(place) for place in places]
+
     def advance(self, token_ids: array[int], num_prompt_tokens: int) -> None:
         """Take in what `token_ids`, all tokens of the sequence, has more than last time."""
         for position in range(self._num_taken, len(token_ids)):

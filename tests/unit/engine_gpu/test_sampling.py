@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from services.engine.core import device_sampling
+from services.engine.core.device_counts import DeviceCounts
 from services.engine.core.device_sampling import DeviceSampler
 from services.engine.core.kernels import sampling as ops
 from services.engine.core.kernels.sampling import (
@@ -20,17 +22,19 @@ from services.engine.core.kernels.sampling import (
     choose_tokens,
     edit_logits,
     mask_logits,
+    penalize,
     report_logprobs,
 )
 from services.engine.core.kernels.triton import sampling as kernels
 from services.engine.core.kernels.triton import sampling_logprobs
-from services.engine.core.logit_edits import LogitEdits, TokenMasks
+from services.engine.core.logit_edits import CountedRow, LogitEdits, TokenMasks
 from services.engine.core.messages import Sampling, SequenceRequest
 from services.engine.core.sampler import LogitsError, SampledTokens, SamplingBatch, sample
 from services.engine.core.sequence import Sequence
+from services.engine.core.token_counts import TokenCounts
 
 CPU = torch.device("cpu")
-OPS = (choose_tokens, report_logprobs, mask_logits, edit_logits)
+OPS = (choose_tokens, report_logprobs, mask_logits, edit_logits, penalize)
 CASES = settings(max_examples=10, deadline=None)
 FEW_CASES = settings(max_examples=5, deadline=None)
 # Blocks have 128 logits, tiles 2048.
@@ -150,6 +154,7 @@ def edits_of(rng: np.random.Generator, rows: int, vocab: int) -> LogitEdits:
     for row in range(rows):
         request = SequenceRequest(row, some, kinds[rng.integers(len(kinds))])
         sequence = Sequence(request, arrival=row, eos_token_ids=(), max_tokens=99, queued_ns=0)
+        sequence.row = row
         sequence.token_ids.extend(int(each) for each in rng.choice(vocab, 30))
         edits.add(row, sequence)
     return edits
@@ -172,11 +177,76 @@ def test_masks_and_edits_change_what_they_change_on_a_cpu(
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
+@CASES
+@given(seed=st.integers(0, 2**32))
+def test_what_sequences_say_is_counted_on_the_device_from_step_to_step(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sampler = DeviceSampler(CPU, 4, 700, at_once=False)
+    running: dict[int, tuple[Sequence, TokenCounts]] = {}
+    for step in range(5):
+        edits = LogitEdits()
+        for row, slot in enumerate(rng.permutation(12)[:4].tolist()):
+            if slot not in running or rng.random() < 0.2:  # another sequence has its row now
+                sampling = Sampling(
+                    repetition_penalty=float(rng.choice([1.0, 1.5])),
+                    presence_penalty=0.5,
+                    frequency_penalty=float(rng.choice([0.0, 0.1])),
+                )
+                prompt = rng.integers(0, 700, int(rng.integers(1, 400))).tolist()
+                request = SequenceRequest(slot, prompt, sampling)
+                sequence = Sequence(
+                    request, arrival=step, eos_token_ids=(), max_tokens=999, queued_ns=0
+                )
+                sequence.row = slot
+                running[slot] = sequence, TokenCounts()
+            sequence, counts = running[slot]
+            sequence.token_ids.extend(rng.integers(0, 700, int(rng.integers(1, 4))).tolist())
+            counts.advance(sequence.token_ids, sequence.num_prompt_tokens)
+            draft = (5, 9) if row == 3 else ()
+            edits.add(row, sequence, counts, draft)
+        logits = torch.randn(4, 700) * 3
+        expected = logits.clone()
+        edits.apply(expected)
+        batch = replace(SamplingBatch.greedy(4), edits=edits, is_greedy=False)
+        assert sampler.launch(logits, batch).result().token_ids == expected.argmax(-1).tolist()
+        torch.testing.assert_close(logits, expected, rtol=1e-6, atol=0)
+
+
+def test_what_changes_of_counts_is_all_that_is_sent() -> None:
+    counts = DeviceCounts(CPU)
+    request = SequenceRequest(0, list(range(900)), Sampling(repetition_penalty=1.1))
+    sequence = Sequence(request, arrival=0, eos_token_ids=(), max_tokens=9, queued_ns=0)
+    sequence.row = 3
+    known = TokenCounts()
+    sizes = []
+    for token in (5, 5, 2000):
+        sequence.token_ids.append(token)
+        known.advance(sequence.token_ids, 900)
+        sizes.append(counts.pack([CountedRow(0, sequence, known)])[0].nbytes)
+    assert sizes[0] > 3 * 4 * 900
+    assert sizes[1:] == [56, 56]
+
+
+def test_sequences_of_very_many_tokens_are_counted_by_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device_sampling, "MOST_DISTINCT", 3)
+    rng = np.random.default_rng(0)
+    logits = torch.randn(6, 100)
+    expected = logits.clone()
+    edits = edits_of(rng, 6, 100)
+    edits.apply(expected)
+    sampler = DeviceSampler(CPU, 6, 100, at_once=False)
+    sampler.launch(logits, replace(SamplingBatch.greedy(6), edits=edits, is_greedy=False))
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=0)
+
+
 def test_an_edit_of_a_token_that_does_not_exist_fails_its_row_alone() -> None:
     edits = LogitEdits()
     for row, token in enumerate((0, 70)):
         request = SequenceRequest(row, [1], Sampling(logit_bias={token: 50.0}))
         sequence = Sequence(request, arrival=row, eos_token_ids=(), max_tokens=9, queued_ns=0)
+        sequence.row = row
         edits.add(row, sequence)
     batch = replace(SamplingBatch.greedy(2), edits=edits, is_greedy=False)
     found = launch(torch.zeros(2, 70), batch)

@@ -58,6 +58,7 @@ def edited(rows: int, vocab: int) -> SamplingBatch:
     for row in range(rows):
         request = SequenceRequest(row, [1, 2, 2, 7], sampling)
         sequence = Sequence(request, arrival=row, eos_token_ids=(), max_tokens=9, queued_ns=0)
+        sequence.row = row
         edits.add(row, sequence)
     words = np.random.default_rng(0).integers(0, 2**32, (rows, -(-vocab // 32)), np.uint32)
     masks = TokenMasks(np.arange(rows), words)

@@ -1,7 +1,8 @@
 """Choosing tokens where the logits are: what a device is told of a step, and the ops that do it.
 
 Kernels never make the host wait, and are the same for the same `SamplingForm`, whatever the numbers
-are, so that a CUDA graph can hold them. The reference of `edit_logits` alone does wait.
+are, so that a CUDA graph can hold them. Of the references those of `edit_logits` and `penalize` do
+wait.
 """
 
 from __future__ import annotations
@@ -250,3 +251,51 @@ def edit_logits(logits: Tensor, edits: DeviceEdits) -> None:
                 logits[rows, ids] = old
             case EditKind.BANNED:
                 logits[rows, ids] = -torch.inf
+
+
+@dataclass(frozen=True, slots=True)
+class CountTable:
+    """The distinct tokens of sequences, in any order, and how often each is in the output.
+
+    Attributes:
+        ids, in_output: [slots, places] int32; a sequence has a slot, a token of it a place.
+    """
+
+    ids: Tensor
+    in_output: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Rows that are penalised for the tokens of their sequences.
+
+    Attributes:
+        numbers: [3, penalised] float64: repetition penalty, presence penalty, frequency penalty.
+        rows: [3, penalised] int32: the row of logits, the slot of its sequence, which no other has,
+            and how many distinct tokens that has.
+        ends: [penalised + 1] int32: changes ends[i] to ends[i + 1] are those of slot i.
+        changed: [3, changes] int32: the place, its token, and how often that is in the output.
+    """
+
+    numbers: Tensor
+    rows: Tensor
+    ends: Tensor
+    changed: Tensor
+
+
+@declare
+def penalize(logits: Tensor, penalties: Penalties, table: CountTable) -> None:
+    """Bring `table` up to date, then lower `logits` ([rows, vocab] float32) by it, in place, as
+    `LogitEdits.apply` does."""
+    ends = penalties.ends.tolist()
+    for index, (row, slot, size) in enumerate(penalties.rows.T.tolist()):
+        place, token_ids, in_output = penalties.changed[:, ends[index] : ends[index + 1]]
+        table.ids[slot, place.long()] = token_ids
+        table.in_output[slot, place.long()] = in_output
+        ids, counts = table.ids[slot, :size].long(), table.in_output[slot, :size]
+        repetition, presence, frequency = penalties.numbers[:, index]
+        old = logits[row, ids]
+        divisor = repetition.float()
+        new = torch.where(old > 0, old / divisor, old * divisor)
+        subtracted = (presence + frequency * counts).float()
+        logits[row, ids] = new - torch.where(counts > 0, subtracted, 0.0)

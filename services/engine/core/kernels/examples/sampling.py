@@ -11,7 +11,9 @@ from torch import Tensor
 from services.engine.core.kernels.examples.base import Example, Maker, examples_of
 from services.engine.core.kernels.sampling import (
     Column,
+    CountTable,
     DeviceEdits,
+    Penalties,
     SamplingForm,
     SamplingWorkspace,
 )
@@ -94,6 +96,34 @@ def _edit_logits(make: Maker) -> Iterator[Example]:
             numbers=numbers,
         )
         yield Example(f"{rows} rows", (logits, edits), written=(logits,))
+
+
+@examples_of("penalize")
+def _penalize(make: Maker) -> Iterator[Example]:
+    for rows in _rows(make):
+        logits = _logits(make, rows)
+        penalised, size = -(-rows // 2), 30
+        table = CountTable(
+            torch.stack([make.order(make.sizes.vocab)[:size] for _ in range(penalised)]).int(),
+            make.integers(penalised, size, below=4).int(),
+        )
+        numbers = make.normal(3, penalised, dtype=torch.float64).abs() + 0.5
+        places = torch.stack(
+            (
+                make.order(rows)[:penalised],
+                make.order(penalised),
+                make.integers(penalised, below=size) + 1,
+            )
+        )
+        # Each slot has a change, of the count of its first token.
+        slots = places[1].long()
+        changed = torch.stack(
+            (torch.zeros_like(slots), table.ids[slots, 0].long(), torch.full_like(slots, 9))
+        )
+        ends = torch.arange(penalised + 1, dtype=torch.int32, device=make.device)
+        penalties = Penalties(numbers, places.int(), ends, changed.int())
+        written = logits, table.ids, table.in_output
+        yield Example(f"{penalised} of {rows} rows", (logits, penalties, table), written=written)
 
 
 def _rows(make: Maker) -> list[int]:

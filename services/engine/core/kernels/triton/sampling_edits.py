@@ -9,10 +9,13 @@ from triton import language as tl
 
 from services.engine.core.kernels.sampling import (
     MASK_BITS,
+    CountTable,
     DeviceEdits,
     EditKind,
+    Penalties,
     edit_logits,
     mask_logits,
+    penalize,
 )
 from services.engine.core.kernels.triton import why_not
 from services.engine.core.kernels.triton.specialisation import Specialisation
@@ -121,6 +124,51 @@ def edit_kernel(  # type: ignore[no-untyped-def]
     _edit(logits, token_ids, numbers, start, end, _BANNED, chunk)
 
 
+@jit(do_not_specialize=["penalised", "num_changes"])
+def penalize_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    numbers,
+    rows,
+    ends,
+    changed,
+    ids,
+    in_output,
+    penalised,
+    num_changes,
+    places,
+    stride,
+    chunk: tl.constexpr,
+):
+    """Grid: penalised rows. A program brings the slot of its row up to date, then goes over it."""
+    index = tl.program_id(0)
+    logits += tl.load(rows + index).to(tl.int64) * stride
+    slot = tl.load(rows + penalised + index).to(tl.int64)
+    size = tl.load(rows + 2 * penalised + index)
+    ids += slot * places
+    in_output += slot * places
+    end = tl.load(ends + index + 1)
+    for first in range(tl.load(ends + index), end, chunk):
+        change = first + tl.arange(0, chunk)
+        inside = change < end
+        place = tl.load(changed + change, inside, other=0)
+        tl.store(ids + place, tl.load(changed + num_changes + change, inside), inside)
+        tl.store(in_output + place, tl.load(changed + 2 * num_changes + change, inside), inside)
+    tl.debug_barrier()
+    repetition = tl.load(numbers + index).to(tl.float32)
+    presence = tl.load(numbers + penalised + index)
+    frequency = tl.load(numbers + 2 * penalised + index)
+    for first in range(0, size, chunk):
+        place = first + tl.arange(0, chunk)
+        inside = place < size
+        there = logits + tl.load(ids + place, inside, other=0)
+        count = tl.load(in_output + place, inside, other=0)
+        old = tl.load(there, inside, other=0.0)
+        new = tl.where(old > 0.0, tl.div_rn(old, repetition), old * repetition)
+        # In float64 first, as on the host.
+        subtracted = (presence + frequency * count.to(tl.float64)).to(tl.float32)
+        tl.store(there, new - tl.where(count > 0, subtracted, 0.0), inside)
+
+
 @mask_logits.implementation("cuda", name="triton", unavailable=why_not)
 def mask_logits_triton(logits: Tensor, rows: Tensor, words: Tensor) -> None:
     """A program for 2048 logits of a mask."""
@@ -160,6 +208,29 @@ def edit_logits_triton(logits: Tensor, edits: DeviceEdits) -> None:
     )
 
 
+@penalize.implementation("cuda", name="triton", unavailable=why_not)
+def penalize_triton(logits: Tensor, penalties: Penalties, table: CountTable) -> None:
+    """A program for each penalised row."""
+    if logits.stride(-1) != 1 or logits.dtype != torch.float32:
+        penalize.reference(logits, penalties, table)
+        return
+    penalised = penalties.rows.shape[1]
+    penalize_kernel[(penalised,)](
+        logits,
+        penalties.numbers,
+        penalties.rows,
+        penalties.ends,
+        penalties.changed,
+        table.ids,
+        table.in_output,
+        penalised,
+        penalties.changed.shape[1],
+        table.ids.shape[1],
+        logits.stride(0),
+        chunk=_CHUNK,
+    )
+
+
 def _compiled() -> tuple[Specialisation, ...]:
     forms = []
     for numbers in ("i32:16", "i32"):
@@ -168,6 +239,10 @@ def _compiled() -> tuple[Specialisation, ...]:
         forms.append(Specialisation(mask_kernel, masks, {"chunk": _WORDS, "word_bits": MASK_BITS}))
         edits = row | {"offsets": "*i32", "token_ids": "*i32", "numbers": "*fp32", "edited": "i32"}
         forms.append(Specialisation(edit_kernel, edits, {"chunk": _CHUNK}))
+        counts = dict.fromkeys(("rows", "ends", "changed", "ids", "in_output"), "*i32")
+        counts |= {"logits": "*fp32", "numbers": "*fp64", "places": "i32:16", "stride": numbers}
+        counts |= {"penalised": "i32", "num_changes": "i32"}
+        forms.append(Specialisation(penalize_kernel, counts, {"chunk": _CHUNK}))
     return tuple(forms)
 
 

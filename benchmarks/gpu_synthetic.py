@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from services.engine.core.kernels.cpu.packing import GroupedWeight
+from services.engine.core.model_config import SparseAttention
 from services.engine.core.models.loader import OpenedModel, build_skeleton, read_config
 from services.engine.core.weights.loading import weight_slots
 
@@ -142,9 +143,13 @@ def opener(device: torch.device) -> Any:
     """An `open_model` that reads a directory's configuration and makes up its weights."""
 
     def open_synthetic(
-        path: Path | str, *, max_context_tokens: int | None = None, allow_pickled: bool = False
+        path: Path | str,
+        *,
+        max_context_tokens: int | None = None,
+        allow_pickled: bool = False,
+        sparse_attention: SparseAttention | None = None,
     ) -> OpenedModel:
-        config = read_config(path)
+        config = replace(read_config(path), sparse_attention=sparse_attention)
         if max_context_tokens is not None:
             config = replace(config, max_context_tokens=max_context_tokens)
         skeleton = build_skeleton(config)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import grpc
 
 from meshserve.v1 import engine_pb2, engine_pb2_grpc
+from services.engine.core.model_config import SparseAttention
 from services.engine.core.settings import BatcherSettings, CoreSettings
 from services.engine.core_client import CoreClient
 from services.engine.core_process import CORE_COMMAND
@@ -178,6 +179,7 @@ def core_settings(settings: Settings, name: str, waiting_weights_bytes: int = 0)
             memory_share=1 / len(settings.engine_models),
             waiting_weights_bytes=waiting_weights_bytes,
             max_context_tokens=model.context_tokens,
+            sparse_attention=_sparse_attention(model),
             max_batch_tokens=engine.max_batch_tokens,
             max_running_sequences=engine.max_running_sequences,
             max_waiting_sequences=engine.max_waiting_sequences,
@@ -203,6 +205,11 @@ def core_settings(settings: Settings, name: str, waiting_weights_bytes: int = 0)
         )
     except ValueError as error:
         raise StartupError(str(error), "mend the engine section of the settings") from None
+
+
+def _sparse_attention(model: ModelSettings) -> SparseAttention | None:
+    chosen = model.sparse_attention
+    return None if chosen is None else SparseAttention(chosen.window, chosen.global_tokens)
 
 
 def _sampling_defaults(model: ModelSettings) -> dict[str, float]:

@@ -69,6 +69,23 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SparseAttention:
+    """What a token sees in layers that would show it all: so many tokens back, itself included, and
+    the first so many of the sequence (Beltagy et al., arXiv:2004.05150; Xiao et al.,
+    arXiv:2309.17453).
+
+    Raises ValueError for a window that holds no token, or fewer global tokens than none.
+    """
+
+    window: int
+    global_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.global_tokens < 0:
+            raise ValueError(f"{self} shows a token nothing")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """What a model family needs to build itself, and the engine to size its KV cache.
 
@@ -77,6 +94,7 @@ class ModelConfig:
         learned_positions: how many of them there are, whatever context is served.
         local_rope: the same of layers with a window, where it is another.
         windows: of each layer, how many tokens back a token sees, itself included; None: all.
+        sparse_attention: what those without a window show instead of all, where it is set.
         attention_scale: factor on the products of queries and keys. Default: head_dim ** -0.5.
         attention_softcap: bound that these products are bent towards, if any.
         logit_softcap: the same of the logits.
@@ -110,6 +128,7 @@ class ModelConfig:
     activation: Activation = "silu"
     qk_norm: bool = False
     experts: ExpertsConfig | None = None
+    sparse_attention: SparseAttention | None = None
 
     def window(self, layer_index: int) -> int | None:
         """How many tokens back a token sees in a layer, itself included; None: all."""

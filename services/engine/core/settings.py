@@ -6,6 +6,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from services.engine.core.model_config import SparseAttention
+
 # How keys and values are kept; "auto": in the precision that a model computes in.
 KVCacheFormat: TypeAlias = Literal["auto", "int8", "fp8"]
 
@@ -66,6 +68,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     memory_share: float = 1.0  # of what that fraction allows; the rest is for other models' caches
     waiting_weights_bytes: int = 0  # of what is free, kept for other models' weights
     max_context_tokens: int | None = None  # None: the model's own
+    sparse_attention: SparseAttention | None = None  # None: layers see what they were trained to
     max_batch_tokens: int = 512  # tokens computed per step, over all sequences
     max_running_sequences: int = 64
     max_waiting_sequences: int = 1024

@@ -78,6 +78,8 @@ def build_engine(
         cuda.activate(device)
     if reads_whole_sequences(settings.model_path):
         refuse_ranks(settings, "an encoder")
+        if settings.sparse_attention is not None:
+            raise StartupError("sparse_attention is for models that generate")
         return build_encoder(settings, device)
     workers = start_workers(settings)  # first, so that they start beside what follows
     refused = check_device(device).refused if device.type == "cuda" else {}
@@ -88,6 +90,7 @@ def build_engine(
         settings.model_path,
         max_context_tokens=settings.max_context_tokens,
         allow_pickled=settings.allow_pickled,
+        sparse_attention=settings.sparse_attention,
     )
     config = opened.config
     backend: Backend

@@ -33,6 +33,15 @@ class SamplingDefaults(Section):
     )
 
 
+class SparseAttentionSettings(Section):
+    """What tokens see of a long context, in layers that would show them all of it."""
+
+    window: Positive = Field(description="How many tokens back a token sees, its own included.")
+    global_tokens: Annotated[int, Field(ge=0)] = Field(
+        64, description="How many tokens at the beginning of its sequence it sees besides."
+    )
+
+
 class PriceSettings(Section):
     """What a million of its tokens cost, in `gateway.currency`; without it no cost is counted."""
 
@@ -75,6 +84,9 @@ class ModelSettings(Section):
     )
     context_tokens: Positive | None = Field(
         None, description="Largest number of prompt and completion tokens. Default: the model's."
+    )
+    sparse_attention: SparseAttentionSettings | None = Field(
+        None, description="Attention to part of a long context. Default: as the model was trained."
     )
     sampling: SamplingDefaults = Field(
         default_factory=lambda: SamplingDefaults.model_validate({}),

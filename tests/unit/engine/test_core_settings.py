@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from services.engine import service
 from services.engine.core import memory
+from services.engine.core.model_config import SparseAttention
 from services.engine.core.settings import CoreSettings
 from services.runtime.settings import Settings, parse_settings
 
@@ -92,3 +94,14 @@ def test_the_weights_of_a_folder_are_those_of_one_format(tmp_path: Path) -> None
     assert service.weight_bytes(settings, "m") == 500
     file = settings_of({"m": {"source": str(tmp_path / "a-1.safetensors")}})
     assert service.weight_bytes(file, "m") == 300
+
+
+def test_attention_to_part_of_a_context_reaches_the_core_as_it_was_set() -> None:
+    models = {
+        "all": {"source": "all"},
+        "part": {"source": "part", "sparse_attention": {"window": 4096}},
+    }
+    settings = settings_of(models)
+    assert core(settings, "all").sparse_attention is None
+    told = msgspec.msgpack.decode(msgspec.msgpack.encode(core(settings, "part")), type=CoreSettings)
+    assert told.sparse_attention == SparseAttention(window=4096, global_tokens=64)

@@ -96,6 +96,10 @@ class PagedAttention(nn.Module):
         self.layer_index = layer_index
         self.scale = config.scale
         self.window = config.window(layer_index)
+        self.global_tokens = 0
+        if self.window is None and config.sparse_attention is not None:
+            self.window = config.sparse_attention.window
+            self.global_tokens = config.sparse_attention.global_tokens
         self.softcap = config.attention_softcap
 
     def forward(self, queries: Tensor, step: StepContext) -> Tensor:
@@ -106,7 +110,13 @@ class PagedAttention(nn.Module):
         cache = step.kv_cache.layers[self.layer_index]
         _, metadata = step.places(self.layer_index)
         return paged_attention(
-            queries, cache, metadata, self.scale, self.window, self.softcap
+            queries,
+            cache,
+            metadata,
+            self.scale,
+            self.window,
+            self.softcap,
+            self.global_tokens,
         ).flatten(1)
 
 
@@ -156,6 +166,8 @@ class Attention(nn.Module):
     def lower(self, program: ProgramBuilder, *, is_last: bool) -> None:
         """The same as operations of the native kernels, up to what `output` reads."""
         index = self.attend.layer_index
+        if self.attend.global_tokens:
+            raise ValueError("sparse_attention has global tokens")
         program.adapted_linear(self.qkv, Buffer.PROJECTED)
         program.rotary_kv(index, self.rotary, q_norm=self.q_norm, k_norm=self.k_norm)
         program.attention(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from services.engine.core.model_config import ModelConfig, check_config
+from services.engine.core.model_config import ModelConfig, SparseAttention, check_config
 from services.engine.core.models.base import Model
 from services.engine.core.models.family import Family
 from services.engine.core.models.gguf_config import gguf_decoder_config
@@ -77,14 +77,19 @@ class OpenedModel:
 
 
 def open_model(
-    path: Path | str, *, max_context_tokens: int | None = None, allow_pickled: bool = False
+    path: Path | str,
+    *,
+    max_context_tokens: int | None = None,
+    allow_pickled: bool = False,
+    sparse_attention: SparseAttention | None = None,
 ) -> OpenedModel:
     """Open a model and check names and shapes of its weights.
 
     `max_context_tokens` serves a context other than the model's own: a shorter one, or, for models
-    whose rope scaling is dynamic, a longer one. `allow_pickled` is as for `open_checkpoint`. Raises
-    ModelFileError for files that are missing, damaged or do not fit the architecture, and for a
-    context that the model does not stretch to.
+    whose rope scaling is dynamic, a longer one. `allow_pickled` is as for `open_checkpoint`. With
+    `sparse_attention` layers show less than the model was trained with. Raises ModelFileError for
+    files that are missing, damaged or do not fit the architecture, and for a context that the model
+    does not stretch to.
     """
     config = read_config(path)
     if max_context_tokens is not None:
@@ -94,7 +99,7 @@ def open_model(
             problem += f"scaling that would stretch it to {max_context_tokens}"
             raise ModelFileError(path, problem)
         config = replace(config, max_context_tokens=max_context_tokens)
-    config = replace(config, windows=_binding(config))
+    config = replace(config, windows=_binding(config), sparse_attention=sparse_attention)
     checkpoint = _open_checkpoint(Path(path), config, allow_pickled=allow_pickled)
     if config.num_layers > len(checkpoint.shapes):
         problem = f"claims {config.num_layers} layers but has {len(checkpoint.shapes)} tensors"

@@ -23,6 +23,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from services.engine.core.errors import StartupError
 from services.engine.core.kernels import select as select_kernels
+from services.engine.core.kernels.device_check import check_device
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.loader import open_model
 from services.engine.core.parallel.environment import Meeting, rank_of_worker
@@ -125,7 +126,9 @@ class Worker:
         # Machines are alike: ranks have the devices behind that of rank 0.
         device = device_of(resolve_device(settings.device), self._index % local_ranks)
         choose_kernels(settings, device)
-        select_kernels(device.type)
+        # Rank 0 has looked already: on its machine this is known.
+        refused = check_device(device).refused if device.type == "cuda" else {}
+        select_kernels(device.type, refused=refused)
         opened = open_model(
             Path(settings.model_path),
             max_context_tokens=settings.max_context_tokens,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from benchmarks.gpu_bench import Bench, Row, implementations
-from services.engine.core.kernels.device_check import poison
+from services.engine.core.kernels.device_check import check_device, poison
 from services.engine.core.kernels.examples import (
     EXAMPLES,
     LLAMA_8B,
@@ -16,6 +18,28 @@ from services.engine.core.kernels.examples import (
     difference,
 )
 from services.engine.core.kernels.registry import OPS, REFERENCE
+
+
+def check(bench: Bench) -> None:
+    """Run the check that an engine runs at its first start on a card, and say what it refuses."""
+    if bench.tiny:
+        # What it would run here is interpreted, which the next part does.
+        bench.add(Row(bench.part, "kernels used", "engine", 0.0, "of 0"))
+        return
+    started = time.monotonic()
+    problems = check_device(bench.device).problems
+    refused = [f"{name} of {op}: {problem}" for (op, name), problem in problems.items() if problem]
+    bench.add(
+        Row(
+            bench.part,
+            "kernels used",
+            "engine",
+            float(len(problems) - len(refused)),
+            f"of {len(problems)}",
+            note="; ".join(refused),
+            values={"s": time.monotonic() - started},
+        )
+    )
 
 
 def correctness(bench: Bench) -> None:

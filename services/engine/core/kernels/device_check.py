@@ -19,13 +19,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TypeAlias
 
 import torch
 
 from services.engine.core.kernels.registry import OPS
+from services.engine.core.processors import available_processors
 from services.runtime.modelfiles import default_cache_dir
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 # Importing torch and waking the card, and one implementation with all that it has compiled first.
 START_LIMIT_S = 300.0
 LIMIT_S = 180.0
+_MOST_WORKERS = 8
 
 # An implementation, by its op and its name.
 Name: TypeAlias = tuple[str, str]
@@ -99,14 +103,38 @@ def run_checks(
 ) -> dict[Name, str]:
     """The problem of each implementation, "" for those without, found in processes of their own.
 
-    modules: further ones to be imported there, which register implementations.
+    modules: further ones to be imported there, which register implementations. Several processes
+    share the work where there are processors for them: most of it is compiling.
     """
+    workers = max(1, min(_MOST_WORKERS, available_processors() // 2, len(names)))
+    check = partial(
+        _check_some,
+        device=device,
+        device_type=device_type,
+        modules=modules,
+        limits=(start_limit_s, limit_s),
+    )
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(check, [names[first::workers] for first in range(workers)])
+        return {name: problem for problems in found for name, problem in problems.items()}
+
+
+def _check_some(
+    names: Sequence[Name],
+    *,
+    device: str,
+    device_type: str,
+    modules: Sequence[str],
+    limits: tuple[float, float],
+) -> dict[Name, str]:
+    """Check implementations one after another, in a new process after each that takes its own with
+    it."""
     problems: dict[Name, str] = {}
     waiting = list(names)
     while waiting:
         before = len(problems)
         with _Child(device, device_type, modules, waiting) as child:
-            problems.update(child.results(start_limit_s, limit_s))
+            problems.update(child.results(*limits))
         waiting = [name for name in names if name not in problems]
         if len(problems) == before:
             # It never got as far as a kernel, and would not the next time.

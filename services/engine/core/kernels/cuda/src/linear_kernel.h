@@ -185,20 +185,53 @@ struct LinearKernel {
     }
   }
 
-  // The activations of a step: `copy(to, from, present)` for each chunk of them that this lane
-  // brings. Warps that share them divide them.
-  template <typename Copy>
-  __device__ __forceinline__ void fetch_hidden(const Source& next, int stage, Copy copy) const {
-    constexpr int at_once = S::across * 32 / W::kHiddenChunks;  // rows
+  // The chunks of a step's activations that this lane brings: `each(index, offset in the stage,
+  // address, whether it is there)`. Warps that share them divide them.
+  static constexpr int kRowsAtOnce = S::across * 32 / W::kHiddenChunks;
+  static constexpr int kCopies = S::columns * 8 / kRowsAtOnce;
+  template <typename Each>
+  __device__ __forceinline__ void for_hidden(const Source& next, Each each) const {
     if (is_over(next.work)) return;
-    unsigned char* to = hidden_of(stage);
     const int first = first_hidden_row(), chunk = lane % W::kHiddenChunks;
     const bool present = next.inputs_left > chunk * (W::kStepInputs / W::kHiddenChunks);
 #pragma unroll
-    for (int row = 0; row < S::columns * 8; row += at_once) {
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = i * kRowsAtOnce;
       if (first + row >= args.rows) break;
-      copy(to + hidden_slot<W::kHiddenChunks>(first + row, chunk),
+      each(i, hidden_slot<W::kHiddenChunks>(first + row, chunk),
            next.hidden + row * args.hidden_stride, present);
+    }
+  }
+  __device__ __forceinline__ void fetch_hidden(const Source& next, int stage) const {
+    unsigned char* to = hidden_of(stage);
+    for_hidden(next, [to](int, int at, const unsigned char* from, bool present) {
+      cp_async_16(to + at, from, present);
+    });
+  }
+
+  // Those of the first stages, by copies of another kind: they do not wait for all the weights
+  // that are on their way. As many are on their own way at once as there are registers for.
+  __device__ __forceinline__ void bring_hidden(Source next) const {
+    constexpr int at_once = kCopies * (S::stages - 1) <= 8 ? S::stages - 1 : 1;
+#pragma unroll 1
+    for (int first = 0; first < S::stages - 1; first += at_once) {
+      uint4 held[at_once][kCopies];
+      Source reading = next;
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        for_hidden(reading, [&](int copy, int, const unsigned char* from, bool present) {
+          held[i][copy] = present ? *reinterpret_cast<const uint4*>(from) : uint4{};
+        });
+        advance(reading);
+      }
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        unsigned char* to = hidden_of(first + i);
+        for_hidden(next, [&](int copy, int at, const unsigned char*, bool) {
+          *reinterpret_cast<uint4*>(to + at) = held[i][copy];
+        });
+        advance(next);
+      }
     }
   }
   __device__ __forceinline__ int first_hidden_row() const {
@@ -424,7 +457,7 @@ struct LinearKernel {
     Work current = first();
     Source next{current, {}, nullptr, 0};
     aim(next);
-    Source ahead = next;
+    const Source ahead = next;
 #pragma unroll
     for (int stage = 0; stage < S::stages - 1; ++stage) {
       fetch_weights(next, stage);
@@ -437,14 +470,7 @@ struct LinearKernel {
     if (kScalesAhead) fetch_groups(of_groups, groups);
     grid_dependency_wait();
     grid_dependency_launch();
-    // By copies of another kind, so that they do not wait for all of these weights.
-#pragma unroll 1
-    for (int stage = 0; stage < S::stages - 1; ++stage) {
-      fetch_hidden(ahead, stage, [](void* to, const void* from, bool present) {
-        *static_cast<uint4*>(to) = present ? *static_cast<const uint4*>(from) : uint4{};
-      });
-      advance(ahead);
-    }
+    bring_hidden(ahead);
     const Places places = this->places();
     Sum sums[S::tiles][S::columns][4] = {};
     int stage = 0, free = S::stages - 1;
@@ -457,9 +483,7 @@ struct LinearKernel {
         __syncwarp();
       }
       fetch_weights(next, free);
-      fetch_hidden(next, free, [](void* to, const void* from, bool present) {
-        cp_async_16(to, from, present);
-      });
+      fetch_hidden(next, free);
       cp_async_commit();
       advance(next);
       const Work now = current;

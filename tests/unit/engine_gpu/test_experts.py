@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.engine.core.kernels import mixture_of_experts
+from services.engine.core.kernels import choose_experts, mixture_of_experts
 from services.engine.core.kernels.triton import experts as module
 
 
@@ -26,7 +26,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not written is NaN, or a number that leads nowhere."""
 
     def empty(shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
-        value = -(2**30) if dtype == torch.int32 else float("nan")
+        value = float("nan") if dtype.is_floating_point else -(2**30)
         return torch.full(shape if isinstance(shape, tuple) else (shape,), value, dtype=dtype)
 
     monkeypatch.setattr(torch, "empty", empty)
@@ -102,6 +102,28 @@ def test_choices_are_ordered_by_expert_and_each_block_has_one(
             assert set(ordered[rows.start : rows.stop].tolist()) == {expert}
             covered += rows
     assert covered == list(range(333))
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    tokens=st.integers(0, 5),
+    experts=st.sampled_from([1, 5, 8, 60, 128]),
+    chosen=st.integers(1, 8),
+    normalize=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_the_largest_logits_choose(
+    tokens: int, experts: int, chosen: int, normalize: bool, dtype: torch.dtype
+) -> None:
+    per_token = min(chosen, experts)
+    logits = torch.full((tokens, experts + 2), float("nan"), dtype=dtype)[:, :experts]
+    for row in logits:  # no two alike: of those, anyone may come first
+        row.copy_(torch.randperm(experts) / 8)
+    (form,) = [each for each in choose_experts.implementations["cuda"] if each.name == "triton"]
+    ids, shares = form.run(logits, per_token, normalize)
+    expected_ids, expected_shares = choose_experts.reference(logits, per_token, normalize)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(shares, expected_shares, atol=1e-6, rtol=8e-3)
 
 
 def test_a_token_that_nobody_is_beside() -> None:

@@ -10,7 +10,11 @@ from services.engine.core.kernels.attention import (
     write_kv,
 )
 from services.engine.core.kernels.blocks import copy_blocks, swap_blocks
-from services.engine.core.kernels.experts import grouped_mixture_of_experts, mixture_of_experts
+from services.engine.core.kernels.experts import (
+    choose_experts,
+    grouped_mixture_of_experts,
+    mixture_of_experts,
+)
 from services.engine.core.kernels.kv_layer import KVLayer
 from services.engine.core.kernels.linear import (
     grouped_embedding,
@@ -49,6 +53,7 @@ __all__ = [
     "add_low_ranks",
     "add_rms_norm",
     "add_rms_norm_quantized",
+    "choose_experts",
     "copy_blocks",
     "declare",
     "gelu_tanh",

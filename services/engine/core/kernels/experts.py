@@ -12,6 +12,21 @@ from services.engine.core.kernels.registry import declare
 
 
 @declare
+def choose_experts(logits: Tensor, per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """The experts of each token, those of its largest logits, and their shares: the softmax over
+    all, or, normalised, over the chosen ones.
+
+    logits: [num_tokens, experts]. Returns int64 and the type of the logits, both [num_tokens,
+    per_token], the largest share first.
+    """
+    shares = logits.softmax(-1, dtype=torch.float32)
+    weights, ids = shares.topk(per_token, dim=-1)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return ids, weights.to(logits.dtype)
+
+
+@declare
 def mixture_of_experts(
     hidden: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor
 ) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from services.engine.core.kernels import (
     GroupedMatrix,
+    choose_experts,
     gelu_tanh,
     grouped_mixture_of_experts,
     mixture_of_experts,
@@ -124,16 +125,12 @@ class MixtureOfExperts(nn.Module):
 
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of each token, and the share of each; both [num_tokens, experts of one]."""
-        shares = self.router(hidden).softmax(-1, dtype=torch.float32)
-        weights, ids = shares.topk(self.per_token, dim=-1)
-        if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return ids, weights
+        return choose_experts(self.router(hidden), self.per_token, self.normalize)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [num_tokens, hidden_size] -> the same shape."""
         ids, weights = self.route(hidden)
-        gate_up, down, weights = self.experts.gate_up, self.experts.down, weights.to(hidden.dtype)
+        gate_up, down = self.experts.gate_up, self.experts.down
         if isinstance(gate_up, GroupedMatrix) or isinstance(down, GroupedMatrix):
             return grouped_mixture_of_experts(hidden, gate_up, down, ids, weights)
         return mixture_of_experts(hidden, gate_up, down, ids, weights)

@@ -109,6 +109,16 @@ def _add_low_ranks(make: Maker) -> Iterator[Example]:
         yield Example(f"{tokens} tokens of 2 adapters", args, written=(projected,))
 
 
+@examples_of("choose_experts")
+def _choose_experts(make: Maker) -> Iterator[Example]:
+    for tokens in make.sizes.tokens:
+        for experts, per_token, normalize in ((8, 2, True), (128, 8, True), (60, 4, False)):
+            # No two are alike: of those, anyone may come first.
+            logits = torch.stack([make.order(experts) for _ in range(tokens)]) * (8 / experts)
+            args = logits.float(), per_token, normalize
+            yield Example(f"{tokens} tokens, {per_token} of {experts} experts", args)
+
+
 @examples_of("mixture_of_experts")
 def _mixture_of_experts(make: Maker) -> Iterator[Example]:
     size, inner, experts = make.sizes.hidden, make.sizes.intermediate // 2, 8

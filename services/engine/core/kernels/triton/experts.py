@@ -19,9 +19,10 @@ from torch import Tensor
 from triton import cdiv, jit, next_power_of_2
 from triton import language as tl
 
-from services.engine.core.kernels.experts import mixture_of_experts
+from services.engine.core.kernels.experts import choose_experts, mixture_of_experts
 from services.engine.core.kernels.triton import why_not
 from services.engine.core.kernels.triton.language import dot, rounded, silu
+from services.engine.core.kernels.triton.serving import FLOATS
 from services.engine.core.kernels.triton.specialisation import AMPERE, HOPPER, Specialisation
 
 # As many choices one program puts in order by itself, in one launch instead of three.
@@ -31,6 +32,40 @@ _TABLE_TILE = 64
 # A table of the blocks of rows, one line each: the expert, its block's first row, its last.
 _TABLE = 3
 _COMBINE_TILE = 1024
+
+
+@jit
+def choose_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    ids,
+    shares,
+    row_stride,
+    experts: tl.constexpr,
+    per_token: tl.constexpr,
+    normalize: tl.constexpr,
+    tile: tl.constexpr,
+    tile_chosen: tl.constexpr,
+):
+    """One token, in one warp: its largest logits, one after another."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, tile)
+    values = tl.load(
+        logits + token * row_stride + expert, expert < experts, other=-float("inf")
+    ).to(tl.float32)
+    values = tl.exp(values - tl.max(values, 0))
+    values = values / tl.sum(values, 0)
+    place = tl.arange(0, tile_chosen)
+    chosen = tl.zeros((tile_chosen,), tl.float32)
+    for index in tl.static_range(per_token):
+        share, owner = tl.max(values, 0, return_indices=True)
+        owner = tl.minimum(owner, experts - 1)  # of what is no number, it may be any
+        chosen = tl.where(place == index, share, chosen)
+        tl.store(ids + token * per_token + index, owner.to(tl.int64))
+        values = tl.where(expert == owner, -1.0, values)
+    if normalize:
+        chosen = chosen / tl.sum(chosen, 0)
+    there = shares + token * per_token + place
+    tl.store(there, rounded(chosen, shares.dtype.element_ty), place < per_token)
 
 
 @jit(do_not_specialize=["choices"])
@@ -261,6 +296,31 @@ def _tiles(rows_per_expert: float, device: torch.device) -> tuple[_Tiles, _Tiles
     return _LARGE_HOPPER if _is_hopper(device) else _LARGE
 
 
+@choose_experts.implementation("cuda", name="triton", unavailable=why_not)
+def choose_experts_triton(logits: Tensor, per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """logits may have any stride between rows."""
+    num_tokens, experts = logits.shape
+    if logits.dtype not in FLOATS or logits.stride(1) != 1:
+        return choose_experts.reference(logits, per_token, normalize)
+    shape = (num_tokens, per_token)
+    ids = torch.empty(shape, dtype=torch.int64, device=logits.device)
+    shares = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+    if num_tokens:
+        choose_kernel[(num_tokens,)](
+            logits,
+            ids,
+            shares,
+            logits.stride(0),
+            experts=experts,
+            per_token=per_token,
+            normalize=normalize,
+            tile=next_power_of_2(experts),
+            tile_chosen=next_power_of_2(per_token),
+            num_warps=1,
+        )
+    return ids, shares
+
+
 @mixture_of_experts.implementation("cuda", name="triton", unavailable=why_not)
 def mixture_of_experts_triton(
     hidden: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor
@@ -395,6 +455,10 @@ def _compiled() -> tuple[Specialisation, ...]:
         ("*fp16", 128, 8, 2048, 768),
     ):
         of_model = {"experts": experts, "size": size, "intermediate": intermediate}
+        chosen = {"logits": kind, "shares": kind, "ids": "*i64", "row_stride": "i32"}
+        sizes = {"tile": experts, "tile_chosen": per_token, "normalize": True}
+        sizes |= {"experts": experts, "per_token": per_token}
+        forms.append(Specialisation(choose_kernel, chosen, sizes, 1))
         lists = {"order": "*i32", "table": "*i32", "blocks": "i32"}
         first = dict.fromkeys(("hidden", "weights", "inner"), kind) | lists
         first |= {"row_stride": "i32:16"}

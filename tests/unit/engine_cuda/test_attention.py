@@ -223,10 +223,14 @@ def test_a_card_is_filled_with_one_wave_where_one_sequence_cannot() -> None:
     stage = 3 * 2 * 16 * 256
     # Llama 3.1 8B, one sequence of 8,192 tokens: 16 parts of each of 8 heads, 128 blocks.
     assert divide(8, 512, stage, H100) == attention.Division(8, 16, 16)
-    # 64 of them fill it twice over, two blocks at a time; none is divided but for its length.
+    # Nor is it otherwise where the host knows no more than what the model can take.
+    assert divide(8, 8192, stage, H100) == attention.Division(8, 16, 16)
+    # 64 of them fill it twice over, two blocks at a time, and are divided to be even.
     many = divide(64 * 8, 512, stage, H100)
-    assert (many.warps, many.least_tiles) == (4, 256)
-    assert many.splits <= 2
+    assert many == attention.Division(4, 3, 171)
+    assert divide(64 * 8, 64, stage, H100).splits == 1
+    # However long they could be, few blocks are started that may have nothing to do.
+    assert divide(64 * 8, 8192, stage, H100).splits * 64 * 8 <= 6 * 2 * 132
     # One token is never divided.
     assert divide(8, 1, stage, H100).splits == 1
 

@@ -26,8 +26,9 @@ _MAX_WARPS = 8
 # What a part costs besides its tokens, in tiles of them: finding its blocks, filling the pipeline,
 # adding up. A tile takes 0.36 us of a multiprocessor's share of an H100's bandwidth.
 _PART_OVERHEAD = 7
-# No part is longer, so that one long sequence does not keep the others of a step waiting.
+# Parts are no longer where that can be, so that one long sequence does not keep a step waiting.
 _LONGEST_PART = 256
+_USUAL_TILES = 512
 _MOST_SPLITS = 128
 _MOST_PART_BYTES = 64 * 2**20
 
@@ -96,7 +97,7 @@ def divide(pairs: int, tiles: int, warp_bytes: int, card: Card) -> Division:
 
     pairs: sequences times KV heads times tiles of rows; warp_bytes: shared memory of a warp. With
     few of them a block has a multiprocessor to itself, with many two share one. Of the numbers of
-    parts it is that whose waves of blocks take the shortest time, each wave its tiles and an
+    parts it is one whose waves of blocks take the shortest time, each wave its tiles and an
     overhead.
     """
     warps = max(1, min(_MAX_WARPS, card.shared_bytes // warp_bytes))
@@ -105,18 +106,28 @@ def divide(pairs: int, tiles: int, warp_bytes: int, card: Card) -> Division:
         warps //= 2
         blocks_at_once *= 2
 
+    # What the host knows may be a bound far above the real lengths. Of longer sequences the number
+    # of waves is all that counts, of 8,192 tokens of bf16 their overhead still does.
+    usual = min(tiles, _USUAL_TILES)
+
     def duration(splits: int) -> int:
         waves = -(-pairs * splits // blocks_at_once)
-        return waves * (-(-tiles // splits) + _PART_OVERHEAD)
+        return waves * (-(-usual // splits) + _PART_OVERHEAD)
 
     shortest = 2 * warps
-    most = max(1, min(_MOST_SPLITS, -(-tiles // shortest)))
-    splits = min(range(1, most + 1), key=duration)
+    durations = [
+        duration(splits) for splits in range(1, 1 + min(_MOST_SPLITS, -(-usual // shortest)))
+    ]
+    # Of those that take about as long, the most parts: lengths differ, and those even them out.
+    bearable = 1.03 * min(durations)
+    splits = max(splits for splits, each in enumerate(durations, 1) if each <= bearable)
     if pairs < blocks_at_once:
         return Division(warps, splits, shortest)
     # Shorter sequences of the step are divided into fewer parts, not into as many shorter ones.
-    least = max(shortest, min(_LONGEST_PART, -(-tiles // splits)))
-    return Division(warps, min(_MOST_SPLITS, max(splits, -(-tiles // least))), least)
+    least = max(shortest, min(_LONGEST_PART, -(-usual // splits)))
+    # A part that gets nothing takes the time of a block all the same.
+    affordable = -(-4 * blocks_at_once // pairs)
+    return Division(warps, max(splits, min(affordable, -(-tiles // least))), least)
 
 
 @paged_attention.implementation("cuda", name="cuda", unavailable=why_not)

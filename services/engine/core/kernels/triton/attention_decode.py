@@ -16,7 +16,6 @@ What bounds it is reading the cache: 2 * kv_heads * head_dim elements a token. A
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton import jit, next_power_of_2
 from triton import language as tl
@@ -47,7 +46,8 @@ def _parts(  # type: ignore[no-untyped-def]
     return first, leading, skipped, count, tl.maximum(tl.cdiv(count, most_splits), least_tiles)
 
 
-_SIZES = ["num_heads", "num_rows", "most_queries", "least_tiles"]
+# Of these there are too many to compile the kernels for each.
+_SIZES = ["num_heads", "num_rows", "most_queries", "most_splits", "least_tiles"]
 
 
 @jit(do_not_specialize=[*_SIZES, "table_stride", "row_tiles"])
@@ -77,6 +77,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     num_rows,
     row_tiles,
     most_queries,
+    most_splits,
     least_tiles,
     heads_per_kv: tl.constexpr,
     head_dim: tl.constexpr,
@@ -84,7 +85,6 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     block_size: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_tokens: tl.constexpr,
-    most_splits: tl.constexpr,
     window: tl.constexpr,
     global_tokens: tl.constexpr,
     far: tl.constexpr,
@@ -180,15 +180,19 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     num_heads,
     num_rows,
     most_queries,
+    most_splits,
     least_tiles,
     head_dim: tl.constexpr,
     width: tl.constexpr,
     tile_tokens: tl.constexpr,
-    most_splits: tl.constexpr,
+    ceiling: tl.constexpr,
     window: tl.constexpr,
     global_tokens: tl.constexpr,
 ):
-    """One program: a head of a query, of a sequence that `decode_kernel` has divided."""
+    """One program: a head of a query, of a sequence that `decode_kernel` has divided.
+
+    ceiling: a power of two, at least most_splits.
+    """
     head = tl.program_id(0)
     sequence = tl.program_id(1)
     query = tl.program_id(2)
@@ -200,7 +204,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     )
     if (share >= count) | (query_length > most_queries) | (query >= query_length):
         return
-    splits = tl.arange(0, triton.next_power_of_2(most_splits))
+    splits = tl.arange(0, ceiling)
     dims = tl.arange(0, width)
     is_part = splits * share < count
     row = (start + query) * num_heads + head
@@ -251,7 +255,6 @@ def attend_few(
         "head_dim": head_dim,
         "width": next_power_of_2(head_dim),
         "tile_tokens": tiles.tokens,
-        "most_splits": splits,
         **pattern.constants,
     }
     decode_kernel[kv_heads, metadata.num_sequences * row_tiles, splits](
@@ -273,6 +276,7 @@ def attend_few(
         num_tokens * num_heads,
         row_tiles,
         most_queries,
+        splits,
         least_tiles,
         heads_per_kv=heads_per_kv,
         block_size=metadata.block_size,
@@ -293,6 +297,8 @@ def attend_few(
             num_heads,
             num_tokens * num_heads,
             most_queries,
+            splits,
             least_tiles,
+            ceiling=next_power_of_2(splits),
             **shared,
         )

@@ -98,10 +98,8 @@ def _decode(
     **options: Any,
 ) -> Specialisation:
     tiles = decode_tiles(card, head_dim, kv_dtype, queries * _HEADS_PER_KV)
-    numbers = ("num_rows", "row_tiles", "most_queries", "least_tiles")
-    form = _form(
-        decode_kernel, card, tiles, head_dim, kv_dtype, numbers, pattern, most_splits=16, **options
-    )
+    numbers = ("num_rows", "row_tiles", "most_queries", "most_splits", "least_tiles")
+    form = _form(decode_kernel, card, tiles, head_dim, kv_dtype, numbers, pattern, **options)
     partials = {"partial_outputs": "*fp32", "partial_sums": "*fp32"}
     return Specialisation(
         decode_kernel,
@@ -136,8 +134,8 @@ def _extend(
     )
 
 
-def _combine(head_dim: int, splits: int) -> Specialisation:
-    numbers = ("num_heads", "num_rows", "most_queries", "least_tiles")
+def _combine(head_dim: int, ceiling: int) -> Specialisation:
+    numbers = ("num_heads", "num_rows", "most_queries", "most_splits", "least_tiles")
     signature = {
         "partial_outputs": "*fp32",
         "partial_sums": "*fp32",
@@ -146,12 +144,12 @@ def _combine(head_dim: int, splits: int) -> Specialisation:
         "output": "*bf16",
         **dict.fromkeys(numbers, "i32"),
     }
-    shape = {"head_dim": head_dim, "width": head_dim, "tile_tokens": 64, "most_splits": splits}
+    shape = {"head_dim": head_dim, "width": head_dim, "tile_tokens": 64, "ceiling": ceiling}
     return Specialisation(combine_kernel, signature, shape | _PATTERN)
 
 
 def _compiled() -> tuple[Specialisation, ...]:
-    forms = [_combine(128, 42), _combine(256, 64)]
+    forms = [_combine(128, 64), _combine(256, 64)]
     slow = "three products for one, where being right is all that counts"
     small = "56 bytes, where scales are many"
     wide = "8 to 24 bytes, where smaller tiles would be read more often"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from triton import cdiv, next_power_of_2
@@ -77,6 +77,7 @@ class Tiles:
     resident: int = 1
 
 
+@lru_cache
 def decode_tiles(card: Card, head_dim: int, kv_dtype: torch.dtype, num_rows: int) -> Tiles:
     """For programs that read the cache for up to `num_rows` rows.
 
@@ -92,6 +93,7 @@ def decode_tiles(card: Card, head_dim: int, kv_dtype: torch.dtype, num_rows: int
     return Tiles(rows, max(tokens, 16), num_warps=4, num_stages=5, resident=3 if rows == 16 else 2)
 
 
+@lru_cache(maxsize=4096)
 def decode_splits(card: Card, programs: int, num_tiles: int, tiles: Tiles) -> tuple[int, int]:
     """In how many parts to divide sequences of up to `num_tiles` tiles, and the least tiles of one.
 
@@ -113,6 +115,7 @@ def decode_splits(card: Card, programs: int, num_tiles: int, tiles: Tiles) -> tu
     return min(cdiv(num_tiles, least), MAX_SPLITS), least
 
 
+@lru_cache
 def extend_tiles(card: Card, head_dim: int, kv_dtype: torch.dtype) -> Tiles:
     """For programs that compute the output of many queries.
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -25,9 +26,11 @@ from services.engine.core.encoding.startup import build_encoder, reads_whole_seq
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
+from services.engine.core.host_blocks import HostBlocks
 from services.engine.core.kernels import cpu, cuda, select, triton
 from services.engine.core.kernels.choice import tune
 from services.engine.core.kernels.device_check import check_device
+from services.engine.core.kv_cache import KVCache
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.memory import free_memory_bytes, kv_cache_budget_bytes
 from services.engine.core.messages import ModelFacts
@@ -74,6 +77,7 @@ def build_engine(
     if device.type == "cpu":
         cpu.activate(settings.cpu_kernels)
     else:
+        torch.cuda.set_device(device)  # kernels are launched on the current one
         triton.activate()
         cuda.activate(device)
     if reads_whole_sequences(settings.model_path):
@@ -174,6 +178,7 @@ def build_engine(
             partial(read_vocabulary, settings.model_path, config.vocab_size, config.eos_token_ids)
         ),
         adapters=adapters,
+        store=_host_blocks(kv_cache, settings),
     )
     if device.type == "cuda":
         if workers is None:
@@ -256,6 +261,21 @@ def resolve_device(name: str) -> torch.device:
             raise StartupError(f"the device {name!r} is not there: {count} CUDA devices are")
         return torch.device("cuda", index)
     return device
+
+
+def _host_blocks(kv_cache: Any, settings: CoreSettings) -> HostBlocks | None:
+    if settings.swap_memory_bytes == 0:
+        return None
+    if not isinstance(kv_cache, KVCache):
+        raise StartupError(
+            "blocks of preempted sequences are kept for a GPU of one rank only: set swap_bytes to 0"
+        )
+    try:
+        return HostBlocks(kv_cache, settings.swap_memory_bytes)
+    except MemoryError as error:
+        raise StartupError(
+            f"the host has no {settings.swap_memory_bytes} bytes for preempted sequences: {error}"
+        ) from None
 
 
 def _plans_ahead(settings: CoreSettings, device: torch.device, num_threads: int) -> bool:

@@ -325,6 +325,8 @@ def _check_all(device_name: str, device_type: str, modules: Sequence[str]) -> No
     os.dup2(2, 1)
     device = torch.device(device_name)
     importlib.import_module("services.engine.core.kernels.examples")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels are launched on the current one
     if device_type == "cuda":
         triton.activate()
         cuda.activate(device)

@@ -10,6 +10,7 @@ import torch
 from services.engine.core.admission import AdmissionLimits
 from services.engine.core.batch import CapturedShape
 from services.engine.core.block_pool import BlockPool
+from services.engine.core.block_tables import BlockStore
 from services.engine.core.device_runner import DeviceRunner
 from services.engine.core.engine import EngineCore
 from services.engine.core.messages import SequenceRequest
@@ -25,6 +26,7 @@ from tests.fakes.hash_model import (
     NO_WINDOW,
     VOCAB_SIZE,
     HashCache,
+    HashStore,
     Windows,
     logits_after,
     make_hash_model,
@@ -47,6 +49,7 @@ def make_scheduler(
     grows: bool = False,
     speculator: Speculator | None = None,
     windows: Windows = NO_WINDOW,
+    store: BlockStore | None = None,
 ) -> Scheduler:
     """A scheduler whose context is all that its pool holds."""
     context_tokens = context_of(num_blocks, block_size, max_batch_tokens, windows)
@@ -62,6 +65,7 @@ def make_scheduler(
         prefix_cache=prefix_cache,
         windows=windows,
         speculator=speculator,
+        store=store,
     )
 
 
@@ -88,12 +92,15 @@ def make_engine(
     plans_ahead: bool = False,
     overlaps: bool = False,
     captured_shapes: tuple[CapturedShape, ...] = (),
+    saved_blocks: int = 0,
     windows: Windows = NO_WINDOW,
 ) -> EngineCore:
     """An engine core over the hash model.
 
-    overlaps: whether it runs as on a device that computes steps beside the host.
+    overlaps: whether it runs as on a device that computes steps beside the host. saved_blocks: of
+    preempted sequences that are kept beside the cache.
     """
+    model, cache = make_hash_model(windows), HashCache(num_blocks, block_size)
     scheduler = make_scheduler(
         num_blocks=num_blocks,
         block_size=block_size,
@@ -106,8 +113,8 @@ def make_engine(
         grows=grows,
         speculator=speculator,
         windows=windows,
+        store=HashStore(cache, saved_blocks) if saved_blocks else None,
     )
-    model, cache = make_hash_model(windows), HashCache(num_blocks, block_size)
     shape: dict[str, Any] = {
         "device": torch.device("cpu"),
         "block_size": block_size,

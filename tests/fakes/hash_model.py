@@ -22,7 +22,7 @@ from services.engine.core.batch import ForwardBatch
 
 VOCAB_SIZE = 64
 EOS_TOKEN_ID = 2
-# Poison. The last token of all is none: where logits are NaN, it is what comes of drawing from them.
+# Poison. The last token of all is none: it is what comes of drawing from logits that are NaN.
 RAISING_TOKEN_ID = 59  # a step with it in a context raises
 NAN_TOKEN_ID = 60  # its sequence gets NaN logits
 SLOW_TOKEN_ID = 61  # its steps take 20 ms
@@ -68,6 +68,46 @@ class HashCache:
         for slots in (self.token_ids, self.positions):
             blocks = slots.view(-1, self.block_size)
             blocks[destinations] = blocks[sources]
+
+
+class HashStore:
+    """Copies of so many blocks of a HashCache, at most."""
+
+    def __init__(self, cache: HashCache, num_blocks: int) -> None:
+        self._parts = [
+            part.view(-1, cache.block_size) for part in (cache.token_ids, cache.positions)
+        ]
+        self._free = num_blocks
+        self._saved: dict[int, list[Tensor]] = {}
+        self.restored_blocks = 0
+        self._tickets = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every ticket has been dropped."""
+        return not self._saved
+
+    def save(self, blocks: list[int]) -> int | None:
+        """As BlockStore."""
+        if len(blocks) > self._free:
+            return None
+        self._free -= len(blocks)
+        self._tickets += 1
+        self._saved[self._tickets] = [part[blocks].clone() for part in self._parts]
+        return self._tickets
+
+    def restore(self, ticket: int, blocks: list[int], *, first: int) -> None:
+        """As BlockStore."""
+        for part, saved in zip(self._parts, self._saved[ticket], strict=True):
+            part[blocks] = saved[first:]
+        self.restored_blocks += len(blocks)
+
+    def drop(self, ticket: int) -> None:
+        """As BlockStore."""
+        self._free += len(self._saved.pop(ticket)[0])
+
+    def join(self) -> None:
+        """Copies are done at once."""
 
 
 def make_hash_model(windows: Windows) -> Callable[[ForwardBatch, HashCache], Tensor]:

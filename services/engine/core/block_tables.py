@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.prefix_cache import Match, PrefixCache
-from services.engine.core.sequence import NO_BLOCK, Sequence
+from services.engine.core.sequence import NO_BLOCK, SavedBlocks, Sequence
 from services.engine.core.table_shape import TableShape
+
+
+class BlockStore(Protocol):
+    """Keeps copies of blocks beside the KV cache, by tickets. See HostBlocks."""
+
+    def save(self, blocks: list[int]) -> int | None:
+        """Copy blocks; returns their ticket, None where there is no room."""
+
+    def restore(self, ticket: int, blocks: list[int], *, first: int) -> None:
+        """Copy what was saved, from its block `first` on, to these blocks."""
+
+    def drop(self, ticket: int) -> None:
+        """Forget what was saved."""
+
+    def join(self) -> None:
+        """Have what is computed from here on come behind the copies so far."""
 
 
 class BlockTables:
@@ -19,8 +37,17 @@ class BlockTables:
     what has slid out, and takes as much for what comes.
     """
 
-    def __init__(self, pool: BlockPool, prefix_cache: PrefixCache, shape: TableShape) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        prefix_cache: PrefixCache,
+        shape: TableShape,
+        store: BlockStore | None = None,
+    ) -> None:
+        """store: of what preempted sequences have computed. Without it, and where groups have
+        windows, they compute it again."""
         self.pool = pool
+        self.store = store if shape.is_plain else None
         self.prefix_cache = prefix_cache
         self.shape = shape
         self._num_groups = shape.num_groups
@@ -29,6 +56,9 @@ class BlockTables:
 
     def match(self, sequence: Sequence) -> Match:
         """What of a waiting sequence is in the KV cache already."""
+        if sequence.saved is not None:
+            # What was saved begins with a whole block too.
+            return self.prefix_cache.match(sequence, whole_blocks=True)
         original = sequence.fork_of
         if original is not None and original.num_computed_tokens >= sequence.num_tokens:
             match = Match.of(original.block_table, sequence.num_tokens - 1, self.shape)
@@ -71,6 +101,8 @@ class BlockTables:
             sequence.cached_prompt_tokens = min(match.num_tokens, sequence.num_prompt_tokens)
         self.queried_tokens += sequence.num_tokens
         self.hit_tokens += match.num_tokens
+        if sequence.saved is not None:
+            self._restore(sequence)
         copies = sequence.block_table[len(match.blocks) :] if match.copied_blocks else []
         return list(zip(match.copied_blocks, copies, strict=False))
 
@@ -104,6 +136,31 @@ class BlockTables:
         num_added = max(0, self.pool.blocks_for(end) * self._num_groups - len(table))
         table += reserved[:num_added]
         del reserved[:num_added]
+
+    def save(self, sequence: Sequence) -> None:
+        """Keep what a running sequence has computed for when it comes back, if there is room."""
+        num_tokens = sequence.num_computed_tokens
+        if self.store is None or num_tokens == 0:
+            return
+        ticket = self.store.save(sequence.block_table[: self.pool.blocks_for(num_tokens)])
+        if ticket is not None:
+            sequence.saved = SavedBlocks(ticket, num_tokens)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what was saved of a sequence that does not come back."""
+        if sequence.saved is not None and self.store is not None:
+            self.store.drop(sequence.saved.ticket)
+            sequence.saved = None
+
+    def _restore(self, sequence: Sequence) -> None:
+        saved, found = sequence.saved, sequence.num_computed_tokens
+        assert saved is not None
+        assert self.store is not None
+        if saved.num_tokens > found:
+            first, end = found // self.pool.block_size, self.pool.blocks_for(saved.num_tokens)
+            self.store.restore(saved.ticket, sequence.block_table[first:end], first=first)
+            sequence.num_computed_tokens = saved.num_tokens
+        self.forget(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """Take all blocks of a sequence back; those that were published are kept for a hit."""

@@ -64,10 +64,10 @@ class HostBlocks:
         self._rows[ticket] = rows
         return ticket
 
-    def restore(self, ticket: int, blocks: Sequence[int]) -> None:
-        """Copy what was saved to as many blocks, in the order in which it was given then. The
-        ticket stays good."""
-        rows = self._rows[ticket]
+    def restore(self, ticket: int, blocks: Sequence[int], *, first: int = 0) -> None:
+        """Copy what was saved to as many blocks, in the order in which it was given then, without
+        the blocks before `first`. The ticket stays good."""
+        rows = self._rows[ticket][first:]
         assert len(blocks) == len(rows), f"{len(blocks)} blocks for {len(rows)} that were saved"
         self._swap(blocks, rows, to_host=False)
 

@@ -8,7 +8,7 @@ from services.engine.core.adapters.identity import LoadedAdapter
 from services.engine.core.adapters.loaded import Adapters
 from services.engine.core.admission import AdmissionLimits, ConcurrencyLimit, QueueLimits
 from services.engine.core.block_pool import BlockPool
-from services.engine.core.block_tables import BlockTables
+from services.engine.core.block_tables import BlockStore, BlockTables
 from services.engine.core.clock import now_ns
 from services.engine.core.constraints.compilation import Compiler, CompilerCounts
 from services.engine.core.entrance import Entrance
@@ -71,9 +71,11 @@ class Scheduler:
         speculator: Speculator | None = None,
         compiler: Compiler | None = None,
         adapters: Adapters | None = None,
+        store: BlockStore | None = None,
     ) -> None:
         """windows: of each group of layers, as LayerGroups has them.
-        compiler: of the rules that outputs follow; without one there can be none."""
+        compiler: of the rules that outputs follow; without one there can be none.
+        store: of what preempted sequences have computed, as BlockTables has it."""
         self.pool = pool
         self.limits = limits
         self.draining = False
@@ -90,7 +92,7 @@ class Scheduler:
         self._tenants = TenantCounters()
         shape = TableShape.of_steps(pool.block_size, windows, max_batch_tokens)
         self._prefix_cache = PrefixCache(pool, shape, enabled=prefix_cache)
-        self.block_tables = BlockTables(pool, self._prefix_cache, shape)
+        self.block_tables = BlockTables(pool, self._prefix_cache, shape, store)
         self._running = RunningSet(self.block_tables, max_running_sequences)
         self._entrance = Entrance(
             self.block_tables, self._running, self._tenants, self._concurrency
@@ -291,6 +293,8 @@ class Scheduler:
         if not self._plan_decodes(planned, preempt=False):
             return None
         entered, copies = self._entrance.admit(None)
+        if self.block_tables.store is not None:
+            self.block_tables.store.join()
         planned.update((each, 1) for each in entered if each.num_uncomputed_tokens == 1)
         self._plan_prefills(planned)
         if not planned:
@@ -378,6 +382,8 @@ class Scheduler:
             self._preempt(victim, planned)
 
         entered, copies = self._entrance.admit(preempt)
+        if self.block_tables.store is not None:
+            self.block_tables.store.join()
         # Where all but the last token was found, what is left is a decode.
         planned.update((each, 1) for each in entered if each.num_uncomputed_tokens == 1)
         self._plan_prefills(planned)
@@ -436,6 +442,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, planned: dict[Sequence, int]) -> None:
         planned.pop(sequence, None)
+        self.block_tables.save(sequence)
         self._stop_running(sequence)
         sequence.interrupt(now_ns())
         sequence.state = SequenceState.WAITING
@@ -477,6 +484,7 @@ class Scheduler:
             self._stop_running(sequence)
         else:
             self._entrance.remove(sequence)
+            self.block_tables.forget(sequence)
         if self._speculator is not None:
             self._speculator.forget(sequence)
         del self._live[sequence.sequence_id]

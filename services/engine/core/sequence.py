@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from array import array
+from dataclasses import dataclass
 
 from services.engine.core.adapters.identity import LoadedAdapter
 from services.engine.core.constraints.compilation import Compilation
@@ -32,6 +33,19 @@ class SequenceState(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedBlocks:
+    """Copies of a sequence's blocks that are kept beside the KV cache.
+
+    Attributes:
+        ticket: by which they are known there.
+        num_tokens: that they hold.
+    """
+
+    ticket: int
+    num_tokens: int
 
 
 class Sequence:
@@ -84,6 +98,7 @@ class Sequence:
         "reserved_blocks",
         "retired_blocks",
         "row",
+        "saved",
         "state",
         "steps",
         "stops",
@@ -129,6 +144,8 @@ class Sequence:
         # Of the blocks that known tokens fill, as far as they were wanted; see PrefixCache.
         self.block_hashes: list[bytes] = []
         self.num_published_rows = 0  # the first so many of block_table can be found by hash
+        # What it had computed when it was preempted, if that is kept beside the KV cache.
+        self.saved: SavedBlocks | None = None
         self.cached_prompt_tokens = 0  # prompt tokens that the KV cache held on first entry
         # Guesses at what follows token_ids, to be verified in the next step it decodes in.
         self.draft_token_ids: tuple[int, ...] = ()

@@ -148,6 +148,12 @@ class EngineSettings(ServerSettings):
         "launched behind it. `auto`: where a GPU computes, or fewer `threads` than there are "
         "processors.",
     )
+    swap_bytes: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Memory of the host in which a GPU keeps what sequences have computed that "
+        "have to give up their blocks for others, so that they go on where they were. With 0 they "
+        "compute it again.",
+    )
     cuda_graphs: Literal["auto", "off"] = Field(
         "auto",
         description="Whether a GPU's steps that decode are captured as graphs at start-up, which "

@@ -63,6 +63,7 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         grows=st.booleans(),
         plans_ahead=st.booleans(),
         overlaps=st.booleans(),
+        saved_blocks=st.sampled_from([0, 3, 64]),
         captured_shapes=st.sampled_from([(), (CapturedShape(3, 1), CapturedShape(4, 3))]),
     )
     def start(self, **limits: Any) -> None:
@@ -175,6 +176,8 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         assert not self.live
         load = self.engine.load()
         assert load.used_blocks == load.running_sequences == load.waiting_sequences == 0
+        store = self.engine._scheduler.block_tables.store
+        assert store is None or store.is_empty  # type: ignore[attr-defined]
 
 
 EngineUnderRandomLoad.TestCase.settings = settings(

@@ -58,6 +58,7 @@ class WindowedEngineUnderRandomLoad(RuleBasedStateMachine):
         grows=st.booleans(),
         plans_ahead=st.booleans(),
         overlaps=st.booleans(),
+        saved_blocks=st.sampled_from([0, 3, 64]),
         captured_shapes=st.sampled_from([(), (CapturedShape(3, 1), CapturedShape(4, 3))]),
         drafts=st.booleans(),
     )

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from services.engine.core.kernels import choice
-from services.engine.core.kernels.choice import takes, tune
+from services.engine.core.kernels.choice import streams, tune
+from services.engine.core.kernels.linear import linear
 from services.engine.core.kernels.matrices import ScaledMatrix
 from tests.fakes.cuda.emulator import Emulator
 
@@ -35,29 +36,29 @@ def measured(seconds: list[float]) -> Callable[[Callable[[], Any]], float]:
     return measure
 
 
-def streamed(rows: int) -> bool:
-    return takes("cuda", "linear", HIDDEN[:rows], WEIGHT)
+def is_streamed(rows: int) -> bool:
+    return streams("linear", HIDDEN[:rows], WEIGHT)
 
 
 def test_without_a_measurement_few_rows_are_streamed() -> None:
-    assert [streamed(rows) for rows in (1, 32, 33, 64)] == [True, True, False, False]
-    assert not takes("cuda", "linear", torch.randn(65, 128).bfloat16(), WEIGHT)
+    assert [is_streamed(rows) for rows in (1, 32, 33, 64)] == [True, True, False, False]
+    assert not streams("linear", torch.randn(65, 128).bfloat16(), WEIGHT)
 
 
 def test_each_number_of_rows_goes_to_what_was_faster_for_it(emulated: Emulator) -> None:
     times = [1.0, 2.0, 2.0, 1.0] + [1.0, 2.0] * 4 + [1.0, 3.0]
     choices = tune([WEIGHT, WEIGHT], torch.bfloat16, measure=measured(times))
     assert [each.fastest == "cuda" for each in choices] == [True, False] + [True] * 5
-    assert [streamed(rows) for rows in (1, 2, 3, 33, 64)] == [True, False, True, True, True]
+    assert [is_streamed(rows) for rows in (1, 2, 3, 33, 64)] == [True, False, True, True, True]
     # Of another shape nothing is known.
-    assert not takes("cuda", "linear", HIDDEN, WEIGHT[:16])
+    assert not streams("linear", HIDDEN, WEIGHT[:16])
 
 
 def test_matrices_of_eight_bits_are_measured_with_activations_of_eight(emulated: Emulator) -> None:
     weight = ScaledMatrix.rounded(WEIGHT.float(), torch.int8)
     choices = tune([weight], torch.bfloat16, measure=measured([2.0, 1.0] * len(choice.ROWS)))
     assert {each.signature[:2] for each in choices} == {("scaled_linear", torch.int8)}
-    assert not takes("cuda", "scaled_linear", HIDDEN[:1].to(torch.int8), weight)
+    assert not streams("scaled_linear", HIDDEN[:1].to(torch.int8), weight)
 
 
 def test_it_ends_when_its_time_is_over_and_says_so(
@@ -65,10 +66,15 @@ def test_it_ends_when_its_time_is_over_and_says_so(
 ) -> None:
     assert tune([WEIGHT], torch.bfloat16, limit_s=-1) == []
     assert "7 products were not measured" in caplog.text
-    assert streamed(32)
+    assert is_streamed(32)
 
 
 def test_what_was_measured_is_logged(emulated: Emulator, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     tune([WEIGHT], torch.bfloat16, measure=measured([4e-6, 8e-6] * len(choice.ROWS)))
     assert "linear 32x128 of 16 bits, 1 rows: cuda (cuda 1.0 us, reference 2.0 us)" in caplog.text
+
+
+def test_what_was_refused_is_not_run(emulated: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "excluded", frozenset({"cuda"}))
+    assert tune([WEIGHT], torch.bfloat16, measure=measured([])) == []

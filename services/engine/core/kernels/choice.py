@@ -24,6 +24,8 @@ from services.engine.core.kernels.registry import OPS, REFERENCE
 
 logger = logging.getLogger(__name__)
 
+# The name of implementations that stream weights.
+STREAMING = "cuda"
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 MAX_ROWS = ROWS[-1]
 # Without a measurement: rows up to which weights are streamed.
@@ -61,13 +63,13 @@ class Choice:
         return f"{op} {outputs}x{inputs} of {bits} bits, {self.rows} rows: {self.fastest} ({times})"
 
 
-def takes(name: str, op: str, hidden: Tensor, weight: Matrix) -> bool:
-    """Whether the implementation `name`, which streams weights, is to compute a product."""
+def streams(op: str, hidden: Tensor, weight: Matrix) -> bool:
+    """Whether the implementation that streams weights is to compute a product."""
     rows = hidden.shape[0]
     if rows > MAX_ROWS:
         return False
     chosen = _measured.get((signature(op, hidden.dtype, weight), bucket(rows)))
-    return rows <= _STREAMED[op] if chosen is None else chosen == name
+    return rows <= _STREAMED[op] if chosen is None else chosen == STREAMING
 
 
 def signature(op: str, dtype: torch.dtype, weight: Matrix) -> Signature:
@@ -143,14 +145,14 @@ def _compare(
 
 
 def _implementations(op: str) -> dict[str, Callable[..., Any]] | None:
-    """The preferred implementation of an op on a GPU and the next one; None where there is one."""
+    """That which streams weights on a GPU, and the next best; None where there is no such one."""
     known = OPS[op].implementations.get("cuda", [])
-    usable = {each.name: each.run for each in known if each.unavailable() is None}
-    if not usable:
+    allowed = [each for each in known if each.name not in OPS[op].excluded]
+    usable = {each.name: each.run for each in allowed if each.unavailable() is None}
+    if (streaming := usable.pop(STREAMING, None)) is None:
         return None
-    *others, preferred = usable
-    following = {others[-1]: usable[others[-1]]} if others else {REFERENCE: OPS[op].reference}
-    return {preferred: usable[preferred]} | following
+    following = list(usable.items())[-1:] or [(REFERENCE, OPS[op].reference)]
+    return {STREAMING: streaming, **dict(following)}
 
 
 def _product(

@@ -97,7 +97,7 @@ def _card(device: torch.device) -> Card:
 @linear.implementation("cuda", name="cuda", unavailable=why_not)
 def linear_cuda(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hidden * weight^T + bias: see the op."""
-    if not choice.takes("cuda", "linear", hidden, weight) or not serves(hidden, weight):
+    if not choice.streams("linear", hidden, weight) or not serves(hidden, weight):
         product: Tensor = beneath(linear)(hidden, weight, bias)
         return product
     return launch(hidden, weight, bias, hidden.dtype)
@@ -106,7 +106,7 @@ def linear_cuda(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @grouped_linear.implementation("cuda", name="cuda", unavailable=why_not)
 def grouped_linear_cuda(hidden: Tensor, weight: GroupedMatrix, bias: Tensor | None) -> Tensor:
     """hidden * weight^T + bias, with weights in groups: see the op."""
-    if not choice.takes("cuda", "grouped_linear", hidden, weight) or not serves(hidden, weight):
+    if not choice.streams("grouped_linear", hidden, weight) or not serves(hidden, weight):
         product: Tensor = beneath(grouped_linear)(hidden, weight, bias)
         return product
     return launch(hidden, weight, bias, hidden.dtype)
@@ -122,7 +122,7 @@ def scaled_linear_cuda(
 ) -> Tensor:
     """hidden * weight^T + bias, both of eight bits: see the op."""
     if (
-        not choice.takes("cuda", "scaled_linear", elements, weight)
+        not choice.streams("scaled_linear", elements, weight)
         or not serves(elements, weight)
         or dtype not in (torch.bfloat16, torch.float16)
         or scales.dtype != torch.float32
@@ -138,7 +138,7 @@ def gated_linear_cuda(
 ) -> Tensor:
     """activation(gate) * up of a projection's halves: see the op."""
     op = "linear" if isinstance(weight, Tensor) else "grouped_linear"
-    if not choice.takes("cuda", op, hidden, weight) or not serves(hidden, weight):
+    if not choice.streams(op, hidden, weight) or not serves(hidden, weight):
         gated: Tensor = beneath(gated_linear)(hidden, weight, bias, activation)
         return gated
     return launch(hidden, weight, bias, hidden.dtype, activation=activation)

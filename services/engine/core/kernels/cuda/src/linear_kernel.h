@@ -18,7 +18,7 @@ struct Shape {
   static constexpr int across = across_;
   static constexpr int along = along_;
   static constexpr int stages = stages_;
-  static constexpr int resident = resident_;  // blocks of a multiprocessor, at least
+  static constexpr int resident = resident_;  // blocks that registers are to suffice for
   static constexpr int threads = across * along * 32;
   static constexpr int outputs = tiles * across * 16;  // of a tile of a block
 };
@@ -523,9 +523,9 @@ int32_t start_linear(const LinearArgs& args, cudaStream_t stream, LinearNeeds* n
               items * S::across * Kernel::kFragments * 128};
     return cudaSuccess;
   }
-  // Beside a block's own memory a multiprocessor keeps 1 KB for it.
-  const int resident =
-      std::max(std::min(args.multiprocessor_bytes / (bytes + 1024), 2048 / S::threads), 1);
+  // As many blocks as are resident at a time, each for several tiles if there are more. Beside a
+  // block's own memory a multiprocessor keeps 1 KB for it.
+  const int resident = std::clamp(args.multiprocessor_bytes / (bytes + 1024), 1, S::resident);
   const Launch how{dim3(std::min(items, args.multiprocessors * resident)), dim3(S::threads),
                    size_t(bytes), stream, true};
   return launch(linear_kernel<W, S>, how, args);

@@ -15,6 +15,7 @@ from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels import AdapterParts
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layer_groups import LayerGroups
+from services.engine.core.models.kept import KeptWeights
 from services.engine.core.models.loader import OpenedModel
 from services.engine.core.parallel.layout import Layout, Place
 from services.engine.core.parallel.shard import Shard, load_shard, outline_shard
@@ -81,7 +82,13 @@ class ShardedModel:
     rank has its own."""
 
     def __init__(
-        self, opened: OpenedModel, layout: Layout, bounds: list[int], num_blocks: int, size: int
+        self,
+        opened: OpenedModel,
+        layout: Layout,
+        bounds: list[int],
+        num_blocks: int,
+        size: int,
+        weights: KeptWeights = "bfloat16",
     ) -> None:
         """bounds: the first layer of each stage, and their number. size: of a block."""
         config = opened.config
@@ -94,7 +101,9 @@ class ShardedModel:
             place = layout.place(rank)
             stage = range(bounds[place.stage], bounds[place.stage + 1])
             outline = outline_shard(config, place, stage, torch.float32)
-            model = load_shard(outline, config, place, opened.checkpoint, "cpu")
+            model = load_shard(
+                outline, config, place, opened.checkpoint, torch.float32, "cpu", weights
+            )
             self.shards.append(Shard(model, config, ThreadRanks(place, exchange)))
             own = stage_groups(groups, stage)
             kv_heads = model.config.kv_heads

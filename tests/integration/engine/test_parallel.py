@@ -215,7 +215,6 @@ def test_ranks_say_what_one_process_says_of_every_family(
         ({"tensor_parallel": 3}, r"does not divide the model's heads \(4\); numbers that do: 1, 2"),
         ({"pipeline_parallel": 5}, "pipeline_parallel is 5, but the model has 4 layers"),
         ({"tensor_parallel": 2, "weights": "int4"}, "weights in int4 are not divided over ranks"),
-        ({"tensor_parallel": 2, "kv_cache_format": "int8"}, "int8 is not divided over ranks"),
         ({"tensor_parallel": 2, "device": "cuda:7"}, "the device 'cuda:7' is not there"),
     ],
 )

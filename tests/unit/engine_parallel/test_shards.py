@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.engine.core.kernels import LowRankPart
+from services.engine.core.kernels import GroupedMatrix, LowRankPart
 from services.engine.core.layers import Linear, MergedLinear
 from services.engine.core.models.base import Model
+from services.engine.core.models.kept import KeptWeights
 from services.engine.core.models.loader import load_model, open_model
 from services.engine.core.parallel.layout import Layout
 from services.engine.core.parallel.shard import load_shard, outline_shard
@@ -31,11 +32,13 @@ NUM_BLOCKS = 64
 ROUNDING: dict[str, float] = {"atol": 1e-4, "rtol": 1e-4}
 
 
-def sharded(path: Path, layout: Layout, cuts: tuple[int, ...] = (1,)) -> ShardedModel:
+def sharded(
+    path: Path, layout: Layout, cuts: tuple[int, ...] = (1,), weights: KeptWeights = "bfloat16"
+) -> ShardedModel:
     """A model on ranks; `cuts` are the first layers of the stages behind the first."""
     opened = open_model(path)
     bounds = [0, *cuts[: layout.stages - 1], opened.config.num_layers]
-    return ShardedModel(opened, layout, bounds, NUM_BLOCKS, BLOCK_SIZE)
+    return ShardedModel(opened, layout, bounds, NUM_BLOCKS, BLOCK_SIZE, weights)
 
 
 def steps(model: Any, adapters: dict[int, int] | None = None) -> list[Tensor]:
@@ -84,6 +87,45 @@ def test_a_quantised_checkpoint_on_ranks_equals_the_whole(tmp_path: Path) -> Non
     save_quantised(tmp_path / "plain", "GPTQ", tmp_path / "gptq")
     whole, _ = load_model(tmp_path / "gptq", dtype=torch.float32, device="cpu")
     assert_close(steps(sharded(tmp_path / "gptq", LAYOUTS["2 x 2"])), steps(whole))
+
+
+@pytest.mark.parametrize(
+    ("case", "weights"),
+    [
+        ("llama", "int8"),
+        ("mixtral", "int8"),
+        ("llama", "int4"),
+        ("mixtral", "int4"),
+        ("llama", "fp8"),
+        ("llama", "w8a8"),
+    ],
+)
+def test_matrices_that_are_kept_in_few_bits_are_the_same_on_ranks(
+    case: str, weights: KeptWeights, tmp_path: Path
+) -> None:
+    # Shares of inputs are whole groups.
+    save_model(case, tmp_path, **served(case, intermediate_size=128))
+    opened = open_model(tmp_path)
+    whole, _ = opened.load_kept(weights, torch.float32, "cpu")
+    expected = steps(whole)
+    found = steps(sharded(tmp_path, LAYOUTS["2 x 2"], weights=weights))
+    if weights in ("int8", "int4"):
+        return assert_close(found, expected)
+    # Activations are rounded by the largest of a row, of which a rank has a part: that is no worse.
+    exact = steps(load_model(tmp_path, dtype=torch.float32, device="cpu")[0])
+    for ours, theirs, right in zip(found, expected, exact, strict=True):
+        assert (ours - right).abs().mean() < 1.3 * (theirs - right).abs().mean()
+    return None
+
+
+@pytest.mark.parametrize("form", ["GPTQ", "AWQ"])
+def test_a_quantised_checkpoint_keeps_its_levels_on_ranks(form: str, tmp_path: Path) -> None:
+    save_model("llama", tmp_path / "plain", **served("llama", intermediate_size=128))
+    save_quantised(tmp_path / "plain", form, tmp_path / "few")
+    whole, _ = open_model(tmp_path / "few").load_kept("auto", torch.float32, "cpu")
+    ranks = sharded(tmp_path / "few", LAYOUTS["2 x 1"], weights="auto")
+    assert any(isinstance(each, GroupedMatrix) for each in ranks.shards[1].model.matrices())
+    assert_close(steps(ranks), steps(whole))
 
 
 @pytest.mark.parametrize("case", ["llama", "mixtral"])
@@ -170,5 +212,5 @@ def test_a_rank_reads_its_share_of_a_gguf_file(
     monkeypatch.setattr(gguf_checkpoint, "dequantize", counting)
     place, config = Layout(2, 2).place(3), opened.config
     outline = outline_shard(config, place, range(2, 4), torch.float32)
-    load_shard(outline, config, place, opened.checkpoint, "cpu")
+    load_shard(outline, config, place, opened.checkpoint, torch.float32, "cpu")
     assert 0 < read_bytes < 1.1 * opened.checkpoint.num_bytes / 4

@@ -7,9 +7,9 @@ of them by their inputs, so that a layer needs two sums over the ranks and nothi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from services.engine.core.kernels import AdapterParts, LowRankPart
@@ -21,28 +21,26 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What a rank has of a tensor: along `dim`, these ranges one after the other."""
+    """What a rank has of a tensor: along `dim`, these ranges one after the other, and zeros behind
+    them where that is less than `size`."""
 
     dim: int
     ranges: tuple[range, ...]
+    size: int
 
-    @property
-    def size(self) -> int:
-        """The extent of what it has."""
-        return sum(map(len, self.ranges))
+    @classmethod
+    def of(cls, dim: int, *ranges: range) -> Cut:
+        """Ranges and nothing else."""
+        return cls(dim, ranges, sum(map(len, ranges)))
 
-    def of(self, stored: Tensor) -> list[Tensor]:
-        """The ranges of a stored tensor."""
-        return [stored.narrow(self.dim, own.start, len(own)) for own in self.ranges]
-
-    def fill(self, slot: Tensor, parts: Iterable[Tensor]) -> None:
-        """Copy the ranges into their places; what is left of the slot becomes zeros."""
-        start = 0
-        for part in parts:
-            size = part.shape[self.dim]
-            slot.narrow(self.dim, start, size).copy_(part)
-            start += size
-        slot.narrow(self.dim, start, slot.shape[self.dim] - start).zero_()
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """What the rank has, of the ranges of a stored tensor."""
+        rest = self.size - sum(map(len, self.ranges))
+        if rest:
+            shape = list(parts[0].shape)
+            shape[self.dim] = rest
+            parts = [*parts, parts[0].new_zeros(shape)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
 
 class Partition:
@@ -65,12 +63,9 @@ class Partition:
             config.intermediate_size,
         )
         share = share_of_vocabulary(config.vocab_size, tensor)
-        rows = range(
-            min(index * share, config.vocab_size), min((index + 1) * share, config.vocab_size)
-        )
+        first, last = (min(each * share, config.vocab_size) for each in (index, index + 1))
+        self._vocabulary, self._vocabulary_share = range(first, last), share
         self._outputs: dict[str, tuple[range, ...]] = {
-            "embedding": (rows,),
-            "head": (rows,),
             "layers.attention.q": (q,),
             "layers.attention.k": (kv,),
             "layers.attention.v": (kv,),
@@ -102,10 +97,12 @@ class Partition:
         """What the rank has of a tensor; None: all of it."""
         path, _, parameter = name.rpartition(".")
         kind = _kind(path)
+        if kind in ("embedding", "head"):
+            return Cut(-2, (self._vocabulary,), self._vocabulary_share)
         if kind in self._outputs:
-            return Cut(-1 if parameter == "bias" else -2, self._outputs[kind])
+            return Cut.of(-1 if parameter == "bias" else -2, *self._outputs[kind])
         if kind in self._inputs and parameter == "weight":
-            return Cut(-1, (self._inputs[kind],))
+            return Cut.of(-1, self._inputs[kind])
         return None
 
     def cut_adapter(self, parts: AdapterParts) -> AdapterParts:

@@ -4,19 +4,22 @@ KV cache."""
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import msgspec
 import torch
 
+from services.engine.core.backends import kept_weights
 from services.engine.core.errors import StartupError
 from services.engine.core.gpu_memory import DEFAULT_FRACTION
 from services.engine.core.kernels import cpu, cuda, triton
-from services.engine.core.kv_cache import KVCache
+from services.engine.core.kv_cache import KVCache, kv_dtype
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.memory import free_memory_bytes
 from services.engine.core.models.dtype import resolve_dtype
+from services.engine.core.models.kept import bytes_by_precision
 from services.engine.core.models.loader import OpenedModel, build_skeleton
 from services.engine.core.parallel.layout import Layout, Place, check_layout, shard_config
 from services.engine.core.parallel.ranks import Ranks
@@ -64,7 +67,11 @@ class Rank:
         local_ranks: int,
     ) -> None:
         """local_ranks: how many share this machine, and its memory where they are on CPUs."""
-        _check_settings(settings)
+        if device.type == "cpu" and settings.weights not in ("auto", "bfloat16"):
+            raise StartupError(
+                f"weights in {settings.weights} are not divided over ranks on CPUs: with "
+                "tensor_parallel or pipeline_parallel they are auto or bfloat16 there"
+            )
         check_layout(opened.config, place.layout)
         self.config = opened.config
         self.place = place
@@ -75,6 +82,8 @@ class Rank:
             raise StartupError(str(error)) from None
         self._opened = opened
         self._settings = settings
+        self._kv_dtype = kv_dtype(settings.kv_cache_format, self.dtype)
+        self._weights = kept_weights(settings, device, self.dtype)
         self._sharing = local_ranks if device.type == "cpu" else 1
         if device.type == "cpu":
             torch.set_num_threads(max(1, (settings.threads or default_threads()) // local_ranks))
@@ -137,9 +146,17 @@ class Rank:
             first=bytes_of(model.embedding, getattr(model, "positions", None)),
             last=bytes_of(model.norm, head),
             layer_block=KVCache.bytes_per_block(
-                1, self._settings.block_size, config.kv_heads, config.head_dim, self.dtype
+                1, self._settings.block_size, config.kv_heads, config.head_dim, self._kv_dtype
             ),
         )
+
+    def _bits(self) -> float:
+        """About how many bits an element of the weights takes, scales included."""
+        checkpoint, whole = self._opened.checkpoint, 8.0 * self.dtype.itemsize
+        if self._weights == "auto" and checkpoint.is_quantised:
+            elements = sum(map(math.prod, checkpoint.shapes.values()))
+            return min(whole, 8 * checkpoint.num_bytes / elements)
+        return {"int4": 5.0, "int8": 9.0, "fp8": 8.0, "w8a8": 8.0}.get(self._weights, whole)
 
     def load(self, bounds: Sequence[int], ranks: Ranks) -> Shard:
         """Load what the rank has of the model. bounds: as `divide` has them.
@@ -154,12 +171,20 @@ class Rank:
         outline = outline_shard(self.config, self.place, stage, self.dtype)
         try:
             with contextlib.closing(self._opened.checkpoint) as checkpoint:
-                model = load_shard(outline, self.config, self.place, checkpoint, self.device)
+                model = load_shard(
+                    outline,
+                    self.config,
+                    self.place,
+                    checkpoint,
+                    self.dtype,
+                    self.device,
+                    self._weights,
+                )
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise StartupError(
                 f"the weights of rank {self.place.rank} do not fit on {self.device}: {error}"
             ) from None
-        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self.weight_bytes = sum(bytes_by_precision(model).values())
         self._kv_heads = model.config.kv_heads
         return Shard(model, self.config, ranks)
 
@@ -171,7 +196,7 @@ class Rank:
             self._settings.block_size,
             self._kv_heads,
             self.config.head_dim,
-            self.dtype,
+            self._kv_dtype,
         )
 
     def allocate(self, num_blocks: int) -> KVCache:
@@ -182,7 +207,7 @@ class Rank:
             block_size=self._settings.block_size,
             kv_heads=self._kv_heads,
             head_dim=self.config.head_dim,
-            dtype=self.dtype,
+            dtype=self._kv_dtype,
             device=self.device,
             groups=self._stage_groups,
         )
@@ -196,16 +221,3 @@ def choose_kernels(settings: CoreSettings, device: torch.device) -> None:
         torch.cuda.set_device(device)
         triton.activate()
         cuda.activate(device)
-
-
-def _check_settings(settings: CoreSettings) -> None:
-    if settings.weights not in ("auto", "bfloat16"):
-        raise StartupError(
-            f"weights in {settings.weights} are not divided over ranks: with tensor_parallel or "
-            "pipeline_parallel, weights are auto or bfloat16"
-        )
-    if settings.kv_cache_format != "auto":
-        raise StartupError(
-            f"a KV cache in {settings.kv_cache_format} is not divided over ranks: with "
-            "tensor_parallel or pipeline_parallel, kv_cache_format is auto"
-        )

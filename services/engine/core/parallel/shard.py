@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels import AdapterParts
@@ -15,13 +14,14 @@ from services.engine.core.layers import Embedding, MixtureOfExperts
 from services.engine.core.layers.adapters import PlacedAdapter
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.base import Model
+from services.engine.core.models.kept import KeptWeights, load_kept
 from services.engine.core.models.loader import build_skeleton
+from services.engine.core.parallel.checkpoint_share import CheckpointShare
 from services.engine.core.parallel.layout import Place, shard_config
 from services.engine.core.parallel.partition import Partition
 from services.engine.core.parallel.ranks import Ranks
 from services.engine.core.weights.checkpoint import Checkpoint
-from services.engine.core.weights.gguf_checkpoint import GGUFCheckpoint
-from services.engine.core.weights.loading import weight_slots
+from services.engine.core.weights.loading import load_weights
 
 
 class Shard:
@@ -36,7 +36,7 @@ class Shard:
         self._ranks, self._place = ranks, ranks.place
         self._hidden_size, self._vocab_size = config.hidden_size, config.vocab_size
         self._partition = Partition(config, ranks.place)
-        self._like = next(model.layers.parameters())
+        self._like = next(model.layers.parameters())  # a norm's, if of nothing else
         if ranks.place.layout.tensor == 1:
             return
         for path, module in model.named_modules():
@@ -88,12 +88,12 @@ class VocabularyShard(Embedding):
 
     def __init__(self, vocab_size: int, size: int, first: int) -> None:
         super().__init__(vocab_size, size)
-        self._first = first
+        self._first, self._size = first, vocab_size
 
     def forward(self, token_ids: Tensor) -> Tensor:
         own = token_ids - self._first
-        elsewhere = (own < 0) | (own >= len(self.weight))
-        embedded = functional.embedding(own.masked_fill(elsewhere, 0), self.weight)
+        elsewhere = (own < 0) | (own >= self._size)
+        embedded = super().forward(own.masked_fill(elsewhere, 0))
         return embedded.masked_fill_(elsewhere.unsqueeze(-1), 0)
 
 
@@ -128,31 +128,24 @@ def _leave_out(model: Model, name: str) -> None:
         setattr(model, name, None)
 
 
-@torch.no_grad()
 def load_shard(
     outline: Model,
     config: ModelConfig,
     place: Place,
     checkpoint: Checkpoint,
+    dtype: torch.dtype,
     device: torch.device | str,
+    weights: KeptWeights = "bfloat16",
 ) -> Model:
-    """Give an outline its weights. No more of a tensor is read from the file than the rank has of
-    it, unless it is quantised in a Hugging Face directory.
+    """Give an outline its weights. weights: what matrices are kept in, as OpenedModel has it.
 
     Raises ModelFileError for a tensor that cannot be read and torch.OutOfMemoryError where the
     device has not the room.
     """
-    model = outline.to_empty(device=device)
-    partition = Partition(config, place)
-    for name, slot in weight_slots(model, checkpoint.shapes).items():
-        cut = partition.cut(name)
-        if cut is None:
-            slot.copy_(checkpoint.read(name))
-        elif isinstance(checkpoint, GGUFCheckpoint):
-            cut.fill(slot, checkpoint.read_ranges(name, cut.dim, cut.ranges))
-        else:
-            # Where it is not quantised, this is the file's own memory, of which only pages that
-            # are copied from are read.
-            cut.fill(slot, cut.of(checkpoint.read(name)))
-        checkpoint.release()
-    return model.eval().requires_grad_(False)
+    share = CheckpointShare(checkpoint, Partition(config, place))
+    if weights == "bfloat16" or (weights == "auto" and not checkpoint.is_quantised):
+        model = outline.to_empty(device=device)
+        load_weights(model, share)
+        return model.eval().requires_grad_(False)
+    load_kept(outline, share, weights, dtype, device)
+    return outline

@@ -42,8 +42,8 @@ class AttentionDecodeArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query_starts", "contexts", "block_tables")),
         *((name, ctypes.c_void_p) for name in ("parts", "part_sums", "arrived")),
         *((name, ctypes.c_int64) for name in ("query_stride", "query_head_stride")),
-        *((name, ctypes.c_int64) for name in ("block_stride", "token_stride", "head_stride")),
-        *((name, ctypes.c_int64) for name in ("scale_block_stride", "scale_token_stride")),
+        *((name, ctypes.c_int32) for name in ("block_stride", "token_stride", "head_stride")),
+        *((name, ctypes.c_int32) for name in ("scale_block_stride", "scale_token_stride")),
         *((name, ctypes.c_int32) for name in ("table_stride", "sequences", "kv_heads")),
         *((name, ctypes.c_int32) for name in ("heads_per_kv", "head_dim", "rows", "row_tiles")),
         *((name, ctypes.c_int32) for name in ("splits", "least_tiles", "warps")),
@@ -160,6 +160,7 @@ def serves(queries: Tensor, cache: KVLayer, metadata: AttentionMetadata) -> bool
         and metadata.max_query_length * group <= MAX_ROWS
         and metadata.block_size.bit_count() == 1
         and keys.stride() == values.stride()
+        and keys.stride(0) * keys.element_size() < 2**31
         and is_aligned(queries, keys, values)
         and metadata.block_tables.stride(1) == 1
         and _are_alike(cache.key_scales, cache.value_scales)

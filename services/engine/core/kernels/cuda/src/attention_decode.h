@@ -20,8 +20,8 @@ struct AttentionDecodeArgs {
   float2* part_sums;            // [pairs, splits, rows]: the greatest score, and the sum of weights
   uint32_t* arrived;            // [pairs], zero before and after
   int64_t query_stride, query_head_stride;          // elements
-  int64_t block_stride, token_stride, head_stride;  // bytes, of keys and of values
-  int64_t scale_block_stride, scale_token_stride;   // elements; those of heads are one apart
+  int32_t block_stride, token_stride, head_stride;  // bytes, of keys and of values
+  int32_t scale_block_stride, scale_token_stride;   // elements; those of heads are one apart
   int32_t table_stride;
   int32_t sequences, kv_heads, heads_per_kv, head_dim;
   int32_t rows;  // of a tile, 8 or 16, and 8 of head_dim 256: queries * heads_per_kv

@@ -68,7 +68,8 @@ struct TileReader {
       const int token = tile * Shape::kTokens + row;
       const int32_t block =
           __shfl_sync(0xffffffffu, blocks.of[i * Shape::kRowsPerCopy / 32], row % 32);
-      const int64_t offset = block * args.block_stride + (token & within) * args.token_stride;
+      const int64_t offset =
+          int64_t(block) * args.block_stride + (token & within) * args.token_stride;
       unsigned char* to = stage + Shape::place(row, lane % Shape::kLanesPerRow);
       cp_async_16(to, keys + offset, token < end);
       cp_async_16(to + Shape::kBytes, values + offset, token < end);
@@ -78,7 +79,7 @@ struct TileReader {
       for (int i = 0; i < Shape::kIds; ++i) {
         const int row = 32 * i + lane, token = tile * Shape::kTokens + row;
         if (row >= Shape::kTokens) break;
-        const int64_t offset = blocks.of[i] * args.scale_block_stride +
+        const int64_t offset = int64_t(blocks.of[i]) * args.scale_block_stride +
                                (token & within) * args.scale_token_stride + kv_head;
         float* to = reinterpret_cast<float*>(stage + 2 * Shape::kBytes) + row;
         cp_async_4(to, args.key_scales + offset, token < end);

@@ -11,10 +11,10 @@
 //
 // A warp's tile of 8 KiB costs 16 products of 16 x 8 x 16, 16 ldmatrix and some 450 other
 // instructions (as compiled for sm_90a, of bf16 at head_dim 128), and memory takes 600 cycles for
-// it: a fifth of the issue slots, and a tenth of the tensor cores. Elements of eight bits take 1,100
-// instructions to 8 KiB, half of the slots. Keys are the left factor, so that 8 rows (a group of
-// query heads) fill a product: scores come out as [token, row], and movmatrix turns their weights
-// into the right factor of the second product, whose sums are [dimension, row].
+// it: a fifth of the issue slots, and a tenth of the tensor cores. Elements of eight bits take
+// 1,100 instructions to 8 KiB, half of the slots. Keys are the left factor, so that 8 rows (a group
+// of query heads) fill a product: scores come out as [token, row], and movmatrix turns their
+// weights into the right factor of the second product, whose sums are [dimension, row].
 //
 // At batch 1 and 8,192 tokens, 33.5 MB take 11.2 us at 3 TB/s, and each microsecond besides is 8 %.
 // So there is one kernel: the last block of a sequence and head to finish adds up the parts.

@@ -126,6 +126,7 @@ def scaled_linear_cuda(
         or not serves(elements, weight)
         or dtype not in (torch.bfloat16, torch.float16)
         or scales.dtype != torch.float32
+        or (bias is not None and bias.dtype != dtype)
     ):
         product: Tensor = beneath(scaled_linear)(elements, scales, weight, bias, dtype)
         return product

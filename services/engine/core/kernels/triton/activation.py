@@ -9,8 +9,8 @@ from triton import language as tl
 
 from services.engine.core.kernels.activation import gelu_tanh, gelu_tanh_and_mul, silu_and_mul
 from services.engine.core.kernels.triton import why_not
-from services.engine.core.kernels.triton.language import gelu, rounded, silu
-from services.engine.core.kernels.triton.serving import FLOATS
+from services.engine.core.kernels.triton.language import gelu, rounded, silu, wait_for_earlier
+from services.engine.core.kernels.triton.serving import FLOATS, begins_early, early_forms
 from services.engine.core.kernels.triton.specialisation import Specialisation
 
 # Eight elements of each of 128 threads. A row of 14336, as large models have it, is 14 programs: a
@@ -27,8 +27,10 @@ def activation_kernel(  # type: ignore[no-untyped-def]
     is_silu: tl.constexpr,
     is_gated: tl.constexpr,
     tile: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """The activation of [rows, size]; gated, times what lies `size` columns further on."""
+    wait_for_earlier(is_early)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = column < size
@@ -56,6 +58,7 @@ def _activated(hidden: Tensor, *, is_silu: bool, is_gated: bool) -> Tensor:
             is_gated=is_gated,
             tile=_TILE,
             num_warps=4,
+            **begins_early(hidden.device),
         )
     return output
 
@@ -88,7 +91,7 @@ def gelu_tanh_triton(hidden: Tensor) -> Tensor:
     return _activated(hidden, is_silu=False, is_gated=False)
 
 
-COMPILED = tuple(
+COMPILED = early_forms(
     Specialisation(
         activation_kernel,
         {"hidden": kind, "output": kind, "row_stride": "i32:16"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from triton import jit, knobs
 from triton import language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
@@ -89,3 +90,12 @@ def float8_bits(values, converts_fp8: tl.constexpr):  # type: ignore[no-untyped-
         small = round_to_integers(size * 512.0).to(tl.uint32)
         result = (sign | tl.where(size < 0.015625, small, normal)).to(tl.uint8)
     return result
+
+
+@jit
+def wait_for_earlier(is_early: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a kernel does first that `begins_early`: it waits until the kernels before it have ended
+    and what they wrote is there, and lets the next one begin."""
+    if is_early:
+        gdc_wait()
+        gdc_launch_dependents()

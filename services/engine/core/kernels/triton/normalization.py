@@ -22,8 +22,19 @@ from services.engine.core.kernels.quantized_rows import (
     quantize_rows,
 )
 from services.engine.core.kernels.triton import why_not
-from services.engine.core.kernels.triton.language import float8_bits, round_to_integers, rounded
-from services.engine.core.kernels.triton.serving import FLOATS, as_bytes, converts_fp8
+from services.engine.core.kernels.triton.language import (
+    float8_bits,
+    round_to_integers,
+    rounded,
+    wait_for_earlier,
+)
+from services.engine.core.kernels.triton.serving import (
+    FLOATS,
+    as_bytes,
+    begins_early,
+    converts_fp8,
+    early_forms,
+)
 from services.engine.core.kernels.triton.specialisation import Specialisation
 
 # Longer rows do not fit into the registers of a program.
@@ -50,10 +61,12 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
     size: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_size: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """RMSNorm of rows, which are `heads` of each token, and what comes before and after it: with
     `residual`, which has one row a token, the sum that is normalised and kept there; with `scales`,
     rounding to the format whose largest element is `largest`; without `weight`, only that."""
+    wait_for_earlier(is_early)
     row = tl.program_id(0).to(tl.int64) * tile_rows + tl.arange(0, tile_rows)[:, None]
     column = tl.arange(0, tile_size)[None, :]
     inside = (row < rows) & (column < size)
@@ -97,8 +110,10 @@ def layer_norm_kernel(  # type: ignore[no-untyped-def]
     size: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_size: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """LayerNorm of [rows, size]."""
+    wait_for_earlier(is_early)
     row = tl.program_id(0).to(tl.int64) * tile_rows + tl.arange(0, tile_rows)[:, None]
     column = tl.arange(0, tile_size)[None, :]
     inside = (row < rows) & (column < size)
@@ -157,6 +172,7 @@ def _launch(
         tile_rows=tile_rows,
         tile_size=tile_size,
         num_warps=num_warps,
+        **begins_early(hidden.device),
     )
 
 
@@ -203,6 +219,7 @@ def layer_norm_triton(hidden: Tensor, weight: Tensor, bias: Tensor, eps: float) 
             tile_rows=tile_rows,
             tile_size=tile_size,
             num_warps=num_warps,
+            **begins_early(hidden.device),
         )
     return output
 
@@ -276,4 +293,4 @@ def _compiled() -> tuple[Specialisation, ...]:
     return tuple(forms)
 
 
-COMPILED = _compiled()
+COMPILED = early_forms(_compiled())

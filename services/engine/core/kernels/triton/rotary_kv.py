@@ -17,8 +17,19 @@ from triton import language as tl
 from services.engine.core.kernels.kv_layer import KVLayer
 from services.engine.core.kernels.rotary_kv import rotary_kv
 from services.engine.core.kernels.triton import why_not
-from services.engine.core.kernels.triton.language import float8_bits, round_to_integers, rounded
-from services.engine.core.kernels.triton.serving import FLOATS, as_bytes, converts_fp8
+from services.engine.core.kernels.triton.language import (
+    float8_bits,
+    round_to_integers,
+    rounded,
+    wait_for_earlier,
+)
+from services.engine.core.kernels.triton.serving import (
+    FLOATS,
+    as_bytes,
+    begins_early,
+    converts_fp8,
+    early_forms,
+)
 from services.engine.core.kernels.triton.specialisation import Specialisation
 
 # Eight heads of 128 are eight elements for each of 128 threads.
@@ -148,8 +159,10 @@ def rotary_kv_kernel(  # type: ignore[no-untyped-def]
     tile_pairs: tl.constexpr,
     tile_rest: tl.constexpr,
     converts_fp8: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """Some heads of a token: [tokens, tiles of queries, of keys and of values]."""
+    wait_for_earlier(is_early)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     query_parts: tl.constexpr = (heads + tile_heads - 1) // tile_heads
@@ -272,6 +285,7 @@ def rotary_kv_triton(
             converts_fp8=converts_fp8(qkv.device),
             num_warps=4,
             **shape,
+            **begins_early(qkv.device),
         )
     return queries
 
@@ -362,4 +376,4 @@ def _compiled() -> tuple[Specialisation, ...]:
     return tuple(forms)
 
 
-COMPILED = _compiled()
+COMPILED = early_forms(_compiled())

@@ -90,7 +90,7 @@ def test_choices_are_ordered_by_expert_and_each_block_has_one(
     monkeypatch.setattr(module, "_ONE_PROGRAM", one_program)
     ids = torch.randint(0, 6, (333,))
     ids[ids == 4] = 5
-    order, table = module._plan(ids, 6, 16)
+    order, table = module.plan(ids, 6, 16)
     assert sorted(order.tolist()) == list(range(333))
     ordered = ids[order.long()]
     assert torch.equal(ordered, ids.sort().values)

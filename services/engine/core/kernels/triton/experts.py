@@ -338,11 +338,10 @@ def mixture_of_experts_triton(
     experts, _, intermediate = down.shape
     per_token = expert_ids.shape[1]
     choices = num_tokens * per_token
-    output = torch.empty((num_tokens, size), dtype=hidden.dtype, device=hidden.device)
     if choices == 0:
-        return output.zero_()
+        return torch.zeros_like(hidden)
     first, second = _tiles(choices / experts, hidden.device)
-    order, table = _plan(expert_ids.view(-1), experts, first.block_rows)
+    order, table = plan(expert_ids.view(-1), experts, first.block_rows)
     blocks = len(table)
     inner = torch.empty((choices, intermediate), dtype=hidden.dtype, device=hidden.device)
     gate_up_kernel[(blocks * cdiv(intermediate, first.columns),)](
@@ -359,9 +358,7 @@ def mixture_of_experts_triton(
         intermediate=intermediate,
         **_launch(first),
     )
-    outer = output
-    if per_token > 1:
-        outer = torch.empty((choices, size), dtype=hidden.dtype, device=hidden.device)
+    outer = torch.empty((choices, size), dtype=hidden.dtype, device=hidden.device)
     down_kernel[(blocks * cdiv(size, second.columns),)](
         inner,
         down,
@@ -375,10 +372,16 @@ def mixture_of_experts_triton(
         intermediate=intermediate,
         **_launch(second),
     )
-    if per_token > 1:
-        combine_kernel[(num_tokens, cdiv(size, _COMBINE_TILE))](
-            outer, output, per_token=per_token, size=size, tile=_COMBINE_TILE, num_warps=4
-        )
+    return outer if per_token == 1 else combine(outer, per_token)
+
+
+def combine(outer: Tensor, per_token: int) -> Tensor:
+    """The sums of what experts made of each token, [choices, size] -> [num_tokens, size]."""
+    num_tokens, size = len(outer) // per_token, outer.shape[1]
+    output = outer.new_empty(num_tokens, size)
+    combine_kernel[(num_tokens, cdiv(size, _COMBINE_TILE))](
+        outer, output, per_token=per_token, size=size, tile=_COMBINE_TILE, num_warps=4
+    )
     return output
 
 
@@ -395,7 +398,7 @@ def _shape(tiles: _Tiles) -> dict[str, int]:
     }
 
 
-def _plan(expert_ids: Tensor, experts: int, block_rows: int) -> tuple[Tensor, Tensor]:
+def plan(expert_ids: Tensor, experts: int, block_rows: int) -> tuple[Tensor, Tensor]:
     """The choices in the order of their experts, int32, and the table of blocks of rows, as many
     as there can be: each expert has one that is not full."""
     choices, device = len(expert_ids), expert_ids.device

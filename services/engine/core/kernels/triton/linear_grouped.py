@@ -63,6 +63,83 @@ def _read(rows, has_row, start, inputs, group_size: tl.constexpr):  # type: igno
     return tl.load(rows + start // group_size, mask=has_row & (start < inputs), other=0.0)
 
 
+@jit
+def grouped_product(  # type: ignore[no-untyped-def]
+    own_rows,
+    has_row,
+    levels,
+    scales,
+    minima,
+    column,
+    has_column,
+    inputs,
+    row_bytes,
+    row_groups,
+    first_step,
+    last_step,
+    bits: tl.constexpr,
+    group_size: tl.constexpr,
+    is_whole: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_outputs: tl.constexpr,
+    tile_inputs: tl.constexpr,
+):
+    """The product of a tile of rows and one of outputs over some steps of inputs, float32.
+
+    own_rows: where rows begin, int64 [tile_rows, 1]; column: outputs, int64 [tile_outputs].
+    is_whole: whether inputs are whole tiles.
+    """
+    # A tile has several groups, or a part of one.
+    group_inputs: tl.constexpr = min(group_size, tile_inputs)
+    groups: tl.constexpr = tile_inputs // group_inputs
+    group_bytes: tl.constexpr = group_inputs * bits // 8
+    tile_bytes: tl.constexpr = tile_inputs * bits // 8
+    group = tl.arange(0, groups)[None, :, None]
+    byte = tl.arange(0, group_bytes)[None, None, :]
+    wide_column, has_column = column[:, None, None], has_column[:, None, None]
+    level_of = levels + wide_column * row_bytes + group * group_bytes + byte
+    scale_of = scales + wide_column * row_groups
+    minimum_of = None if minima is None else minima + wide_column * row_groups
+    # Which input of a tile each byte is, or its low half.
+    place = tl.arange(0, tile_bytes)
+    if bits == 4:
+        place = place // 16 * 32 + place % 16
+    hidden_of = own_rows + place[None, :]
+
+    # Scales come in pieces that are too small to be copied to shared memory behind one's back, so
+    # they are read a step ahead by hand, into registers.
+    start_of = group * group_inputs
+    next_start = start_of + first_step * tile_inputs
+    next_scale = _read(scale_of, has_column, next_start, inputs, group_size)
+    next_minimum = next_scale
+    if minima is not None:
+        next_minimum = _read(minimum_of, has_column, next_start, inputs, group_size)
+
+    total = tl.zeros((tile_rows, tile_outputs), tl.float32)
+    for step in range(first_step, last_step):
+        start = step * tile_inputs
+        has_level, has_hidden = has_column, has_row
+        if not is_whole:
+            has_level = has_column & (start + group * group_inputs < inputs)
+            has_hidden = has_row & (start + place < inputs)[None, :]
+        packed = tl.load(level_of + start * bits // 8, mask=has_level, other=0)
+        scale, minimum = next_scale.to(tl.float32), None
+        next_start = start_of + start + tile_inputs
+        next_scale = _read(scale_of, has_column, next_start, inputs, group_size)
+        if minima is not None:
+            minimum = next_minimum.to(tl.float32)
+            next_minimum = _read(minimum_of, has_column, next_start, inputs, group_size)
+        first = tl.load(hidden_of + start, mask=has_hidden, other=0.0)
+        if bits == 8:
+            total = dot(first, _values(packed, scale, minimum, 128, first.dtype), total)
+        else:
+            second = tl.load(hidden_of + start + 16, mask=has_hidden, other=0.0)
+            low, high = packed & 0xF, packed >> 4
+            total = dot(first, _values(low, scale, minimum, 8, first.dtype), total)
+            total = dot(second, _values(high, scale, minimum, 8, first.dtype), total)
+    return total
+
+
 @jit(do_not_specialize=["rows", "steps_of_split"])
 def grouped_linear_kernel(  # type: ignore[no-untyped-def]
     hidden,
@@ -96,60 +173,27 @@ def grouped_linear_kernel(  # type: ignore[no-untyped-def]
     split = tl.program_id(2)
     first_step = split * steps_of_split
     last_step = tl.minimum(first_step + steps_of_split, tl.cdiv(inputs, tile_inputs))
-    has_row, has_column = (row < rows)[:, None], (column < outputs)[:, None, None]
-
-    # A tile has several groups, or a part of one.
-    group_inputs: tl.constexpr = min(group_size, tile_inputs)
-    groups: tl.constexpr = tile_inputs // group_inputs
-    group_bytes: tl.constexpr = group_inputs * bits // 8
-    tile_bytes: tl.constexpr = tile_inputs * bits // 8
-    group = tl.arange(0, groups)[None, :, None]
-    byte = tl.arange(0, group_bytes)[None, None, :]
-    wide_column = column.to(tl.int64)[:, None, None]
-    level_of = levels + wide_column * row_bytes + group * group_bytes + byte
-    scale_of = scales + wide_column * row_groups
-    minimum_of = None if minima is None else minima + wide_column * row_groups
-    # Which input of a tile each byte is, or its low half.
-    place = tl.arange(0, tile_bytes)
-    if bits == 4:
-        place = place // 16 * 32 + place % 16
-    hidden_of = hidden + row.to(tl.int64)[:, None] * hidden_stride + place[None, :]
-
-    # Scales come in pieces that are too small to be copied to shared memory behind one's back, so
-    # they are read a step ahead by hand, into registers.
-    start_of = group * group_inputs
-    next_scale = _read(
-        scale_of, has_column, start_of + first_step * tile_inputs, inputs, group_size
+    has_row = (row < rows)[:, None]
+    total = grouped_product(
+        hidden + row.to(tl.int64)[:, None] * hidden_stride,
+        has_row,
+        levels,
+        scales,
+        minima,
+        column.to(tl.int64),
+        column < outputs,
+        inputs,
+        row_bytes,
+        row_groups,
+        first_step,
+        last_step,
+        bits,
+        group_size,
+        is_whole,
+        tile_rows,
+        tile_outputs,
+        tile_inputs,
     )
-    next_minimum = next_scale
-    if minima is not None:
-        next_minimum = _read(
-            minimum_of, has_column, start_of + first_step * tile_inputs, inputs, group_size
-        )
-
-    total = tl.zeros((tile_rows, tile_outputs), tl.float32)
-    for step in range(first_step, last_step):
-        start = step * tile_inputs
-        has_level, has_hidden = has_column, has_row
-        if not is_whole:
-            has_level = has_column & (start + group * group_inputs < inputs)
-            has_hidden = has_row & (start + place < inputs)[None, :]
-        packed = tl.load(level_of + start * bits // 8, mask=has_level, other=0)
-        scale, minimum = next_scale.to(tl.float32), None
-        next_start = start_of + start + tile_inputs
-        next_scale = _read(scale_of, has_column, next_start, inputs, group_size)
-        if minima is not None:
-            minimum = next_minimum.to(tl.float32)
-            next_minimum = _read(minimum_of, has_column, next_start, inputs, group_size)
-        first = tl.load(hidden_of + start, mask=has_hidden, other=0.0)
-        if bits == 8:
-            total = dot(first, _values(packed, scale, minimum, 128, first.dtype), total)
-        else:
-            second = tl.load(hidden_of + start + 16, mask=has_hidden, other=0.0)
-            low, high = packed & 0xF, packed >> 4
-            total = dot(first, _values(low, scale, minimum, 8, first.dtype), total)
-            total = dot(second, _values(high, scale, minimum, 8, first.dtype), total)
-
     inside = has_row & (column < outputs)[None, :]
     if is_split:
         output += split.to(tl.int64) * rows * outputs
@@ -261,6 +305,13 @@ def _write_rows(rows: Tensor | None, weight: GroupedMatrix, output: Tensor) -> N
         group_size=weight.group_size,
         tile_inputs=_ROW_INPUTS,
     )
+
+
+def float_rows(weight: GroupedMatrix, dtype: torch.dtype) -> Tensor:
+    """A matrix in floats, [outputs, inputs]."""
+    output = weight.scales.new_empty(weight.shape, dtype=dtype)
+    _write_rows(None, weight, output)
+    return output
 
 
 def _by_slices(hidden: Tensor, weight: GroupedMatrix, bias: Tensor | None) -> Tensor:

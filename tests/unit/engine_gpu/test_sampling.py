@@ -25,8 +25,7 @@ from services.engine.core.kernels.sampling import (
     penalize,
     report_logprobs,
 )
-from services.engine.core.kernels.triton import sampling as kernels
-from services.engine.core.kernels.triton import sampling_logprobs
+from services.engine.core.kernels.triton import sampling_filters, sampling_logprobs, sampling_row
 from services.engine.core.logit_edits import CountedRow, LogitEdits, TokenMasks
 from services.engine.core.messages import Sampling, SequenceRequest
 from services.engine.core.sampler import LogitsError, SampledTokens, SamplingBatch, sample
@@ -35,8 +34,8 @@ from services.engine.core.token_counts import TokenCounts
 
 CPU = torch.device("cpu")
 OPS = (choose_tokens, report_logprobs, mask_logits, edit_logits, penalize)
-CASES = settings(max_examples=10, deadline=None)
-FEW_CASES = settings(max_examples=5, deadline=None)
+CASES = settings(max_examples=6, deadline=None)
+FEW_CASES = settings(max_examples=3, deadline=None)
 # Blocks have 128 logits, tiles 2048.
 VOCABULARIES = st.sampled_from([1, 3, 127, 128, 129, 1000, 2047, 2049, 5003])
 # Interpreted, both sides of a `where` are computed.
@@ -118,7 +117,7 @@ def test_a_row_too_flat_to_be_gathered_is_searched_itself(
     logits = torch.from_numpy(rng.standard_normal((2, 1500)).astype(np.float32)) / 50
     batch = random_batch(2, seed, temperature=1.0, top_k=top_k, top_p=top_p, logprobs=[2, -1])
     with pytest.MonkeyPatch.context() as patch:
-        for module in (kernels, sampling_logprobs):
+        for module in (sampling_filters, sampling_logprobs):
             patch.setattr(module, "CANDIDATES", 64)
         assert_same(launch(logits, batch), sample.reference(logits.clone(), batch))
 
@@ -267,9 +266,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_nor_on_how_it_is_split(
         "logprobs": np.array([3, -1, 0, -1, 2]),
     }
     together = random_batch(5, 0, **columns)
-    monkeypatch.setattr(kernels, "_PROGRAMS", 10)  # two tiles each
+    monkeypatch.setattr(sampling_row, "_PROGRAMS", 10)  # two tiles each
     found = launch(logits, together)
-    monkeypatch.setattr(kernels, "_PROGRAMS", 4)  # all four
+    monkeypatch.setattr(sampling_row, "_PROGRAMS", 4)  # all four
     for row in range(5):
         alone = {name: values[row : row + 1] for name, values in columns.items()}
         batch = random_batch(1, 0, **alone, uniforms=together.uniforms[row])

@@ -20,7 +20,8 @@ from services.engine.core.kernels.sampling import (
     report_logprobs,
 )
 from services.engine.core.kernels.triton import why_not
-from services.engine.core.kernels.triton.sampling import GATHER_TILE, TILE_BLOCKS, lots, parts_of
+from services.engine.core.kernels.triton.sampling import TILE_BLOCKS, lots
+from services.engine.core.kernels.triton.sampling_filters import GATHER_TILE
 from services.engine.core.kernels.triton.sampling_row import (
     BIAS,
     OF_NAN,
@@ -30,6 +31,7 @@ from services.engine.core.kernels.triton.sampling_row import (
     gather,
     load_blocks,
     ordered,
+    parts_of,
     scan,
 )
 from services.engine.core.kernels.triton.specialisation import Specialisation

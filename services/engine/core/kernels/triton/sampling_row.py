@@ -8,7 +8,7 @@ the likeliest token is no finer than 2**-24.)
 
 from __future__ import annotations
 
-from triton import jit
+from triton import cdiv, jit
 from triton import language as tl
 
 UNIT = tl.constexpr(float(2**40))
@@ -16,6 +16,8 @@ OF_INFINITY = tl.constexpr(0x7F800000)
 OF_MINUS_INFINITY = tl.constexpr(-0x7F800001)
 OF_NAN = tl.constexpr(0x7FFFFFFF)
 BIAS = tl.constexpr(2**31)
+# Enough for every SM of a large card to have several.
+_PROGRAMS = 528
 # Halvings of the range in which the least of the candidates is looked for.
 _HALVINGS = tl.constexpr(16)
 # exp(-40) is too little to matter in any vocabulary.
@@ -210,3 +212,10 @@ def gather(  # type: ignore[no-untyped-def]
             room = (kept > 0) & (place < capacity)
             tl.store(candidates + place, values, room)
             tl.store(candidate_tokens + place, token, room)
+
+
+def parts_of(rows: int, vocab: int, tile: int) -> tuple[int, int]:
+    """Programs that share a row, and tiles for each."""
+    tiles = cdiv(vocab, tile)
+    each = cdiv(tiles, min(tiles, cdiv(_PROGRAMS, rows)))
+    return cdiv(tiles, each), each

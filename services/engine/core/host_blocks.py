@@ -47,6 +47,11 @@ class HostBlocks:
         self._free = list(range(self.num_blocks - 1, -1, -1))
         self._rows: dict[int, list[int]] = {}
         self._next_ticket = 0
+        if self._stream is not None and self._free:
+            # With the block that belongs to nobody: kernels are compiled now, and not while
+            # sequences wait for them.
+            for to_host in (True, False):
+                self._swap([kv_cache.num_blocks], [0], to_host=to_host)
 
     @property
     def num_free_blocks(self) -> int:

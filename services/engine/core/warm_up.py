@@ -63,6 +63,8 @@ def warm_up(
         max_context_tokens=limits.max_context_tokens,
         num_groups=len(windows),
     )
+    if device.type == "cuda" and num_blocks > 1:
+        kv_cache.copy_blocks([(0, 1)])  # which compiles its kernel
     core = EngineCore(scheduler, runner)
     stopping = Stopping(max_tokens=completion_tokens, ignore_eos=True)
     core.add([SequenceRequest(0, [0] * prompt_tokens, stopping=stopping)])

@@ -190,23 +190,45 @@ def test_ranks_compute_steps_that_are_launched_ahead_of_their_tokens(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "tensor", "stages"),
+    ("case", "tensor", "stages", "kv_cache_format"),
     [
-        ("llama", 2, 2),
-        ("qwen3", 4, 1),
-        ("gemma3", 1, 3),
-        ("mixtral", 2, 1),
-        ("phi3", 1, 2),
-        ("gpt2", 2, 2),
+        ("llama", 2, 2, "int8"),
+        ("qwen3", 4, 1, "auto"),
+        ("gemma3", 1, 3, "auto"),
+        ("mixtral", 2, 1, "auto"),
+        ("phi3", 1, 2, "auto"),
+        ("gpt2", 2, 2, "auto"),
     ],
 )
 def test_ranks_say_what_one_process_says_of_every_family(
-    engine: Callable[..., EngineCore], case: str, tensor: int, stages: int, tmp_path: Path
+    engine: Callable[..., EngineCore],
+    case: str,
+    tensor: int,
+    stages: int,
+    kv_cache_format: str,
+    tmp_path: Path,
 ) -> None:
     save_model(case, tmp_path, **served(case))
-    expected = answers(engine(tmp_path), requests())
-    ranks = engine(tmp_path, tensor_parallel=tensor, pipeline_parallel=stages)
+    expected = answers(engine(tmp_path, kv_cache_format=kv_cache_format), requests())
+    ranks = engine(
+        tmp_path,
+        tensor_parallel=tensor,
+        pipeline_parallel=stages,
+        kv_cache_format=kv_cache_format,
+    )
     assert answers(ranks, requests()) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+@pytest.mark.parametrize("parallel", ["tensor_parallel", "pipeline_parallel"])
+def test_two_gpus_say_what_one_says(
+    engine: Callable[..., EngineCore], llama: tuple[Path, dict[str, str]], parallel: str
+) -> None:
+    path, _ = llama
+    fields: dict[str, Any] = {"device": "cuda:0", "max_adapters": 0}
+    expected = answers(engine(path, **fields), requests())
+    assert answers(engine(path, **fields, **{parallel: 2}), requests()) == expected
 
 
 @pytest.mark.parametrize(

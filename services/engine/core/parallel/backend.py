@@ -88,6 +88,8 @@ class ParallelBackend:
             -config.max_context_tokens // settings.block_size
         )
         bounds = rank.divide(free_bytes, enough)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         self._ranks = join(place, store, device)
         workers.tell(Load(bounds))
         self._shard = rank.load(bounds, self._ranks)

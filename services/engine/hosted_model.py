@@ -130,7 +130,8 @@ class HostedModel:
             return 0
         if facts is None or facts.device == "cpu" or self.is_being_loaded:
             return held
-        weights = facts.num_parameters * _DTYPE_BYTES.get(facts.dtype, 2)
+        dense = facts.num_parameters * _DTYPE_BYTES.get(facts.dtype, 2)
+        weights = facts.memory.get("weights", dense)
         return held + weights + facts.kv_cache_memory_bytes
 
     def facts(self) -> ModelFacts:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from collections.abc import Awaitable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -388,3 +390,13 @@ async def test_a_request_that_names_no_model_is_for_the_first_that_can_do_it() -
     with pytest.raises(ServiceError) as raised:
         hosting.find("4")
     assert raised.value.reason is Reason.MODEL_NOT_FOUND
+
+
+def test_on_a_gpu_a_model_takes_what_its_weights_are_kept_in() -> None:
+    client = Client()
+    client.core_pid = os.getpid()  # type: ignore[assignment]
+    model = HostedModel("m", client, state=State.READY)  # type: ignore[arg-type]
+    client.facts = msgspec.structs.replace(FACTS, device="cuda:0", num_parameters=8 << 30)
+    as_floats = model.memory_bytes
+    client.facts = msgspec.structs.replace(client.facts, memory={"weights": 5 << 30})
+    assert as_floats - model.memory_bytes == pytest.approx(11 << 30, rel=0.01)

@@ -205,7 +205,7 @@ def _forms() -> Iterator[Specialisation]:
                     constants,
                     tile.num_warps,
                     tile.num_stages,
-                    spills="two words, on Ampere" if tile.rows == 64 and group_size > 32 else "",
+                    spills="two words, on Ampere" if tile.rows == 64 else "",
                 )
 
 

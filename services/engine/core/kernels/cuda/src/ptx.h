@@ -110,18 +110,17 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t pair) {
 // writes zeros and reads nothing. The copy may be read by this thread once its group has been
 // waited for, by others after a barrier that follows.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool present) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                   shared_address(shared)),
-               "l"(__cvta_generic_to_global(global)), "r"(present ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(present ? 16 : 0)
+      : "memory");
 }
 
 // The same of 4 bytes, by way of the L1 cache.
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global, bool present) {
-  asm volatile(
-      "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
-      "l"(__cvta_generic_to_global(global)), "r"(present ? 4 : 0)
-      : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(present ? 4 : 0)
+               : "memory");
 }
 
 // The copies since the last commit become a group.

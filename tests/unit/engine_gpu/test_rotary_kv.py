@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.engine.core.kernels import KVLayer, rotary_kv
+from services.engine.core.kernels import KVLayer, rotary_angles, rotary_kv
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layers import RotaryEmbedding
+from services.engine.core.layers.rotary import rotary_frequencies
 from services.engine.core.model_config import RopeConfig
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -139,6 +140,22 @@ def assert_same_meaning(
             assert ((left - right).abs() <= (1 if dtype == torch.float32 else 2)).all()
         if dtype == torch.float32 and left.numel():
             assert (left != right).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "rotary_dim"), [(0, 8), (1, 2), (5, 72), (3, 128)])
+def test_angles_are_those_of_the_reference(
+    tokens: int, rotary_dim: int, dtype: torch.dtype
+) -> None:
+    (form,) = [each for each in rotary_angles.implementations["cuda"] if each.name == "triton"]
+    frequencies, _ = rotary_frequencies(RopeConfig(500_000.0, rotary_dim), 64)
+    positions = torch.randint(0, 131072, (tokens,))
+    for amplitude in (1.0, 1.19):
+        found = form.run(positions, frequencies, amplitude, dtype)
+        expected = rotary_angles.reference(positions, frequencies, amplitude, dtype)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == dtype
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-2)
 
 
 @pytest.mark.parametrize("value", [1e4, -1e4, 448.0, 2**-9, 2**-6, 0.0174, 0.0])

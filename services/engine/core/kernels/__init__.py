@@ -33,7 +33,7 @@ from services.engine.core.kernels.matrices import GroupedMatrix, Matrix, ScaledM
 from services.engine.core.kernels.normalization import add_rms_norm, layer_norm, rms_norm
 from services.engine.core.kernels.quantized_rows import add_rms_norm_quantized, quantize_rows
 from services.engine.core.kernels.registry import OPS, Op, Selection, declare, select
-from services.engine.core.kernels.rotary import rotary_embedding
+from services.engine.core.kernels.rotary import rotary_angles, rotary_embedding
 from services.engine.core.kernels.rotary_kv import rotary_kv
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "paged_attention",
     "quantize_rows",
     "rms_norm",
+    "rotary_angles",
     "rotary_embedding",
     "rotary_kv",
     "scaled_linear",

@@ -9,6 +9,22 @@ from services.engine.core.kernels.registry import declare
 
 
 @declare
+def rotary_angles(
+    positions: Tensor, frequencies: Tensor, amplitude: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of tokens' angles, times an amplitude, as `rotary_embedding` takes them.
+
+    positions: [num_tokens] int64; frequencies: [rotary_dim / 2] float32. Both results: [num_tokens,
+    1, rotary_dim] of `dtype`.
+    """
+    half = positions.to(torch.float32).view(-1, 1, 1) * frequencies
+    cos, sin = half.cos(), half.sin()
+    if amplitude != 1.0:
+        cos, sin = cos * amplitude, sin * amplitude
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+@declare
 def rotary_embedding(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each head's halves against each other (Su et al., arXiv:2104.09864).
 

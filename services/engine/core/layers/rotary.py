@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from services.engine.core.kernels import rotary_angles
 from services.engine.core.model_config import RopeConfig
 
 
@@ -26,11 +27,7 @@ class RotaryEmbedding:
         """Return (cos, sin) as `rotary_embedding` takes them: [num_tokens, 1, rotary_dim] each."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
-        half = positions.to(torch.float32).view(-1, 1, 1) * self.frequencies
-        cos, sin = half.cos(), half.sin()
-        if self.amplitude != 1.0:
-            cos, sin = cos * self.amplitude, sin * self.amplitude
-        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+        return rotary_angles(positions, self.frequencies, self.amplitude, dtype)
 
 
 def rotary_frequencies(config: RopeConfig, served_context_tokens: int) -> tuple[Tensor, float]:

@@ -69,6 +69,18 @@ def _linear(make: Maker) -> Iterator[Example]:
             yield Example(f"[{tokens}, {inputs}] to {outputs}", args)
 
 
+@examples_of("rotary_angles")
+def _rotary_angles(make: Maker) -> Iterator[Example]:
+    for head_dim in make.sizes.head_dims:
+        exponents = torch.arange(0, head_dim, 2, device=make.device) / head_dim
+        frequencies = 500_000.0**-exponents
+        for tokens in make.sizes.tokens:
+            # Also where angles are thousands of turns.
+            positions = make.integers(tokens, below=131072)
+            args = positions, frequencies, 1.2, torch.bfloat16
+            yield Example(f"{tokens} tokens of {head_dim}", args)
+
+
 @examples_of("rotary_embedding")
 def _rotary_embedding(make: Maker) -> Iterator[Example]:
     for head_dim in make.sizes.head_dims:

@@ -193,7 +193,7 @@ def test_ranks_compute_steps_that_are_launched_ahead_of_their_tokens(
     ("case", "tensor", "stages", "kv_cache_format"),
     [
         ("llama", 2, 2, "int8"),
-        ("qwen3", 4, 1, "auto"),
+        ("qwen3", 2, 1, "auto"),
         ("gemma3", 1, 3, "auto"),
         ("mixtral", 2, 1, "auto"),
         ("phi3", 1, 2, "auto"),

@@ -120,7 +120,6 @@ def _usage(cubin: bytes) -> tuple[int, int, int]:
 
 def main(names: list[str]) -> None:
     assert not os.environ.get("TRITON_INTERPRET"), "kernels must not be interpreted here"
-    os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
     sys.path.insert(0, str(ROOT))
     collect(names)
     work = [

@@ -35,6 +35,7 @@ import torch
 from services.engine.core.heap import trim_heap
 from services.engine.core.kernels import cpu
 from services.engine.core.kernels.cpu.team import Team
+from services.engine.core.models.kept import bytes_by_precision
 from services.engine.core.models.loader import open_model
 from services.engine.core.models.native import NativeModel
 
@@ -52,6 +53,10 @@ for path in sys.argv[1:]:
     if Path(path).name == "torch":
         model = opened.load(torch.float32, "cpu")
         kept = sum(weight.nbytes for weight in model.parameters())
+    elif Path(path).name.startswith("kept"):
+        weights = "int8" if Path(path).name == "kept rounded" else "auto"
+        model, _ = opened.load_kept(weights, torch.bfloat16, "cpu")
+        kept = sum(bytes_by_precision(model).values())
     else:
         model = NativeModel(opened.skeleton, opened.checkpoint, team, "auto")
         kept = sum(model.weight_bytes.values())
@@ -82,7 +87,10 @@ def models(tmp_path: Path) -> list[Path]:
     write_gguf(model, tmp_path / "Q6_K.gguf", "Q6_K")
     quantise = partial(gptq, bits=4, group_size=128)
     quantise_checkpoint(tmp_path / "gptq", model, quantise, gptq_config(4, 128))
-    names = ("whole", "sharded", "Q8_0.gguf", "Q6_K.gguf", "gptq", "torch")
+    for name, source in (("kept.gguf", "Q8_0.gguf"), ("kept", "gptq"), ("kept rounded", "whole")):
+        (tmp_path / name).symlink_to(tmp_path / source)
+    kept = ("kept.gguf", "kept", "kept rounded")
+    names = ("whole", "sharded", "Q8_0.gguf", "Q6_K.gguf", "gptq", "torch", *kept)
     return [tmp_path / name for name in names]
 
 

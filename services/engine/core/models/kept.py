@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from services.engine.core.heap import trim_heap
 from services.engine.core.kernels import GroupedMatrix, Matrix, ScaledMatrix
 from services.engine.core.kernels.cpu.packing import (
     GROUP_INPUTS,
@@ -29,8 +30,8 @@ KeptWeights: TypeAlias = WeightChoice | Literal["fp8", "w8a8"]
 KEPT_WEIGHTS: tuple[KeptWeights, ...] = (*get_args(WeightChoice), "fp8", "w8a8")
 _SCALED = {"fp8": torch.float8_e4m3fn, "w8a8": torch.int8}
 _NAMES = {dtype: name for name, dtype in _SCALED.items()}
-# Rounded at a time on the device, where float32 takes up to eight times what is kept.
-_CHUNK_ELEMENTS = 1 << 26
+# Rounded at a time: in float32, some times over, it takes many times what is kept of it.
+_CHUNK_ELEMENTS = 1 << 21
 
 
 class KeptMatrices(MatrixReader):
@@ -130,7 +131,11 @@ def load_kept(
             gate_up, down = module.matrices()
             _place(module, "gate_up", reader.stack(gate_up), dtype)
             _place(module, "down", reader.stack(down), dtype)
+        else:
+            continue
+        # What reading took, before the next module takes as much again.
         checkpoint.release()
+        trim_heap()
     # The rest: norms, biases, positions.
     names = [name for name, slot in weight_slots(model, checkpoint.shapes).items() if slot.is_meta]
     for module in model.modules():

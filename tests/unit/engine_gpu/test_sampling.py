@@ -253,6 +253,20 @@ def test_an_edit_of_a_token_that_does_not_exist_fails_its_row_alone() -> None:
     assert [type(error) for error in found.errors] == [type(None), LogitsError]
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.5), (0, 0.9), (20, 1.0)])
+def test_the_bound_of_what_is_gathered_is_no_higher_than_what_is_kept(
+    top_k: int, top_p: float
+) -> None:
+    """One logit to a block is where it is as high as it may be."""
+    logits = torch.full((4, 40 * 128), -torch.inf)
+    logits[:, ::128] = torch.randn(4, 40)
+    uniforms = np.array([0.0, 0.3, 0.6, 0.999])
+    batch = random_batch(
+        4, 0, temperature=1.0, top_k=top_k, top_p=top_p, min_p=0.0, uniforms=uniforms
+    )
+    assert_same(launch(logits, batch), sample.reference(logits.clone(), batch))
+
+
 def test_a_row_does_not_depend_on_the_rows_beside_it_nor_on_how_it_is_split(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

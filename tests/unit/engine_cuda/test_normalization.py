@@ -26,7 +26,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "size"), [(1, 8), (3, 72), (2, 1024), (1, 8200)])
+@pytest.mark.parametrize(("rows", "size"), [(1, 512), (3, 584), (2, 1024), (1, 8200)])
 def test_rows_are_normalised(emulated: Emulator, rows: int, size: int, dtype: torch.dtype) -> None:
     hidden, weight = random(rows, size, dtype=dtype), random(size, dtype=dtype)
     close(rms_norm_cuda(hidden, weight, EPS), rms_norm.reference(hidden, weight, EPS))
@@ -34,8 +34,8 @@ def test_rows_are_normalised(emulated: Emulator, rows: int, size: int, dtype: to
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_residual_stream_is_added_to_in_place(emulated: Emulator, dtype: torch.dtype) -> None:
-    hidden, residual = (random(3, 264, dtype=dtype) for _ in range(2))
-    weight = random(264, dtype=dtype)
+    hidden, residual = (random(3, 776, dtype=dtype) for _ in range(2))
+    weight = random(776, dtype=dtype)
     normalised, total = add_rms_norm.reference(hidden, residual.clone(), weight, EPS)
     for seed in range(3):
         stream = guarded(residual)
@@ -47,12 +47,14 @@ def test_the_residual_stream_is_added_to_in_place(emulated: Emulator, dtype: tor
 
 
 def test_rows_of_a_wider_tensor_are_read_where_they_are(emulated: Emulator) -> None:
-    wide, weight = random(4, 96, dtype=torch.bfloat16), random(32, dtype=torch.bfloat16)
-    rows = wide[:, 32:64]
+    wide, weight = random(4, 1536, dtype=torch.bfloat16), random(512, dtype=torch.bfloat16)
+    rows = wide[:, 512:1024]
     close(rms_norm_cuda(rows, weight, EPS), rms_norm.reference(rows, weight, EPS))
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(12, torch.bfloat16), (64, torch.float32)])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(516, torch.bfloat16), (128, torch.bfloat16), (1024, torch.float32)]
+)
 def test_what_the_kernel_does_not_serve_is_computed_all_the_same(
     emulated: Emulator, size: int, dtype: torch.dtype
 ) -> None:

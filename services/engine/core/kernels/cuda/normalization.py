@@ -10,8 +10,8 @@ from torch import Tensor
 from services.engine.core.kernels.cuda.library import FORMATS, beneath, call, is_aligned, why_not
 from services.engine.core.kernels.normalization import add_rms_norm, rms_norm
 
-# A row is kept in the registers of one block.
-_MAX_SIZE = 16384
+# A row is kept in the registers of one block; for the short ones of heads a block is too much.
+_SIZES = range(512, 16384 + 1, 8)
 
 
 class RmsNormArgs(ctypes.Structure):
@@ -56,8 +56,7 @@ def _serves(hidden: Tensor, weight: Tensor) -> bool:
         hidden.dtype in (torch.bfloat16, torch.float16)
         and weight.dtype == hidden.dtype
         and hidden.dim() == 2
-        and size % 8 == 0
-        and size <= _MAX_SIZE
+        and size in _SIZES
         and is_aligned(hidden, weight)
     )
 

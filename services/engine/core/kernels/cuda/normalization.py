@@ -11,7 +11,7 @@ from services.engine.core.kernels.cuda.library import FORMATS, beneath, call, is
 from services.engine.core.kernels.normalization import add_rms_norm, rms_norm
 
 # A row is kept in the registers of one block; for the short ones of heads a block is too much.
-_SIZES = range(512, 16384 + 1, 8)
+_SIZES = range(256, 16384 + 1, 8)
 
 
 class RmsNormArgs(ctypes.Structure):

@@ -82,7 +82,7 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.float(), expected.float(), atol=precision, rtol=precision)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     shape=SHAPES,
     dtype=DTYPES,

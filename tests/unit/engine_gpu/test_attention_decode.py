@@ -79,6 +79,13 @@ def test_every_query_sees_its_own_past(
     assert_close(step.attended(paged_attention_triton, pattern), exact)
 
 
+@pytest.mark.parametrize("pattern", [Pattern(window=50), Pattern(window=33, global_tokens=70)])
+def test_hidden_tiles_are_skipped_wherever_the_window_begins(pattern: Pattern) -> None:
+    step = PagedStep.random(Shape(1, 1, 64), [(1, past) for past in range(220, 480, 13)])
+    exact = step.exact(pattern)
+    assert_close(step.poisoned(pattern).attended(paged_attention_triton, pattern), exact)
+
+
 @pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
 def test_heads_may_have_any_multiple_of_16_dimensions(head_dim: int) -> None:
     step = PagedStep.random(Shape(4, 2, head_dim), [(1, 90), (5, 0), (2, 300)])

@@ -77,6 +77,15 @@ def test_every_query_sees_its_own_past(
     assert_close(step.attended(paged_attention_triton, pattern), exact)
 
 
+@pytest.mark.parametrize(
+    "pattern", [Pattern(), Pattern(window=60), Pattern(window=20, global_tokens=5)]
+)
+def test_masks_begin_and_end_wherever_tiles_do(pattern: Pattern) -> None:
+    step = PagedStep.random(Shape(1, 1, 16), [(20, past) for past in range(60, 77)])
+    exact = step.exact(pattern)
+    assert_close(step.poisoned(pattern).attended(paged_attention_triton, pattern), exact)
+
+
 @pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
 def test_heads_may_have_any_multiple_of_16_dimensions(head_dim: int) -> None:
     step = PagedStep.random(Shape(4, 2, head_dim), [(90, 90), (40, 0), (1, 30)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_bench import Bench, implementations
+from services.engine.core.device_sampling import DeviceSampler
 from services.engine.core.kernels import OPS
 from services.engine.core.kernels.matrices import GroupedMatrix, ScaledMatrix
 from services.engine.core.kernels.registry import REFERENCE
@@ -132,7 +133,7 @@ def _rows(bench: Bench, *shape: int) -> Tensor:
 
 
 def sampling(bench: Bench) -> None:
-    """Choosing tokens, to where the host has them: read once, logits are all that must be."""
+    """Choosing tokens: read once, logits are all that must be."""
     vocab = 503 if bench.tiny else 128256
     for rows in (1, 3) if bench.tiny else (1, 8, 64, 256):
         logits = torch.randn(rows, vocab, device=bench.device).mul_(4)
@@ -145,9 +146,10 @@ def sampling(bench: Bench) -> None:
             logprobs=np.full(rows, -1, np.int64),
         )
         for kind, batch in (("greedy", SamplingBatch.greedy(rows)), ("top-p 0.95", drawn)):
-            bench.measure(
-                f"{kind}, {rows} rows of {vocab}",
-                "sampler",
-                partial(sample, logits, batch),
-                num_bytes=4.0 * rows * vocab,
-            )
+            sampler = DeviceSampler(bench.device, rows, vocab, at_once=False)
+            for by, run in (
+                ("sampler, to the host", partial(sample, logits, batch)),
+                ("on the device", partial(sampler.enqueue, logits, sampler.stage(batch))),
+            ):
+                case = f"{kind}, {rows} rows of {vocab}"
+                bench.measure(case, by, run, num_bytes=4.0 * rows * vocab)

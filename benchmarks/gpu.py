@@ -52,7 +52,7 @@ PARTS = {
     "sampling": Part("gpu_products.sampling", 10, "choosing tokens"),
 }
 # A part may take this much longer than its budget, to end the case that it is at.
-_GRACE_S = 60.0
+_GRACE_S = 90.0
 # Until its process is up, which may have to compile kernels in CUDA C++ first.
 _START_S = 300.0
 _POLL_S = 0.1

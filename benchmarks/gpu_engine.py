@@ -76,6 +76,8 @@ def quantised(bench: Bench) -> None:
     """Llama 3.1 8B in fewer bits: batch 1, beside bf16 in the same run."""
     found: dict[str, float] = {}
     for form in FORMATS:
+        if bench.left_s <= 0:
+            return
         name = "bf16" if form == "auto" else form
         try:
             with _llama(bench, weights=form, max_running_sequences=8) as loaded:
@@ -93,6 +95,8 @@ def kv_formats(bench: Bench) -> None:
     """Long contexts, with keys and values of 16 and of eight bits."""
     batch, context, output = (2, 64, 6) if bench.tiny else (8, 16384, 32)
     for form in ("auto", "fp8", "int8"):
+        if bench.left_s <= 0:
+            return
         name = "bf16" if form == "auto" else form
         case = f"Llama 3.1 8B, {name} KV, batch {batch}, context {context}"
         try:
@@ -171,6 +175,8 @@ def speculation(bench: Bench) -> None:
     length, output = (24, 16) if bench.tiny else (512, 256)
     rates: dict[str, float] = {}
     for kind in ("off", "ngram"):
+        if bench.left_s <= 0:
+            return
         with _llama(bench, max_running_sequences=8, speculation=kind) as loaded:
             phrase = prompt(16, loaded.vocab_size, 7)
             tokens = (phrase * (length // 16 + 1))[:length]

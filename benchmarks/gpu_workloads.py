@@ -29,15 +29,26 @@ from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Loaded:
-    """An engine that is ready, and what its model takes."""
+    """An engine that is ready, and what its model takes. It is gone once it is closed, whoever
+    still holds this."""
 
-    core: EngineCore
+    engine: EngineCore | None
     facts: ModelFacts
     weight_bytes: int
     kv_bytes_per_token: float
     vocab_size: int
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine, while it is there."""
+        assert self.engine is not None
+        return self.engine
+
+    def close(self) -> None:
+        """Free what the engine holds: the next one needs the card's memory."""
+        self.engine = None
 
     def decode_bytes(self, sequences: int, context: float) -> float:
         """What a step must read that decodes so many sequences: weights once, and their cache."""
@@ -68,6 +79,7 @@ def engine(
     # Converted, so that a format which there is not is refused and not passed over.
     asked = {"model_path": str(directory)} | chosen | settings
     core_settings = msgspec.convert(asked, CoreSettings)
+    _release(bench.device)  # where the one before failed, its error has held what it was at
     before = _allocated(bench.device)
     built, facts = build_engine(core_settings, open_model=opener(bench.device))
     assert isinstance(built, EngineCore)
@@ -79,10 +91,16 @@ def engine(
     try:
         yield loaded
     finally:
-        del built, loaded
-        gc.collect()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+        loaded.close()
+        del built
+        _release(bench.device)
+
+
+def _release(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _allocated(device: torch.device) -> int:

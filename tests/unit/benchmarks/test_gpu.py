@@ -7,13 +7,20 @@ import json
 import os
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gpu
+from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_report import GOALS, write_report
+from benchmarks.gpu_synthetic import LLAMA_31_8B
+from benchmarks.gpu_workloads import engine, request
+from benchmarks.gpu_workloads import run as run_sequences
 
 ROOT = Path(__file__).parents[3]
 
@@ -145,3 +152,14 @@ def test_nothing_of_a_mesh_is_needed() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stderr
+
+
+def test_an_engine_is_gone_before_the_next_one_needs_its_memory(tmp_path: Path) -> None:
+    bench = Bench("any", torch.device("cpu"), tmp_path, tiny=True, end=time.monotonic() + 60)
+    with engine(bench, LLAMA_31_8B, max_running_sequences=2) as loaded:
+        timeline = run_sequences(bench, loaded.core, [request(0, [5, 6, 7], 4)])
+        core = weakref.ref(loaded.core._runner)
+    assert timeline.num_tokens == 4
+    # Whoever still has what it was measured by does not keep it.
+    assert loaded.vocab_size == 300
+    assert core() is None

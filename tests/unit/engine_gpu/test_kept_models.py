@@ -14,19 +14,15 @@ from tests.fakes.decoder_families import save_model, served
 from tests.unit.engine_gpu.test_models import interpreted_kernels, steps
 
 CASES: list[tuple[str, KeptWeights]] = [
-    ("llama", "int4"),
     ("qwen2, tied", "int8"),
     ("llama", "w8a8"),
     ("gemma3", "fp8"),
     ("mixtral", "int4"),
-    ("gpt2", "int4"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "weights"),
-    [pytest.param(*each, marks=() if each == CASES[0] else pytest.mark.slow) for each in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "weights"), CASES)
 def test_steps_by_kernels(case: str, weights: KeptWeights, tmp_path: Path) -> None:
     save_model(case, tmp_path, **served(case, num_hidden_layers=2, max_position_embeddings=64))
     model, _ = open_model(tmp_path).load_kept(weights, torch.bfloat16, "cpu")

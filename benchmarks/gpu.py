@@ -181,7 +181,7 @@ def _run_parts(options: argparse.Namespace) -> None:
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     device = torch.device(options.device)
-    _activate(device, options.into)
+    _activate(device, options.into, tiny=options.tiny)
     end = time.monotonic() + options.budget_s
     for name in options.parts:
         part = PARTS[name]
@@ -215,7 +215,7 @@ def _run_parts(options: argparse.Namespace) -> None:
         _note(options.into, name, "done", time.monotonic() - started, "")
 
 
-def _activate(device: Any, into: Path) -> None:
+def _activate(device: Any, into: Path, *, tiny: bool) -> None:
     """Register what there is for a GPU, and write down what the figures are of."""
     import platform
 
@@ -226,6 +226,7 @@ def _activate(device: Any, into: Path) -> None:
     triton.activate()
     machine = {
         "device": str(device),
+        "shapes": "tiny: these figures say nothing" if tiny else "of the models",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "triton": triton.why_not() or "there",

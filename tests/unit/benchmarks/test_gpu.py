@@ -56,6 +56,7 @@ def test_every_part_runs_and_says_what_it_measured(tmp_path: Path) -> None:
     assert not wrong
     # What is to be reached is looked for among what is measured, though never in these shapes.
     assert [goal["goal"] for goal in report["goals"]] == [goal.text for goal in GOALS]
+    assert {goal["state"] for goal in report["goals"]} == {"open"}
     table = (tmp_path / "report.md").read_text()
     assert "MeshServe / transformers" in table
     assert "more than one card" in table

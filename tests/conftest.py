@@ -16,6 +16,10 @@ from tests.support.proofs import pytest_runtest_makereport
 
 __all__ = ["pytest_runtest_makereport"]
 
+# Kernels in Triton are interpreted, unless `make test-gpu` says otherwise: before anything imports
+# Triton, which is when its own functions look.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 BUILD_KERNELS = (
     Path(__file__).parents[1] / "services" / "engine" / "core" / "kernels" / "cpu" / "build.py"
 )

@@ -186,6 +186,7 @@ def core_settings(settings: Settings, name: str, waiting_weights_bytes: int = 0)
             max_waiting_tokens=engine.max_waiting_tokens,
             step_latency_target_ms=engine.step_latency_target_ms,
             plan_ahead=engine.plan_ahead,
+            excluded_kernels=engine.excluded_kernels,
             swap_memory_bytes=engine.swap_bytes,
             cuda_graphs=engine.cuda_graphs,
             prefix_cache=engine.prefix_cache,

@@ -79,6 +79,8 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     # Whether a step is planned while the one before it is computed; "auto": where a device of its
     # own computes, or a processor is left beside those that do.
     plan_ahead: Literal["auto", "on", "off"] = "auto"
+    # Implementations of a GPU's operations that are not used, by their names.
+    excluded_kernels: tuple[str, ...] = ()
     # Memory of the host for what preempted sequences have computed; 0: they compute it again.
     swap_memory_bytes: int = 0
     # Whether steps that decode are captured as CUDA graphs when the engine starts.

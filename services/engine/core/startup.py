@@ -27,7 +27,7 @@ from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
 from services.engine.core.host_blocks import HostBlocks
-from services.engine.core.kernels import cpu, cuda, select, triton
+from services.engine.core.kernels import OPS, cpu, cuda, installed, select, triton
 from services.engine.core.kernels.choice import tune
 from services.engine.core.kernels.device_check import check_device
 from services.engine.core.kv_cache import KVCache
@@ -78,6 +78,7 @@ def build_engine(
         cpu.activate(settings.cpu_kernels)
     else:
         torch.cuda.set_device(device)  # kernels are launched on the current one
+        installed.activate()
         triton.activate()
         cuda.activate(device)
     if reads_whole_sequences(settings.model_path):
@@ -87,7 +88,7 @@ def build_engine(
         return build_encoder(settings, device)
     workers = start_workers(settings)  # first, so that they start beside what follows
     refused = check_device(device).refused if device.type == "cuda" else {}
-    selections = select(device.type, refused=refused)
+    selections = select(device.type, _excluded(settings, device), refused)
     for selection in selections:
         logger.info("kernel %s", selection)
     opened = open_model(
@@ -261,6 +262,20 @@ def resolve_device(name: str) -> torch.device:
             raise StartupError(f"the device {name!r} is not there: {count} CUDA devices are")
         return torch.device("cuda", index)
     return device
+
+
+def _excluded(settings: CoreSettings, device: torch.device) -> tuple[str, ...]:
+    """The implementations that settings exclude, all of which there are on a GPU."""
+    if device.type == "cpu":
+        return ()
+    names = {each.name for op in OPS.values() for each in op.implementations.get(device.type, [])}
+    for name in settings.excluded_kernels:
+        if name not in names:
+            known = ", ".join(sorted(names)) or "none"
+            raise StartupError(
+                f"excluded_kernels names {name!r}, which no operation has on {device}: {known}"
+            )
+    return settings.excluded_kernels
 
 
 def _host_blocks(kv_cache: Any, settings: CoreSettings) -> HostBlocks | None:

@@ -148,6 +148,12 @@ class EngineSettings(ServerSettings):
         "launched behind it. `auto`: where a GPU computes, or fewer `threads` than there are "
         "processors.",
     )
+    excluded_kernels: tuple[str, ...] = Field(
+        (),
+        description="Implementations that a GPU is not to use, such as `cuda` or `triton`: the "
+        "next best computes what they would, which may be `flash-attention-3` or `flashinfer` "
+        "where these are installed.",
+    )
     swap_bytes: Annotated[int, Field(ge=0)] = Field(
         0,
         description="Memory of the host in which a GPU keeps what sequences have computed that "

@@ -155,7 +155,7 @@ def paged_attention(
     num_heads, kv_heads = queries.shape[1], cache.keys.shape[2]
     seen = _Seen(window, global_tokens)
     groups = metadata.once(
-        f"reference groups {seen}",
+        f"reference groups {queries.dtype} {seen}",
         lambda: _group_sequences(metadata, num_heads // kv_heads, queries.dtype, seen),
     )
     if len(groups) == 1:

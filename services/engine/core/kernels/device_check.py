@@ -318,7 +318,7 @@ def poison(device: torch.device) -> None:
 def _check_all(device_name: str, device_type: str, modules: Sequence[str]) -> None:
     import importlib
 
-    from services.engine.core.kernels import cuda, triton
+    from services.engine.core.kernels import cuda, installed, triton
 
     # Whatever the kernels print must not be taken for a result.
     results = os.fdopen(os.dup(1), "w")
@@ -328,6 +328,7 @@ def _check_all(device_name: str, device_type: str, modules: Sequence[str]) -> No
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched on the current one
     if device_type == "cuda":
+        installed.activate()
         triton.activate()
         cuda.activate(device)
     for module in modules:

@@ -14,7 +14,7 @@ import torch
 from services.engine.core.backends import kept_weights
 from services.engine.core.errors import StartupError
 from services.engine.core.gpu_memory import DEFAULT_FRACTION
-from services.engine.core.kernels import cpu, cuda, triton
+from services.engine.core.kernels import cpu, cuda, installed, triton
 from services.engine.core.kv_cache import KVCache, kv_dtype
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.memory import free_memory_bytes
@@ -219,5 +219,6 @@ def choose_kernels(settings: CoreSettings, device: torch.device) -> None:
         cpu.activate(settings.cpu_kernels)
     else:
         torch.cuda.set_device(device)
+        installed.activate()
         triton.activate()
         cuda.activate(device)

@@ -128,7 +128,7 @@ class Worker:
         choose_kernels(settings, device)
         # Rank 0 has looked already: on its machine this is known.
         refused = check_device(device).refused if device.type == "cuda" else {}
-        select_kernels(device.type, refused=refused)
+        select_kernels(device.type, settings.excluded_kernels, refused)
         opened = open_model(
             Path(settings.model_path),
             max_context_tokens=settings.max_context_tokens,

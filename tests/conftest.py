@@ -49,6 +49,15 @@ def pytest_sessionstart() -> None:
     subprocess.run([sys.executable, str(BUILD_KERNELS)], check=False, stdout=subprocess.DEVNULL)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none, before its fixtures look for one."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def demo_model_path() -> Path:
     """The demo model's GGUF file, fetched once into the user's cache directory."""

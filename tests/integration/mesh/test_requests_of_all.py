@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,10 @@ class Pair:
 @pytest.fixture(scope="module")
 def pair(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder = tmp_path_factory.mktemp("gateways")
-    away = f"127.0.0.1:{free_ports(1)[0]}"
+    # Nobody listens there, and nobody else can be given it.
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    away = f"127.0.0.1:{taken.getsockname()[1]}"
     both = [gateway_settings(mesh) for _ in range(2)]
     addresses = [each["gateway"]["listen"] for each in both]
     http = [f"127.0.0.1:{port}" for port in free_ports(2)]
@@ -68,7 +72,7 @@ def pair(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]
             process.wait_until_healthy()
             yield
 
-    with running(0), running(1):
+    with taken, running(0), running(1):
         yield Pair((addresses[0], addresses[1]), (http[0], http[1]), away)
 
 

@@ -327,7 +327,8 @@ def test_a_replica_tells_what_prometheus_would_read(start: Start) -> None:
     by_method = {tuple(each.label_values): each for each in durations.samples}
     sample = by_method[(f"{SERVICE}/Unary",)]
     assert sum(sample.bucket_counts) == 3
-    assert sample.value > 0.09
+    # Timers of an event loop count in whole milliseconds, and may be one early.
+    assert sample.value > 3 * 0.029
     assert len(durations.bucket_bounds) == len(sample.bucket_counts)
     assert durations.bucket_bounds[-1] == float("inf")
     first = next(

@@ -17,7 +17,7 @@ from services.engine.core.sequence import Sequence
 from services.engine.core.sequence_rows import SequenceRows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Preparation:
     """A step that lacks nothing but its token ids. Arrays are as in ForwardBatch."""
 
@@ -74,7 +74,9 @@ def prepare_input(
         for each in sequences
     ]
     contexts = [before + count for before, count in zip(computed, counts, strict=True)]
-    expected = [each.num_expected_tokens + num_pending_tokens for each in sequences]
+    expected = [
+        len(each.token_ids) + each.num_pending_tokens + num_pending_tokens for each in sequences
+    ]
     beyond = [context - known for context, known in zip(contexts, expected, strict=True)]
     ends = list(accumulate(counts))
     total = ends[-1]
@@ -119,17 +121,19 @@ def prepare_input(
 
 
 def with_sampling(step: Preparation, state: SequenceRows) -> Preparation:
-    """The same, with how its tokens are sampled. Where logits are edited by what was said before,
-    that must be known by now."""
+    """Add to a step how its tokens are sampled, and return it. Where logits are edited by what was
+    said before, that must be known by now."""
     if step.scores:
         sampling: SamplingBatch | None = _scoring(step, state)
     else:
         sampling = _sampling(step, state)
-    masks = None
-    if sampling is not None and any(_follows(step, index) for index in step.sampled):
-        masks = _masks(step)
-        sampling = replace(sampling, masks=masks.masks)
-    return replace(step, sampling=sampling, masks=masks)
+    step.sampling, step.masks = sampling, None
+    sequences = step.plan.sequences
+    follow = any(sequences[each].matcher for each in step.sampled)
+    if sampling is not None and follow and any(_follows(step, each) for each in step.sampled):
+        step.masks = _masks(step)
+        step.sampling = replace(sampling, masks=step.masks.masks)
+    return step
 
 
 def _is_there(step: Preparation, index: int) -> bool:

@@ -206,7 +206,8 @@ def make_device_runner(
     shapes = shapes_to_capture(
         max_running_sequences=shape["max_running_sequences"],
         max_batch_tokens=shape["max_batch_tokens"],
-        max_query_length=1 + MAX_DRAFT_TOKENS if drafts else 1,
+        # The kernels for few queries take 16 of a sequence: all but the longest draft.
+        max_query_length=MAX_DRAFT_TOKENS if drafts else 1,
     )
     device = shape["device"]
     graphed = GraphedModel(model, CudaRecorder(device), shapes, device=device)

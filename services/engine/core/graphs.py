@@ -70,7 +70,7 @@ class CudaRecorder:
         """As PieceRecorder."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            compute(_nothing)
+            compute(lambda: None)
         torch.cuda.synchronize(self._device)
         graphs: list[torch.cuda.CUDAGraph] = []
 
@@ -160,10 +160,6 @@ class GraphedModel:
 
 def _ignoring(replay: Compute) -> Callable[[ForwardBatch, Any], Tensor]:
     return lambda batch, kv_cache: replay()
-
-
-def _nothing() -> None:
-    return None
 
 
 def _addresses(batch: ForwardBatch) -> tuple[int, ...]:

@@ -285,8 +285,9 @@ class Scheduler:
         ):
             self._entrance.wants_room = False
             return None
-        prefilling = any(each.num_uncomputed_tokens > 1 for each in self._running)
-        if self.block_tables.shape.slidings and (prefilling or len(self._entrance)):
+        if self.block_tables.shape.slidings and (
+            len(self._entrance) or any(each.num_uncomputed_tokens > 1 for each in self._running)
+        ):
             # What slides out of the windows of a prefill is known once it is computed.
             return None
         planned: dict[Sequence, int] = {}

@@ -28,8 +28,8 @@ class SaysOnce(health_pb2_grpc.HealthServicer):
         yield health_pb2.HealthCheckResponse(status=SERVING)
 
 
-async def replica_with(loopback: Any, health: SaysOnce | None) -> Replica:
-    """A replica with this health service, or none, as its caller knows it."""
+async def address_with(loopback: Any, health: SaysOnce | None) -> str:
+    """Where a replica with this health service, or none, is served."""
     server = grpc.aio.server()
     Shapes().add_to(server)
     if health is not None:
@@ -37,7 +37,12 @@ async def replica_with(loopback: Any, health: SaysOnce | None) -> Replica:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     loopback.stack.push_async_callback(server.stop, 0)
-    (replica,) = loopback.channel_to(f"127.0.0.1:{port}").replicas
+    return f"127.0.0.1:{port}"
+
+
+async def replica_with(loopback: Any, health: SaysOnce | None) -> Replica:
+    """A replica with this health service, or none, as its caller knows it."""
+    (replica,) = loopback.channel_to(await address_with(loopback, health)).replicas
     assert isinstance(replica, Replica)
     return replica
 
@@ -45,9 +50,21 @@ async def replica_with(loopback: Any, health: SaysOnce | None) -> Replica:
 async def test_a_replica_that_ends_the_watch_takes_nothing_until_it_says_so_again(
     loopback,
 ) -> None:
-    replica = await replica_with(loopback, SaysOnce())
-    for state in (ReplicaState.SERVING, ReplicaState.NOT_SERVING) * 2:
-        await until(lambda state=state: replica.state is state)
+    """Every state is told: a word and the end of the watch may come in one piece, and who looked
+    at the replica now and then would not see it serve."""
+    states: list[ReplicaState] = []
+    connection = connections.Connection(
+        f"ipv4:{await address_with(loopback, SaysOnce())}",
+        connections.channel_options(None, 1 << 20),
+        credentials=None,
+        health_service="",
+        on_state=states.append,
+        on_instance=lambda _: None,
+    )
+    await until(lambda: len(states) >= 4)
+    connection.close()
+    await connection.ended()
+    assert states[:4] == [ReplicaState.SERVING, ReplicaState.NOT_SERVING] * 2
 
 
 async def test_a_replica_without_a_health_service_serves_while_it_is_connected(loopback) -> None:

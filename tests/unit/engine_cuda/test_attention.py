@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from services.engine.core.kernels.cuda import attention
 from services.engine.core.kernels.cuda.attention import Card, divide, paged_attention_cuda, serves
 from services.engine.core.kernels.kv_layer import KVLayer, quantize_heads
 from tests.fakes.cuda.emulator import Emulator, guarded
+from tests.fakes.sparse_memory import sparse
 
 H100 = Card(132, 227 * 1024)
 # Divides even short sequences: among several parts, of one warp or two.
@@ -132,7 +134,15 @@ def test_parts_of_a_sequence_are_added_up(
     for seed in range(3):
         with emulated.schedule(seed):
             check(step)
-    assert not attention._arrived[torch.device("cpu"), 0].any()
+    assert not attention._arrived[torch.device("cpu"), 0][-1].any()
+
+
+def test_what_graphs_count_in_is_kept_when_more_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_arrived", {})
+    first = weakref.ref(attention._counters(torch.empty(1), 10))
+    assert attention._counters(torch.empty(1), 8192) is first()
+    assert len(attention._counters(torch.empty(1), 8193)) == 8193
+    assert first() is not None
 
 
 @given(
@@ -171,6 +181,45 @@ def test_ragged_steps_windows_and_soft_caps(
                 scale=0.5 if softcap else 0.125,
             )
         )
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_blocks_that_a_window_hides_are_not_looked_at(
+    emulated: Emulator, divided: None, block_size: int, cache_dtype: torch.dtype
+) -> None:
+    sequences = [(1, context) for context in range(80, 130, 7)]
+    step = Step(sequences, block_size=block_size, window=17, cache_dtype=cache_dtype)
+    queries, cache, metadata = make(step)
+    expected = reference(step, queries, cache, metadata)
+    # Blocks that belong to nobody hold no numbers.
+    nobody = set(range(len(cache.keys))) - set(metadata.block_tables.flatten().tolist())
+    for row, (_, context) in enumerate(sequences):
+        metadata.block_tables[row, : (context - 17) // block_size] = min(nobody)
+    for scales in (cache.key_scales, cache.value_scales):
+        if scales is not None:
+            scales[min(nobody)] = float("nan")
+    found = paged_attention_cuda(queries, cache, metadata, step.scale, step.window)
+    torch.testing.assert_close(found.float(), expected, atol=1.6e-2, rtol=1.6e-2)
+
+
+def test_a_cache_is_read_wherever_it_lies(emulated: Emulator) -> None:
+    """Beyond what 32 bits count, if it is blocks that lie far apart; nothing else is served."""
+    step = Step([(1, 70)], dtype=torch.float16, cache_dtype=torch.float16)
+    queries, cache, metadata = make(step)
+    for stride, is_served in (
+        ((1 << 29, 128, 64, 1), True),
+        ((1024, 1 << 30, 64, 1), False),
+        ((1024, 64, 1 << 30, 1), False),
+    ):
+        keys, values = (sparse(tuple(cache.keys.shape), stride, torch.float16) for _ in range(2))
+        keys.copy_(cache.keys.nan_to_num(0))
+        values.copy_(cache.values.nan_to_num(0))
+        far = KVLayer(keys, values)
+        assert serves(queries, far, metadata) == is_served
+        if is_served:
+            found = paged_attention_cuda(queries, far, metadata, step.scale)
+            assert torch.equal(found, paged_attention_cuda(queries, cache, metadata, step.scale))
 
 
 def test_captured_steps_read_their_lengths_on_the_device(emulated: Emulator, divided: None) -> None:

@@ -160,7 +160,7 @@ def serves(queries: Tensor, cache: KVLayer, metadata: AttentionMetadata) -> bool
         and metadata.max_query_length * group <= MAX_ROWS
         and metadata.block_size.bit_count() == 1
         and keys.stride() == values.stride()
-        and keys.stride(0) * keys.element_size() < 2**31
+        and max(keys.stride()) * keys.element_size() < 2**31
         and is_aligned(queries, keys, values)
         and metadata.block_tables.stride(1) == 1
         and _are_alike(cache.key_scales, cache.value_scales)
@@ -257,17 +257,18 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-_arrived: dict[tuple[torch.device, int], Tensor] = {}
+_arrived: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def _counters(queries: Tensor, pairs: int) -> Tensor:
     """How many parts of each pair are done: zeros, which the kernel leaves as it finds them.
 
-    Those of each stream are its own, since its kernels run one after another.
+    Those of each stream are its own, since its kernels run one after another. They are kept when
+    more are needed: graphs that were captured before count there.
     """
     stream = torch.cuda.current_stream(queries.device).cuda_stream if queries.is_cuda else 0
-    key = (queries.device, stream)
-    if key not in _arrived or _arrived[key].numel() < pairs:
+    known = _arrived.setdefault((queries.device, stream), [])
+    if not known or known[-1].numel() < pairs:
         most = max(pairs, 8192)
-        _arrived[key] = torch.zeros(most, dtype=torch.int32, device=queries.device)
-    return _arrived[key]
+        known.append(torch.zeros(most, dtype=torch.int32, device=queries.device))
+    return known[-1]

@@ -33,10 +33,10 @@ def paged_attention_triton(
     """By one kernel for sequences of few queries, and one for those of many.
 
     Both are launched over all sequences and leave those of the other; where what the host knows
-    says that there are none, one of them is not. Heads wider than WIDEST_HEAD and blocks whose size
-    is no power of two are left to the reference.
+    says that there are none, one of them is not. Heads wider than WIDEST_HEAD, blocks whose size is
+    no power of two, and values that lie otherwise than keys are left to the reference.
     """
-    if queries.shape[2] > WIDEST_HEAD or metadata.block_size & (metadata.block_size - 1):
+    if not _is_served(queries, cache, metadata):
         return paged_attention.reference(
             queries, cache, metadata, scale, window, softcap, global_tokens
         )
@@ -51,6 +51,21 @@ def paged_attention_triton(
     if few < metadata.max_query_length:
         attend_many(queries, cache, metadata, pattern, output, few + 1)
     return output
+
+
+def _is_served(queries: Tensor, cache: KVLayer, metadata: AttentionMetadata) -> bool:
+    keys, scales, size = cache.keys, cache.key_scales, metadata.block_size
+    return (
+        queries.shape[2] <= WIDEST_HEAD
+        and size & (size - 1) == 0
+        and queries.stride(2) == keys.stride(3) == 1
+        and keys.stride() == cache.values.stride()
+        and (
+            scales is None
+            or cache.value_scales is None
+            or (scales.stride() == cache.value_scales.stride() and scales.stride(2) == 1)
+        )
+    )
 
 
 def _most_queries_of_few(metadata: AttentionMetadata) -> int:

@@ -46,8 +46,9 @@ def strides(cache: KVLayer) -> tuple[int, ...]:
 
 
 def is_far(cache: KVLayer) -> bool:
-    """Whether 32 bits do not count a cache's elements."""
-    return cache.keys.shape[0] * cache.keys.stride(0) >= 1 << 31
+    """Whether 32 bits do not count the elements from a cache's first to its last."""
+    (blocks, tokens, *_), (block_stride, token_stride, *_) = cache.keys.shape, cache.keys.stride()
+    return blocks * block_stride + tokens * token_stride >= 1 << 31
 
 
 def compute_type(queries: torch.dtype, kv: torch.dtype) -> Any:

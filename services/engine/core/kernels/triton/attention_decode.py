@@ -120,8 +120,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     at = tokens.to(tl.int64) * query_stride + heads * query_head_stride
     q = tl.load(queries + at[:, None] + dims[None, :], mask=elements, other=0.0).to(compute)
     positions = context - query_length + query
-    keys += kv_head * head_stride
-    values += kv_head * head_stride
+    keys += kv_head.to(tl.int64) * head_stride
+    values += kv_head.to(tl.int64) * head_stride
     if key_scales is not None:
         key_scales += kv_head
         value_scales += kv_head

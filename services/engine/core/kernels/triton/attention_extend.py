@@ -110,8 +110,8 @@ def extend_kernel(  # type: ignore[no-untyped-def]
         whole = tl.cdiv(tl.maximum(last_position - window + 1, 0), tile_tokens) - skipped
         whole = tl.minimum(tl.maximum(whole, leading), count)
     cut = tl.maximum((first_position + 1) // tile_tokens - skipped, whole)
-    keys += kv_head * head_stride
-    values += kv_head * head_stride
+    keys += kv_head.to(tl.int64) * head_stride
+    values += kv_head.to(tl.int64) * head_stride
     if key_scales is not None:
         key_scales += kv_head
         value_scales += kv_head

@@ -106,12 +106,13 @@ def attend_tile(  # type: ignore[no-untyped-def]
             mask = (dims < head_dim)[None, :]
     if far:
         blocks = blocks.to(tl.int64)
-    offsets = blocks * block_stride + (tokens % block_size) * token_stride
+    within = (tokens % block_size).to(blocks.dtype)
+    offsets = blocks * block_stride + within * token_stride
     places = offsets[:, None] + dims[None, :]
     of_keys = None
     of_values = None
     if key_scales is not None:
-        at = blocks * scale_block_stride + (tokens % block_size) * scale_token_stride
+        at = blocks * scale_block_stride + within * scale_token_stride
         if masked:
             of_keys = tl.load(key_scales + at, mask=looked_at, other=0.0)
             of_values = tl.load(value_scales + at, mask=looked_at, other=0.0)

@@ -203,7 +203,7 @@ def rotary_kv_kernel(  # type: ignore[no-untyped-def]
             _write_heads(
                 row + (heads + head) * head_dim,
                 head < kv_heads,
-                keys + place + head * head_stride,
+                keys + place + head.to(tl.int64) * head_stride,
                 key_scales,
                 scale_place + head,
                 key_norm,
@@ -222,7 +222,7 @@ def rotary_kv_kernel(  # type: ignore[no-untyped-def]
             _write_heads(
                 row + (heads + kv_heads + head) * head_dim,
                 head < kv_heads,
-                values + place + head * head_stride,
+                values + place + head.to(tl.int64) * head_stride,
                 value_scales,
                 scale_place + head,
                 None,

@@ -41,7 +41,7 @@ struct Part {
   int sequence, kv_head, split, pair;
   int query_start, queries, first_row, rows;
   int seen_by_first;  // tokens that the first query of the sequence sees, were there no window
-  int end;            // tokens that the last row sees
+  int begin, end;     // tokens that some row sees: those before are not so much as looked at
   int tile_begin, tile_end;
   int parts;  // that the sequence is divided into
 
@@ -74,8 +74,8 @@ __device__ __forceinline__ bool find_part(const AttentionDecodeArgs& args, Part&
   part.seen_by_first = context - part.queries + 1;
   part.end = part.seen_by_first + part.split_row(kRows, args).x;
   const int first_query_sees = part.seen_by_first + part.split_row(0, args).x;
-  const int begin = args.window > 0 ? max(0, first_query_sees - args.window) : 0;
-  const int first_tile = begin / kTile;
+  part.begin = args.window > 0 ? max(0, first_query_sees - args.window) : 0;
+  const int first_tile = part.begin / kTile;
   const int tiles = (part.end + kTile - 1) / kTile - first_tile;
   const int share = max((tiles + args.splits - 1) / args.splits, args.least_tiles);
   part.parts = (tiles + share - 1) / share;

@@ -34,15 +34,24 @@ struct TileReader {
   const AttentionDecodeArgs& args;
   const int32_t* table;
   const unsigned char *keys, *values;  // of the KV head, and the chunk of the lane
-  int kv_head, end, lane;
+  int kv_head, begin, lane;
+  uint32_t seen;  // tokens from `begin` on
 
   __device__ __forceinline__ TileReader(const AttentionDecodeArgs& a, const Part& part)
-      : args(a), kv_head(part.kv_head), end(part.end), lane(threadIdx.x % 32) {
+      : args(a),
+        kv_head(part.kv_head),
+        begin(part.begin),
+        lane(threadIdx.x % 32),
+        seen(part.end - part.begin) {
     table = args.block_tables + int64_t(part.sequence) * args.table_stride;
-    const int64_t at = kv_head * args.head_stride + lane % Shape::kLanesPerRow * 16;
+    const int64_t at = int64_t(kv_head) * args.head_stride + lane % Shape::kLanesPerRow * 16;
     keys = static_cast<const unsigned char*>(args.keys) + at;
     values = static_cast<const unsigned char*>(args.values) + at;
   }
+
+  // Whether some row sees a token. What a window hides need not be in the block table, and what lies
+  // there need not be numbers.
+  __device__ __forceinline__ bool is_seen(int token) const { return uint32_t(token - begin) < seen; }
 
   // The blocks of a tile: of each lane those of the tokens lane + 32 i.
   struct Blocks {
@@ -54,7 +63,7 @@ struct TileReader {
 #pragma unroll
     for (int i = 0; i < Shape::kIds; ++i) {
       const int token = tile * Shape::kTokens + 32 * i + lane;
-      blocks.of[i] = token < end ? table[token >> args.block_shift] : 0;
+      blocks.of[i] = is_seen(token) ? table[token >> args.block_shift] : 0;
     }
     return blocks;
   }
@@ -71,8 +80,9 @@ struct TileReader {
       const int64_t offset =
           int64_t(block) * args.block_stride + (token & within) * args.token_stride;
       unsigned char* to = stage + Shape::place(row, lane % Shape::kLanesPerRow);
-      cp_async_16(to, keys + offset, token < end);
-      cp_async_16(to + Shape::kBytes, values + offset, token < end);
+      const bool present = is_seen(token);
+      cp_async_16(to, keys + offset, present);
+      cp_async_16(to + Shape::kBytes, values + offset, present);
     }
     if constexpr (Cache::kScaled) {
 #pragma unroll
@@ -82,8 +92,8 @@ struct TileReader {
         const int64_t offset = int64_t(blocks.of[i]) * args.scale_block_stride +
                                (token & within) * args.scale_token_stride + kv_head;
         float* to = reinterpret_cast<float*>(stage + 2 * Shape::kBytes) + row;
-        cp_async_4(to, args.key_scales + offset, token < end);
-        cp_async_4(to + Shape::kTokens, args.value_scales + offset, token < end);
+        cp_async_4(to, args.key_scales + offset, is_seen(token));
+        cp_async_4(to + Shape::kTokens, args.value_scales + offset, is_seen(token));
       }
     }
   }

@@ -1,4 +1,4 @@
-"""Continuous batching: decides before each step which sequences compute how many tokens."""
+"""Continuous batching: all live sequences, from their arrival through steps to their end."""
 
 from __future__ import annotations
 
@@ -7,45 +7,37 @@ from dataclasses import replace
 from services.engine.core.adapters.identity import LoadedAdapter
 from services.engine.core.adapters.loaded import Adapters
 from services.engine.core.admission import AdmissionLimits, ConcurrencyLimit, QueueLimits
+from services.engine.core.arrivals import Arrivals
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.block_tables import BlockStore, BlockTables
 from services.engine.core.clock import now_ns
 from services.engine.core.constraints.compilation import Compiler, CompilerCounts
 from services.engine.core.entrance import Entrance
 from services.engine.core.errors import (
-    AdapterNotFoundError,
     ConstraintFailedError,
     DrainingError,
-    DuplicateSequenceError,
     IntegrityError,
-    InvalidSequenceError,
 )
 from services.engine.core.fairness import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, TenantCounters
 from services.engine.core.lookahead import Lookahead
 from services.engine.core.messages import Delta, Finish, FinishReason, SequenceRequest
 from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
-from services.engine.core.preemption import choose_victim
 from services.engine.core.prefix_cache import PrefixCache
 from services.engine.core.running_set import RunningSet
 from services.engine.core.sequence import Sequence, SequenceState
 from services.engine.core.speculation.plan_drafts import plan_drafts
 from services.engine.core.speculation.speculator import Speculator
+from services.engine.core.step_planner import StepPlanner
 from services.engine.core.table_shape import TableShape
-from services.engine.core.token_budget import TokenBudget, share
+from services.engine.core.token_budget import TokenBudget
 from services.engine.core.under_way import StepsUnderWay
 
 
 class Scheduler:
-    """Owns all live sequences and their blocks; iteration-level scheduling as in Orca (OSDI '22).
+    """Owns all live sequences and their blocks: takes them in, has steps planned for them, and
+    takes in what these bring.
 
-    The order of a step:
-      1. every decoding sequence gets its token and its draft; where the pool is full, a running
-         sequence is preempted (`preemption` says which) and gives all its blocks back;
-      2. waiting sequences enter as long as rows and blocks last (`entrance` says who);
-      3. all prefills under way share what the token budget leaves (`token_budget` says how).
-
-    A sequence enters only when all tokens it has now fit, so a prefill never waits for blocks;
-    where layers have windows, as much of these tokens as they see at a time.
+    `arrivals` says who is taken in, `step_planner` how many tokens of whom a step computes.
 
     Between `schedule` and the `apply` of its outputs no sequence may be added or aborted; all that
     may be done then is to ask the `lookahead` what comes next.
@@ -80,13 +72,11 @@ class Scheduler:
         self.limits = limits
         self.draining = False
         self.steps = 0
-        self.preemptions = 0
         self.prompt_tokens = 0  # computed so far, recomputation included
         self.sampled_tokens = 0
         self.failed_sequences = 0
         self._eos_token_ids = eos_token_ids
         self._max_batch_tokens = max_batch_tokens
-        self._queue_limits = QueueLimits(max_waiting_sequences, max_waiting_tokens)
         self._concurrency = ConcurrencyLimit(max_running_sequences)
         self._budget = TokenBudget(max_batch_tokens, int(step_latency_target_ms * 1e6))
         self._tenants = TenantCounters()
@@ -98,11 +88,14 @@ class Scheduler:
             self.block_tables, self._running, self._tenants, self._concurrency
         )
         self.lookahead = Lookahead(self._running, self._entrance, self.block_tables)
+        self._planner = StepPlanner(
+            self._running, self._entrance, self.block_tables, self._budget, self._concurrency
+        )
         self._under_way = StepsUnderWay()
-        self._speculator = speculator
+        self._queue_limits = QueueLimits(max_waiting_sequences, max_waiting_tokens)
+        self._arrivals = Arrivals(limits, self._queue_limits, eos_token_ids, compiler, adapters)
         self._compiler = compiler
-        self._adapters = adapters
-        self._arrivals = 0
+        self._speculator = speculator
         self._live: dict[int, Sequence] = {}
 
     @property
@@ -114,6 +107,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that hold blocks."""
         return len(self._running)
+
+    @property
+    def preemptions(self) -> int:
+        """How often a sequence gave its blocks back to others."""
+        return self._planner.preemptions
 
     @property
     def drafted_tokens(self) -> int:
@@ -170,43 +168,11 @@ class Scheduler:
         """
         if self.draining and not continuing:
             raise DrainingError("the engine drains and takes no new sequences")
-        if self._compiler is None and any(request.constraint for request in requests):
-            raise InvalidSequenceError("outputs of this engine follow no rules")
-        max_tokens = [self.limits.max_output_tokens(request) for request in requests]
-        ids = {request.sequence_id for request in requests}
-        if len(ids) < len(requests) or not ids.isdisjoint(self._live):
-            raise DuplicateSequenceError("a sequence id is in use already")
-        queued_ns = now_ns()
-        added: list[Sequence] = []
-        for request, max_output_tokens in zip(requests, max_tokens, strict=True):
-            sequence = Sequence(
-                request,
-                arrival=self._arrivals + len(added),
-                eos_token_ids=self._eos_token_ids,
-                max_tokens=max_output_tokens,
-                queued_ns=queued_ns,
-                adapter=self._adapter(request.adapter, continuing=continuing),
-            )
-            sequence.fork_of = next((each for each in added if each.may_fork(request)), None)
-            added.append(sequence)
-        self._queue_limits.check(
-            (self.num_waiting, self._entrance.num_tokens),
-            (len(added), sum(each.num_tokens for each in added if each.fork_of is None)),
-        )
-        self._arrivals += len(added)
-        for sequence in added:
-            if (rule := sequence.request.constraint) is not None and self._compiler is not None:
-                sequence.compilation = self._compiler.compile(rule)
-        for sequence in added:
+        waiting = (self.num_waiting, self._entrance.num_tokens)
+        arrived = self._arrivals.sequences_of(requests, self._live, waiting, continuing=continuing)
+        for sequence in arrived:
             self._live[sequence.sequence_id] = sequence
             self._entrance.push(sequence)
-
-    def _adapter(self, name: str, *, continuing: bool) -> LoadedAdapter | None:
-        if not name:
-            return None
-        if self._adapters is None:
-            raise AdapterNotFoundError("this model runs without adapters")
-        return self._adapters.find(name, continuing=continuing)
 
     def uses(self, adapter: LoadedAdapter) -> bool:
         """Whether a live sequence goes through an adapter."""
@@ -232,26 +198,23 @@ class Scheduler:
             if error is None:
                 self._entrance.begin_waiting(sequence)
                 continue
-            finish = Finish(FinishReason.ERROR, error=str(error), error_kind=type(error).__name__)
-            self._end(sequence, finish, now_ns())
+            self._end(sequence, _failure(error), now_ns())
             failed.append(sequence.delta())
         return failed
 
     def schedule(self) -> Plan:
-        """The next step. It is empty only if there is nothing to compute.
-
-        Postcondition: the block table of each planned sequence holds all tokens it will have after
-        the step.
-        """
+        """The next step, with drafts where everybody decodes. It is empty only if there is nothing
+        to compute."""
         ahead = self.lookahead.take()
-        planned, copies = self._plan() if ahead is None else (dict.fromkeys(ahead.sequences, 1), [])
+        planned, copies = (
+            self._planner.plan() if ahead is None else (dict.fromkeys(ahead.sequences, 1), [])
+        )
         if self._speculator is not None and len(planned) == sum(planned.values()):
             room = self._max_batch_tokens - len(planned)
             plan_drafts(self._speculator, planned, self.block_tables, self.pool, max_tokens=room)
         if not planned and self.has_work:
             raise IntegrityError("sequences are live, but none can be scheduled")
-        self.steps += 1
-        self._concurrency.stepped()
+        self._begin_step()
         if ahead is not None and sum(planned.values()) == ahead.num_tokens:
             return ahead
         return Plan(self.steps, tuple(planned), tuple(planned.values()), tuple(copies))
@@ -279,30 +242,18 @@ class Scheduler:
         None: there is nothing to be told, or it takes these, be it for drafts or to find somebody
         who gives up room.
         """
-        running = len(self._running)
-        if self._entrance.wants_room or (
-            self._speculator is not None and self._speculator.may_draft(running)
-        ):
-            self._entrance.wants_room = False
+        if self._speculator is not None and self._speculator.may_draft(len(self._running)):
             return None
-        if self.block_tables.shape.slidings and (
-            len(self._entrance) or any(each.num_uncomputed_tokens > 1 for each in self._running)
-        ):
-            # What slides out of the windows of a prefill is known once it is computed.
+        following = self._planner.plan_ahead()
+        if following is None:
             return None
-        planned: dict[Sequence, int] = {}
-        if not self._plan_decodes(planned, preempt=False):
-            return None
-        entered, copies = self._entrance.admit(None)
-        if self.block_tables.store is not None:
-            self.block_tables.store.join()
-        planned.update((each, 1) for each in entered if each.num_uncomputed_tokens == 1)
-        self._plan_prefills(planned)
-        if not planned:
-            return None
+        planned, copies = following
+        self._begin_step()
+        return Plan(self.steps, tuple(planned), tuple(planned.values()), tuple(copies))
+
+    def _begin_step(self) -> None:
         self.steps += 1
         self._concurrency.stepped()
-        return Plan(self.steps, tuple(planned), tuple(planned.values()), tuple(copies))
 
     def apply(self, outputs: StepOutputs) -> list[Delta]:
         """Take in what a step brought; returns what changed, one delta per planned sequence that
@@ -375,85 +326,6 @@ class Scheduler:
         if plan.block_copies:
             self.pool.release([source for source, _ in plan.block_copies])
 
-    def _plan(self) -> tuple[dict[Sequence, int], list[tuple[int, int]]]:
-        planned: dict[Sequence, int] = {}
-        self._plan_decodes(planned, preempt=True)
-
-        def preempt(victim: Sequence) -> None:
-            self._preempt(victim, planned)
-
-        entered, copies = self._entrance.admit(preempt)
-        if self.block_tables.store is not None:
-            self.block_tables.store.join()
-        # Where all but the last token was found, what is left is a decode.
-        planned.update((each, 1) for each in entered if each.num_uncomputed_tokens == 1)
-        self._plan_prefills(planned)
-        return planned, copies
-
-    def _plan_decodes(self, planned: dict[Sequence, int], *, preempt: bool) -> bool:
-        """Plan a token for each sequence that decodes; False: somebody would have to go for it."""
-        for sequence in tuple(self._running):
-            # A sequence further up may have preempted this one.
-            if sequence.state is not SequenceState.RUNNING or sequence.num_uncomputed_tokens != 1:
-                continue
-            if sequence.num_pending_tokens and sequence.is_complete:
-                continue
-            if self.block_tables.missing_blocks(sequence, 0) > 0:
-                end = sequence.num_expected_tokens
-                lacking = self.block_tables.lacking_blocks(sequence, end)
-                if lacking > self.pool.num_free and not preempt:
-                    return False
-                if not self._grow(sequence, end, lacking, planned):
-                    continue
-            planned[sequence] = 1
-        return True
-
-    def _grow(
-        self, sequence: Sequence, end: int, lacking: int, planned: dict[Sequence, int]
-    ) -> bool:
-        """Let the block table of a running sequence reach `end` tokens, for which it lacks so many
-        blocks and others may have to go; False: it had to."""
-        while lacking > self.pool.num_free:
-            victim = choose_victim(
-                self._running.sequences, self.pool, self.block_tables.shape.num_groups
-            )
-            self._preempt(victim, planned)
-            self._concurrency.preempted(len(self._running))
-            if victim is sequence:
-                return False
-        self.block_tables.grow(sequence, end, lacking)
-        return True
-
-    def _plan_prefills(self, planned: dict[Sequence, int]) -> None:
-        if len(planned) == len(self._running):
-            return
-        prefills = [
-            sequence
-            for sequence in self._running
-            if sequence not in planned and not sequence.is_complete
-        ]
-        shares = share(self._budget.prefill_tokens(sum(planned.values())), prefills)
-        planned.update(shares)
-        if self.block_tables.shape.slidings:
-            for sequence, count in shares.items():
-                if sequence.state is SequenceState.RUNNING:
-                    end = sequence.num_computed_tokens + count
-                    lacking = self.block_tables.lacking_blocks(sequence, end)
-                    self._grow(sequence, end, lacking, planned)
-
-    def _preempt(self, sequence: Sequence, planned: dict[Sequence, int]) -> None:
-        planned.pop(sequence, None)
-        self.block_tables.save(sequence)
-        self._stop_running(sequence)
-        sequence.interrupt(now_ns())
-        sequence.state = SequenceState.WAITING
-        self._entrance.push(sequence)
-        self.preemptions += 1
-
-    def _stop_running(self, sequence: Sequence) -> None:
-        self._running.leave(sequence)
-        self._entrance.end_prefill(sequence)
-
     def _extend(self, sequence: Sequence, output: SequenceOutput, ended_ns: int) -> Delta:
         if sequence.first_token_ns == 0:
             sequence.first_token_ns = ended_ns
@@ -476,13 +348,13 @@ class Scheduler:
 
     def _fail(self, sequence: Sequence, error: Exception, ended_ns: int) -> Delta:
         self.failed_sequences += 1
-        finish = Finish(FinishReason.ERROR, error=str(error), error_kind=type(error).__name__)
-        self._end(sequence, finish, ended_ns)
+        self._end(sequence, _failure(error), ended_ns)
         return sequence.delta()
 
     def _end(self, sequence: Sequence, finish: Finish, ended_ns: int) -> None:
         if sequence.state is SequenceState.RUNNING:
-            self._stop_running(sequence)
+            self._running.leave(sequence)
+            self._entrance.end_prefill(sequence)
         else:
             self._entrance.remove(sequence)
             self.block_tables.forget(sequence)
@@ -494,3 +366,7 @@ class Scheduler:
         sequence.state = SequenceState.FINISHED
         sequence.finish = finish
         sequence.finished_ns = ended_ns
+
+
+def _failure(error: Exception) -> Finish:
+    return Finish(FinishReason.ERROR, error=str(error), error_kind=type(error).__name__)

@@ -19,6 +19,9 @@ from tests.fakes.quantised_checkpoints import (
     awq_config,
     compressed,
     compressed_config,
+    float_config,
+    fp8,
+    fp8_config,
     gptq,
     gptq_config,
 )
@@ -32,6 +35,11 @@ QUANTISED: dict[str, tuple[Quantise, dict[str, Any]]] = {
     "compressed-tensors": (
         partial(compressed, bits=8, group_size=-1, packed=False),
         compressed_config(8, packed=False, strategy="channel"),
+    ),
+    "FP8": (partial(fp8, block=(1, None), dtype=torch.bfloat16), float_config("channel")),
+    "FP8 in blocks": (
+        partial(fp8, block=(96, 128), scale="weight_scale_inv"),
+        fp8_config([96, 128]),
     ),
 }
 

@@ -151,6 +151,40 @@ def compressed(
     return tensors, dequantise(rounded, groups)
 
 
+# Outputs and inputs that share a scale; None: all of them.
+Block = tuple[int | None, int | None]
+
+
+def fp8(
+    weight: Tensor,
+    block: Block,
+    *,
+    scale: str = "weight_scale",
+    dtype: torch.dtype = torch.float32,
+    **beside: Tensor,
+) -> tuple[Tensors, Tensor]:
+    """One projection's tensors, and its values; beside: further tensors that a tool writes."""
+    rows, columns = block[0] or weight.shape[0], block[1] or weight.shape[1]
+    most = torch.finfo(torch.float8_e4m3fn).max
+    elements = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    values = torch.empty(weight.shape)
+    scales = torch.empty(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns), dtype=dtype)
+    for row in range(scales.shape[0]):
+        for column in range(scales.shape[1]):
+            part = (
+                slice(row * rows, (row + 1) * rows),
+                slice(column * columns, (column + 1) * columns),
+            )
+            # Rounded up a little, so that in few bits no element is beyond the largest.
+            scales[row, column] = weight[part].abs().amax() / most * 1.01
+            by = scales[row, column].float()
+            elements[part] = (weight[part] / by).to(torch.float8_e4m3fn)
+            values[part] = elements[part].float() * by
+    stored = scales.view(()) if block == (None, None) else scales
+    own = {kind: tensor.clone() for kind, tensor in beside.items()}
+    return {"weight": elements, scale: stored, **own}, values
+
+
 def gptq_config(bits: int, group_size: int, version: int = 1, **fields: Any) -> dict[str, Any]:
     """`quantization_config` of a GPTQ checkpoint."""
     written = {"checkpoint_format": "gptq_v2"} if version == 2 else {}
@@ -172,6 +206,29 @@ def compressed_config(bits: int, *, packed: bool, **fields: Any) -> dict[str, An
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": ["lm_head"],
     }
+
+
+def float_config(strategy: str, *, weight_only: bool = False, **fields: Any) -> dict[str, Any]:
+    """`quantization_config` of a compressed-tensors checkpoint of eight-bit floats."""
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, **fields}
+    inputs = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None if weight_only else inputs,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+def fp8_config(block: list[int] | None, **fields: Any) -> dict[str, Any]:
+    """`quantization_config` of what DeepSeek, Qwen and AutoFP8 write."""
+    size = {} if block is None else {"weight_block_size": block, "fmt": "e4m3"}
+    return {"quant_method": "fp8", "activation_scheme": "dynamic", **size, **fields}
 
 
 def quantise_checkpoint(

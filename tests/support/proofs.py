@@ -51,6 +51,8 @@ FORMATS = (
     "GPTQ",
     "AWQ",
     "compressed-tensors",
+    "FP8",
+    "FP8 in blocks",
 )
 FEATURES = (
     "plain torch",
@@ -90,6 +92,8 @@ HAS_NONE = {
     # No tool writes them.
     ("gpt2", "AWQ"),
     ("gpt2", "compressed-tensors"),
+    ("gpt2", "FP8"),
+    ("gpt2", "FP8 in blocks"),
     # It has no program.
     *(("deberta", column) for column in ("native kernels", "int8 weights", "int4 weights")),
 }

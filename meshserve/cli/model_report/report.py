@@ -62,6 +62,7 @@ def build_report(
         or (description.num_parameters if description else None),
         "dtype": description.dtype if description else None,
         "kept": description.kept if description else None,
+        "kept_on_gpu": description.kept_on_gpu if description else None,
         "precision": precision,
         "pickled": _pickled(fitness.pickled),
         "quantization": read_quantization(path) if path.is_dir() else None,

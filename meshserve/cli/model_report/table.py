@@ -42,6 +42,8 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "pickled", _pickled(report["pickled"])
     if report["kept"] is not None:
         yield "kept on a CPU", report["kept"]
+    if report["kept_on_gpu"] is not None:
+        yield "kept on a GPU", report["kept_on_gpu"]
     yield "context", _context(report)
     if report["shape"] is not None:
         yield "layers", _shape(report["shape"])

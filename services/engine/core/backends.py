@@ -17,7 +17,7 @@ from services.engine.core.kernels.cpu.team import Team
 from services.engine.core.kv_cache import KVCache, kv_dtype
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.models.dtype import resolve_dtype
-from services.engine.core.models.kept import KeptWeights, bytes_by_precision
+from services.engine.core.models.kept import KeptWeights, bytes_by_precision, multiplies_fp8
 from services.engine.core.models.loader import OpenedModel
 from services.engine.core.models.native import NativeModel
 from services.engine.core.models.precision import WeightChoice
@@ -113,7 +113,8 @@ def kept_weights(settings: CoreSettings, device: torch.device, dtype: torch.dtyp
         if weights == "auto":
             return "bfloat16"
         raise StartupError(f"weights in {weights} go with a dtype of 16 bits, not with float32")
-    if weights == "fp8" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+    if weights == "fp8" and not multiplies_fp8(device):
+        capability = torch.cuda.get_device_capability(device)
         raise StartupError(
             f"weights in fp8 need compute capability 8.9, and {device} has "
             f"{capability[0]}.{capability[1]}: take w8a8 or int8"
@@ -236,7 +237,9 @@ class _TorchBackend:
         self._config = opened.config
         self._kv_dtype = kv_dtype(settings.kv_cache_format, self._dtype)
         weights = kept_weights(settings, device, self._dtype)
-        self._model, rounded = opened.load_kept(weights, self._dtype, device)
+        self._model, rounded = opened.load_kept(
+            weights, self._dtype, device, multiplies_fp8=multiplies_fp8(device)
+        )
         self.dtype = str(self._dtype).removeprefix("torch.")
         stored = _described(bytes_by_precision(self._model), rounded, weights)
         self.kernels = {selection.op: selection.implementation for selection in selections}

@@ -23,7 +23,7 @@ from services.engine.core.models.footprint import (
     encoder_footprint,
     kv_cache_bytes,
 )
-from services.engine.core.models.kept import KEPT_WEIGHTS, KeptWeights
+from services.engine.core.models.kept import KEPT_WEIGHTS, KeptWeights, multiplies_fp8
 from services.engine.core.models.loader import (
     OpenedModel,
     build_skeleton,
@@ -113,8 +113,8 @@ def examine(
     on_torch: tuple[KeptWeights, ...] = ("auto", "bfloat16")
     keeps_few_bits = device.type != "cpu" and torch_dtype != torch.float32
     if keeps_few_bits and not is_encoder(path):
-        on_torch = KEPT_WEIGHTS
-    how = _How(weights, reason, torch_dtype, keeps_few_bits)
+        on_torch = tuple(each for each in KEPT_WEIGHTS if each != "fp8" or multiplies_fp8(device))
+    how = _How(weights, reason, torch_dtype, keeps_few_bits, multiplies_fp8(device))
     try:
         config, context, skeleton, found = _open(path, how, max_context_tokens)
         problem, pickled = None, None
@@ -148,6 +148,7 @@ class _How:
     why_not_native: str | None
     torch_dtype: torch.dtype
     keeps_few_bits: bool
+    multiplies_fp8: bool
 
     def decoder(self, opened: OpenedModel) -> dict[KeptWeights, Footprint]:
         return {
@@ -157,6 +158,7 @@ class _How:
                 why_not_native=self.why_not_native,
                 torch_dtype=self.torch_dtype,
                 keeps_few_bits=self.keeps_few_bits,
+                multiplies_fp8=self.multiplies_fp8,
             )
             for each in self.weights
         }

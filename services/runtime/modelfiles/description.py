@@ -30,6 +30,7 @@ class ModelDescription:
     max_context_tokens: int | None
     dtype: str
     kept: str  # how a CPU keeps its matrices where the settings leave it open
+    kept_on_gpu: str | None  # how a GPU does, where that is said apart
     vocab_size: int | None
     has_chat_template: bool
     licence: str | None
@@ -66,6 +67,7 @@ def _describe_gguf(path: Path) -> ModelDescription:
             kept=kept_weights(
                 info.type.name for info in file.tensors.values() if len(info.shape) > 1
             ),
+            kept_on_gpu=None,
             vocab_size=embedding.shape[0] if embedding else None,
             has_chat_template="tokenizer.chat_template" in metadata,
             licence=metadata.string("general.license", "") or None,
@@ -100,6 +102,7 @@ def _describe_directory(path: Path) -> ModelDescription:
         max_context_tokens=_integer(config, "max_position_embeddings"),
         dtype=_commonest(sizes) if quantization is None else quantization.name,
         kept=kept_weights((dtype for dtype, _ in sizes), quantization),
+        kept_on_gpu=None if quantization is None else quantization.kept_on_gpu,
         vocab_size=_integer(config, "vocab_size"),
         has_chat_template="chat_template" in tokenizer or path / "chat_template.jinja" in beside,
         licence=None,

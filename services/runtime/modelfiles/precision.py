@@ -19,17 +19,15 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 @dataclass(frozen=True, slots=True)
 class StoredAs:
-    """A way of storing weights that is not a type of a file: several tensors make a matrix."""
+    """A way of storing weights that is not a type of a file: several tensors make a matrix.
+
+    `kept` says how a CPU keeps them, `kept_on_gpu` how a GPU does where that is said apart.
+    """
 
     name: str
     bits: int
-    is_out_of_order: bool  # its groups are of inputs that do not lie beside each other
-
-    @property
-    def kept(self) -> str:
-        if self.is_out_of_order:
-            return f"{self.name} in order of activations rounded to 8 bits"
-        return f"{self.name} in {self.bits} bits"
+    kept: str
+    kept_on_gpu: str | None = None
 
 
 def read_quantization(config: dict[str, Any]) -> StoredAs | None:
@@ -38,20 +36,49 @@ def read_quantization(config: dict[str, Any]) -> StoredAs | None:
     if not isinstance(found, dict):
         return None
     method = str(found.get("quant_method"))
+    if (floats := _floats(found, method)) is not None:
+        return floats
     names = {"gptq": "GPTQ", "awq": "AWQ"}
     weights = _weights_of_groups(found)
     bits = found.get("bits", weights.get("num_bits", 8))
     out_of_order = found.get("desc_act") is True or weights.get("actorder") == "group"
     if type(bits) is not int or bits not in (4, 8):
-        return StoredAs(f"{names.get(method, method)}, which is not read", 8, False)
-    return StoredAs(f"{names.get(method, method)} {bits} bits", bits, out_of_order)
+        name = f"{names.get(method, method)}, which is not read"
+        return StoredAs(name, 8, f"{name} in 8 bits")
+    name = f"{names.get(method, method)} {bits} bits"
+    # Their groups are of inputs that do not lie beside each other.
+    rounded = f"{name} in order of activations rounded to 8 bits"
+    return StoredAs(name, bits, rounded if out_of_order else f"{name} in {bits} bits")
+
+
+def _floats(config: dict[str, Any], method: str) -> StoredAs | None:
+    weights = _weights_of_groups(config)
+    if method == "compressed-tensors":
+        if weights.get("type") != "float" or weights.get("num_bits", 8) != 8:
+            return None
+        group = weights.get("group_size") if weights.get("strategy") == "group" else None
+        block = weights.get("block_structure") if group is None else [1, group]
+    elif method in ("fp8", "fbgemm_fp8"):
+        block = config.get("weight_block_size")
+    else:
+        return None
+    in_blocks = f"FP8 in blocks of {'x'.join(map(str, block))}" if isinstance(block, list) else None
+    is_weight_only = bool(weights) and _first_group(config).get("input_activations") is None
+    name = in_blocks or "FP8"
+    kept = f"{name} rounded to 8 bits"
+    as_stored = "FP8 as stored, activations rounded to it; before Ada and Hopper 8 bits"
+    return StoredAs(name, 8, kept, kept if in_blocks or is_weight_only else as_stored)
 
 
 def _weights_of_groups(config: dict[str, Any]) -> dict[str, Any]:
+    weights = _first_group(config).get("weights")
+    return weights if isinstance(weights, dict) else {}
+
+
+def _first_group(config: dict[str, Any]) -> dict[str, Any]:
     groups = config.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
-    weights = first.get("weights") if isinstance(first, dict) else None
-    return weights if isinstance(weights, dict) else {}
+    return first if isinstance(first, dict) else {}
 
 
 def kept_weights(kinds: Iterable[str], quantization: StoredAs | None = None) -> str:

@@ -201,7 +201,10 @@ def test_scales_of_activations_are_not_needed(make_checkpoint: Any) -> None:
         (awq_config(128), "48 inputs are no whole groups of 128"),
         (compressed_config(8, packed=False, type="float"), "weights.type: 'float' is not"),
         (compressed_config(4, packed=False), "num_bits: 4 is not supported by int-quantized"),
-        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "'float-quantized'"),
+        (
+            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+            "'nvfp4-pack-quantized'",
+        ),
         (["gptq"], "quantization_config: is not a table"),
         (None, r"lacks tensors layers\.0\.attention"),
     ],

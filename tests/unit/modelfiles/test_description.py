@@ -89,6 +89,12 @@ def test_a_hf_directory_is_described(hf_directory: Path) -> None:
             "compressed-tensors 8 bits",
             "compressed-tensors 8 bits in 8 bits, others in bf16, a head in 8 bits",
         ),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            {"weight": (64, 16, "i1"), "weight_scale_inv": (1, 1, "f4")},
+            "FP8 in blocks of 128x128",
+            "FP8 in blocks of 128x128 rounded to 8 bits, others in bf16, a head in 8 bits",
+        ),
     ],
 )
 def test_parameters_of_quantised_models_are_counted_and_what_becomes_of_them_is_said(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from services.engine.core.encoding.loader import OpenedEncoder
+from services.engine.core.kernels import ScaledMatrix
 from services.engine.core.kernels.cpu.encoder_program import EncoderProgramBuilder
 from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kernels.cpu.packing import GroupedWeight, PackedLinear, outline
@@ -63,12 +64,14 @@ def decoder_footprint(
     why_not_native: str | None,
     torch_dtype: torch.dtype,
     keeps_few_bits: bool = False,
+    multiplies_fp8: bool = True,
 ) -> Footprint:
     """Return what a decoder would take.
 
     why_not_native: why the kernels are not to be had here, if they are not. torch_dtype: what
     torch would compute in. keeps_few_bits: whether it would keep matrices in few bits, as it does
-    on a GPU. Raises ModelFileError for a quantised matrix that cannot be read.
+    on a GPU. multiplies_fp8: as of `kept.load_kept`. Raises ModelFileError for a quantised
+    matrix that cannot be read.
     """
     if weights == "fp8" or weights == "w8a8":
         why_not_native = why_not_native or f"weights in {weights} are for a GPU"
@@ -82,7 +85,7 @@ def decoder_footprint(
             return Footprint(True, None, bytes_by_format(builder.packed), torch.bfloat16)
     if keeps_few_bits:
         outline = replace(opened, checkpoint=_Outlines(opened.checkpoint))
-        model, _ = outline.load_kept(weights, torch_dtype, "meta")
+        model, _ = outline.load_kept(weights, torch_dtype, "meta", multiplies_fp8=multiplies_fp8)
         return Footprint(False, why_not_native, bytes_by_precision(model), torch_dtype)
     return _on_torch(opened.skeleton, why_not_native, torch_dtype)
 
@@ -187,6 +190,9 @@ class _Outlines:
         # The scales of one matrix at a time.
         self._checkpoint.release()
         return found
+
+    def read_scaled(self, name: str, device: torch.device) -> ScaledMatrix | None:
+        return self._checkpoint.read_scaled(name, torch.device("meta"))
 
     def outline(self, name: str) -> GroupedWeight | None:
         return self._checkpoint.outline(name)

@@ -47,20 +47,27 @@ class KeptMatrices(MatrixReader):
         checkpoint: Checkpoint,
         weights: KeptWeights,
         device: torch.device,
+        *,
+        multiplies_fp8: bool,
     ) -> None:
         # What is not multiplied by eight bits is kept in eight.
         choice: WeightChoice = "int8" if weights == "fp8" or weights == "w8a8" else weights
         super().__init__(model, checkpoint, choice)
         self._device = device
         self._scaled = _SCALED.get(weights)
+        self._keeps_floats = weights == "fp8" or (weights == "auto" and multiplies_fp8)
 
     def matrix(self, module: Linear | MergedLinear | Embedding) -> Matrix:
         """Return a module's matrix; floats are in the precision of the checkpoint."""
         inputs = module.weight.shape[-1]
         if inputs % GROUP_INPUTS:
             return self._floats(self._names(module))
-        if self._scaled is not None and not (self.is_router(module) or self.is_head(module)):
-            return self._by_output(self._names(module), self._scaled)
+        if not (self.is_router(module) or self.is_head(module)):
+            names = self._names(module)
+            if self._keeps_floats and (stored := self._stored_floats(names)) is not None:
+                return stored
+            if self._scaled is not None:
+                return self._by_output(names, self._scaled)
         chosen = self.choose(module)
         return chosen if isinstance(chosen, Tensor) else self._grouped_matrix(chosen)
 
@@ -88,16 +95,23 @@ class KeptMatrices(MatrixReader):
     def round_to_4(self, floats: Tensor) -> GroupedWeight:
         return _join([quantize_4(rows) for rows in _chunks(floats)], is_rounded=False)
 
+    def _stored_floats(self, names: list[str]) -> ScaledMatrix | None:
+        parts: list[ScaledMatrix] = []
+        for name in names:
+            part = self._checkpoint.read_scaled(f"{name}.weight", self._device)
+            if part is None:
+                return None
+            parts.append(part)
+        return _cat(parts)
+
     def _by_output(self, names: list[str], dtype: torch.dtype) -> ScaledMatrix:
         if dtype == torch.int8:
             parts = [self._checkpoint.read_grouped(f"{name}.weight") for name in names]
             own = [ScaledMatrix.of(each) for each in parts if each is not None]
             exact = [each for each in own if each is not None]
             if len(exact) == len(names):
-                return ScaledMatrix(
-                    torch.cat([each.elements for each in exact]).to(self._device),
-                    torch.cat([each.scales for each in exact]).to(self._device),
-                )
+                whole = _cat(exact)
+                return ScaledMatrix(whole.elements.to(self._device), whole.scales.to(self._device))
         return ScaledMatrix.rounded(self._floats(names), dtype)
 
     def _grouped_matrix(self, weight: GroupedWeight) -> GroupedMatrix:
@@ -113,15 +127,19 @@ def load_kept(
     weights: KeptWeights,
     dtype: torch.dtype,
     device: torch.device | str,
+    *,
+    multiplies_fp8: bool = True,
 ) -> Mapping[str, int]:
     """Give a model, on the meta device, its weights: matrices in few bits, all else in `dtype`.
+
+    multiplies_fp8: whether what computes with them multiplies eight-bit floats.
 
     Returns how many matrices were rounded to 8 bits that `auto` would rather have kept, by what
     they are stored as. Raises ModelFileError for a tensor that cannot be read and
     torch.OutOfMemoryError where the device has not the room.
     """
     device = torch.device(device)
-    reader = KeptMatrices(model, checkpoint, weights, device)
+    reader = KeptMatrices(model, checkpoint, weights, device, multiplies_fp8=multiplies_fp8)
     for path, module in model.named_modules():
         if isinstance(module, Linear | MergedLinear) or (
             isinstance(module, Embedding) and path == "embedding"
@@ -151,6 +169,11 @@ def load_kept(
     return reader.rounded
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the matrix units of a device take eight-bit floats; a CPU computes as if."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def bytes_by_precision(model: nn.Module) -> dict[str, int]:
     """What a model's weights take on its device, by what they are kept in, largest first."""
     sizes: Counter[str] = Counter()
@@ -172,6 +195,12 @@ def _place(module: nn.Module, name: str, matrix: Matrix, dtype: torch.dtype) -> 
     keep(module, name, matrix)
     if isinstance(module, Embedding):
         module.dtype = dtype
+
+
+def _cat(parts: list[ScaledMatrix]) -> ScaledMatrix:
+    return ScaledMatrix(
+        torch.cat([each.elements for each in parts]), torch.cat([each.scales for each in parts])
+    )
 
 
 def _chunks(floats: Tensor) -> tuple[Tensor, ...]:

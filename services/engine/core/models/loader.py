@@ -64,7 +64,12 @@ class OpenedModel:
         return model.eval().requires_grad_(False)
 
     def load_kept(
-        self, weights: KeptWeights, dtype: torch.dtype, device: torch.device | str
+        self,
+        weights: KeptWeights,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        multiplies_fp8: bool = True,
     ) -> tuple[Model, Mapping[str, int]]:
         """Load it for torch with matrices that stay in few bits, and say which were rounded.
 
@@ -73,7 +78,10 @@ class OpenedModel:
         if weights == "bfloat16" or (weights == "auto" and not self.checkpoint.is_quantised):
             return self.load(dtype, device), {}
         model = build_skeleton(self.config)
-        return model, load_kept(model, self.checkpoint, weights, dtype, device)
+        rounded = load_kept(
+            model, self.checkpoint, weights, dtype, device, multiplies_fp8=multiplies_fp8
+        )
+        return model, rounded
 
 
 def open_model(

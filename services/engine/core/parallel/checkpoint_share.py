@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from services.engine.core.kernels import ScaledMatrix
 from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, GroupedWeight
 from services.engine.core.parallel.partition import Cut, Partition
 from services.engine.core.weights.checkpoint import Checkpoint
@@ -51,6 +53,19 @@ class CheckpointShare:
 
     def read_grouped(self, name: str) -> GroupedWeight | None:
         return self._share(name, self._checkpoint.read_grouped(name))
+
+    def read_scaled(self, name: str, device: torch.device) -> ScaledMatrix | None:
+        cut = self._partition.cut(name)
+        if cut is None:
+            return self._checkpoint.read_scaled(name, device)
+        whole = self._checkpoint.read_scaled(name, torch.device("cpu"))
+        if whole is None:
+            return None
+        parts = [whole.elements.narrow(cut.dim, each.start, len(each)) for each in cut.ranges]
+        scales = whole.scales.unsqueeze(-1)
+        if cut.dim == -2:
+            scales = cut.joined([scales.narrow(-2, each.start, len(each)) for each in cut.ranges])
+        return ScaledMatrix(cut.joined(parts).to(device), scales.squeeze(-1).to(device))
 
     def outline(self, name: str) -> GroupedWeight | None:
         return self._share(name, self._checkpoint.outline(name))

@@ -14,7 +14,7 @@ from services.engine.core.layers import Embedding, MixtureOfExperts
 from services.engine.core.layers.adapters import PlacedAdapter
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.base import Model
-from services.engine.core.models.kept import KeptWeights, load_kept
+from services.engine.core.models.kept import KeptWeights, load_kept, multiplies_fp8
 from services.engine.core.models.loader import build_skeleton
 from services.engine.core.parallel.checkpoint_share import CheckpointShare
 from services.engine.core.parallel.layout import Place, shard_config
@@ -147,5 +147,7 @@ def load_shard(
         model = outline.to_empty(device=device)
         load_weights(model, share)
         return model.eval().requires_grad_(False)
-    load_kept(outline, share, weights, dtype, device)
+    load_kept(
+        outline, share, weights, dtype, device, multiplies_fp8=multiplies_fp8(torch.device(device))
+    )
     return outline

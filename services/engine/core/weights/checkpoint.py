@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from services.engine.core.kernels import ScaledMatrix
 from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, GroupedWeight
 from services.engine.core.weights.names import Names, Treatment
 from services.engine.core.weights.pickled_files import PickledFiles
 from services.engine.core.weights.progress import ReadingProgress
 from services.engine.core.weights.schemes import read_scheme
+from services.engine.core.weights.stored_floats import StoredFloats
 from services.engine.core.weights.stored_linear import StoredLinear
 from services.engine.core.weights.tensor_files import (
     FLOAT_TYPES,
@@ -48,6 +51,13 @@ class Checkpoint(Protocol):
 
         Its levels are its own where groups of 32 hold them, else it is rounded to 8 bits. Raises
         ModelFileError.
+        """
+
+    def read_scaled(self, name: str, device: torch.device) -> ScaledMatrix | None:
+        """Return a matrix of eight-bit floats as it is stored, on `device`, where it has a scale
+        for each output and activations are to be rounded as well; None for any other.
+
+        On the meta device it is for its shape, and only scales are read. Raises ModelFileError.
         """
 
     def stored_as(self, name: str) -> str:
@@ -167,7 +177,18 @@ class DirectoryCheckpoint:
             return None
         return self._read_stored(name, without_levels=True).outline()
 
-    def _read_stored(self, name: str, *, without_levels: bool = False) -> StoredLinear:
+    def read_scaled(self, name: str, device: torch.device) -> ScaledMatrix | None:
+        if name not in self._parts:
+            return None
+        stored = self._read_stored(name, without_levels=device.type == "meta")
+        if not isinstance(stored, StoredFloats) or (found := stored.scaled()) is None:
+            return None
+        self._progress.add(self.stored_bytes(name))
+        return ScaledMatrix(found.elements.to(device), found.scales.to(device))
+
+    def _read_stored(
+        self, name: str, *, without_levels: bool = False
+    ) -> StoredLinear | StoredFloats:
         assert self._scheme is not None
         parts = self._parts[name]
         levels = self.source_name(name) if without_levels else None

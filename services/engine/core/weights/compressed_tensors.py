@@ -1,5 +1,7 @@
 """Projections as compressed-tensors stores them: integers of 8 bits, or of 4 or 8 packed in words.
 
+Those of eight-bit floats are in fp8.py.
+
 https://github.com/vllm-project/compressed-tensors. Of a projection with N inputs and M outputs in G
 groups (1 for scales by output, or one scale for the whole matrix):
 
@@ -23,13 +25,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from services.engine.core.weights.fp8 import FP8, read_float_groups
 from services.engine.core.weights.gptq import group_order
 from services.engine.core.weights.packed_integers import unpack_columns, unpack_rows
 from services.engine.core.weights.stored_linear import StoredLinear
 from services.engine.core.weights.tensor_files import FLOAT_TYPES, TensorEntry, check_part
 from services.runtime.modelfiles.fields import Fields
 
-_FORMATS = ("int-quantized", "pack-quantized")
+_INTEGERS = ("int-quantized", "pack-quantized")
+_FLOATS = "float-quantized"
 _KINDS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point")
 
@@ -116,15 +120,17 @@ class CompressedTensors:
         return StoredLinear(levels, scales, zeros, bits, order)
 
 
-def read_compressed_tensors(config: Fields) -> CompressedTensors:
+def read_compressed_tensors(config: Fields) -> CompressedTensors | FP8:
     """Read `quantization_config`; raises ModelFileError for what cannot be read."""
     written = config.text("format")
-    if written not in _FORMATS:
-        known = ", ".join(_FORMATS)
+    if written not in (*_INTEGERS, _FLOATS):
+        known = ", ".join((*_INTEGERS, _FLOATS))
         raise config.error("format", f"{written!r} is not supported, only {known} are")
     groups = config.table("config_groups")
     if groups is None or not groups.raw:
         raise config.error("config_groups", "names no group of modules")
+    if written == _FLOATS:
+        return read_float_groups(groups)
     found = {_read_group(groups, name, written) for name in groups.raw}
     widths = tuple(sorted({bits for bits, _ in found}))
     if len(widths) == 1:

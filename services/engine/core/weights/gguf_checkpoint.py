@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.engine.core.kernels import ScaledMatrix
 from services.engine.core.kernels.cpu.packing import GROUP_INPUTS, GroupedWeight
 from services.engine.core.weights.dequantize import DEQUANTIZERS, FLOATS, dequantize
 from services.engine.core.weights.grouped import GROUPED, read_grouped
@@ -118,6 +119,9 @@ class GGUFCheckpoint:
                 raise self._error(info, "has scales that are no finite numbers")
         order = self._row_order(name, info)
         return weight if order is None else weight.map(lambda rows: rows[order])
+
+    def read_scaled(self, name: str, device: torch.device) -> ScaledMatrix | None:
+        return None
 
     def outline(self, name: str) -> GroupedWeight | None:
         info = self._infos[name]

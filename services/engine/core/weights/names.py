@@ -55,6 +55,8 @@ _DERIVED = re.compile(
     r"(^|\.)(rotary_emb\.inv_freq|rope_(freqs|factors_long|factors_short)\.weight"
     r"|attn_rot_embd\.weight|attn\.(masked_)?bias)$"
 )
+# How a cache of eight bits is to round keys and values: the engine's has its own scales, or none.
+_OF_CACHE = re.compile(r"\.[qkv]_scale$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -98,6 +100,8 @@ def decoder_names(
         return model_name(source, table)
 
     def is_needless(source: str) -> bool:
-        return is_derived(source) or source.startswith(tuple(needless))
+        if is_derived(source) or _OF_CACHE.search(source) is not None:
+            return True
+        return source.startswith(tuple(needless))
 
     return Names(of, is_needless, treatment)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from services.engine.core.kernels import ScaledMatrix
 from services.engine.core.kernels.cpu.packing import GroupedWeight
 from services.engine.core.weights.loading import weight_slots
 from services.engine.core.weights.shards import has_safetensors, pickled_names
@@ -79,6 +80,9 @@ class UnreadCheckpoint:
         return None
 
     outline = read_grouped
+
+    def read_scaled(self, name: str, device: torch.device) -> ScaledMatrix | None:
+        return None
 
     def stored_as(self, name: str) -> str:
         return "pickled"

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from services.engine.core.weights.awq import AWQ
 from services.engine.core.weights.compressed_tensors import read_compressed_tensors
+from services.engine.core.weights.fp8 import read_fbgemm_fp8, read_fp8
 from services.engine.core.weights.gptq import read_gptq
+from services.engine.core.weights.stored_floats import StoredFloats
 from services.engine.core.weights.stored_linear import StoredLinear
 from services.engine.core.weights.tensor_files import TensorEntry
 from services.runtime.modelfiles.fields import Fields, read_json
@@ -34,7 +36,7 @@ class Scheme(Protocol):
         parts: by kind. Raises ValueError where one is missing or they do not fit each other.
         """
 
-    def read(self, parts: Mapping[str, Tensor]) -> StoredLinear:
+    def read(self, parts: Mapping[str, Tensor]) -> StoredLinear | StoredFloats:
         """Return a projection whose `shape` has been checked; raises ValueError for bad numbers."""
 
 
@@ -60,4 +62,6 @@ _READERS: dict[str, Callable[[Fields], Scheme]] = {
     "awq": AWQ.from_config,
     "gptq": read_gptq,
     "compressed-tensors": read_compressed_tensors,
+    "fp8": read_fp8,
+    "fbgemm_fp8": read_fbgemm_fp8,
 }

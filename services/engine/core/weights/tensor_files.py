@@ -27,6 +27,7 @@ TORCH_TYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 

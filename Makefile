@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTOS := $(shell find protos -name '*.proto')
 KERNELS := services/engine/core/kernels/cpu
-KERNEL_SOURCES := $(wildcard $(KERNELS)/src/*) $(KERNELS)/build.py
+KERNEL_SOURCES := $(wildcard $(KERNELS)/src/*) $(KERNELS)/build.py services/engine/core/compiling.py
 CUDA_KERNELS := services/engine/core/kernels/cuda
 CUDA_SOURCES := $(CUDA_KERNELS)/src/* $(addprefix tests/fakes/cuda/,*.cpp *.cu include/*)
 # Where `meshserve up --traces` looks for it.

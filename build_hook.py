@@ -33,6 +33,7 @@ class BuildHook(BuildHookInterface[Any]):
         if os.environ.get("MESHSERVE_ENGINE__CPU_KERNELS") == "off":
             self.app.display_info("CPU kernels are not compiled: engine.cpu_kernels is off")
             return []
+        sys.path.insert(0, str(root))  # where it finds what it shares
         build = _load(root / KERNELS / "build.py")
         try:
             library: Path = build.build(root / KERNELS)

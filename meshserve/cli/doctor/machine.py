@@ -14,8 +14,9 @@ import torch
 from meshserve.cli.doctor.findings import Finding, ok, problem, warning
 from meshserve.supervisor.plan import SERVICES
 from meshserve.supervisor.statedir import STATE_VARIABLE
+from services.engine.core.compiling import BuildError
 from services.engine.core.kernels.cpu import library
-from services.engine.core.kernels.cpu.build import BuildError, check_machine, find_compiler
+from services.engine.core.kernels.cpu.build import check_machine, find_compiler
 from services.engine.core.kernels.device_check import Verdicts, known_verdicts
 from services.engine.core.memory import free_memory_bytes
 from services.engine.core.processors import default_threads

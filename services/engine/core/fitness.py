@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from services.engine.core.compiling import BuildError
 from services.engine.core.encoding.config import EncoderConfig
 from services.engine.core.encoding.families import ARCHITECTURES
 from services.engine.core.encoding.loader import is_encoder, open_encoder
 from services.engine.core.kernels.cpu import library
-from services.engine.core.kernels.cpu.build import BuildError, check_machine, find_compiler
+from services.engine.core.kernels.cpu.build import check_machine, find_compiler
 from services.engine.core.memory import free_memory_bytes
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.dtype import resolve_dtype

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from services.engine.core.compiling import BuildError
 from services.engine.core.kernels.cuda import library
 from services.engine.core.kernels.cuda.build import (
     ARCHITECTURES,
     SOURCES,
     STRICT_FLAGS,
-    BuildError,
     Compiler,
     Recipe,
     build,

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from services.engine.core.compiling import BuildError, build_once
 from services.engine.core.kernels.cpu import build
-from services.engine.core.kernels.cpu.build import BuildError, Recipe
+from services.engine.core.kernels.cpu.build import Recipe
 
 DISPATCH = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 PER_SET = "namespace MESHSERVE_ISA { int unused() { return 1; } }\n"
@@ -133,6 +134,34 @@ def test_another_processor_is_not_promised_anything() -> None:
     build.check_machine("x86_64")
     with pytest.raises(BuildError, match="aarch64"):
         build.check_machine("aarch64")
+
+
+def test_what_others_compile_into_the_same_directory_is_left_alone(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    theirs = out / "libmeshserve_cuda-1.7.partial"
+    theirs.touch()
+    ours = out / "libmeshserve_cpu-1.7.partial"
+    ours.touch()
+    build.build(out, recipe)
+    assert theirs.exists()
+    assert not ours.exists()
+
+
+def test_it_is_compiled_before_anything_is_installed(recipe: Recipe, tmp_path: Path) -> None:
+    """With the standard library alone, and of the project the two files that an image copies."""
+    package = tmp_path / "services" / "engine" / "core"
+    package.mkdir(parents=True)
+    shutil.copy(sys.modules[build_once.__module__].__file__ or "", package)
+    shutil.copy(build.__file__, tmp_path)
+    command = [sys.executable, "-S", str(tmp_path / "build.py"), *by_hand(recipe, tmp_path)[2:]]
+    found = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert "libmeshserve_cpu-" in found.stdout
 
 
 def test_libraries_of_old_sources_are_removed_in_time(recipe: Recipe, tmp_path: Path) -> None:

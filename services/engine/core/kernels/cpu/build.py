@@ -2,26 +2,31 @@
 
 Every source in src/ is compiled once per instruction set, into a namespace of its own, and
 those of BASELINE_SOURCES once for any x86-64. `src/dispatch.cpp` chooses between them when the
-library is loaded. A library's name holds a digest of all that went into it, so that one that is
-out of date is never loaded. By hand: `python services/engine/core/kernels/cpu/build.py --help`.
+library is loaded. By hand: `python services/engine/core/kernels/cpu/build.py --help`.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
-import hashlib
 import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from services.engine.core.compiling import (
+    BuildError,
+    Job,
+    Plan,
+    build_by_hand,
+    build_once,
+    digest_of_sources,
+    find_libraries,
+    run,
+)
 
 PACKAGE = Path(__file__).parent
 SOURCES = PACKAGE / "src"
@@ -70,21 +75,6 @@ SANITIZER_FLAGS = (
 )
 _COMPILERS = ("g++", "clang++")
 _PREFIX = "libmeshserve_cpu-"
-# Libraries of earlier sources that are kept: other checkouts and releases share the cache.
-_KEPT_LIBRARIES = 4
-
-
-class BuildError(Exception):
-    """The kernels cannot be compiled here. `way_out` says what to do about it.
-
-    `output` is what the compiler wrote, if it was one that failed.
-    """
-
-    def __init__(self, problem: str, way_out: str, output: str = "") -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.way_out = way_out
-        self.output = output
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +100,40 @@ class Recipe:
     @property
     def digest(self) -> str:
         """Of the sources and the flags: a library with another one is out of date."""
-        files = sorted(path for path in self.sources.iterdir() if path.suffix in (".cpp", ".h"))
-        parts = [repr((self.flags, INSTRUCTION_SETS, BASELINE_SOURCES)).encode()]
-        for path in files:
-            parts += [path.name.encode(), path.read_bytes()]
-        return _digest(parts)
+        how = self.flags, INSTRUCTION_SETS, BASELINE_SOURCES
+        return digest_of_sources(self.sources, (".cpp", ".h"), how)
 
     def find(self, directory: Path) -> list[Path]:
         """Libraries of this recipe in `directory`, by whatever compiler, the newest first."""
-        found = directory.glob(f"{_PREFIX}{self.digest}-*.so")
-        return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+        return find_libraries(directory, _PREFIX, self.digest)
+
+    def plan(self, compiler: Compiler) -> Plan:
+        """How a compiler makes the library."""
+        # In this order, from the narrowest instruction set to the widest: of an inline function
+        # that several objects define the linker keeps the first, which must run on all machines on
+        # which any of its callers does.
+        baseline = [self.sources / name for name in BASELINE_SOURCES]
+        jobs = [self._job(compiler, source, "baseline", ()) for source in baseline]
+        others = [each for each in sorted(self.sources.glob("*.cpp")) if each not in baseline]
+        for name, flags in INSTRUCTION_SETS.items():
+            own = (*flags, f"-DMESHSERVE_ISA={name}", f'-DMESHSERVE_ISA_NAME="{name}"')
+            jobs += [self._job(compiler, source, name, own) for source in others]
+        return Plan(
+            prefix=_PREFIX,
+            digest=self.digest,
+            compiler=compiler.version,
+            jobs=tuple(jobs),
+            link=(*compiler.command, "-shared", "-pthread", *self.extra_flags),
+            apart="",
+            way_out="see the whole of it with `python -m services.engine.core.kernels.cpu.build`, "
+            "or try another compiler with CXX=...",
+        )
+
+    def _job(
+        self, compiler: Compiler, source: Path, variant: str, own_flags: tuple[str, ...]
+    ) -> Job:
+        command = (*compiler.command, *self.flags, *own_flags)
+        return Job(source, command, f"{source.stem}-{variant}")
 
 
 def find_compiler(environment: Mapping[str, str] = os.environ) -> Compiler:
@@ -132,7 +146,7 @@ def find_compiler(environment: Mapping[str, str] = os.environ) -> Compiler:
     for command in [shlex.split(chosen)] if chosen else [[name] for name in _COMPILERS]:
         if not command or shutil.which(command[0], path=environment.get("PATH")) is None:
             continue
-        answer = _run([*command, "--version"])
+        answer = run([*command, "--version"])
         if answer.returncode == 0:
             return Compiler(tuple(command), answer.stdout.partition("\n")[0])
     tried = f"$CXX is {chosen!r}, which" if chosen else f"none of {', '.join(_COMPILERS)}"
@@ -153,123 +167,13 @@ def check_machine(machine: str = "") -> None:
 
 
 def build(into: Path, recipe: Recipe | None = None, compiler: Compiler | None = None) -> Path:
-    """Compile a library into the directory `into` unless it is there; return its path.
-
-    Several processes may do so at once: one compiles and the others wait for it. Objects are kept
-    in `into`/objects, and compiled again when a source, a header or a flag has changed.
+    """Compile a library into the directory `into` unless it is there, as `build_once` does.
 
     Raises:
         BuildError: no compiler, a source that does not compile, a directory that cannot be written.
     """
     check_machine()
-    recipe = recipe or Recipe()
-    compiler = compiler or find_compiler()
-    library = into / f"{_PREFIX}{recipe.digest}-{_digest([compiler.version.encode()], 8)}.so"
-    if library.exists():
-        return library
-    try:
-        into.mkdir(parents=True, exist_ok=True)
-        with (into / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
-                _compile_and_link(library, recipe, compiler)
-                _remove_old_libraries(library)
-    except OSError as error:
-        raise BuildError(
-            f"the kernels cannot be compiled into {into}: {error}",
-            "set MESHSERVE_CACHE to a directory that can be written",
-        ) from None
-    return library
-
-
-def _compile_and_link(library: Path, recipe: Recipe, compiler: Compiler) -> None:
-    objects = library.parent / "objects"
-    objects.mkdir(exist_ok=True)
-    for interrupted in (*objects.glob("*.partial"), *library.parent.glob("*.partial")):
-        interrupted.unlink(missing_ok=True)
-    sources = sorted(recipe.sources.glob("*.cpp"))
-    jobs: list[tuple[Path, str, tuple[str, ...]]] = [
-        (source, "baseline", ()) for source in sources if source.name in BASELINE_SOURCES
-    ]
-    for name, flags in INSTRUCTION_SETS.items():
-        define = (f"-DMESHSERVE_ISA={name}", f'-DMESHSERVE_ISA_NAME="{name}"')
-        jobs += [
-            (source, name, (*flags, *define))
-            for source in sources
-            if source.name not in BASELINE_SOURCES
-        ]
-
-    def key_of(source: Path, command: Sequence[str]) -> str:
-        headers = [path.read_bytes() for path in sorted(recipe.sources.glob("*.h"))]
-        return _digest(
-            [repr(command).encode(), compiler.version.encode(), source.read_bytes(), *headers]
-        )
-
-    def compile_one(job: tuple[Path, str, tuple[str, ...]]) -> Path:
-        source, variant, own_flags = job
-        command = [*compiler.command, *recipe.flags, *own_flags]
-        key = key_of(source, command)
-        target = objects / f"{source.stem}-{variant}-{key}.o"
-        if not target.exists():
-            partial = target.with_suffix(f".{os.getpid()}.partial")
-            _check(_run([*command, "-c", str(source), "-o", str(partial)]), source.name)
-            if key_of(source, command) != key:
-                partial.unlink(missing_ok=True)
-                raise BuildError(f"{source.name} was edited while it was compiled", "build again")
-            partial.rename(target)
-        for older in objects.glob(f"{source.stem}-{variant}-*.o"):
-            if older != target:
-                older.unlink(missing_ok=True)
-        return target
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        # In this order, from the narrowest instruction set to the widest: of an inline function
-        # that several objects define the linker keeps the first, which must run on all machines
-        # on which any of its callers does.
-        try:
-            compiled = list(pool.map(compile_one, jobs))
-        except BuildError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    partial = library.with_suffix(f".{os.getpid()}.partial")
-    link = [*compiler.command, "-shared", *recipe.extra_flags, *map(str, compiled), "-pthread"]
-    _check(_run([*link, "-o", str(partial)]), library.name)
-    partial.rename(library)
-
-
-def _remove_old_libraries(library: Path) -> None:
-    others = [path for path in library.parent.glob(f"{_PREFIX}*.so") if path != library]
-    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in others[_KEPT_LIBRARIES:]:
-        path.unlink(missing_ok=True)
-
-
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    # The compiler is the user's own choice, and it is no shell that reads the command.
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        return subprocess.CompletedProcess(list(command), 127, "", str(error))
-
-
-def _check(result: subprocess.CompletedProcess[str], what: str) -> None:
-    if result.returncode == 0:
-        return
-    lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-    first = next((line for line in lines if "error" in line), lines[0])
-    raise BuildError(
-        f"{result.args[0]} does not compile {what}: {first}",
-        "see the whole of it with `python -m services.engine.core.kernels.cpu.build`, or try "
-        "another compiler with CXX=...",
-        result.stderr,
-    )
-
-
-def _digest(parts: Sequence[bytes], length: int = 16) -> str:
-    joined = hashlib.sha256()
-    for part in parts:
-        joined.update(len(part).to_bytes(8, "little") + part)
-    return joined.hexdigest()[:length]
+    return build_once(into, (recipe or Recipe()).plan(compiler or find_compiler()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -283,15 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     extra = (SANITIZER_FLAGS if options.sanitize else ()) + (STRICT_FLAGS if options.strict else ())
-    started_s = time.monotonic()
-    try:
-        library = build(options.into, Recipe(options.source, extra))
-    except BuildError as error:
-        # The whole of it is the developer's; elsewhere the first error is enough.
-        sys.stderr.write(f"{error.output}{error.problem}\n{error.way_out}\n")
-        return 1
-    sys.stdout.write(f"{library} ({time.monotonic() - started_s:.1f} s)\n")
-    return 0
+    return build_by_hand(lambda: build(options.into, Recipe(options.source, extra)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from services.engine.core.kernels.cpu.build import PACKAGE, BuildError, Recipe, build, check_machine
+from services.engine.core.compiling import BuildError
+from services.engine.core.kernels.cpu.build import PACKAGE, Recipe, build, check_machine
 from services.runtime.modelfiles import default_cache_dir
 
 logger = logging.getLogger(__name__)

@@ -1,27 +1,30 @@
 """Compiles the CUDA kernels into one shared library; needs the standard library and nvcc.
 
 The library holds machine code for the cards of ARCHITECTURES, and PTX that the driver compiles for
-later ones. Its name holds a digest of all that went into it, so that one that is out of date is
-never loaded. By hand: `python services/engine/core/kernels/cuda/build.py --help`.
-
-It stands alone, as the one of the CPU kernels does: both run before anything is installed.
+later ones. By hand: `python services/engine/core/kernels/cuda/build.py --help`.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
-import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from services.engine.core.compiling import (
+    BuildError,
+    Job,
+    Plan,
+    build_by_hand,
+    build_once,
+    digest_of_sources,
+    find_libraries,
+    run,
+)
 
 PACKAGE = Path(__file__).parent
 SOURCES = PACKAGE / "src"
@@ -33,21 +36,6 @@ FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--use_fas
 # Of the card's code no warning is passed over.
 STRICT_FLAGS = ("-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror")
 _PREFIX = "libmeshserve_cuda-"
-# Libraries of earlier sources that are kept: other checkouts and releases share the cache.
-_KEPT_LIBRARIES = 4
-
-
-class BuildError(Exception):
-    """The kernels cannot be compiled here. `way_out` says what to do about it.
-
-    `output` is what the compiler wrote, if it was one that failed.
-    """
-
-    def __init__(self, problem: str, way_out: str, output: str = "") -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.way_out = way_out
-        self.output = output
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +74,27 @@ class Recipe:
     @property
     def digest(self) -> str:
         """Of the sources and the flags: a library with another one is out of date."""
-        files = sorted(path for path in self.sources.iterdir() if path.suffix in (".cu", ".h"))
-        parts = [repr(self.flags).encode()]
-        for path in files:
-            parts += [path.name.encode(), path.read_bytes()]
-        return _digest(parts)
+        return digest_of_sources(self.sources, (".cu", ".h"), self.flags)
 
     def find(self, directory: Path) -> list[Path]:
         """Libraries of this recipe in `directory`, by whatever compiler, the newest first."""
-        found = directory.glob(f"{_PREFIX}{self.digest}-*.so")
-        return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+        return find_libraries(directory, _PREFIX, self.digest)
+
+    def plan(self, compiler: Compiler) -> Plan:
+        """How a compiler makes the library."""
+        command = (str(compiler.path), *self.flags)
+        sources = sorted(self.sources.glob("*.cu"))
+        return Plan(
+            prefix=_PREFIX,
+            digest=self.digest,
+            compiler=compiler.version,
+            jobs=tuple(Job(source, command, source.stem) for source in sources),
+            # The runtime within it: whichever torch has loaded, or none, is then no matter.
+            link=(*command, *compiler.library_flags, "-cudart=static", "-shared"),
+            apart="cuda-",
+            way_out="see the whole of it with `python -m services.engine.core.kernels.cuda.build`, "
+            "or try another compiler with CUDACXX=...",
+        )
 
 
 def recipe_for(capability: tuple[int, int] | None) -> Recipe:
@@ -124,7 +123,7 @@ def find_compiler(environment: Mapping[str, str] = os.environ) -> Compiler:
         *([] if chosen else [shutil.which(root / "bin" / "nvcc") for root in roots]),
     ]
     for path in filter(None, candidates):
-        answer = _run([path, "--version"])
+        answer = run([path, "--version"])
         if answer.returncode == 0:
             return Compiler(_behind(Path(path)), answer.stdout.strip().rpartition("\n")[2])
     raise BuildError(
@@ -141,109 +140,12 @@ def _behind(path: Path) -> Path:
 
 
 def build(into: Path, recipe: Recipe | None = None, compiler: Compiler | None = None) -> Path:
-    """Compile a library into the directory `into` unless it is there; return its path.
-
-    Several processes may do so at once: one compiles and the others wait for it. Objects are kept
-    in `into`/cuda-objects, and compiled again when a source, a header or a flag has changed.
+    """Compile a library into the directory `into` unless it is there, as `build_once` does.
 
     Raises:
         BuildError: no compiler, a source that does not compile, a directory that cannot be written.
     """
-    recipe = recipe or Recipe()
-    compiler = compiler or find_compiler()
-    library = into / f"{_PREFIX}{recipe.digest}-{_digest([compiler.version.encode()], 8)}.so"
-    if library.exists():
-        return library
-    try:
-        into.mkdir(parents=True, exist_ok=True)
-        with (into / "cuda-lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
-                _compile_and_link(library, recipe, compiler)
-                _remove_old_libraries(library)
-    except OSError as error:
-        raise BuildError(
-            f"the kernels cannot be compiled into {into}: {error}",
-            "set MESHSERVE_CACHE to a directory that can be written",
-        ) from None
-    return library
-
-
-def _compile_and_link(library: Path, recipe: Recipe, compiler: Compiler) -> None:
-    objects = library.parent / "cuda-objects"
-    objects.mkdir(exist_ok=True)
-    for interrupted in (*objects.glob("*.partial"), *library.parent.glob(f"{_PREFIX}*.partial")):
-        interrupted.unlink(missing_ok=True)
-    command = [str(compiler.path), *recipe.flags]
-
-    def key_of(source: Path) -> str:
-        headers = [path.read_bytes() for path in sorted(recipe.sources.glob("*.h"))]
-        return _digest(
-            [repr(command).encode(), compiler.version.encode(), source.read_bytes(), *headers]
-        )
-
-    def compile_one(source: Path) -> Path:
-        key = key_of(source)
-        target = objects / f"{source.stem}-{key}.o"
-        if not target.exists():
-            partial = target.with_suffix(f".{os.getpid()}.partial")
-            _check(_run([*command, "-c", str(source), "-o", str(partial)]), source.name)
-            if key_of(source) != key:
-                partial.unlink(missing_ok=True)
-                raise BuildError(f"{source.name} was edited while it was compiled", "build again")
-            partial.rename(target)
-        for older in objects.glob(f"{source.stem}-*.o"):
-            if older != target and older.stem.rpartition("-")[0] == source.stem:
-                older.unlink(missing_ok=True)
-        return target
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        try:
-            compiled = list(pool.map(compile_one, sorted(recipe.sources.glob("*.cu"))))
-        except BuildError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    partial = library.with_suffix(f".{os.getpid()}.partial")
-    # The runtime within it: whichever torch has loaded, or none, is then no matter.
-    link = [*command, *compiler.library_flags, "-cudart=static", "-shared", *map(str, compiled)]
-    _check(_run([*link, "-o", str(partial)]), library.name)
-    partial.rename(library)
-
-
-def _remove_old_libraries(library: Path) -> None:
-    others = [path for path in library.parent.glob(f"{_PREFIX}*.so") if path != library]
-    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in others[_KEPT_LIBRARIES:]:
-        path.unlink(missing_ok=True)
-
-
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    # The compiler is the user's own choice, and it is no shell that reads the command.
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        return subprocess.CompletedProcess(list(command), 127, "", str(error))
-
-
-def _check(result: subprocess.CompletedProcess[str], what: str) -> None:
-    if result.returncode == 0:
-        return
-    output = f"{result.stdout}{result.stderr}"
-    lines = output.strip().splitlines() or [f"exit status {result.returncode}"]
-    first = next((line for line in lines if "error" in line), lines[0])
-    raise BuildError(
-        f"{result.args[0]} does not compile {what}: {first}",
-        "see the whole of it with `python -m services.engine.core.kernels.cuda.build`, or try "
-        "another compiler with CUDACXX=...",
-        output,
-    )
-
-
-def _digest(parts: Sequence[bytes], length: int = 16) -> str:
-    joined = hashlib.sha256()
-    for part in parts:
-        joined.update(len(part).to_bytes(8, "little") + part)
-    return joined.hexdigest()[:length]
+    return build_once(into, (recipe or Recipe()).plan(compiler or find_compiler()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -253,16 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", type=Path, default=SOURCES, help="directory of the sources")
     parser.add_argument("--strict", action="store_true", help="warnings are errors")
     options = parser.parse_args(arguments)
-    started_s = time.monotonic()
-    try:
-        extra = STRICT_FLAGS if options.strict else ()
-        library = build(options.into, Recipe(options.source, extra_flags=extra))
-    except BuildError as error:
-        # The whole of it is the developer's; elsewhere the first error is enough.
-        sys.stderr.write(f"{error.output}{error.problem}\n{error.way_out}\n")
-        return 1
-    sys.stdout.write(f"{library} ({time.monotonic() - started_s:.1f} s)\n")
-    return 0
+    extra = STRICT_FLAGS if options.strict else ()
+    return build_by_hand(lambda: build(options.into, Recipe(options.source, extra_flags=extra)))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from services.engine.core.compiling import BuildError
 from services.engine.core.kernels.cuda.build import (
     PACKAGE,
-    BuildError,
     Recipe,
     build,
     find_compiler,

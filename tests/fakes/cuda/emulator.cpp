@@ -7,6 +7,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -52,12 +53,14 @@ namespace {
 
 constexpr size_t kStackBytes = 128 * 1024, kMaxThreads = 1024, kMaxShared = 227 * 1024;
 constexpr size_t kSharedWithoutAsking = 48 * 1024, kBarriers = 16;
+constexpr const char* kNobodyComes = "threads wait for others that do not come";
 constexpr unsigned char kPoison = 0xff;  // NaN in every format of floats
 
 std::mutex one_at_a_time;
 std::map<const void*, size_t> allowed;
 std::string message;
 uint32_t schedule_seed;
+uint64_t pauses;
 
 // Memory whose end borders on a page that may not be touched.
 struct Guarded {
@@ -77,28 +80,56 @@ Guarded& shared_area() {
   static Guarded area(kMaxShared + 1024);
   return area;
 }
-Guarded& stack_of(size_t thread) {
-  static std::vector<std::unique_ptr<Guarded>> stacks(kMaxThreads);
-  if (!stacks[thread]) stacks[thread] = std::make_unique<Guarded>(kStackBytes);
-  return *stacks[thread];
-}
+// Those that no fiber has.
+std::vector<std::unique_ptr<Guarded>> free_stacks;
 
 struct Barrier {
   std::vector<Thread*> waiting;
 };
 
-struct Block {
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  Barrier barriers[kBarriers];
-  size_t alive;
-  bool any, any_before;
+struct Grid {
+  Dimensions size, block_size;
+  std::function<void()> body;
 };
 
-Block block;
+struct Block {
+  const Grid* grid;
+  Index index;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<std::unique_ptr<Guarded>> stacks;
+  Barrier barriers[kBarriers];
+  size_t alive = 0;
+  bool any = false, any_before = false;
+
+  Block(const Grid& of, uint64_t number);
+  ~Block() {
+    for (auto& stack : stacks) free_stacks.push_back(std::move(stack));
+  }
+};
+
+// A word on its way to memory.
+struct Store {
+  uint32_t* to;
+  uint32_t word;
+};
+
+// One of several, whose kernels run at the same time: one after another on each of them.
+struct Device {
+  std::deque<Grid> launched;
+  std::vector<uint64_t> to_start;  // blocks of the first of them
+  std::vector<std::unique_ptr<Block>> running;
+  std::vector<Store> stores;
+  bool is_within = false;  // the first of them
+};
+
+// The one that runs, and its device where there are several.
+Block* block;
+Device* device;
+std::map<int32_t, Device> devices;
+int32_t launches_on = -1;
 unsigned char* shared_begin;
 size_t shared_size;
-const std::function<void()>* body;
 void* scheduler;
 sigjmp_buf failed;
 int32_t error_code;
@@ -121,43 +152,53 @@ void come_to(Barrier& barrier, size_t expected) {
 }
 
 void run_thread() {
-  (*body)();
+  block->grid->body();
   self->ended = true;
-  --block.alive;
+  --block->alive;
   // Those at __syncthreads wait only for threads that are left.
-  Barrier& all = block.barriers[0];
-  if (block.alive > 0 && all.waiting.size() >= block.alive) {
-    block.any_before = std::exchange(block.any, false);
+  Barrier& all = block->barriers[0];
+  if (block->alive > 0 && all.waiting.size() >= block->alive) {
+    block->any_before = std::exchange(block->any, false);
     release(all);
   }
   yield();
 }
 
-void prepare(Thread& thread, size_t number) {
-  auto* top = reinterpret_cast<void**>(stack_of(number).end);
+void prepare(Thread& thread, Guarded& stack) {
+  auto* top = reinterpret_cast<void**>(stack.end);
   *--top = nullptr;  // where run_thread would return to; it does not
   *--top = reinterpret_cast<void*>(&run_thread);
   for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
   thread.stack_pointer = top;
 }
 
-void prepare_block() {
-  const size_t count = size_t(blockDim.count());
-  block.threads.assign(count, Thread{});
-  block.warps.assign((count + 31) / 32, Warp{});
-  for (Barrier& barrier : block.barriers) barrier.waiting.clear();
-  block.alive = count;
-  block.any = false;
+Block::Block(const Grid& of, uint64_t number) : grid(&of) {
+  const Dimensions& all = of.size;
+  index = {uint32_t(number % all.x), uint32_t(number / all.x % all.y),
+           uint32_t(number / all.x / all.y)};
+  const size_t count = size_t(of.block_size.count());
+  threads.assign(count, Thread{});
+  warps.assign((count + 31) / 32, Warp{});
+  alive = count;
   for (size_t i = 0; i < count; ++i) {
-    Thread& thread = block.threads[i];
-    const uint32_t x = blockDim.x, y = blockDim.y;
+    Thread& thread = threads[i];
+    const uint32_t x = of.block_size.x, y = of.block_size.y;
     thread.index = {uint32_t(i % x), uint32_t(i / x % y), uint32_t(i / x / y)};
     thread.lane = int(i % 32);
-    thread.warp = &block.warps[i / 32];
+    thread.warp = &warps[i / 32];
     thread.warp->threads.push_back(&thread);
-    prepare(thread, i);
+    if (free_stacks.empty()) free_stacks.push_back(std::make_unique<Guarded>(kStackBytes));
+    stacks.push_back(std::move(free_stacks.back()));
+    free_stacks.pop_back();
+    prepare(thread, *stacks.back());
   }
-  memset(shared_area().end - shared_area().size, kPoison, shared_area().size);
+}
+
+void enter(Block& next) {
+  block = &next;
+  blockIdx = next.index;
+  gridDim = next.grid->size;
+  blockDim = next.grid->block_size;
 }
 
 bool run_warp(Warp& warp, bool backwards) {
@@ -175,20 +216,77 @@ bool run_warp(Warp& warp, bool backwards) {
 }
 
 // A warp goes on until it has to wait for others, or, where the schedule is random, for a while.
-void run_block(std::mt19937& random) {
-  prepare_block();
-  std::vector<size_t> order(block.warps.size());
+void run_block(const Grid& grid, uint64_t number, std::mt19937& random) {
+  Block own(grid, number);
+  enter(own);
+  memset(shared_area().end - shared_area().size, kPoison, shared_area().size);
+  std::vector<size_t> order(own.warps.size());
   std::iota(order.begin(), order.end(), 0);
-  while (block.alive > 0) {
+  while (own.alive > 0) {
     bool ran = false;
     if (schedule_seed != 0) std::shuffle(order.begin(), order.end(), random);
     for (size_t warp : order) {
       uint32_t turns = schedule_seed == 0 ? ~0u : 1 + random() % 64;
       const bool backwards = schedule_seed != 0 && random() % 2 == 0;
-      while (turns-- > 0 && run_warp(block.warps[warp], backwards)) ran = true;
+      while (turns-- > 0 && run_warp(own.warps[warp], backwards)) ran = true;
     }
-    if (!ran) fail(kLaunchTimeout, "threads wait for others that do not come");
+    if (!ran) fail(kLaunchTimeout, kNobodyComes);
   }
+}
+
+// What one store wrote reaches memory, after what the device wrote to the same place before.
+void land(Device& from, size_t which) {
+  const auto first = std::find_if(from.stores.begin(), from.stores.end(), [&](const Store& each) {
+    return each.to == from.stores[which].to;
+  });
+  *first->to = first->word;
+  from.stores.erase(first);
+}
+
+// A turn of a device: a block starts, a warp goes on for a while, some of what was stored arrives.
+// Returns whether anything was done.
+bool run_turn(Device& turn, std::mt19937& random) {
+  device = &turn;
+  const bool in_order = schedule_seed == 0;
+  if (!turn.is_within) {
+    if (turn.launched.empty()) return false;
+    turn.to_start.resize(turn.launched.front().size.count());
+    std::iota(turn.to_start.begin(), turn.to_start.end(), 0);
+    if (!in_order) std::shuffle(turn.to_start.begin(), turn.to_start.end(), random);
+    turn.is_within = true;
+  }
+  while (!turn.to_start.empty() && (in_order || random() % 4 == 0)) {
+    turn.running.push_back(std::make_unique<Block>(turn.launched.front(), turn.to_start.back()));
+    turn.to_start.pop_back();
+  }
+  bool ran = false;
+  const size_t first = random();
+  for (size_t i = 0; i < turn.running.size() && !ran; ++i) {
+    const size_t which = (first + i) % turn.running.size();
+    Block& own = *turn.running[which];
+    enter(own);
+    for (size_t warps = own.warps.size(); warps-- > 0;) {
+      Warp& warp = own.warps[random() % own.warps.size()];
+      uint32_t turns = 1 + random() % 8;
+      while (turns-- > 0 && run_warp(warp, random() % 2 == 0)) ran = true;
+    }
+    if (own.alive == 0) {
+      turn.running.erase(turn.running.begin() + ptrdiff_t(which));
+      ran = true;
+    }
+  }
+  const bool at_end = turn.running.empty() && turn.to_start.empty();
+  size_t arriving = turn.stores.size();
+  if (!in_order && !at_end && arriving > 0) arriving = random() % (arriving + 1) / (random() % 4 + 1);
+  ran |= !turn.stores.empty() || !turn.to_start.empty();
+  while (arriving-- > 0) land(turn, in_order ? 0 : random() % turn.stores.size());
+  if (at_end) {
+    // The next kernel sees all of it.
+    turn.launched.pop_front();
+    turn.is_within = false;
+    ran = true;
+  }
+  return ran;
 }
 
 void on_signal(int, siginfo_t* info, void*) {
@@ -220,6 +318,15 @@ struct SignalHandler {
   stack_t stack_before;
 };
 
+// Runs it; returns the error that ends it. What a block had goes with it where it ends early: that
+// memory is lost, which a test can bear.
+int32_t guarded_run(const std::function<void()>& run) {
+  const SignalHandler handler;
+  error_code = 0;
+  if (sigsetjmp(failed, 1) == 0) run();
+  return error_code;
+}
+
 }  // namespace
 
 void fail(int32_t error, const char* why) {
@@ -229,19 +336,19 @@ void fail(int32_t error, const char* why) {
 }
 
 void wait_for_block() {
-  if (block.barriers[0].waiting.size() + 1 >= block.alive) {
-    block.any_before = std::exchange(block.any, false);
+  if (block->barriers[0].waiting.size() + 1 >= block->alive) {
+    block->any_before = std::exchange(block->any, false);
   }
-  come_to(block.barriers[0], block.alive);
+  come_to(block->barriers[0], block->alive);
 }
 
 bool any_of_block(bool mine) {
-  block.any |= mine;
+  block->any |= mine;
   wait_for_block();
-  return block.any_before;
+  return block->any_before;
 }
 
-void wait_at(int barrier, int threads) { come_to(block.barriers[barrier], size_t(threads)); }
+void wait_at(int barrier, int threads) { come_to(block->barriers[barrier], size_t(threads)); }
 
 void meet(uint32_t mask, const char* what, void* mine, Act act, void* function) {
   Warp& warp = *self->warp;
@@ -309,8 +416,23 @@ int32_t allow_shared(const void* kernel, size_t bytes) {
   return 0;
 }
 
+void pause() {
+  ++pauses;
+  yield();
+}
+
+uint64_t time_ns() { return pauses * kPauseNs; }
+
+void store_later(uint32_t* address, uint32_t word) {
+  if (device == nullptr) {
+    *address = word;
+  } else {
+    device->stores.push_back({address, word});
+  }
+}
+
 int32_t run_grid(const void* kernel, Dimensions grid, Dimensions size, size_t shared_bytes,
-                 const std::function<void()>& thread) {
+                 std::function<void()> thread) {
   const std::lock_guard lock(one_at_a_time);
   const auto asked = allowed.find(kernel);
   const size_t limit = asked == allowed.end() ? kSharedWithoutAsking : asked->second;
@@ -318,25 +440,45 @@ int32_t run_grid(const void* kernel, Dimensions grid, Dimensions size, size_t sh
       size.count() > kMaxThreads || shared_bytes > std::max(limit, kSharedWithoutAsking)) {
     return kInvalidConfiguration;
   }
-  gridDim = grid;
-  blockDim = size;
-  body = &thread;
+  Grid launched{grid, size, std::move(thread)};
+  if (launches_on >= 0) {
+    if (shared_bytes > 0) return kInvalidConfiguration;  // there is but one area
+    devices[launches_on].launched.push_back(std::move(launched));
+    return 0;
+  }
   shared_size = shared_bytes;
   shared_begin = shared_area().end - (shared_bytes + 127) / 128 * 128;
   std::vector<uint64_t> order(grid.count());
   std::iota(order.begin(), order.end(), 0);
   std::mt19937 random(schedule_seed);
   if (schedule_seed != 0) std::shuffle(order.begin(), order.end(), random);
-  const SignalHandler handler;
-  error_code = 0;
-  if (sigsetjmp(failed, 1) == 0) {
-    for (uint64_t each : order) {
-      blockIdx = {uint32_t(each % grid.x), uint32_t(each / grid.x % grid.y),
-                  uint32_t(each / grid.x / grid.y)};
-      run_block(random);
+  return guarded_run([&] {
+    for (uint64_t each : order) run_block(launched, each, random);
+  });
+}
+
+int32_t run_devices() {
+  const std::lock_guard lock(one_at_a_time);
+  std::mt19937 random(schedule_seed);
+  std::vector<Device*> order;
+  for (auto& [number, each] : devices) order.push_back(&each);
+  const int32_t error = guarded_run([&] {
+    for (bool ran = true; ran;) {
+      ran = false;
+      // One may have many turns while another has none.
+      if (schedule_seed != 0) std::shuffle(order.begin(), order.end(), random);
+      for (Device* each : order) {
+        uint32_t turns = schedule_seed == 0 ? 1 : 1 + random() % 16;
+        while (turns-- > 0 && run_turn(*each, random)) ran = true;
+      }
     }
-  }
-  return error_code;
+    for (Device* each : order) {
+      if (!each->launched.empty()) fail(kLaunchTimeout, kNobodyComes);
+    }
+  });
+  device = nullptr;
+  devices.clear();
+  return error;
 }
 
 }  // namespace emulated
@@ -347,6 +489,8 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaSuccess";
     case cudaErrorInvalidValue:
       return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
     case cudaErrorInvalidConfiguration:
       return "cudaErrorInvalidConfiguration";
     case cudaErrorIllegalAddress:
@@ -367,6 +511,13 @@ const char* cudaGetErrorName(cudaError_t error) {
 
 // 0: warps in their order, each as far as it gets; else another order for each seed.
 EXPORT void emulator_schedule(uint32_t seed) { emulated::schedule_seed = seed; }
+
+// Kernels are launched on one of several devices, where they wait for emulator_run_devices; -1:
+// they run at once.
+EXPORT void emulator_device(int32_t device) { emulated::launches_on = device; }
+
+// Runs what was launched on all devices, their blocks and stores in any order that a seed gives.
+EXPORT int32_t emulator_run_devices() { return emulated::run_devices(); }
 
 // What the last kernel that failed did wrong.
 EXPORT const char* emulator_message() { return emulated::message.c_str(); }

@@ -48,6 +48,10 @@ class Emulator:
         self._schedule.argtypes = (ctypes.c_uint32,)
         self._bank_conflicts = loaded.emulator_bank_conflicts
         self._bank_conflicts.restype = ctypes.c_uint64
+        self._launch_on = loaded.emulator_device
+        self._launch_on.argtypes = (ctypes.c_int32,)
+        self._run_devices = loaded.emulator_run_devices
+        self._run_devices.restype = ctypes.c_int32
         self._message = loaded.emulator_message
         self._message.restype = ctypes.c_char_p
 
@@ -70,6 +74,24 @@ class Emulator:
             yield
         finally:
             self._schedule(0)
+
+    @contextmanager
+    def device(self, number: int) -> Iterator[None]:
+        """Launch kernels on one of several devices, where they wait for `run_devices`."""
+        self._launch_on(number)
+        try:
+            yield
+        finally:
+            self._launch_on(-1)
+
+    def run_devices(self) -> None:
+        """Run what was launched on all devices: at the same time, in turns that a seed decides.
+
+        Raises:
+            CudaError: a kernel has ended all of them.
+        """
+        if error := self._run_devices():
+            raise CudaError("of a device", self.library._error_name(error).decode())
 
     @contextmanager
     def fails(self, name: str, why: str) -> Iterator[None]:

@@ -1,17 +1,22 @@
 """What ranks exchange while they compute a step, over torch.distributed: NCCL between GPUs, gloo
-between CPUs."""
+between CPUs. Short sums between GPUs of one machine are our own (`short_sums`)."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from services.engine.core.parallel import short_sums
 from services.engine.core.parallel.layout import Place
+from services.engine.core.parallel.short_sums import ShortSums
+
+# As of the ranks, there are those of one stage in a process.
+_short_sums: ShortSums | None = None
 
 
 class Ranks(Protocol):
@@ -50,10 +55,24 @@ class TorchRanks:
     def __init__(self, place: Place) -> None:
         self.place = place
         self.num_exchanges = 0
+        self._short: ShortSums | None = None
         layout = place.layout
         # Every rank has to name all groups, in the same order.
         groups = [dist.new_group(layout.ranks_of(stage)) for stage in range(layout.stages)]
         self._stage = groups[place.stage]
+
+    def connect(self, device: torch.device) -> ShortSums | None:
+        """Have short sums computed by our own kernels, where the ranks of the stage find together
+        that they can be, and that it pays."""
+        self._short = short_sums.connect(
+            self.place.tensor_rank, device, self._gather, self._sum_otherwise
+        )
+        return self._short
+
+    def _gather(self, own: Any) -> list[Any]:
+        gathered = [None] * self.place.layout.tensor
+        dist.all_gather_object(gathered, own, group=self._stage)
+        return gathered
 
     def broadcast(self, values: Tensor) -> None:
         self.num_exchanges += 1
@@ -61,8 +80,12 @@ class TorchRanks:
 
     def sum(self, partial: Tensor) -> Tensor:
         self.num_exchanges += 1
-        dist.all_reduce(partial, group=self._stage)
+        if self._short is None or not self._short.sum(partial):
+            self._sum_otherwise(partial)
         return partial
+
+    def _sum_otherwise(self, partial: Tensor) -> None:
+        dist.all_reduce(partial, group=self._stage)
 
     def pass_on(self, hidden: Tensor) -> None:
         self._exchange([dist.P2POp(dist.isend, hidden, self.place.behind)])
@@ -101,11 +124,19 @@ def join(place: Place, store: TCPStore, device: torch.device) -> TorchRanks:
         world_size=place.layout.num_ranks,
         device_id=device if on_gpu else None,
     )
-    return TorchRanks(place)
+    ranks = TorchRanks(place)
+    if on_gpu and place.layout.tensor > 1:
+        global _short_sums
+        _short_sums = ranks.connect(device)
+    return ranks
 
 
 def leave() -> None:
     """Leave them, if there are any, without waiting for them."""
+    global _short_sums
+    if _short_sums is not None:
+        _short_sums.close()
+        _short_sums = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -113,6 +144,8 @@ def leave() -> None:
 def abandon() -> None:
     """End what GPUs exchange, from any thread: whoever waits for it goes on, with what is of no
     use. Between CPUs it ends with the connection to the rank that is gone."""
+    if _short_sums is not None:
+        _short_sums.abandon()
     if dist.is_initialized() and dist.get_backend() == "nccl":
         with contextlib.suppress(Exception):  # of a library that may be at fault itself
             dist.distributed_c10d._abort_process_group()

@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <tuple>
 #include <utility>
 
@@ -216,6 +218,7 @@ inline uint32_t atomicInc(uint32_t* address, uint32_t last) {
 enum cudaError_t : int32_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = emulated::kInvalidValue,
+  cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = emulated::kInvalidConfiguration,
   cudaErrorIllegalAddress = emulated::kIllegalAddress,
   cudaErrorLaunchTimeout = emulated::kLaunchTimeout,
@@ -241,6 +244,36 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
                                                             : 0;
   return cudaSuccess;
 }
+
+// Of all processes there is one: memory is where its handle says.
+struct cudaIpcMemHandle_t {
+  void* address;
+  char reserved[64 - sizeof(void*)];
+};
+enum { cudaIpcMemLazyEnablePeerAccess = 1 };
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaMalloc(void** address, size_t bytes) {
+  *address = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return *address == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+inline cudaError_t cudaFree(void* address) {
+  std::free(address);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* address, int value, size_t bytes) {
+  std::memset(address, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* address) {
+  *handle = {address, {}};
+  return cudaSuccess;
+}
+inline cudaError_t cudaIpcOpenMemHandle(void** address, cudaIpcMemHandle_t handle, unsigned) {
+  *address = handle.address;
+  return handle.address == nullptr ? cudaErrorInvalidValue : cudaSuccess;
+}
+inline cudaError_t cudaIpcCloseMemHandle(void*) { return cudaSuccess; }
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
@@ -270,5 +303,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const std::tuple<Formal...> values(std::forward<Actual>(arguments)...);
   return static_cast<cudaError_t>(
       emulated::run_grid(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
-                         config->dynamicSmemBytes, [&] { std::apply(kernel, values); }));
+                         config->dynamicSmemBytes, [=] { std::apply(kernel, values); }));
 }

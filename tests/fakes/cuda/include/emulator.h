@@ -1,4 +1,5 @@
-// Runs the threads of a kernel's blocks on a CPU: one fiber a thread, one block after another.
+// Runs the threads of a kernel's blocks on a CPU: one fiber a thread, one block after another, or,
+// of kernels that several devices run at the same time, all in turns.
 //
 // What a card would let pass and compute wrongly is made visible. Shared memory is filled with NaN
 // before a block runs; a destination of cp.async is, until its group has been waited for; threads
@@ -104,6 +105,16 @@ void wait_for_copies(size_t pending);
 
 int32_t allow_shared(const void* kernel, size_t bytes);
 int32_t run_grid(const void* kernel, Dimensions grid, Dimensions block, size_t shared_bytes,
-                 const std::function<void()>& thread);
+                 std::function<void()> thread);
+// Runs the kernels that were launched on several devices, all at the same time.
+int32_t run_devices();
+
+// Lets others take their turn, as whoever looks at memory again and again must.
+void pause();
+// Time goes by with pauses.
+inline constexpr uint64_t kPauseNs = 1000;
+uint64_t time_ns();
+// The word reaches memory at some time before the kernel ends, on several devices; at once on one.
+void store_later(uint32_t* address, uint32_t word);
 
 }  // namespace emulated

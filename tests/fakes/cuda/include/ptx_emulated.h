@@ -186,6 +186,25 @@ void cp_async_wait() {
 inline uint4 load_16_streaming(const void* global) {
   return *emulated::aligned(static_cast<const uint4*>(global));
 }
+// Where others write meanwhile, whoever reads lets them have their turn; each word may be another's.
+inline void store_16_system(void* global, const uint4& value) {
+  auto* words = reinterpret_cast<uint32_t*>(emulated::aligned(static_cast<uint4*>(global)));
+  const uint32_t all[4] = {value.x, value.y, value.z, value.w};
+  for (int i = 0; i < 4; ++i) emulated::store_later(words + i, all[i]);
+}
+inline uint4 load_16_system(const void* global) {
+  emulated::pause();
+  return *emulated::aligned(static_cast<const uint4*>(global));
+}
+inline void store_4_system(void* global, uint32_t value) {
+  emulated::store_later(emulated::aligned(static_cast<uint32_t*>(global)), value);
+}
+inline uint32_t load_4_system(const void* global) {
+  return *emulated::aligned(static_cast<const uint32_t*>(global));
+}
+inline uint64_t time_ns() { return emulated::time_ns(); }
+inline void trap() { emulated::fail(emulated::kLaunchFailure, "a trap"); }
+
 inline void prefetch_l2(const void*) {}
 inline void grid_dependency_wait() {}
 inline void grid_dependency_launch() {}

@@ -142,6 +142,49 @@ __device__ __forceinline__ uint4 load_16_streaming(const void* global) {
   return value;
 }
 
+// Memory that other GPUs, or the host, read and write while the kernel runs. Each of the four words
+// is read and written as a whole, past the L1 cache; they come one by one, in any order.
+__device__ __forceinline__ void store_16_system(void* global, const uint4& value) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(
+                   __cvta_generic_to_global(global)),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_16_system(const void* global) {
+  uint4 value;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(__cvta_generic_to_global(global))
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_4_system(void* global, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(global)),
+               "r"(value)
+               : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_4_system(const void* global) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(global))
+               : "memory");
+  return value;
+}
+
+// What a card's clock says; it ticks at least once a microsecond.
+__device__ __forceinline__ uint64_t time_ns() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+// Ends the kernel, and with it all that this process has on the card.
+__device__ __forceinline__ void trap() { asm volatile("trap;"); }
+
 __device__ __forceinline__ void prefetch_l2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
 }

@@ -12,6 +12,7 @@ from services.engine.core.batch import CapturedShape
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.block_tables import BlockStore
 from services.engine.core.device_runner import DeviceRunner
+from services.engine.core.device_sampling import DeviceSampler
 from services.engine.core.engine import EngineCore
 from services.engine.core.messages import SequenceRequest
 from services.engine.core.noise import stream_key, uniforms
@@ -94,11 +95,13 @@ def make_engine(
     captured_shapes: tuple[CapturedShape, ...] = (),
     saved_blocks: int = 0,
     windows: Windows = NO_WINDOW,
+    samples_there: bool = False,
 ) -> EngineCore:
     """An engine core over the hash model.
 
-    overlaps: whether it runs as on a device that computes steps beside the host. saved_blocks: of
-    preempted sequences that are kept beside the cache.
+    overlaps: whether it runs as on a device that computes steps beside the host; samples_there:
+    whether tokens are chosen as on a device, too. saved_blocks: of preempted sequences that are
+    kept beside the cache.
     """
     model, cache = make_hash_model(windows), HashCache(num_blocks, block_size)
     scheduler = make_scheduler(
@@ -128,6 +131,9 @@ def make_engine(
     runner = DeviceRunner(
         model, cache, vocab_size=VOCAB_SIZE, captured_shapes=captured_shapes, **shape
     )
+    if samples_there:
+        device = shape["device"]
+        runner._sampler = DeviceSampler(device, max_batch_tokens, VOCAB_SIZE, at_once=False)
     return EngineCore(scheduler, runner, plans_ahead=True)
 
 
@@ -144,6 +150,13 @@ def reference_output(
     key = np.array([stream_key(sampling.seed, request.choice_index)], np.uint64)
     while len(output) < limit:
         logits = logits_after(tokens, windows)
+        for token in set(tokens):
+            logits[token] *= sampling.repetition_penalty ** (-1 if logits[token] > 0 else 1)
+        for token in set(output):
+            logits[token] -= sampling.presence_penalty
+            logits[token] -= sampling.frequency_penalty * output.count(token)
+        for token, bias in sampling.logit_bias.items():
+            logits[token] += bias
         if len(output) < stopping.min_tokens:
             logits[list(ends)] = -torch.inf
         if sampling.temperature == 0:

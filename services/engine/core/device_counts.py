@@ -31,6 +31,7 @@ class DeviceCounts:
         self._in_output = self._ids
         self._owners: list[TokenCounts | None] = []
         self._taken: list[int] = []
+        self._packed: list[CountedRow] = []
 
     @property
     def table(self) -> CountTable:
@@ -39,7 +40,8 @@ class DeviceCounts:
 
     def pack(self, counted: list[CountedRow]) -> tuple[npt.NDArray[np.int32], tuple[int, ...]]:
         """What a step sends to penalise rows, none of whose sequences comes twice: the arrays of a
-        `Penalties`, one after the other as they are declared, and where each but the first begins.
+        `Penalties` but for `latest`, one after the other as they are declared, and where each but
+        the first begins. It is sent again until `note_sent` is called.
         """
         self._make_room(counted)
         numbers, rows, ends = [], [], [0]
@@ -56,13 +58,13 @@ class DeviceCounts:
                     sampling.frequency_penalty,
                 )
             )
-            rows.append((each.row, slot, counts.num_distinct))
+            rows.append((each.row, slot, counts.num_distinct, each.said))
             known = self._taken[slot] if self._owners[slot] is counts else 0
             changed = counts.changed(sequence.token_ids, known)
             for kept, new in zip((places, token_ids, in_output), changed, strict=True):
                 kept += new
             ends.append(len(places))
-            self._owners[slot], self._taken[slot] = counts, counts.num_taken
+        self._packed = counted
         parts = [
             np.ascontiguousarray(np.array(numbers).T).view(np.int32),
             np.array(rows, np.int32).T,
@@ -71,6 +73,13 @@ class DeviceCounts:
         ]
         begins = np.cumsum([part.size for part in parts[:-1]])
         return np.concatenate([part.ravel() for part in parts]), tuple(begins.tolist())
+
+    def note_sent(self) -> None:
+        """Note that the device has been told to bring its table up to what was last packed."""
+        for each in self._packed:
+            slot = each.sequence.row
+            self._owners[slot], self._taken[slot] = each.counts, each.counts.num_taken
+        self._packed = []
 
     def _make_room(self, counted: list[CountedRow]) -> None:
         slots = max(each.sequence.row for each in counted) + 1

@@ -15,21 +15,8 @@ from torch import Tensor
 from services.engine.core.batch import CapturedShape, ForwardBatch
 from services.engine.core.device_staging import DeviceStaging
 from services.engine.core.kernels import DeviceLengths
-from services.engine.core.preparation import Preparation
+from services.engine.core.preparation import LatestTokens, Preparation
 from services.engine.core.sequence_rows import SequenceRows, TableChange
-
-
-@dataclass(frozen=True, slots=True)
-class LatestTokens:
-    """Tokens that the device knows and the host does not yet.
-
-    Attributes:
-        token_ids: [rows] int64, as they were sampled.
-        rows: of the tokens in a step's input, and the row of each in `token_ids`.
-    """
-
-    token_ids: Tensor
-    rows: list[tuple[int, int]]
 
 
 class DeviceInputs:

@@ -19,12 +19,18 @@ from services.engine.core.beside import Work
 from services.engine.core.capturing import CaptureLimits, capture_all, shapes_to_capture
 from services.engine.core.clock import now_ns
 from services.engine.core.constraints.masks import MaskCounts
-from services.engine.core.device_inputs import DeviceInputs, LatestTokens
+from services.engine.core.device_counts import MOST_DISTINCT
+from services.engine.core.device_inputs import DeviceInputs
 from services.engine.core.device_sampling import DeviceSampler, PendingTokens
 from services.engine.core.errors import EngineError
 from services.engine.core.graphs import CudaRecorder, GraphedModel
 from services.engine.core.plan import Plan, StepOutputs
-from services.engine.core.preparation import Preparation, prepare_input, with_sampling
+from services.engine.core.preparation import (
+    LatestTokens,
+    Preparation,
+    prepare_input,
+    with_sampling,
+)
 from services.engine.core.runner import Model, step_outputs
 from services.engine.core.sequence_rows import SequenceRows
 from services.engine.core.speculation.controller import MAX_DRAFT_TOKENS
@@ -122,8 +128,8 @@ class DeviceRunner:
     def launch(self, plan: Plan, behind: LaunchedStep | None) -> LaunchedStep:
         """Tell the device to compute a plan, behind a step whose outputs are not there yet.
 
-        Where the choice of tokens hangs on those of that step, which the device alone knows, it is
-        left for `choose`.
+        Where the host has a part in the choice of tokens that hangs on those of that step, which
+        the device alone knows, it is left for `choose`.
         """
         launched_ns = now_ns()
         step = prepare_input(plan, self._rows, self._block_size)
@@ -141,20 +147,19 @@ class DeviceRunner:
             )
             logits = self._model(batch, self._kv_cache)
         launched = LaunchedStep(step, launched_ns, logits[: len(step.logits_rows)])
-        if latest is None or not any(self._rows.has_edits[row] for row in step.rows.tolist()):
-            self.choose(launched)
+        if latest is None or not self._waits_for_tokens(step):
+            self.choose(launched, latest)
         return launched
 
-    def choose(self, launched: LaunchedStep) -> None:
+    def choose(self, launched: LaunchedStep, latest: LatestTokens | None = None) -> None:
         """Tell the device to choose the tokens of a launched step, unless it has been told.
 
-        Precondition: the outputs of all steps before it have been taken in, where its logits are
-        edited by what was said before.
+        Precondition: the outputs of all steps before it have been taken in but for `latest`.
         """
         if launched.logits is None:
             return
         logits, launched.logits = launched.logits, None
-        launched.step = step = with_sampling(launched.step, self._rows)
+        launched.step = step = with_sampling(launched.step, self._rows, latest)
         if step.sampling is None:
             return
         if step.masks is not None:
@@ -171,6 +176,23 @@ class DeviceRunner:
         started_ns = max(launched.launched_ns, self._ended_ns)
         self._ended_ns = now_ns()
         return StepOutputs(launched.plan, outputs, started_ns, self._ended_ns)
+
+    def _waits_for_tokens(self, step: Preparation) -> bool:
+        """Whether a row of a step is edited by the host, by tokens that are to come.
+
+        The device itself counts what it has just chosen, biases and bars hang on no token, and how
+        many there will be is known.
+        """
+        for index in step.sampled:
+            sequence = step.plan.sequences[index]
+            if not self._rows.has_edits[sequence.row] or not sequence.num_pending_tokens:
+                continue
+            counts = self._rows.token_counts(sequence)
+            if self._rows.reads_text[sequence.row] or (
+                counts is not None and counts.num_distinct > MOST_DISTINCT
+            ):
+                return True
+        return False
 
     def _captured(self, step: Preparation) -> CapturedShape | None:
         counts = step.plan.token_counts
@@ -236,7 +258,7 @@ def _latest(step: Preparation, behind: LaunchedStep) -> LatestTokens | None:
     if not rows:
         return None
     assert behind.tokens is not None, "a step is launched behind one whose tokens are being chosen"
-    return LatestTokens(behind.tokens.token_ids, rows)
+    return LatestTokens(behind.tokens.token_ids, row_of, rows)
 
 
 def _token_ids(step: Preparation) -> npt.NDArray[np.int64]:

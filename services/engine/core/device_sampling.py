@@ -175,7 +175,8 @@ class DeviceSampler:
             staged.masks = self._send_masks(batch.masks)
         if batch.edits is not None:
             counted = batch.edits.counted(MOST_DISTINCT)
-            staged.penalties = self._send_penalties(counted) if counted else None
+            if counted:
+                staged.penalties = self._send_penalties(counted, batch.edits.latest)
             self._send_edits(batch.edits, staged)
         return form
 
@@ -192,6 +193,7 @@ class DeviceSampler:
             raw = logits.clone()
         if staged.penalties is not None:
             penalize(logits, staged.penalties, self._counts.table)
+            self._counts.note_sent()
         if staged.edits is not None:
             edit_logits(logits, staged.edits)
         choose_tokens(logits, parameters, chosen, form, self._workspace)
@@ -230,11 +232,16 @@ class DeviceSampler:
         rows = self._send(masks.rows.astype(np.int32))
         return rows, words.to(self._device, non_blocking=True)
 
-    def _send_penalties(self, counted: list[CountedRow]) -> Penalties:
+    def _send_penalties(self, counted: list[CountedRow], latest: Tensor | None) -> Penalties:
         packed, begins = self._counts.pack(counted)
         numbers, rows, ends, changed = self._send(packed).tensor_split(begins)
         return Penalties(
-            numbers.view(torch.float64).view(3, -1), rows.view(3, -1), ends, changed.view(3, -1)
+            numbers.view(torch.float64).view(3, -1),
+            rows.view(4, -1),
+            ends,
+            changed.view(3, -1),
+            # Anything where nobody looks.
+            self._chosen if latest is None else latest,
         )
 
     def _send_edits(self, edits: LogitEdits, staged: _Staged) -> None:

@@ -79,11 +79,16 @@ class ProcessedLogits:
 @dataclass(frozen=True, slots=True)
 class CountedRow:
     """A row that is edited by the counts of all known tokens of a sequence, as they are when the
-    edits are applied."""
+    edits are applied, and of the one that it has said since, if any.
+
+    Attributes:
+        said: where in the latest tokens that is; -1: there is none.
+    """
 
     row: int
     sequence: Sequence
     counts: TokenCounts
+    said: int = -1
 
 
 class LogitEdits:
@@ -92,7 +97,10 @@ class LogitEdits:
     Order: processors, penalties, biases, allowed tokens, banned tokens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, latest: Tensor | None = None) -> None:
+        """latest: [rows] int64, tokens that sequences have said since they were last told; a device
+        may have yet to choose them."""
+        self.latest = latest
         self._counted: list[CountedRow] = []
         self._repetition = _Triples()
         self._subtracted = _Triples()
@@ -107,15 +115,19 @@ class LogitEdits:
         sequence: Sequence,
         counts: TokenCounts | None = None,
         draft: tuple[int, ...] = (),
+        *,
+        said: int = -1,
     ) -> None:
         """Gather the edits that a token of `sequence` asks for; its logits are `row`.
 
         It is the token after the known ones and those of `draft`: where the draft is not accepted
         so far, nobody looks at the row. `counts` has taken in all known tokens; without it they are
-        counted here.
+        counted here. `said` is where in the latest tokens one more is, if that is not -1; what is
+        edited by it must be no draft, mask or processor.
         """
         sampling = sequence.sampling
-        barred = sequence.stops.barred_token_ids(sequence.num_output_tokens + len(draft))
+        num_output_tokens = sequence.num_output_tokens + (said >= 0) + len(draft)
+        barred = sequence.stops.barred_token_ids(num_output_tokens)
         if barred:
             self._banned.add(row, barred, 0.0)
         if not has_edits(sampling):
@@ -128,7 +140,7 @@ class LogitEdits:
                 seen, in_output = counts.after(draft)
                 _penalize(row, sampling, seen, in_output, self._repetition, self._subtracted)
             else:
-                self._counted.append(CountedRow(row, sequence, counts))
+                self._counted.append(CountedRow(row, sequence, counts, said))
         if sampling.logits_processors:
             self._processed.append((row, sequence, draft))
         if sampling.logit_bias:
@@ -217,10 +229,16 @@ class LogitEdits:
         repetition, subtracted = self._repetition.copy(), self._subtracted.copy()
         for each in self._counted:
             if each.counts.num_distinct > without_counted:
-                seen, in_output = each.counts.after(())
+                seen, in_output = each.counts.after(self._said(each))
                 sampling = each.sequence.sampling
                 _penalize(each.row, sampling, seen, in_output, repetition, subtracted)
         return repetition, subtracted
+
+    def _said(self, row: CountedRow) -> tuple[int, ...]:
+        if row.said < 0:
+            return ()
+        assert self.latest is not None
+        return (int(self.latest[row.said]),)
 
 
 def _penalize(

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from services.engine.core.constraints.masks import Follower, StepMasks
 from services.engine.core.logit_edits import LogitEdits
@@ -15,6 +16,21 @@ from services.engine.core.plan import Plan
 from services.engine.core.sampler import SamplingBatch
 from services.engine.core.sequence import Sequence
 from services.engine.core.sequence_rows import SequenceRows
+
+
+@dataclass(frozen=True, slots=True)
+class LatestTokens:
+    """Tokens that the device knows and the host does not yet.
+
+    Attributes:
+        token_ids: [rows] int64, as they were sampled.
+        row_of: each sequence's token.
+        rows: of the tokens in a step's input, and the row of each in `token_ids`.
+    """
+
+    token_ids: Tensor
+    row_of: dict[Sequence, int]
+    rows: list[tuple[int, int]]
 
 
 @dataclass(slots=True, eq=False)
@@ -120,13 +136,15 @@ def prepare_input(
     )
 
 
-def with_sampling(step: Preparation, state: SequenceRows) -> Preparation:
+def with_sampling(
+    step: Preparation, state: SequenceRows, latest: LatestTokens | None = None
+) -> Preparation:
     """Add to a step how its tokens are sampled, and return it. Where logits are edited by what was
-    said before, that must be known by now."""
+    said before, that must be known by now, or be `latest` where counts are all that matters."""
     if step.scores:
-        sampling: SamplingBatch | None = _scoring(step, state)
+        sampling: SamplingBatch | None = _scoring(step, state, latest)
     else:
-        sampling = _sampling(step, state)
+        sampling = _sampling(step, state, latest)
     step.sampling, step.masks = sampling, None
     sequences = step.plan.sequences
     follow = any(sequences[each].matcher for each in step.sampled)
@@ -168,7 +186,7 @@ def _scores(sequences: Iterable[Sequence], computed: list[int], contexts: list[i
     return scores if any(scores) else []
 
 
-def _scoring(step: Preparation, state: SequenceRows) -> SamplingBatch:
+def _scoring(step: Preparation, state: SequenceRows, latest: LatestTokens | None) -> SamplingBatch:
     """How rows are sampled of which some score prompts. Nothing is drafted in such a step."""
     given: list[int] = []
     logprobs: list[int] = []
@@ -183,13 +201,16 @@ def _scoring(step: Preparation, state: SequenceRows) -> SamplingBatch:
             places.append(len(given))
             given.append(-1)
             logprobs.append(-1)
-    among = _sampling(step, state, places)
+    among = _sampling(step, state, latest, places)
     scoring = SamplingBatch.scoring(np.array(given), np.array(logprobs))
     return scoring if among is None else scoring.with_rows(np.array(places), among)
 
 
 def _sampling(
-    step: Preparation, state: SequenceRows, places: list[int] | None = None
+    step: Preparation,
+    state: SequenceRows,
+    latest: LatestTokens | None,
+    places: list[int] | None = None,
 ) -> SamplingBatch | None:
     """How the rows that are sampled are. Edits name rows of the step, where those of the first
     token of each sequence are `places`, if given."""
@@ -203,7 +224,7 @@ def _sampling(
         return SamplingBatch.greedy(len(rows) if lengths is None else sum(lengths))
     edits = None
     if any(state.has_edits[row] for row in places_in_state):
-        edits = LogitEdits()
+        edits = LogitEdits(None if latest is None else latest.token_ids)
         first = 0
         for number, (index, row) in enumerate(zip(sampled, places_in_state, strict=True)):
             draft = () if drafts is None else drafts[index]
@@ -212,8 +233,11 @@ def _sampling(
             if state.has_edits[row] and _is_there(step, index):
                 sequence = step.plan.sequences[index]
                 counts = state.token_counts(sequence)
+                said = -1
+                if latest is not None and sequence.num_pending_tokens:
+                    said = latest.row_of[sequence]
                 for length in range(len(draft) + 1):
-                    edits.add(first + length, sequence, counts, draft[:length])
+                    edits.add(first + length, sequence, counts, draft[:length], said=said)
             first += len(draft) + 1
     positions = np.array(
         [step.num_tokens[each] - step.plan.sequences[each].num_prompt_tokens for each in sampled]

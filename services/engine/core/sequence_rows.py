@@ -42,6 +42,8 @@ class SequenceRows:
         self.num_groups = num_groups
         self.block_tables = np.zeros(shape if num_groups == 1 else (num_groups, *shape), np.int32)
         self.has_edits = [False] * num_rows
+        # Whether these hang on which tokens there are, by more than their counts.
+        self.reads_text = [False] * num_rows
         self.is_greedy = [True] * num_rows  # the likeliest token and nothing else is wanted
         self._temperature = np.zeros(num_rows, np.float32)
         self._top_k = np.zeros(num_rows, np.int64)
@@ -122,7 +124,8 @@ class SequenceRows:
         self._noise_key[row] = stream_key(sampling.seed, sequence.request.choice_index)
         self._logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
         self._token_counts[row] = TokenCounts() if counts_tokens(sampling) else None
-        # A rule's mask depends on what was said before, as some edits do.
+        # A rule's mask depends on what was said before, as processors do.
+        self.reads_text[row] = bool(sequence.matcher or sampling.logits_processors)
         self.has_edits[row] = (
             has_edits(sampling)
             or sequence.request.stopping.min_tokens > 0

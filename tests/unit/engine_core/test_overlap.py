@@ -7,18 +7,26 @@ from typing import Any
 
 import pytest
 
+from services.engine.core import device_runner, device_sampling, logit_edits
 from services.engine.core.batch import CapturedShape
 from services.engine.core.device_runner import DeviceRunner, LaunchedStep
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import FatalEngineError
 from services.engine.core.messages import FinishReason, Sampling, SequenceRequest, Stopping
 from services.engine.core.plan import Plan, StepOutputs
+from services.engine.core.preparation import LatestTokens
 from services.engine.core.speculation.speculator import NgramSpeculator, Speculator
 from tests.fakes.engines import make_engine, reference_output
 from tests.fakes.hash_model import NAN_TOKEN_ID, RAISING_TOKEN_ID
 from tests.fakes.speculators import HalfRightSpeculator
 
 CONTEXT_TOKENS = 96
+# What a runner does about three tokens of one sequence.
+OVERLAPPED = [
+    ("launch", 1), ("choose", 1), ("launch", 2), ("choose", 2), ("finish", 1),
+    ("launch", 3), ("choose", 3), ("finish", 2),
+    ("finish", 3),
+]  # fmt: skip
 SHAPES = (CapturedShape(2, 1), CapturedShape(4, 1), CapturedShape(12, 4))
 
 
@@ -49,10 +57,10 @@ class Journal:
             self.entries.append(("finish", launched.plan.step))
             return finish(launched)
 
-        def choosing(launched: LaunchedStep) -> None:
+        def choosing(launched: LaunchedStep, latest: LatestTokens | None = None) -> None:
             if launched.logits is not None:
                 self.entries.append(("choose", launched.plan.step))
-            choose(launched)
+            choose(launched, latest)
 
         monkeypatch.setattr(runner, "launch", launching)
         monkeypatch.setattr(runner, "finish", finishing)
@@ -86,18 +94,78 @@ def test_a_step_is_launched_before_the_one_before_it_is_finished(
     ]  # fmt: skip
 
 
-def test_tokens_that_hang_on_what_was_said_are_chosen_once_that_is_known(
-    monkeypatch: pytest.MonkeyPatch,
+# Of the two likeliest tokens neither is said twice, if it is counted.
+BIAS = {5: 60.0, 6: 58.0}
+EDITS: dict[str, dict[str, Any]] = {
+    "presence": {"presence_penalty": 30.0, "logit_bias": BIAS},
+    "frequency": {"frequency_penalty": 30.0, "logit_bias": BIAS},
+    "repetition": {"repetition_penalty": 1.7, "allowed_token_ids": (5, 6)},
+    "bias": {"logit_bias": {5: 3.0}},
+    "allowed": {"allowed_token_ids": (3, 4, 5, 6, 7)},
+    "banned": {"banned_token_ids": (3, 4, 5, 6, 7)},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_what_a_device_counts_and_what_hangs_on_no_token_holds_nothing_up(
+    edit: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    requests = [request(0, max_tokens=3, temperature=0.0, **edit)]
+    engine = overlapping(samples_there=True)
+    journal = Journal(engine, monkeypatch)
+    engine.add(requests)
+    answers = run(engine)
+    assert journal.entries == OVERLAPPED
+    plain = make_engine(num_blocks=24)
+    plain.add(requests)
+    assert answers == run(plain)
+
+
+def test_how_many_tokens_there_will_be_is_known_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopping = Stopping(max_tokens=3, min_tokens=2, stop_token_ids=(*range(3, 40),))
+    long = SequenceRequest(0, [1, 2, 0], Sampling(temperature=0.0), stopping)
     engine = overlapping()
     journal = Journal(engine, monkeypatch)
-    engine.add([request(0, max_tokens=3, presence_penalty=1.0)])
-    run(engine)
+    engine.add([long])
+    answers = run(engine)
+    assert answers[0] == reference_output(long, CONTEXT_TOKENS)
+    assert journal.entries[: len(OVERLAPPED) - 1] == OVERLAPPED[:-1]
+
+
+def test_what_a_processor_makes_of_the_text_is_chosen_once_that_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    edit = {"presence_penalty": 1.0, "logits_processors": (("any", "{}"),)}
+    monkeypatch.setattr(
+        logit_edits, "process", lambda calls, prompt, output, logits: logits.roll(sum(output) % 7)
+    )
+    engine, plain = overlapping(samples_there=True), make_engine(num_blocks=24)
+    journal = Journal(engine, monkeypatch)
+    for each in (engine, plain):
+        each.add([request(0, max_tokens=3, **edit)])
+    assert run(engine) == run(plain)
     assert journal.entries == [
         ("launch", 1), ("choose", 1), ("launch", 2), ("finish", 1), ("choose", 2),
         ("launch", 3), ("finish", 2), ("choose", 3),
         ("finish", 3),
     ]  # fmt: skip
+
+
+def test_counts_that_the_host_keeps_are_those_of_all_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device_runner, "MOST_DISTINCT", 4)
+    monkeypatch.setattr(device_sampling, "MOST_DISTINCT", 4)
+    requests = [request(0, presence_penalty=2.0), request(1, temperature=0.0)]
+    engine, plain = overlapping(samples_there=True), make_engine(num_blocks=24)
+    journal = Journal(engine, monkeypatch)
+    for each in (engine, plain):
+        each.add(requests)
+    assert run(engine) == run(plain)
+    order = journal.entries
+    # Three tokens of the prompt and one said; then two.
+    assert order.index(("choose", 2)) < order.index(("finish", 1))
+    assert order.index(("choose", 6)) > order.index(("finish", 5))
 
 
 def test_chunks_of_a_prompt_and_arrivals_are_launched_ahead_too(

@@ -36,6 +36,10 @@ samplings = st.builds(
     top_k=st.sampled_from([0, 5]),
     top_p=st.sampled_from([1.0, 0.9]),
     min_p=st.sampled_from([0.0, 0.1]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.5]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 1.5]),
+    logit_bias=st.sampled_from([{}, {7: 5.0, 8: 4.0}]),
     seed=st.integers(0, 2**64 - 1),
 )
 stoppings = st.builds(
@@ -63,6 +67,7 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         grows=st.booleans(),
         plans_ahead=st.booleans(),
         overlaps=st.booleans(),
+        samples_there=st.booleans(),
         saved_blocks=st.sampled_from([0, 3, 64]),
         captured_shapes=st.sampled_from([(), (CapturedShape(3, 1), CapturedShape(4, 3))]),
     )

@@ -222,8 +222,66 @@ def test_what_changes_of_counts_is_all_that_is_sent() -> None:
         sequence.token_ids.append(token)
         known.advance(sequence.token_ids, 900)
         sizes.append(counts.pack([CountedRow(0, sequence, known)])[0].nbytes)
+        counts.note_sent()
     assert sizes[0] > 3 * 4 * 900
-    assert sizes[1:] == [56, 56]
+    assert sizes[1:] == [60, 60]
+
+
+def test_what_did_not_reach_the_device_is_sent_again() -> None:
+    counts = DeviceCounts(CPU)
+    sequence, known = said([1, 2], [7, 8])
+    row = CountedRow(0, sequence, known)
+    packed = counts.pack([row])[0]
+    assert (counts.pack([row])[0] == packed).all()
+    counts.note_sent()
+    assert counts.pack([row])[0].nbytes < packed.nbytes
+
+
+def said(prompt: list[int], output: list[int]) -> tuple[Sequence, TokenCounts]:
+    penalties = Sampling(repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=-0.25)
+    request = SequenceRequest(0, prompt, penalties)
+    sequence = Sequence(request, arrival=0, eos_token_ids=(), max_tokens=99, queued_ns=0)
+    sequence.row = 0
+    sequence.token_ids.extend(output)
+    counts = TokenCounts()
+    counts.advance(sequence.token_ids, len(prompt))
+    return sequence, counts
+
+
+@CASES
+@given(
+    prompt=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    output=st.lists(st.integers(0, 9), min_size=2, max_size=8),
+)
+def test_the_token_that_a_device_has_just_chosen_is_counted(
+    prompt: list[int], output: list[int]
+) -> None:
+    """Once, whether it is told of it in the next step or that step is forgotten."""
+    sampler = DeviceSampler(CPU, 2, 10, at_once=False)
+    for length in range(len(output)):
+        sequence, _ = said(prompt, output[: length + 1])
+        logits = torch.randn(2, 10)
+        expected = logits.clone()
+        whole = LogitEdits()
+        whole.add(1, sequence)
+        whole.apply(expected)
+        # The host has not been told the last of them.
+        latest = torch.tensor([3, 4, sequence.token_ids.pop()])
+        if length == 0:
+            kept, counts = sequence, TokenCounts()
+        else:
+            kept.token_ids.append(output[length - 1])
+        counts.advance(kept.token_ids, len(prompt))
+        edits = LogitEdits(latest)
+        edits.add(1, kept, counts, said=2)
+        batch = replace(SamplingBatch.greedy(2), edits=edits, is_greedy=False)
+        for _ in range(2):
+            found = logits.clone()
+            sampler.launch(found, batch)
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        at_once = logits.clone()
+        edits.apply(at_once)
+        torch.testing.assert_close(at_once, expected, rtol=1e-6, atol=0)
 
 
 def test_sequences_of_very_many_tokens_are_counted_by_the_host(

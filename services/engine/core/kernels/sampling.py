@@ -271,16 +271,20 @@ class Penalties:
 
     Attributes:
         numbers: [3, penalised] float64: repetition penalty, presence penalty, frequency penalty.
-        rows: [3, penalised] int32: the row of logits, the slot of its sequence, which no other has,
-            and how many distinct tokens that has.
+        rows: [4, penalised] int32: the row of logits, the slot of its sequence, which no other has,
+            how many distinct tokens that has, and where in `latest` the token is that it has said
+            since; -1: there is none.
         ends: [penalised + 1] int32: changes ends[i] to ends[i + 1] are those of slot i.
         changed: [3, changes] int32: the place, its token, and how often that is in the output.
+        latest: [rows] int64, tokens that the host may not know yet. They are counted here, but not
+            in the table: that has what the host knows, whatever becomes of a step.
     """
 
     numbers: Tensor
     rows: Tensor
     ends: Tensor
     changed: Tensor
+    latest: Tensor
 
 
 @declare
@@ -288,11 +292,16 @@ def penalize(logits: Tensor, penalties: Penalties, table: CountTable) -> None:
     """Bring `table` up to date, then lower `logits` ([rows, vocab] float32) by it, in place, as
     `LogitEdits.apply` does."""
     ends = penalties.ends.tolist()
-    for index, (row, slot, size) in enumerate(penalties.rows.T.tolist()):
+    for index, (row, slot, size, said) in enumerate(penalties.rows.T.tolist()):
         place, token_ids, in_output = penalties.changed[:, ends[index] : ends[index + 1]]
         table.ids[slot, place.long()] = token_ids
         table.in_output[slot, place.long()] = in_output
         ids, counts = table.ids[slot, :size].long(), table.in_output[slot, :size]
+        if said >= 0:
+            latest = penalties.latest[said : said + 1]
+            counts = counts + (ids == latest)
+            if not (ids == latest).any():
+                ids, counts = torch.cat((ids, latest)), torch.cat((counts, counts.new_ones(1)))
         repetition, presence, frequency = penalties.numbers[:, index]
         old = logits[row, ids]
         divisor = repetition.float()

@@ -113,6 +113,8 @@ def _penalize(make: Maker) -> Iterator[Example]:
                 make.order(rows)[:penalised],
                 make.order(penalised),
                 make.integers(penalised, below=size) + 1,
+                # Some have said one more, be it new or not.
+                make.integers(penalised, below=penalised + 1) - 1,
             )
         )
         # Each slot has a change, of the count of its first token.
@@ -121,7 +123,9 @@ def _penalize(make: Maker) -> Iterator[Example]:
             (torch.zeros_like(slots), table.ids[slots, 0].long(), torch.full_like(slots, 9))
         )
         ends = torch.arange(penalised + 1, dtype=torch.int32, device=make.device)
-        penalties = Penalties(numbers, places.int(), ends, changed.int())
+        latest = make.integers(penalised, below=make.sizes.vocab)
+        latest[::2] = table.ids[slots, 0].long()[::2]
+        penalties = Penalties(numbers, places.int(), ends, changed.int(), latest)
         written = logits, table.ids, table.in_output
         yield Example(f"{penalised} of {rows} rows", (logits, penalties, table), written=written)
 

@@ -131,6 +131,7 @@ def penalize_kernel(  # type: ignore[no-untyped-def]
     rows,
     ends,
     changed,
+    latest,
     ids,
     in_output,
     penalised,
@@ -157,16 +158,33 @@ def penalize_kernel(  # type: ignore[no-untyped-def]
     repetition = tl.load(numbers + index).to(tl.float32)
     presence = tl.load(numbers + penalised + index)
     frequency = tl.load(numbers + 2 * penalised + index)
+    said = tl.load(rows + 3 * penalised + index)
+    token = tl.load(latest + said, said >= 0, other=-1).to(tl.int32)
+    is_new = said >= 0
     for first in range(0, size, chunk):
         place = first + tl.arange(0, chunk)
         inside = place < size
-        there = logits + tl.load(ids + place, inside, other=0)
-        count = tl.load(in_output + place, inside, other=0)
-        old = tl.load(there, inside, other=0.0)
-        new = tl.where(old > 0.0, tl.div_rn(old, repetition), old * repetition)
-        # In float64 first, as on the host.
-        subtracted = (presence + frequency * count.to(tl.float64)).to(tl.float32)
-        tl.store(there, new - tl.where(count > 0, subtracted, 0.0), inside)
+        known = tl.load(ids + place, inside, other=0)
+        again = inside & (known == token)
+        is_new = is_new & (tl.sum(again.to(tl.int32), 0) == 0)
+        count = tl.load(in_output + place, inside, other=0) + again.to(tl.int32)
+        old = tl.load(logits + known, inside, other=0.0)
+        new = _penalized(old, count, repetition, presence, frequency)
+        tl.store(logits + known, new, inside)
+    if is_new:
+        old = tl.load(logits + token)
+        tl.store(
+            logits + token, _penalized(old, is_new.to(tl.int32), repetition, presence, frequency)
+        )
+
+
+@jit
+def _penalized(old, count, repetition, presence, frequency):  # type: ignore[no-untyped-def]
+    """Logits of tokens that are so often in the output."""
+    new = tl.where(old > 0.0, tl.div_rn(old, repetition), old * repetition)
+    # In float64 first, as on the host.
+    subtracted = (presence + frequency * count.to(tl.float64)).to(tl.float32)
+    return new - tl.where(count > 0, subtracted, 0.0)
 
 
 @mask_logits.implementation("cuda", name="triton", unavailable=why_not)
@@ -221,6 +239,7 @@ def penalize_triton(logits: Tensor, penalties: Penalties, table: CountTable) -> 
         penalties.rows,
         penalties.ends,
         penalties.changed,
+        penalties.latest,
         table.ids,
         table.in_output,
         penalised,
@@ -241,7 +260,7 @@ def _compiled() -> tuple[Specialisation, ...]:
         forms.append(Specialisation(edit_kernel, edits, {"chunk": _CHUNK}))
         counts = dict.fromkeys(("rows", "ends", "changed", "ids", "in_output"), "*i32")
         counts |= {"logits": "*fp32", "numbers": "*fp64", "places": "i32:16", "stride": numbers}
-        counts |= {"penalised": "i32", "num_changes": "i32"}
+        counts |= {"penalised": "i32", "num_changes": "i32", "latest": "*i64"}
         forms.append(Specialisation(penalize_kernel, counts, {"chunk": _CHUNK}))
     return tuple(forms)
 

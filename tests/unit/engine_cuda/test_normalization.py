@@ -46,6 +46,22 @@ def test_the_residual_stream_is_added_to_in_place(emulated: Emulator, dtype: tor
         close(found, normalised)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [776, 8200])
+def test_what_is_added_may_be_normed_before(
+    emulated: Emulator, size: int, dtype: torch.dtype
+) -> None:
+    hidden, residual = (random(3, size, dtype=dtype) for _ in range(2))
+    before, weight = (random(size, dtype=dtype) for _ in range(2))
+    own = rms_norm_cuda(hidden, before, EPS)
+    expected, expected_total = add_rms_norm_cuda(own, guarded(residual), weight, EPS)
+    for seed in range(3):
+        with emulated.schedule(seed):
+            found, total = add_rms_norm_cuda(hidden, guarded(residual), weight, EPS, before)
+        assert torch.equal(total, expected_total)
+        assert torch.equal(found, expected)
+
+
 def test_rows_of_a_wider_tensor_are_read_where_they_are(emulated: Emulator) -> None:
     wide, weight = random(4, 1536, dtype=torch.bfloat16), random(512, dtype=torch.bfloat16)
     rows = wide[:, 512:1024]

@@ -20,8 +20,12 @@ from services.engine.core.kernels import (
     layer_norm,
     quantize_rows,
     rms_norm,
+    rms_norm_of_rows,
+    scaled_linear,
     silu_and_mul,
 )
+from services.engine.core.kernels.gated_linear import GATES, gated_scaled_linear
+from services.engine.core.kernels.matrices import ScaledMatrix
 from services.engine.core.kernels.quantized_rows import LARGEST
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -168,10 +172,81 @@ def test_add_rms_norm_quantized(rows: int, size: int, dtype: torch.dtype, to: to
     hidden, residual = strided((rows, size), dtype, 5), strided((rows, size), dtype, 3)
     weight = torch.randn(size).to(dtype)
     *expected, expected_total = add_rms_norm_quantized.reference(hidden, residual, weight, 1e-5, to)
+    normed, _ = triton(add_rms_norm)(hidden, residual.clone(), weight, 1e-5)
     *found, total = triton(add_rms_norm_quantized)(hidden, residual, weight, 1e-5, to)
     assert total is residual
     assert torch.equal(total, expected_total)
     assert_same_rows((found[0], found[1]), (expected[0], expected[1]))
+    # To the bit what the norm leaves and the next kernel rounds.
+    elements, scales = triton(quantize_rows)(normed, to)
+    assert torch.equal(found[0].view(torch.uint8), elements.view(torch.uint8))
+    assert torch.equal(found[1], scales)
+
+
+@pytest.mark.parametrize("to", [None, *EIGHT_BITS])
+@CASES
+@given(
+    rows=st.integers(1, 9),
+    size=st.sampled_from([64, 200, 1536]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_what_is_added_may_be_normed_before(
+    to: torch.dtype | None, rows: int, size: int, dtype: torch.dtype
+) -> None:
+    hidden, residual = strided((rows, size), dtype, 5), strided((rows, size), dtype, 3)
+    before, weight = (torch.randn(size).to(dtype) for _ in range(2))
+    own = triton(rms_norm)(hidden, before, 1e-5)
+    assert_same(own, rms_norm.reference(hidden, before, 1e-5))
+    expected, expected_total = triton(add_rms_norm)(own, residual.clone(), weight, 1e-5)
+    if to is None:
+        found, total = triton(add_rms_norm)(hidden, residual, weight, 1e-5, before)
+        assert torch.equal(found, expected)
+    else:
+        elements, scales, total = triton(add_rms_norm_quantized)(
+            hidden, residual, weight, 1e-5, to, before
+        )
+        assert_same_rows((elements, scales), quantize_rows.reference(expected, to))
+    assert total is residual
+    assert torch.equal(total, expected_total)
+
+
+@CASES
+@given(
+    rows=st.integers(1, 9),
+    size=st.sampled_from([64, 200, 1536]),
+    dtype=st.sampled_from(DTYPES),
+    is_added=st.booleans(),
+)
+def test_norms_of_some_rows(rows: int, size: int, dtype: torch.dtype, is_added: bool) -> None:
+    hidden, added = strided((rows, size), dtype, 5), strided((rows, size), dtype, 3)
+    before, weight = (torch.randn(size).to(dtype) for _ in range(2))
+    chosen = torch.randint(rows, (rows + 2,))
+    more = (added, before) if is_added else ()
+    stream = hidden.clone()
+    found = triton(rms_norm_of_rows)(hidden, chosen, weight, 1e-5, *more)
+    assert_same(found, rms_norm_of_rows.reference(stream, chosen, weight, 1e-5, *more))
+    assert torch.equal(hidden, stream), "several rows may be the same one"
+
+
+@pytest.mark.parametrize("activation", GATES)
+@CASES
+@given(
+    rows=st.integers(0, 9),
+    size=st.sampled_from([32, 72, 200]),
+    dtype=st.sampled_from(DTYPES),
+    to=st.sampled_from(EIGHT_BITS),
+)
+def test_gated_rows_are_rounded_as_if_they_had_been_stored(
+    activation: str, rows: int, size: int, dtype: torch.dtype, to: torch.dtype
+) -> None:
+    elements, scales = quantize_rows.reference(torch.randn(rows, 48), to)
+    weight = ScaledMatrix.rounded(torch.randn(2 * size, 48), to)
+    args = elements, scales, weight, None, dtype
+    gated = triton(GATES[activation])(scaled_linear.reference(*args))
+    expected, expected_scales = quantize_rows.reference(gated, to)
+    found, found_scales = triton(gated_scaled_linear)(*args, activation)
+    assert torch.equal(found.float(), expected.float())
+    torch.testing.assert_close(found_scales, expected_scales, atol=0, rtol=2e-7)
 
 
 @pytest.mark.parametrize("op", [silu_and_mul, gelu_tanh_and_mul])

@@ -30,14 +30,25 @@ from services.engine.core.kernels.low_rank import (
     add_low_ranks,
 )
 from services.engine.core.kernels.matrices import GroupedMatrix, Matrix, ScaledMatrix
-from services.engine.core.kernels.normalization import add_rms_norm, layer_norm, rms_norm
-from services.engine.core.kernels.quantized_rows import add_rms_norm_quantized, quantize_rows
+from services.engine.core.kernels.normalization import (
+    add_rms_norm,
+    layer_norm,
+    rms_norm,
+    rms_norm_of_rows,
+)
+from services.engine.core.kernels.quantized_rows import (
+    Activations,
+    RoundedRows,
+    add_rms_norm_quantized,
+    quantize_rows,
+)
 from services.engine.core.kernels.registry import OPS, Op, Selection, declare, select
 from services.engine.core.kernels.rotary import rotary_angles, rotary_embedding
 from services.engine.core.kernels.rotary_kv import rotary_kv
 
 __all__ = [
     "OPS",
+    "Activations",
     "AdapterParts",
     "AttentionMetadata",
     "DeviceLengths",
@@ -46,6 +57,7 @@ __all__ = [
     "LowRankPart",
     "Matrix",
     "Op",
+    "RoundedRows",
     "ScaledMatrix",
     "Selection",
     "SlottedParts",
@@ -67,6 +79,7 @@ __all__ = [
     "paged_attention",
     "quantize_rows",
     "rms_norm",
+    "rms_norm_of_rows",
     "rotary_angles",
     "rotary_embedding",
     "rotary_kv",

@@ -3,6 +3,9 @@ of matrices can be one of small numbers."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -30,13 +33,43 @@ def quantize_rows(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @declare
 def add_rms_norm_quantized(
-    hidden: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add `hidden` to the residual stream, normalise the sum and round it.
+    """`add_rms_norm` whose first result is rounded as `quantize_rows` does it, to the same bits as
+    if it had been stored in the precision of `hidden` in between.
 
-    hidden, residual: [num_tokens, size], weight: [size] -> (elements and scales as `quantize_rows`
-    returns them, sum). Implementations may write the sum into `residual`.
+    Returns (elements, scales, sum). Implementations may write the sum into `residual`.
     """
-    normed, total = add_rms_norm(hidden, residual, weight, eps)
+    normed, total = add_rms_norm(hidden, residual, weight, eps, before)
     elements, scales = quantize_rows(normed, dtype)
     return elements, scales, total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundedRows:
+    """Activations of eight bits on their way from one layer to the next.
+
+    Attributes:
+        elements, scales: as `quantize_rows` returns them.
+        dtype: what they were rounded from, and what products with them are in.
+    """
+
+    elements: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, rows: Activations, to: torch.dtype) -> RoundedRows:
+        """Rows rounded to a format, if they are not."""
+        if isinstance(rows, RoundedRows):
+            return rows
+        return cls(*quantize_rows(rows, to), rows.dtype)
+
+
+# What layers hand on: rows as they are, or rounded for a product that takes them so.
+Activations: TypeAlias = Tensor | RoundedRows

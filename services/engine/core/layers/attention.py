@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels import (
+    Activations,
     AttentionMetadata,
     paged_attention,
     rotary_kv,
@@ -16,7 +17,7 @@ from services.engine.core.kernels import (
 from services.engine.core.kernels.cpu.program import Buffer, ProgramBuilder
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layers.linear import Linear, MergedLinear
-from services.engine.core.layers.norm import RMSNorm
+from services.engine.core.layers.norm import LayerNorm, RMSNorm
 from services.engine.core.layers.rotary import RotaryEmbedding
 from services.engine.core.model_config import ModelConfig
 
@@ -61,6 +62,7 @@ class StepContext:
         # What the last layer adds to the residual stream, if the next norm is to do it: one pass
         # over memory less for each layer.
         self._added: Tensor | None = None
+        self._before_adding: RMSNorm | None = None
 
     def places(self, layer_index: int) -> tuple[Tensor, AttentionMetadata]:
         """Where a layer's keys and values go, and where those of all tokens are."""
@@ -73,19 +75,36 @@ class StepContext:
             self._angles[id(rotary)] = rotary.angles(self.batch.positions, self._dtype)
         return self._angles[id(rotary)]
 
-    def add_next(self, added: Tensor) -> None:
-        """Leave it to the next `normed` or `settled` to add this to the residual stream."""
-        self._added = added
+    def add_next(self, added: Tensor, *, before: RMSNorm | None = None) -> None:
+        """Leave it to the next `normed` or `settled` to add this to the residual stream, behind a
+        norm if `before` is one."""
+        self._added, self._before_adding = added, before
 
-    def normed(self, norm: RMSNorm, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of the residual stream, and the stream, with what the last layer adds."""
+    def normed(
+        self, norm: RMSNorm, hidden: Tensor, to: torch.dtype | None = None
+    ) -> tuple[Activations, Tensor]:
+        """The norm of the residual stream, and the stream, with what the last layer adds; to: as
+        RMSNorm has it."""
         added, self._added = self._added, None
-        return (norm(hidden), hidden) if added is None else norm.add(added, hidden)
+        if added is None:
+            return norm(hidden, to), hidden
+        return norm.add(added, hidden, to, before=self._before_adding)
+
+    def normed_rows(self, norm: RMSNorm | LayerNorm, hidden: Tensor) -> Tensor:
+        """The norm of the rows of the residual stream whose logits are wanted, with what the last
+        layer adds."""
+        rows = self.batch.logits_rows
+        if isinstance(norm, LayerNorm):
+            return norm.of_rows(self.settled(hidden), rows)
+        added, self._added = self._added, None
+        return norm.of_rows(hidden, rows, added, before=self._before_adding)
 
     def settled(self, hidden: Tensor) -> Tensor:
         """The residual stream with what the last layer adds."""
         added, self._added = self._added, None
-        return hidden if added is None else hidden + added
+        if added is None:
+            return hidden
+        return hidden + (added if self._before_adding is None else self._before_adding(added))
 
 
 class PagedAttention(nn.Module):
@@ -145,7 +164,12 @@ class Attention(nn.Module):
         self.attend = PagedAttention(config, layer_index)
         self.rotary = rotary
 
-    def forward(self, hidden: Tensor, step: StepContext) -> Tensor:
+    @property
+    def takes(self) -> torch.dtype | None:
+        """The format that its input may come rounded to."""
+        return self.qkv.takes
+
+    def forward(self, hidden: Activations, step: StepContext) -> Tensor:
         """hidden: [num_tokens, hidden_size] -> the same shape."""
         index = self.attend.layer_index
         norms, eps = None, 0.0

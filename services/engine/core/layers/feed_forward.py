@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from services.engine.core.kernels import (
+    Activations,
     GroupedMatrix,
     choose_experts,
     gelu_tanh,
@@ -33,9 +34,15 @@ class GatedFeedForward(nn.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.activation = config.activation
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    @property
+    def takes(self) -> torch.dtype | None:
+        """The format that its input may come rounded to."""
+        return self.gate_up.takes
+
+    def forward(self, hidden: Activations) -> Tensor:
         """hidden: [num_tokens, hidden_size] -> the same shape."""
-        projected: Tensor = self.down(self.gate_up(hidden, gate=self.activation))
+        gated = self.gate_up(hidden, gate=self.activation, to=self.down.takes)
+        projected: Tensor = self.down(gated)
         return projected
 
     def lower(self, program: ProgramBuilder) -> None:
@@ -122,6 +129,11 @@ class MixtureOfExperts(nn.Module):
         self.per_token, self.normalize = experts.per_token, experts.normalize
         self.router = Linear(config.hidden_size, experts.count, bias=False)
         self.experts = Experts(experts, config.hidden_size)
+
+    @property
+    def takes(self) -> torch.dtype | None:
+        """None: its input is not to be rounded."""
+        return None
 
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of each token, and the share of each; both [num_tokens, experts of one]."""

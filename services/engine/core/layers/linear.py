@@ -10,30 +10,33 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from services.engine.core.kernels import (
+    Activations,
     GroupedMatrix,
     Matrix,
+    RoundedRows,
     ScaledMatrix,
     grouped_embedding,
     grouped_linear,
     linear,
-    quantize_rows,
     scaled_linear,
 )
-from services.engine.core.kernels.gated_linear import GATES, gated_linear
+from services.engine.core.kernels.gated_linear import GATES, gated_linear, gated_scaled_linear
 from services.engine.core.layers.adapters import LinearAdapters
 
 
-def project(hidden: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+def project(hidden: Activations, weight: Matrix, bias: Tensor | None) -> Tensor:
     """hidden * weight^T + bias: [num_tokens, inputs] -> [num_tokens, outputs].
 
-    Where a matrix has scales by output, activations are rounded to its format row by row.
+    Where a matrix has scales by output, activations are rounded to its format row by row, if they
+    do not come so.
     """
+    if isinstance(weight, ScaledMatrix):
+        rows = RoundedRows.of(hidden, weight.elements.dtype)
+        return scaled_linear(rows.elements, rows.scales, weight, bias, rows.dtype)
+    assert isinstance(hidden, Tensor), "only what `takes` says is rounded"
     if isinstance(weight, Tensor):
         return linear(hidden, weight, bias)
-    if isinstance(weight, GroupedMatrix):
-        return grouped_linear(hidden, weight, bias)
-    elements, scales = quantize_rows(hidden, weight.elements.dtype)
-    return scaled_linear(elements, scales, weight, bias, hidden.dtype)
+    return grouped_linear(hidden, weight, bias)
 
 
 def keep(module: nn.Module, name: str, matrix: GroupedMatrix | ScaledMatrix) -> None:
@@ -42,8 +45,8 @@ def keep(module: nn.Module, name: str, matrix: GroupedMatrix | ScaledMatrix) -> 
     setattr(module, name, matrix)
 
 
-class Linear(nn.Module):
-    """A projection [num_tokens, in_features] -> [num_tokens, out_features]."""
+class Projection(nn.Module):
+    """hidden * weight^T + bias, and what adapters add."""
 
     weight: Matrix
     adapters: LinearAdapters | None = None
@@ -53,9 +56,27 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    @property
+    def takes(self) -> torch.dtype | None:
+        """The format that its input may come rounded to; None: none, as adapters read it too."""
+        if isinstance(self.weight, ScaledMatrix) and self.adapters is None:
+            return self.weight.elements.dtype
+        return None
+
+    def projected(self, hidden: Activations) -> Tensor:
+        """[num_tokens, in_features] -> [num_tokens, out_features]."""
         projected = project(hidden, self.weight, self.bias)
-        return projected if self.adapters is None else self.adapters.add(projected, hidden)
+        if self.adapters is None:
+            return projected
+        assert isinstance(hidden, Tensor), "only what `takes` says is rounded"
+        return self.adapters.add(projected, hidden)
+
+
+class Linear(Projection):
+    """A projection [num_tokens, in_features] -> [num_tokens, out_features]."""
+
+    def forward(self, hidden: Activations) -> Tensor:
+        return self.projected(hidden)
 
 
 class Embedding(nn.Module):
@@ -80,30 +101,36 @@ class Embedding(nn.Module):
         return project(hidden, self.weight, None)
 
 
-class MergedLinear(nn.Module):
+class MergedLinear(Projection):
     """Several projections of the same input, computed as one: their rows lie one after another.
 
     Checkpoints hold the parts apart, under the names given in `sizes` beside this module, or
     together under its own; `slots` gives the places of whichever are stored.
     """
 
-    weight: Matrix
-    adapters: LinearAdapters | None = None
-
     def __init__(self, in_features: int, sizes: Mapping[str, int], *, bias: bool) -> None:
-        super().__init__()
+        super().__init__(in_features, sum(sizes.values()), bias=bias)
         self.sizes = dict(sizes)
-        self.weight = nn.Parameter(torch.empty(sum(sizes.values()), in_features))
-        self.bias = nn.Parameter(torch.empty(sum(sizes.values()))) if bias else None
 
-    def forward(self, hidden: Tensor, *, gate: str = "") -> Tensor:
-        """gate: an activation of the first half of the outputs, which multiplies the second."""
-        if gate and self.adapters is None and isinstance(self.weight, Tensor | GroupedMatrix):
-            return gated_linear(hidden, self.weight, self.bias, gate)
-        projected = project(hidden, self.weight, self.bias)
-        if self.adapters is not None:
-            projected = self.adapters.add(projected, hidden)
-        return GATES[gate](projected) if gate else projected
+    def forward(
+        self, hidden: Activations, *, gate: str = "", to: torch.dtype | None = None
+    ) -> Activations:
+        """gate: an activation of the first half of the outputs, which multiplies the second; to:
+        the format that who reads this `takes`: it may come rounded to that."""
+        weight = self.weight
+        if not gate:
+            return self.projected(hidden)
+        if self.adapters is None and to is not None and to == self.takes:
+            assert isinstance(weight, ScaledMatrix)
+            rows = RoundedRows.of(hidden, to)
+            elements, scales = gated_scaled_linear(
+                rows.elements, rows.scales, weight, self.bias, rows.dtype, gate
+            )
+            return RoundedRows(elements, scales, rows.dtype)
+        if self.adapters is None and isinstance(weight, Tensor | GroupedMatrix):
+            assert isinstance(hidden, Tensor), "only what `takes` says is rounded"
+            return gated_linear(hidden, weight, self.bias, gate)
+        return GATES[gate](self.projected(hidden))
 
     def slots(self, path: str, stored: Container[str]) -> dict[str, Tensor]:
         """Where each stored tensor goes: views into the parameters."""

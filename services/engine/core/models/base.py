@@ -15,8 +15,10 @@ from services.engine.core.kernels.cpu.program import ProgramBuilder
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layers import (
     Embedding,
+    LayerNorm,
     Linear,
     MergedLinear,
+    RMSNorm,
     RotaryEmbedding,
     StepContext,
 )
@@ -95,7 +97,7 @@ class Model(nn.Module):
         """Return a layer, its weights unset."""
 
     @abstractmethod
-    def make_norm(self) -> nn.Module:
+    def make_norm(self) -> RMSNorm | LayerNorm:
         """Return the norm before the head."""
 
     def embed(self, batch: ForwardBatch) -> Tensor:
@@ -108,20 +110,30 @@ class Model(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Implement `__call__`."""
-        return self.logits(self.advance(self.embed(batch), batch, kv_cache), batch)
+        hidden, step = self._through_layers(self.embed(batch), batch, kv_cache)
+        return self._logits_of(step.normed_rows(self.norm, hidden))
 
     def advance(self, hidden: Tensor, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Take the residual stream, [num_tokens, hidden_size], through the layers."""
+        hidden, step = self._through_layers(hidden, batch, kv_cache)
+        return step.settled(hidden)
+
+    def logits(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
+        """What `__call__` returns, of the residual stream after the last layer."""
+        return self._logits_of(self.norm.of_rows(hidden, batch.logits_rows))
+
+    def _through_layers(
+        self, hidden: Tensor, batch: ForwardBatch, kv_cache: KVCache
+    ) -> tuple[Tensor, StepContext]:
+        """The residual stream behind the layers, but for what the last one leaves to be added."""
         if self.adapter_rows is not None:
             self.adapter_rows.begin(batch)
         step = StepContext(batch, kv_cache, hidden.dtype, self.breaks)
         for layer in self.layers:
             hidden = layer(hidden, step)
-        return step.settled(hidden)
+        return hidden, step
 
-    def logits(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
-        """What `__call__` returns, of the residual stream after the last layer."""
-        rows = self.norm(hidden.index_select(0, batch.logits_rows))
+    def _logits_of(self, rows: Tensor) -> Tensor:
         head: Any = self.embedding.project if self.head is None else self.head
         projected: Tensor = head(rows)
         if self.logits_memory is None or len(projected) > len(self.logits_memory):

@@ -48,10 +48,12 @@ class GemmaLayer(nn.Module):
         self.feed_forward_post_norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, hidden: Tensor, step: StepContext) -> Tensor:
-        normed, hidden = step.normed(self.attention_norm, hidden)
+        normed, hidden = step.normed(self.attention_norm, hidden, self.attention.takes)
         attended = self.attention(normed, step)
-        normed, hidden = self.feed_forward_norm.add(self.attention_post_norm(attended), hidden)
-        step.add_next(self.feed_forward_post_norm(self.feed_forward(normed)))
+        normed, hidden = self.feed_forward_norm.add(
+            attended, hidden, self.feed_forward.takes, before=self.attention_post_norm
+        )
+        step.add_next(self.feed_forward(normed), before=self.feed_forward_post_norm)
         return hidden
 
     def lower(self, program: ProgramBuilder, *, is_last: bool) -> None:
@@ -73,7 +75,7 @@ class Gemma(Model):
     def make_layer(self, layer_index: int) -> nn.Module:
         return GemmaLayer(self.config, layer_index, self.rotary_of(layer_index))
 
-    def make_norm(self) -> nn.Module:
+    def make_norm(self) -> RMSNorm:
         return RMSNorm(self.config.hidden_size, self.config.norm_eps)
 
     def lower(self, program: ProgramBuilder) -> None:

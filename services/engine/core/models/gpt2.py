@@ -56,7 +56,7 @@ class GPT2(Model):
     def make_layer(self, layer_index: int) -> nn.Module:
         return GPT2Layer(self.config, layer_index)
 
-    def make_norm(self) -> nn.Module:
+    def make_norm(self) -> LayerNorm:
         return LayerNorm(self.config.hidden_size, self.config.norm_eps)
 
     def embed(self, batch: ForwardBatch) -> Tensor:

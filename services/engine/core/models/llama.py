@@ -46,8 +46,9 @@ class LlamaLayer(nn.Module):
             self.feed_forward = MixtureOfExperts(config, experts)
 
     def forward(self, hidden: Tensor, step: StepContext) -> Tensor:
-        normed, hidden = step.normed(self.attention_norm, hidden)
-        normed, hidden = self.feed_forward_norm.add(self.attention(normed, step), hidden)
+        normed, hidden = step.normed(self.attention_norm, hidden, self.attention.takes)
+        attended = self.attention(normed, step)
+        normed, hidden = self.feed_forward_norm.add(attended, hidden, self.feed_forward.takes)
         step.add_next(self.feed_forward(normed))
         return hidden
 
@@ -72,7 +73,7 @@ class Llama(Model):
     def make_layer(self, layer_index: int) -> nn.Module:
         return LlamaLayer(self.config, layer_index, self.rotary_of(layer_index))
 
-    def make_norm(self) -> nn.Module:
+    def make_norm(self) -> RMSNorm:
         return RMSNorm(self.config.hidden_size, self.config.norm_eps)
 
     def lower(self, program: ProgramBuilder) -> None:

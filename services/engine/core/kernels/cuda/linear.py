@@ -16,7 +16,7 @@ from torch import Tensor
 from services.engine.core.kernels import choice
 from services.engine.core.kernels.cuda import library
 from services.engine.core.kernels.cuda.library import FORMATS, beneath, call, is_aligned, why_not
-from services.engine.core.kernels.gated_linear import gated_linear
+from services.engine.core.kernels.gated_linear import gated_linear, gated_scaled_linear
 from services.engine.core.kernels.linear import grouped_linear, linear, scaled_linear
 from services.engine.core.kernels.matrices import (
     GROUP_SIZES,
@@ -24,6 +24,7 @@ from services.engine.core.kernels.matrices import (
     Matrix,
     ScaledMatrix,
 )
+from services.engine.core.kernels.quantized_rows import quantize_rows
 
 # `enum class Activation` of src/linear.h.
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
@@ -121,16 +122,45 @@ def scaled_linear_cuda(
     dtype: torch.dtype,
 ) -> Tensor:
     """hidden * weight^T + bias, both of eight bits: see the op."""
-    if (
-        not choice.streams("scaled_linear", elements, weight)
-        or not serves(elements, weight)
-        or dtype not in (torch.bfloat16, torch.float16)
-        or scales.dtype != torch.float32
-        or (bias is not None and bias.dtype != dtype)
-    ):
+    if not _streams_scaled(elements, scales, weight, bias, dtype):
         product: Tensor = beneath(scaled_linear)(elements, scales, weight, bias, dtype)
         return product
     return launch(elements, weight, bias, dtype, row_scales=scales)
+
+
+@gated_scaled_linear.implementation("cuda", name="cuda", unavailable=why_not)
+def gated_scaled_linear_cuda(
+    elements: Tensor,
+    scales: Tensor,
+    weight: ScaledMatrix,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """The gate is the end of the product. The scale of a row hangs on all of it, so that rounding
+    is a launch of its own."""
+    if not _streams_scaled(elements, scales, weight, bias, dtype):
+        below = beneath(gated_scaled_linear)
+        rounded: tuple[Tensor, Tensor] = below(elements, scales, weight, bias, dtype, activation)
+        return rounded
+    gated = launch(elements, weight, bias, dtype, row_scales=scales, activation=activation)
+    return quantize_rows(gated, elements.dtype)
+
+
+def _streams_scaled(
+    elements: Tensor,
+    scales: Tensor,
+    weight: ScaledMatrix,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> bool:
+    return (
+        choice.streams("scaled_linear", elements, weight)
+        and serves(elements, weight)
+        and dtype in (torch.bfloat16, torch.float16)
+        and scales.dtype == torch.float32
+        and (bias is None or bias.dtype == dtype)
+    )
 
 
 @gated_linear.implementation("cuda", name="cuda", unavailable=why_not)

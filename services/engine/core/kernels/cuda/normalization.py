@@ -19,6 +19,7 @@ class RmsNormArgs(ctypes.Structure):
 
     _fields_ = (
         ("hidden", ctypes.c_void_p),
+        ("before", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
@@ -36,18 +37,25 @@ def rms_norm_cuda(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not _serves(hidden, weight):
         normalised: Tensor = beneath(rms_norm)(hidden, weight, eps)
         return normalised
-    return _launch(hidden, None, weight, eps)
+    return _launch(hidden, None, weight, eps, None)
 
 
 @add_rms_norm.implementation("cuda", name="cuda", unavailable=why_not)
 def add_rms_norm_cuda(
-    hidden: Tensor, residual: Tensor, weight: Tensor, eps: float
+    hidden: Tensor, residual: Tensor, weight: Tensor, eps: float, before: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add to the residual stream, in place, and normalise the sum: see the op."""
-    if not (_serves(hidden, weight) and residual.is_contiguous() and is_aligned(residual)):
-        both: tuple[Tensor, Tensor] = beneath(add_rms_norm)(hidden, residual, weight, eps)
+    is_served = (
+        _serves(hidden, weight)
+        and (before is None or _serves(hidden, before))
+        and residual.is_contiguous()
+        and is_aligned(residual)
+    )
+    if not is_served:
+        below = beneath(add_rms_norm)
+        both: tuple[Tensor, Tensor] = below(hidden, residual, weight, eps, before)
         return both
-    return _launch(hidden, residual, weight, eps), residual
+    return _launch(hidden, residual, weight, eps, before), residual
 
 
 def _serves(hidden: Tensor, weight: Tensor) -> bool:
@@ -61,12 +69,15 @@ def _serves(hidden: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _launch(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def _launch(
+    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, before: Tensor | None
+) -> Tensor:
     output = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     if hidden.shape[0] == 0:
         return output
     arguments = RmsNormArgs(
         hidden.data_ptr(),
+        None if before is None else before.data_ptr(),
         None if residual is None else residual.data_ptr(),
         weight.data_ptr(),
         output.data_ptr(),

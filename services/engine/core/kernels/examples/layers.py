@@ -31,16 +31,26 @@ def _layer_norm(make: Maker) -> Iterator[Example]:
 def _add_rms_norm(make: Maker) -> Iterator[Example]:
     size = make.sizes.hidden
     for tokens in make.sizes.tokens:
-        args = make.normal(tokens, size), make.normal(tokens, size), make.normal(size), EPS
-        yield Example(f"[{tokens}, {size}]", args)
+        for before, what in ((None, ""), (make.normal(size), ", normed before")):
+            args = make.normal(tokens, size), make.normal(tokens, size), make.normal(size), EPS
+            yield Example(f"[{tokens}, {size}]{what}", (*args, before))
+
+
+@examples_of("rms_norm_of_rows")
+def _rms_norm_of_rows(make: Maker) -> Iterator[Example]:
+    for example in _add_rms_norm(make):
+        added, hidden, weight, eps, before = example.args
+        rows = make.order(len(hidden))[: -(-len(hidden) // 2)]
+        yield Example(example.what, (hidden, rows, weight, eps, added, before))
 
 
 @examples_of("add_rms_norm_quantized")
 def _add_rms_norm_quantized(make: Maker) -> Iterator[Example]:
     for example in _add_rms_norm(make):
         for dtype in (torch.int8, torch.float8_e4m3fn):
+            hidden, residual, weight, eps, before = example.args
             # An implementation may write into the residual.
-            args = (example.args[0], example.args[1].clone(), *example.args[2:], dtype)
+            args = hidden, residual.clone(), weight, eps, dtype, before
             yield Example(f"{example.what} {dtype}", args)
 
 

@@ -36,6 +36,13 @@ def _gated_linear(make: Maker) -> Iterator[Example]:
                 yield Example(what, (make.normal(tokens, inputs), weight, None, activation))
 
 
+@examples_of("gated_scaled_linear")
+def _gated_scaled_linear(make: Maker) -> Iterator[Example]:
+    for example in _scaled_linear(make):
+        for activation in GATES:
+            yield Example(f"{example.what}, {activation}", (*example.args, activation))
+
+
 @examples_of("grouped_embedding")
 def _grouped_embedding(make: Maker) -> Iterator[Example]:
     inputs = make.sizes.hidden

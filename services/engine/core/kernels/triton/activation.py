@@ -9,7 +9,13 @@ from triton import language as tl
 
 from services.engine.core.kernels.activation import gelu_tanh, gelu_tanh_and_mul, silu_and_mul
 from services.engine.core.kernels.triton import why_not
-from services.engine.core.kernels.triton.language import gelu, rounded, silu, wait_for_earlier
+from services.engine.core.kernels.triton.language import (
+    gated,
+    gelu,
+    rounded,
+    silu,
+    wait_for_earlier,
+)
 from services.engine.core.kernels.triton.serving import FLOATS, begins_early, early_forms
 from services.engine.core.kernels.triton.specialisation import Specialisation
 
@@ -35,13 +41,12 @@ def activation_kernel(  # type: ignore[no-untyped-def]
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = column < size
     begin = hidden + row * row_stride
-    values = tl.load(begin + column, inside, other=0.0).to(tl.float32)
-    values = silu(values) if is_silu else gelu(values)
     if is_gated:
-        # The activation is rounded as if it had been stored, which models were trained with.
-        values = rounded(values, hidden.dtype.element_ty).to(tl.float32)
-        values *= tl.load(begin + size + column, inside, other=0.0).to(tl.float32)
-    tl.store(output + row * size + column, rounded(values, output.dtype.element_ty), inside)
+        values = gated(begin + column, begin + size + column, inside, is_silu)
+    else:
+        values = tl.load(begin + column, inside, other=0.0).to(tl.float32)
+        values = rounded(silu(values) if is_silu else gelu(values), output.dtype.element_ty)
+    tl.store(output + row * size + column, values, inside)
 
 
 def _activated(hidden: Tensor, *, is_silu: bool, is_gated: bool) -> Tensor:

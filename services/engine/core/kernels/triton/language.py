@@ -93,9 +93,36 @@ def float8_bits(values, converts_fp8: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @jit
+def keep_rounded(there, values, scale, inside, converts_fp8: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store float32 rows in the eight bits that `there` has, each divided by its scale."""
+    values = tl.div_rn(values, tl.where(scale > 0, scale, 1.0))
+    if there.dtype.element_ty == tl.int8:
+        kept = round_to_integers(values).to(tl.int8)
+    else:
+        kept = float8_bits(values, converts_fp8)
+    tl.store(there, kept, inside)
+
+
+@jit
+def gated(gate, up, inside, is_silu: tl.constexpr):  # type: ignore[no-untyped-def]
+    """activation(gate) * up of what lies there, in its precision.
+
+    The activation is rounded as if it had been stored, which models were trained with.
+    """
+    dtype: tl.constexpr = gate.dtype.element_ty
+    values = tl.load(gate, inside, other=0.0).to(tl.float32)
+    values = rounded(silu(values) if is_silu else gelu(values), dtype).to(tl.float32)
+    return rounded(values * tl.load(up, inside, other=0.0).to(tl.float32), dtype)
+
+
+@jit
 def wait_for_earlier(is_early: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What a kernel does first that `begins_early`: it waits until the kernels before it have ended
-    and what they wrote is there, and lets the next one begin."""
+    """What a kernel does first that `begins_early`: it lets the next one begin, and waits until the
+    kernels before it have ended and what they wrote is there.
+
+    In this order, the next one's blocks come as those of the last one leave, and read their weights
+    while this one runs. They wait in their turn for this one to end, which ends after the last one.
+    """
     if is_early:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()

@@ -15,7 +15,12 @@ from torch import Tensor
 from triton import cdiv, jit, next_power_of_2
 from triton import language as tl
 
-from services.engine.core.kernels.normalization import add_rms_norm, layer_norm, rms_norm
+from services.engine.core.kernels.normalization import (
+    add_rms_norm,
+    layer_norm,
+    rms_norm,
+    rms_norm_of_rows,
+)
 from services.engine.core.kernels.quantized_rows import (
     LARGEST,
     add_rms_norm_quantized,
@@ -23,8 +28,7 @@ from services.engine.core.kernels.quantized_rows import (
 )
 from services.engine.core.kernels.triton import why_not
 from services.engine.core.kernels.triton.language import (
-    float8_bits,
-    round_to_integers,
+    keep_rounded,
     rounded,
     wait_for_earlier,
 )
@@ -43,9 +47,18 @@ _TILE_ELEMENTS = 1024
 _THREAD_ELEMENTS = 16
 
 
+@jit
+def _normed(values, weight, eps, column, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    mean_square = tl.sum(values * values, 1, keep_dims=True) / size
+    gains = tl.load(weight + column, column < size, other=0.0).to(tl.float32)
+    return values * tl.rsqrt(mean_square + eps) * gains
+
+
 @jit(do_not_specialize=["rows"])
 def rms_norm_kernel(  # type: ignore[no-untyped-def]
     hidden,
+    chosen,
+    before,
     residual,
     weight,
     output,
@@ -64,38 +77,41 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
     is_early: tl.constexpr,
 ):
     """RMSNorm of rows, which are `heads` of each token, and what comes before and after it: with
-    `residual`, which has one row a token, the sum that is normalised and kept there; with `scales`,
-    rounding to the format whose largest element is `largest`; without `weight`, only that."""
+    `before`, a norm by that weight; with `residual`, which has one row a token, the sum that is
+    normalised and kept there; with `chosen`, of the rows that it names alone, whose sums are not
+    kept; with `scales`, rounding to the format whose largest element is `largest`; without
+    `weight`, only that."""
     wait_for_earlier(is_early)
     row = tl.program_id(0).to(tl.int64) * tile_rows + tl.arange(0, tile_rows)[:, None]
     column = tl.arange(0, tile_size)[None, :]
     inside = (row < rows) & (column < size)
-    begin = row // heads * token_stride + row % heads * head_stride
+    source = row
+    if chosen is not None:
+        source = tl.load(chosen + row, row < rows, other=0)
+    begin = source // heads * token_stride + source % heads * head_stride
     values = tl.load(hidden + begin + column, inside, other=0.0).to(tl.float32)
+    if before is not None:
+        values = _normed(values, before, eps, column, size)
+        values = rounded(values, hidden.dtype.element_ty).to(tl.float32)
     if residual is not None:
-        there = residual + row * residual_stride + column
+        there = residual + source * residual_stride + column
         total = values + tl.load(there, inside, other=0.0).to(tl.float32)
         total = rounded(total, residual.dtype.element_ty)
-        tl.store(there, total, inside)
+        if chosen is None:
+            tl.store(there, total, inside)
         values = total.to(tl.float32)
     if weight is not None:
-        mean_square = tl.sum(values * values, 1, keep_dims=True) / size
-        gains = tl.load(weight + column, column < size, other=0.0).to(tl.float32)
-        values = values * tl.rsqrt(mean_square + eps) * gains
+        values = _normed(values, weight, eps, column, size)
     if scales is not None:
         if weight is not None:
             # As it would have been stored and read again.
             values = rounded(values, hidden.dtype.element_ty).to(tl.float32)
         scale = tl.max(tl.abs(values), 1, keep_dims=True) / largest
         tl.store(scales + row, scale, row < rows)
-        values = tl.div_rn(values, tl.where(scale > 0, scale, 1.0))
-        if output.dtype.element_ty == tl.int8:
-            kept = round_to_integers(values).to(tl.int8)
-        else:
-            kept = float8_bits(values, to_fp8)
+        keep_rounded(output + row * size + column, values, scale, inside, to_fp8)
     else:
         kept = rounded(values, output.dtype.element_ty)
-    tl.store(output + row * size + column, kept, inside)
+        tl.store(output + row * size + column, kept, inside)
 
 
 @jit(do_not_specialize=["rows"])
@@ -134,10 +150,12 @@ def tile(size: int) -> tuple[int, int, int]:
     return rows, columns, min(max(warps, 1), 16 if columns <= 16384 else 32)
 
 
-def _are_rows(*tensors: Tensor) -> bool:
-    size = tensors[0].shape[-1]
+def _are_rows(hidden: Tensor, *others: Tensor | None) -> bool:
+    size = hidden.shape[-1]
     return size <= LONGEST_ROW and all(
-        each.dtype in FLOATS and each.stride(-1) == 1 and each.shape[-1] == size for each in tensors
+        each.dtype in FLOATS and each.stride(-1) == 1 and each.shape[-1] == size
+        for each in (hidden, *others)
+        if each is not None
     )
 
 
@@ -148,14 +166,18 @@ def _launch(
     eps: float,
     output: Tensor,
     scales: Tensor | None = None,
+    before: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> None:
     size = hidden.shape[-1]
-    rows, heads = hidden.numel() // size, hidden.shape[1] if hidden.dim() == 3 else 1
+    rows, heads = output.numel() // size, hidden.shape[1] if hidden.dim() == 3 else 1
     tile_rows, tile_size, num_warps = tile(size)
     if rows == 0:
         return
     rms_norm_kernel[(cdiv(rows, tile_rows),)](
         hidden,
+        chosen,
+        before,
         residual,
         weight,
         as_bytes(output),
@@ -188,14 +210,34 @@ def rms_norm_triton(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @add_rms_norm.implementation("cuda", name="triton", unavailable=why_not)
 def add_rms_norm_triton(
-    hidden: Tensor, residual: Tensor, weight: Tensor, eps: float
+    hidden: Tensor, residual: Tensor, weight: Tensor, eps: float, before: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Writes the sum into `residual`."""
-    if hidden.dim() != 2 or not _are_rows(hidden, residual, weight):
-        return add_rms_norm.reference(hidden, residual, weight, eps)
+    if hidden.dim() != 2 or not _are_rows(hidden, residual, weight, before):
+        return add_rms_norm.reference(hidden, residual, weight, eps, before)
     output = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    _launch(hidden, residual, weight, eps, output)
+    _launch(hidden, residual, weight, eps, output, before=before)
     return output, residual
+
+
+@rms_norm_of_rows.implementation("cuda", name="triton", unavailable=why_not)
+def rms_norm_of_rows_triton(
+    hidden: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    eps: float,
+    added: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Tensor:
+    """hidden, added: [num_tokens, size], with any strides between rows; rows: contiguous."""
+    if hidden.dim() != 2 or not _are_rows(hidden, weight, added, before):
+        return rms_norm_of_rows.reference(hidden, rows, weight, eps, added, before)
+    output = hidden.new_empty(len(rows), hidden.shape[1])
+    if added is None:
+        _launch(hidden, None, weight, eps, output, chosen=rows)
+    else:
+        _launch(added, hidden, weight, eps, output, before=before, chosen=rows)
+    return output
 
 
 @layer_norm.implementation("cuda", name="triton", unavailable=why_not)
@@ -236,13 +278,18 @@ def quantize_rows_triton(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 @add_rms_norm_quantized.implementation("cuda", name="triton", unavailable=why_not)
 def add_rms_norm_quantized_triton(
-    hidden: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes the sum into `residual`."""
-    if hidden.dim() != 2 or not _are_rows(hidden, residual, weight):
-        return add_rms_norm_quantized.reference(hidden, residual, weight, eps, dtype)
+    if hidden.dim() != 2 or not _are_rows(hidden, residual, weight, before):
+        return add_rms_norm_quantized.reference(hidden, residual, weight, eps, dtype, before)
     elements, scales = _quantized(hidden, dtype)
-    _launch(hidden, residual, weight, eps, elements, scales)
+    _launch(hidden, residual, weight, eps, elements, scales, before)
     return elements, scales, residual
 
 
@@ -258,6 +305,8 @@ def _compiled() -> tuple[Specialisation, ...]:
         rows, columns, warps = tile(size)
         shape: dict[str, Any] = {"size": size, "tile_rows": rows, "tile_size": columns}
         alone = {
+            "chosen": None,
+            "before": None,
             "residual": None,
             "scales": None,
             "largest": 0.0,
@@ -273,7 +322,16 @@ def _compiled() -> tuple[Specialisation, ...]:
         forms.append(Specialisation(rms_norm_kernel, own, shape | alone | single, warps))
         with_sum = own | {"residual": "*bf16", "residual_stride": "i32:16"}
         nothing = single | {"scales": None, "largest": 0.0, "to_fp8": False}
-        forms.append(Specialisation(rms_norm_kernel, with_sum, shape | nothing, warps))
+        first = {"chosen": None, "before": None}
+        forms.append(Specialisation(rms_norm_kernel, with_sum, shape | nothing | first, warps))
+        twice = with_sum | {"before": "*bf16"}
+        every = {"chosen": None}
+        few = "two words, on Ampere" if size == 5120 else ""
+        constants = shape | nothing | every
+        forms.append(Specialisation(rms_norm_kernel, twice, constants, warps, spills=few))
+        some = with_sum | {"chosen": "*i64"}
+        unnormed = {"before": None}
+        forms.append(Specialisation(rms_norm_kernel, some, shape | nothing | unnormed, warps))
         forms.append(
             Specialisation(layer_norm_kernel, own | {"bias": "*bf16"}, shape, warps),
         )
@@ -284,6 +342,7 @@ def _compiled() -> tuple[Specialisation, ...]:
         ):
             kept = {"output": "*i8" if dtype == torch.int8 else "*u8", "scales": "*fp32"}
             constants = shape | single | {"largest": LARGEST[dtype], "to_fp8": since == 89}
+            constants |= first
             behind = with_sum | kept
             forms.append(Specialisation(rms_norm_kernel, behind, constants, warps, since=since))
             plain = {name: kind for name, kind in (own | kept).items() if name != "weight"}

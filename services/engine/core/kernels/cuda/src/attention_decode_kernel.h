@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   if (int(threadIdx.x) * 32 < args.table_stride) prefetch_l2(table + threadIdx.x * 32);
   if (threadIdx.x == 0) prefetch_l2(args.contexts + blockIdx.z);
   if (threadIdx.x == 32) prefetch_l2(args.query_starts + blockIdx.z);
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   Part part;
   if (!find_part<kRows, Does::Shape::kTokens>(args, part)) return;
 

@@ -454,6 +454,9 @@ struct LinearKernel {
   }
 
   __device__ __forceinline__ void run() const {
+    // The next kernel may come as soon as blocks leave; before this one has ended it reads nothing
+    // but weights (ptx.h).
+    grid_dependency_launch();
     Work current = first();
     Source next{current, {}, nullptr, 0};
     aim(next);
@@ -469,7 +472,6 @@ struct LinearKernel {
     aim(of_groups, current);
     if (kScalesAhead) fetch_groups(of_groups, groups);
     grid_dependency_wait();
-    grid_dependency_launch();
     bring_hidden(ahead);
     const Places places = this->places();
     Sum sums[S::tiles][S::columns][4] = {};

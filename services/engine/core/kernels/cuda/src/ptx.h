@@ -197,7 +197,10 @@ __device__ __forceinline__ void grid_dependency_wait() {
 #endif
 }
 
-// Lets the kernel after this one start, up to its own grid_dependency_wait.
+// Lets the kernel after this one start, up to its own grid_dependency_wait. To be called first: all
+// blocks of this kernel are resident when the last has, so those of the next take no place of
+// theirs, and since each kernel waits before it ends, none reads what one further back has not
+// written.
 __device__ __forceinline__ void grid_dependency_launch() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -168,7 +168,8 @@ def error_of(text: str) -> ServiceError:
         field_violations=[(text, text)] * 100,
         quota_violations=[(text, text)] * 100,
         retry_after_s=1.0,
-        metadata={f"{index}{text}": text for index in range(100)},
+        # Its own keys, of which a thousand megabytes would soon be alive.
+        metadata={f"{index}{text[:2000]}": text for index in range(100)},
     )
 
 

@@ -19,6 +19,7 @@ from services.engine.core.device_sampling import DeviceSampler
 from services.engine.core.kernels import sampling as ops
 from services.engine.core.kernels.sampling import (
     DeviceEdits,
+    cap_logits,
     choose_tokens,
     edit_logits,
     mask_logits,
@@ -33,7 +34,7 @@ from services.engine.core.sequence import Sequence
 from services.engine.core.token_counts import TokenCounts
 
 CPU = torch.device("cpu")
-OPS = (choose_tokens, report_logprobs, mask_logits, edit_logits, penalize)
+OPS = (cap_logits, choose_tokens, report_logprobs, mask_logits, edit_logits, penalize)
 CASES = settings(max_examples=6, deadline=None)
 FEW_CASES = settings(max_examples=3, deadline=None)
 # Blocks have 128 logits, tiles 2048.
@@ -49,6 +50,31 @@ def interpreted_ops() -> Iterator[None]:
     yield
     for op in OPS:
         assert op.select("cpu").implementation == "reference"
+
+
+@CASES
+@given(
+    seed=st.integers(0, 2**32),
+    vocab=VOCABULARIES,
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    spread=st.sampled_from([0.001, 3.0, 90.0]),
+)
+def test_logits_are_bent_while_they_are_widened(
+    seed: int, vocab: int, dtype: torch.dtype, spread: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    projected = (torch.randn(3, vocab, generator=generator) * spread).to(dtype)
+    projected[1, 0] = torch.nan
+    projected[2, 0] = torch.inf
+    # Of a step beside which another has more rows.
+    found = torch.zeros(5, vocab)[:3]
+    expected = torch.zeros(3, vocab)
+    cap_logits(projected, 30.0, found)
+    cap_logits.reference(projected, 30.0, expected)
+    torch.testing.assert_close(found, expected, rtol=5e-7, atol=0, equal_nan=True)
+    if dtype == torch.float32:
+        cap_logits(projected, 30.0, projected)
+        assert torch.equal(projected.nan_to_num(), found.nan_to_num())
 
 
 def random_batch(rows: int, seed: int, **columns: Any) -> SamplingBatch:

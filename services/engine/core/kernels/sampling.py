@@ -186,6 +186,13 @@ def report_logprobs(
 
 
 @declare
+def cap_logits(projected: Tensor, cap: float, logits: Tensor) -> None:
+    """Bend `projected` ([rows, vocab] of any floats) into (-cap, cap) (Gemma 2, arXiv:2408.00118)
+    and write them to `logits` ([rows, vocab] float32), which may be the same."""
+    logits.copy_(projected).div_(cap).tanh_().mul_(cap)
+
+
+@declare
 def mask_logits(logits: Tensor, rows: Tensor, words: Tensor) -> None:
     """Set the logits ([rows, vocab] float32) of tokens that may not follow to -Inf, in place.
 

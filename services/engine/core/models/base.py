@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels import AdapterParts, Matrix
 from services.engine.core.kernels.cpu.program import ProgramBuilder
+from services.engine.core.kernels.sampling import cap_logits
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layers import (
     Embedding,
@@ -136,12 +137,20 @@ class Model(nn.Module):
     def _logits_of(self, rows: Tensor) -> Tensor:
         head: Any = self.embedding.project if self.head is None else self.head
         projected: Tensor = head(rows)
-        if self.logits_memory is None or len(projected) > len(self.logits_memory):
-            logits = projected.float()
+        memory, cap = self.logits_memory, self.config.logit_softcap
+        has_room = memory is not None and len(projected) <= len(memory)
+        if cap is None:
+            if memory is None or not has_room:
+                return projected.float()
+            return memory[: len(projected)].copy_(projected)
+        if memory is not None and has_room:
+            logits = memory[: len(projected)]
+        elif projected.dtype == torch.float32:
+            logits = projected
         else:
-            logits = self.logits_memory[: len(projected)].copy_(projected)
-        cap = self.config.logit_softcap
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+            logits = torch.empty_like(projected, dtype=torch.float32)
+        cap_logits(projected, cap, logits)
+        return logits
 
     def rotary_of(self, layer_index: int) -> RotaryEmbedding | None:
         """The positions of a layer: those with a window may have their own."""

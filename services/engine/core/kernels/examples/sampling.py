@@ -70,6 +70,14 @@ def _report_logprobs(make: Maker) -> Iterator[Example]:
             yield Example(f"{rows} rows, {most} reported", args, written=(reports,))
 
 
+@examples_of("cap_logits")
+def _cap_logits(make: Maker) -> Iterator[Example]:
+    for rows in _rows(make):
+        projected = make.normal(rows, make.sizes.vocab, std=30.0)
+        logits = torch.zeros(rows, make.sizes.vocab, device=make.device)
+        yield Example(f"{rows} rows", (projected, 30.0, logits), written=(logits,))
+
+
 @examples_of("mask_logits")
 def _mask_logits(make: Maker) -> Iterator[Example]:
     for rows in _rows(make):

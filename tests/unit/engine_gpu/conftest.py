@@ -7,6 +7,7 @@ Whether they compile for a GPU is what test_compiling sees, in a process of its 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before the first kernel is decorated: that is when Triton looks.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,6 +22,14 @@ from services.engine.core.kernels import triton
 def interpreted() -> None:
     triton.activate()
     assert triton.why_not() is None, triton.why_not()
+
+
+@pytest.fixture
+def unwritten_is_no_number() -> Iterator[None]:
+    """New tensors are full of NaN: what is not written shows, and what must not be read."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

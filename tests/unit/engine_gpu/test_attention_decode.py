@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn import functional
 
 from services.engine.core.kernels.triton import attention_tiles
 from services.engine.core.kernels.triton.attention import FEW_QUERIES, paged_attention_triton
 from services.engine.core.kernels.triton.attention_tiles import Card, decode_splits, decode_tiles
 from tests.fakes.paged_attention import PagedStep, Pattern, Shape
+from tests.unit.engine_gpu.attention_cases import (
+    BF16,
+    F32,
+    FORMATS,
+    FP8,
+    INT8,
+    PATTERNS,
+    assert_close,
+    check,
+)
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-FP8, INT8 = torch.float8_e4m3fn, torch.int8
-# Of outputs of about 1; the interpreter cuts bfloat16 off where a GPU rounds it.
-TOLERANCE = {F32: 2e-5, F16: 4e-3, BF16: 4e-2}
-FORMATS = [(F32, F32), (F16, F16), (BF16, BF16), (BF16, FP8), (F16, FP8), (BF16, INT8), (F32, INT8)]
-PATTERNS = [
-    Pattern(),
-    Pattern(softcap=2.0),
-    Pattern(window=1),
-    Pattern(window=50),
-    Pattern(window=33, global_tokens=70, softcap=5.0),
-    Pattern(window=50, global_tokens=3),
-    Pattern(global_tokens=9),
-]
+pytestmark = pytest.mark.usefixtures("unwritten_is_no_number")
 RATIOS = [(1, 1), (2, 2), (4, 2), (3, 1), (4, 1), (14, 2), (8, 1), (16, 1)]
-
-
-@pytest.fixture(autouse=True)
-def unwritten_is_no_number() -> Iterator[None]:
-    """New tensors are full of NaN: what is not written shows, and what must not be read."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def assert_close(found: Tensor, exact: Tensor) -> None:
-    tolerance = TOLERANCE[found.dtype]
-    torch.testing.assert_close(found.float(), exact, atol=tolerance, rtol=tolerance)
 
 
 few = st.tuples(st.integers(1, FEW_QUERIES), st.integers(0, 300)) | st.tuples(
@@ -86,28 +68,10 @@ def test_hidden_tiles_are_skipped_wherever_the_window_begins(pattern: Pattern) -
     assert_close(step.poisoned(pattern).attended(paged_attention_triton, pattern), exact)
 
 
-@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
-def test_heads_may_have_any_multiple_of_16_dimensions(head_dim: int) -> None:
-    step = PagedStep.random(Shape(4, 2, head_dim), [(1, 90), (5, 0), (2, 300)])
-    assert_close(step.attended(paged_attention_triton, Pattern()), step.exact(Pattern()))
-
-
 def test_wider_heads_and_odd_blocks_are_left_to_the_reference() -> None:
     for shape in (Shape(2, 1, 512), Shape(2, 1, 16, block_size=24)):
         step = PagedStep.random(shape, [(1, 90), (5, 0)])
-        assert_close(step.attended(paged_attention_triton, Pattern()), step.exact(Pattern()))
-
-
-@pytest.mark.parametrize("capability", [80, 86, 90])
-def test_every_card_can_read_every_format(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = Card(capability, 4)
-    monkeypatch.setattr(Card, "of", lambda device: card)
-    for formats in FORMATS:
-        step = PagedStep.random(Shape(4, 2, 32, 16, *formats), [(1, 200), (3, 30)])
-        assert_close(
-            step.attended(paged_attention_triton, Pattern(window=100)),
-            step.exact(Pattern(window=100)),
-        )
+        check(step)
 
 
 def test_a_long_sequence_among_many_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +82,7 @@ def test_a_long_sequence_among_many_is_divided(monkeypatch: pytest.MonkeyPatch) 
     splits, least_tiles = decode_splits(Card(90, 1), 8, -(-1001 // tiles.tokens), tiles)
     assert splits == 4
     assert least_tiles * tiles.tokens == 256
-    assert_close(step.attended(paged_attention_triton, Pattern()), step.exact(Pattern()))
+    check(step)
 
 
 def test_an_empty_card_is_filled_and_a_full_one_left_alone() -> None:

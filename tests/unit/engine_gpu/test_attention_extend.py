@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn import functional
 
 from services.engine.core.kernels.triton import attention
 from services.engine.core.kernels.triton.attention import FEW_QUERIES, paged_attention_triton
-from services.engine.core.kernels.triton.attention_tiles import Card
 from tests.fakes.paged_attention import PagedStep, Pattern, Shape
+from tests.unit.engine_gpu.attention_cases import (
+    BF16,
+    FORMATS,
+    PATTERNS,
+    assert_close,
+    check,
+)
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-FP8, INT8 = torch.float8_e4m3fn, torch.int8
-# Of outputs of about 1; the interpreter cuts bfloat16 off where a GPU rounds it.
-TOLERANCE = {F32: 2e-5, F16: 4e-3, BF16: 4e-2}
-FORMATS = [(F32, F32), (F16, F16), (BF16, BF16), (BF16, FP8), (F16, FP8), (BF16, INT8), (F32, INT8)]
-PATTERNS = [
-    Pattern(),
-    Pattern(softcap=2.0),
-    Pattern(window=1),
-    Pattern(window=50),
-    Pattern(window=300),
-    Pattern(window=33, global_tokens=70, softcap=5.0),
-    Pattern(window=50, global_tokens=3),
-    Pattern(window=130, global_tokens=130),
-]
-
-
-@pytest.fixture(autouse=True)
-def unwritten_is_no_number() -> Iterator[None]:
-    """New tensors are full of NaN: what is not written shows, and what must not be read."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def assert_close(found: Tensor, exact: Tensor) -> None:
-    tolerance = TOLERANCE[found.dtype]
-    torch.testing.assert_close(found.float(), exact, atol=tolerance, rtol=tolerance)
-
-
+pytestmark = pytest.mark.usefixtures("unwritten_is_no_number")
 chunk = st.tuples(st.integers(1, 200), st.integers(0, 300))
 decode = st.tuples(st.just(1), st.integers(0, 300))
 
@@ -86,33 +60,15 @@ def test_masks_begin_and_end_wherever_tiles_do(pattern: Pattern) -> None:
     assert_close(step.poisoned(pattern).attended(paged_attention_triton, pattern), exact)
 
 
-@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
-def test_heads_may_have_any_multiple_of_16_dimensions(head_dim: int) -> None:
-    step = PagedStep.random(Shape(4, 2, head_dim), [(90, 90), (40, 0), (1, 30)])
-    assert_close(step.attended(paged_attention_triton, Pattern()), step.exact(Pattern()))
-
-
-@pytest.mark.parametrize("capability", [80, 86, 90])
-def test_every_card_can_read_every_format(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = Card(capability, 4)
-    monkeypatch.setattr(Card, "of", lambda device: card)
-    for formats in FORMATS:
-        step = PagedStep.random(Shape(4, 2, 32, 16, *formats), [(70, 200), (20, 0)])
-        assert_close(
-            step.attended(paged_attention_triton, Pattern(window=100)),
-            step.exact(Pattern(window=100)),
-        )
-
-
 def test_more_heads_to_a_kv_head_than_rows_to_a_tile() -> None:
     step = PagedStep.random(Shape(136, 1, 16), [(20, 20), (1, 3)])
-    assert_close(step.attended(paged_attention_triton, Pattern()), step.exact(Pattern()))
+    check(step)
 
 
 def test_many_sequences_find_their_tiles() -> None:
     news, pasts = torch.randint(1, 60, (33,)).tolist(), torch.randint(0, 60, (33,)).tolist()
     step = PagedStep.random(Shape(2, 1, 16), list(zip(news, pasts, strict=True)))
-    assert_close(step.attended(paged_attention_triton, Pattern()), step.exact(Pattern()))
+    check(step)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import language as tl
+from triton import next_power_of_2
 
+from services.engine.core.kernels.attention import AttentionMetadata
 from services.engine.core.kernels.kv_layer import KVLayer
-from services.engine.core.kernels.triton.attention_tiles import Card
+from services.engine.core.kernels.triton.attention_tiles import Card, Tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +32,52 @@ class Pattern:
         return {"window": self.window, "global_tokens": self.global_tokens}
 
 
-def stored(cache: KVLayer, card: Card) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The tensors of a cache as the kernels read them on a card."""
+def pointers(
+    queries: Tensor, cache: KVLayer, metadata: AttentionMetadata, output: Tensor
+) -> tuple[Tensor | None, ...]:
+    """What the kernels read and write, in the order of their arguments."""
     keys, values = cache.keys, cache.values
-    if keys.dtype == torch.float8_e4m3fn and not card.converts_fp8:
+    if keys.dtype == torch.float8_e4m3fn and not Card.of(queries.device).converts_fp8:
         keys, values = keys.view(torch.uint8), values.view(torch.uint8)
-    return keys, values, cache.key_scales, cache.value_scales
+    lengths = metadata.device_lengths
+    tables = metadata.block_tables
+    scales = cache.key_scales, cache.value_scales
+    return queries, keys, values, *scales, tables, lengths.query_starts, lengths.contexts, output
 
 
-def strides(cache: KVLayer) -> tuple[int, ...]:
-    """Of blocks, tokens and heads of keys and values, then of blocks and tokens of scales."""
-    scales = cache.key_scales
-    of_scales = (0, 0) if scales is None else scales.stride()[:2]
-    return (*cache.keys.stride()[:3], *of_scales)
+def numbers(
+    queries: Tensor, cache: KVLayer, metadata: AttentionMetadata, pattern: Pattern
+) -> tuple[float | None, ...]:
+    """How scores are made, strides, and the number of heads, in the order of their arguments."""
+    of_scales = (0, 0) if cache.key_scales is None else cache.key_scales.stride()[:2]
+    return (
+        *(pattern.scale, pattern.softcap),
+        *queries.stride()[:2],
+        metadata.block_tables.stride(0),
+        *cache.keys.stride()[:3],
+        *of_scales,
+        queries.shape[1],
+    )
+
+
+def constants(
+    queries: Tensor, cache: KVLayer, metadata: AttentionMetadata, pattern: Pattern, tiles: Tiles
+) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    head_dim = queries.shape[2]
+    return {
+        "heads_per_kv": queries.shape[1] // cache.keys.shape[2],
+        "head_dim": head_dim,
+        "width": next_power_of_2(head_dim),
+        "block_size": metadata.block_size,
+        "tile_rows": tiles.rows,
+        "tile_tokens": tiles.tokens,
+        **pattern.constants,
+        "far": is_far(cache),
+        "compute": compute_type(queries.dtype, cache.keys.dtype),
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
 
 
 def is_far(cache: KVLayer) -> bool:

@@ -24,12 +24,19 @@ from services.engine.core.kernels.attention import AttentionMetadata
 from services.engine.core.kernels.kv_layer import KVLayer
 from services.engine.core.kernels.triton.attention_call import (
     Pattern,
-    compute_type,
-    is_far,
-    stored,
-    strides,
+    constants,
+    numbers,
+    pointers,
 )
-from services.engine.core.kernels.triton.attention_parts import LEAST, attend_tile, seen_tiles
+from services.engine.core.kernels.triton.attention_parts import (
+    LEAST,
+    Cached,
+    Cut,
+    Rows,
+    attend_tile,
+    no_tokens,
+    seen_tiles,
+)
 from services.engine.core.kernels.triton.attention_tiles import Card, decode_splits, decode_tiles
 
 
@@ -119,46 +126,29 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     elements = is_query[:, None] & (dims < head_dim)[None, :]
     at = tokens.to(tl.int64) * query_stride + heads * query_head_stride
     q = tl.load(queries + at[:, None] + dims[None, :], mask=elements, other=0.0).to(compute)
-    positions = context - query_length + query
-    keys += kv_head.to(tl.int64) * head_stride
-    values += kv_head.to(tl.int64) * head_stride
     if key_scales is not None:
         key_scales += kv_head
         value_scales += kv_head
-    table = tables + sequence.to(tl.int64) * table_stride
-    accumulated = tl.zeros((tile_rows, width), tl.float32)
-    greatest = tl.full((tile_rows,), LEAST, tl.float32)
-    total = tl.zeros((tile_rows,), tl.float32)
+    cached = Cached(
+        keys + kv_head.to(tl.int64) * head_stride,
+        values + kv_head.to(tl.int64) * head_stride,
+        key_scales,
+        value_scales,
+        tables + sequence.to(tl.int64) * table_stride,
+        first,
+        context,
+        block_stride,
+        token_stride,
+        scale_block_stride,
+        scale_token_stride,
+    )
+    cut: tl.constexpr = Cut(head_dim, width, block_size, tile_tokens, window, global_tokens, far)
+    own = Rows(q, context - query_length + query, scale, softcap)
+    softmax = no_tokens(tile_rows, width)
     for index in range(begin, tl.minimum(begin + share, count)):
-        accumulated, greatest, total = attend_tile(
-            index + tl.where(index >= leading, skipped, 0),
-            q,
-            accumulated,
-            greatest,
-            total,
-            positions,
-            first,
-            context,
-            keys,
-            values,
-            key_scales,
-            value_scales,
-            table,
-            scale,
-            softcap,
-            block_stride,
-            token_stride,
-            scale_block_stride,
-            scale_token_stride,
-            head_dim,
-            width,
-            block_size,
-            tile_tokens,
-            window,
-            global_tokens,
-            far,
-            True,
-        )
+        tile = index + tl.where(index >= leading, skipped, 0)
+        softmax = attend_tile(tile, own, softmax, cached, cut, True)
+    accumulated, greatest, total = softmax
     if share >= count:
         to = (tokens.to(tl.int64) * num_heads + heads)[:, None] * head_dim + dims[None, :]
         tl.store(output + to, accumulated / tl.where(is_query, total, 1.0)[:, None], mask=elements)
@@ -221,6 +211,10 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     tl.store(output + to + dims, attended, mask=dims < head_dim)
 
 
+# Of what both are compiled for.
+_OF_COMBINE = ("head_dim", "width", "tile_tokens", "window", "global_tokens")
+
+
 def attend_few(
     queries: Tensor,
     cache: KVLayer,
@@ -237,7 +231,6 @@ def attend_few(
     kv_heads = cache.keys.shape[2]
     heads_per_kv = num_heads // kv_heads
     card = Card.of(queries.device)
-    lengths = metadata.device_lengths
     num_rows = most_queries * heads_per_kv
     tiles = decode_tiles(card, head_dim, cache.keys.dtype, num_rows)
     row_tiles = -(-num_rows // tiles.rows)
@@ -251,43 +244,21 @@ def attend_few(
         rows = num_tokens * num_heads
         partial_outputs = queries.new_empty((splits, rows, head_dim), dtype=torch.float32)
         partial_sums = queries.new_empty((splits, rows, 2), dtype=torch.float32)
-    shared = {
-        "head_dim": head_dim,
-        "width": next_power_of_2(head_dim),
-        "tile_tokens": tiles.tokens,
-        **pattern.constants,
-    }
+    compiled_for = constants(queries, cache, metadata, pattern, tiles)
     decode_kernel[kv_heads, metadata.num_sequences * row_tiles, splits](
-        queries,
-        *stored(cache, card),
-        metadata.block_tables,
-        lengths.query_starts,
-        lengths.contexts,
-        output,
+        *pointers(queries, cache, metadata, output),
         partial_outputs,
         partial_sums,
-        pattern.scale,
-        pattern.softcap,
-        queries.stride(0),
-        queries.stride(1),
-        metadata.block_tables.stride(0),
-        *strides(cache),
-        num_heads,
+        *numbers(queries, cache, metadata, pattern),
         num_tokens * num_heads,
         row_tiles,
         most_queries,
         splits,
         least_tiles,
-        heads_per_kv=heads_per_kv,
-        block_size=metadata.block_size,
-        tile_rows=tiles.rows,
-        far=is_far(cache),
-        compute=compute_type(queries.dtype, cache.keys.dtype),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        **shared,
+        **compiled_for,
     )
     if splits > 1:
+        lengths = metadata.device_lengths
         combine_kernel[num_heads, metadata.num_sequences, most_queries](
             partial_outputs,
             partial_sums,
@@ -300,5 +271,5 @@ def attend_few(
             splits,
             least_tiles,
             ceiling=next_power_of_2(splits),
-            **shared,
+            **{name: compiled_for[name] for name in _OF_COMBINE},
         )

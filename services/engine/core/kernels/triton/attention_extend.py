@@ -21,12 +21,18 @@ from services.engine.core.kernels.attention import AttentionMetadata
 from services.engine.core.kernels.kv_layer import KVLayer
 from services.engine.core.kernels.triton.attention_call import (
     Pattern,
-    compute_type,
-    is_far,
-    stored,
-    strides,
+    constants,
+    numbers,
+    pointers,
 )
-from services.engine.core.kernels.triton.attention_parts import LEAST, attend_tile, seen_tiles
+from services.engine.core.kernels.triton.attention_parts import (
+    Cached,
+    Cut,
+    Rows,
+    attend_tile,
+    no_tokens,
+    seen_tiles,
+)
 from services.engine.core.kernels.triton.attention_tiles import Card, extend_tiles
 
 
@@ -95,7 +101,6 @@ def extend_kernel(  # type: ignore[no-untyped-def]
     tokens = (start + query).to(tl.int64)
     at = tokens * query_stride + heads * query_head_stride
     q = tl.load(queries + at[:, None] + dims[None, :], mask=elements, other=0.0).to(compute)
-    positions = context - query_length + query
     # What the first and the last of the queries see.
     first_position = context - query_length + first_query
     last_position = tl.minimum(first_position + tile_queries, context) - 1
@@ -104,58 +109,42 @@ def extend_kernel(  # type: ignore[no-untyped-def]
     if window > 0:
         first = tl.maximum(first_position - window + 1, 0)
     leading, skipped, count = seen_tiles(first, end, global_tokens, tile_tokens)
-    # Tiles from `whole` on, up to `cut`, are seen by all rows, and need no mask.
+    # Tiles from `whole` on, up to `cut_off`, are seen by all rows, and need no mask.
     whole = 0
     if window > 0:
         whole = tl.cdiv(tl.maximum(last_position - window + 1, 0), tile_tokens) - skipped
         whole = tl.minimum(tl.maximum(whole, leading), count)
-    cut = tl.maximum((first_position + 1) // tile_tokens - skipped, whole)
-    keys += kv_head.to(tl.int64) * head_stride
-    values += kv_head.to(tl.int64) * head_stride
+    cut_off = tl.maximum((first_position + 1) // tile_tokens - skipped, whole)
     if key_scales is not None:
         key_scales += kv_head
         value_scales += kv_head
-    table = tables + sequence.to(tl.int64) * table_stride
-    accumulated = tl.zeros((tile_rows, width), tl.float32)
-    greatest = tl.full((tile_rows,), LEAST, tl.float32)
-    total = tl.zeros((tile_rows,), tl.float32)
+    cached = Cached(
+        keys + kv_head.to(tl.int64) * head_stride,
+        values + kv_head.to(tl.int64) * head_stride,
+        key_scales,
+        value_scales,
+        tables + sequence.to(tl.int64) * table_stride,
+        first,
+        end,
+        block_stride,
+        token_stride,
+        scale_block_stride,
+        scale_token_stride,
+    )
+    cut: tl.constexpr = Cut(head_dim, width, block_size, tile_tokens, window, global_tokens, far)
+    own = Rows(q, context - query_length + query, scale, softcap)
+    softmax = no_tokens(tile_rows, width)
     for phase in tl.static_range(0 if window > 0 else 1, 3):
         if phase == 0:
             begin, stop = 0, whole
         elif phase == 1:
-            begin, stop = whole, cut
+            begin, stop = whole, cut_off
         else:
-            begin, stop = cut, count
+            begin, stop = cut_off, count
         for index in range(begin, stop):
-            accumulated, greatest, total = attend_tile(
-                index + tl.where(index >= leading, skipped, 0) if window > 0 else index,
-                q,
-                accumulated,
-                greatest,
-                total,
-                positions,
-                first,
-                end,
-                keys,
-                values,
-                key_scales,
-                value_scales,
-                table,
-                scale,
-                softcap,
-                block_stride,
-                token_stride,
-                scale_block_stride,
-                scale_token_stride,
-                head_dim,
-                width,
-                block_size,
-                tile_tokens,
-                window,
-                global_tokens,
-                far,
-                phase != 1,
-            )
+            tile = index + tl.where(index >= leading, skipped, 0) if window > 0 else index
+            softmax = attend_tile(tile, own, softmax, cached, cut, phase != 1)
+    accumulated, _, total = softmax
     to = (tokens * num_heads + heads)[:, None] * head_dim + dims[None, :]
     tl.store(output + to, accumulated / tl.where(is_query, total, 1.0)[:, None], mask=elements)
 
@@ -172,39 +161,16 @@ def attend_many(
 
     queries, output: [num_tokens, heads, head_dim].
     """
-    num_tokens, num_heads, head_dim = queries.shape
+    num_heads, head_dim = queries.shape[1:]
     kv_heads = cache.keys.shape[2]
-    heads_per_kv = num_heads // kv_heads
-    card = Card.of(queries.device)
-    tiles = extend_tiles(card, head_dim, cache.keys.dtype)
-    lengths = metadata.device_lengths
-    num_slots = num_tokens // (tiles.rows // heads_per_kv) + metadata.num_sequences
+    tiles = extend_tiles(Card.of(queries.device), head_dim, cache.keys.dtype)
+    tile_queries = tiles.rows // (num_heads // kv_heads)
+    num_slots = len(queries) // tile_queries + metadata.num_sequences
     extend_kernel[kv_heads, num_slots](
-        queries,
-        *stored(cache, card),
-        metadata.block_tables,
-        lengths.query_starts,
-        lengths.contexts,
-        output,
-        pattern.scale,
-        pattern.softcap,
-        queries.stride(0),
-        queries.stride(1),
-        metadata.block_tables.stride(0),
-        *strides(cache),
-        num_heads,
+        *pointers(queries, cache, metadata, output),
+        *numbers(queries, cache, metadata, pattern),
         metadata.num_sequences,
         fewest_queries,
         most_sequences=next_power_of_2(metadata.num_sequences),
-        heads_per_kv=heads_per_kv,
-        head_dim=head_dim,
-        width=next_power_of_2(head_dim),
-        block_size=metadata.block_size,
-        tile_rows=tiles.rows,
-        tile_tokens=tiles.tokens,
-        **pattern.constants,
-        far=is_far(cache),
-        compute=compute_type(queries.dtype, cache.keys.dtype),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **constants(queries, cache, metadata, pattern, tiles),
     )

@@ -7,6 +7,8 @@ sum of values weighted by them, not yet divided. Exponentials are powers of two.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton import jit
 from triton import language as tl
 
@@ -17,6 +19,67 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-1.0e30)
 # What eight-bit floats are too small by when their bits are taken for a float16's.
 _FP8_FACTOR = tl.constexpr(256.0)
+
+
+class Cut(NamedTuple):
+    """How a kernel is cut, and what queries see: constants, all of them.
+
+    width: head_dim's power of two; tile_tokens: of a tile of the cache; far: whether the cache has
+    elements beyond what 32 bits count.
+    """
+
+    head_dim: Any
+    width: Any
+    block_size: Any
+    tile_tokens: Any
+    window: Any
+    global_tokens: Any
+    far: Any
+
+
+class Cached(NamedTuple):
+    """What a KV head keeps of a sequence: pointers to it, its block table, and strides of blocks
+    and tokens; of its tokens none is looked at but the global ones and those in [first, end)."""
+
+    key_memory: Any
+    value_memory: Any
+    key_scales: Any
+    value_scales: Any
+    table: Any
+    first: Any
+    end: Any
+    block_stride: Any
+    token_stride: Any
+    scale_block_stride: Any
+    scale_token_stride: Any
+
+
+class Rows(NamedTuple):
+    """Queries, [rows, width], their positions, and what makes scores of products with keys."""
+
+    q: Any
+    positions: Any
+    scale: Any
+    softcap: Any
+
+
+class Softmax(NamedTuple):
+    """The online softmax of rows: values summed up, [rows, width], the greatest score, and the sum
+    of weights."""
+
+    accumulated: Any
+    greatest: Any
+    total: Any
+
+
+@jit
+def no_tokens(rows: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The online softmax of rows that have seen nothing."""
+    return Softmax(
+        tl.zeros((rows, width), tl.float32),
+        tl.full((rows,), LEAST, tl.float32),
+        tl.zeros((rows,), tl.float32),
+    )
 
 
 @jit
@@ -55,94 +118,66 @@ def load_heads(pointers, mask, scales, compute: tl.constexpr):  # type: ignore[n
 
 @jit
 def attend_tile(  # type: ignore[no-untyped-def]
-    tile,
-    q,
-    accumulated,
-    greatest,
-    total,
-    positions,
-    first,
-    end,
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    table,
-    scale,
-    softcap,
-    block_stride,
-    token_stride,
-    scale_block_stride,
-    scale_token_stride,
-    head_dim: tl.constexpr,
-    width: tl.constexpr,
-    block_size: tl.constexpr,
-    tile_tokens: tl.constexpr,
-    window: tl.constexpr,
-    global_tokens: tl.constexpr,
-    far: tl.constexpr,
-    masked: tl.constexpr,
+    tile, rows, softmax, cached, cut: tl.constexpr, masked: tl.constexpr
 ):
-    """Let rows of queries, [rows, width], attend to the tile_tokens tokens of a tile.
+    """Let rows attend to the tokens of a tile of the cache; return the online softmax after these.
 
-    positions: of the rows' queries. keys, values, key_scales, value_scales: of one KV head. masked:
-    whether some row does not see some of the tokens; then those before `first` that are not global,
-    and those from `end` on, are not so much as looked at. far: whether the cache has elements
-    beyond what 32 bits count.
-    Returns the online softmax, after these tokens: accumulated, greatest, total.
+    masked: whether some row does not see some of the tokens.
     """
-    tokens = tile * tile_tokens + tl.arange(0, tile_tokens)
-    dims = tl.arange(0, width)
+    tokens = tile * cut.tile_tokens + tl.arange(0, cut.tile_tokens)
+    dims = tl.arange(0, cut.width)
     mask = None
     if masked:
-        looked_at = tokens < end
-        if window > 0:
-            looked_at = looked_at & ((tokens >= first) | (tokens < global_tokens))
-        blocks = tl.load(table + tokens // block_size, mask=looked_at, other=0)
-        mask = looked_at[:, None] & (dims < head_dim)[None, :]
+        looked_at = tokens < cached.end
+        if cut.window > 0:
+            looked_at = looked_at & ((tokens >= cached.first) | (tokens < cut.global_tokens))
+        blocks = tl.load(cached.table + tokens // cut.block_size, mask=looked_at, other=0)
+        mask = looked_at[:, None] & (dims < cut.head_dim)[None, :]
     else:
-        blocks = tl.load(table + tokens // block_size)
-        if width > head_dim:
-            mask = (dims < head_dim)[None, :]
-    if far:
+        blocks = tl.load(cached.table + tokens // cut.block_size)
+        if cut.width > cut.head_dim:
+            mask = (dims < cut.head_dim)[None, :]
+    if cut.far:
         blocks = blocks.to(tl.int64)
-    within = (tokens % block_size).to(blocks.dtype)
-    offsets = blocks * block_stride + within * token_stride
+    within = (tokens % cut.block_size).to(blocks.dtype)
+    offsets = blocks * cached.block_stride + within * cached.token_stride
     places = offsets[:, None] + dims[None, :]
     of_keys = None
     of_values = None
-    if key_scales is not None:
-        at = blocks * scale_block_stride + within * scale_token_stride
+    if cached.key_scales is not None:
+        at = blocks * cached.scale_block_stride + within * cached.scale_token_stride
         if masked:
-            of_keys = tl.load(key_scales + at, mask=looked_at, other=0.0)
-            of_values = tl.load(value_scales + at, mask=looked_at, other=0.0)
+            of_keys = tl.load(cached.key_scales + at, mask=looked_at, other=0.0)
+            of_values = tl.load(cached.value_scales + at, mask=looked_at, other=0.0)
         else:
-            of_keys = tl.load(key_scales + at)
-            of_values = tl.load(value_scales + at)
+            of_keys = tl.load(cached.key_scales + at)
+            of_values = tl.load(cached.value_scales + at)
     # A token's scale is a factor of its scores and weights too: of these there are fewer, unless
     # rows are many. Then they would be spread over more threads than is good for loading them.
+    q = rows.q
     few_rows: tl.constexpr = q.shape[0] < 64
-    k = load_heads(keys + places, mask, None if few_rows else of_keys, q.dtype)
-    scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], tile_tokens), tl.float32))
+    k = load_heads(cached.key_memory + places, mask, None if few_rows else of_keys, q.dtype)
+    scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], cut.tile_tokens), tl.float32))
     if few_rows and of_keys is not None:
         scores *= of_keys[None, :]
-    factor = scale * LOG2_E
-    if softcap is not None:
+    factor = rows.scale * LOG2_E
+    if rows.softcap is not None:
         # tanh(x) is 2 * sigmoid(2x) - 1.
-        scores = (2.0 * sigmoid(scores * (2.0 * scale / softcap)) - 1.0) * softcap
+        bent = 2.0 * sigmoid(scores * (2.0 * rows.scale / rows.softcap)) - 1.0
+        scores = bent * rows.softcap
         factor = LOG2_E
     if masked:
-        seen = tokens[None, :] <= positions[:, None]
-        if window > 0:
-            near = tokens[None, :] > positions[:, None] - window
-            seen = seen & (near | (tokens < global_tokens)[None, :])
+        seen = tokens[None, :] <= rows.positions[:, None]
+        if cut.window > 0:
+            near = tokens[None, :] > rows.positions[:, None] - cut.window
+            seen = seen & (near | (tokens < cut.global_tokens)[None, :])
         scores = tl.where(seen, scores, float("-inf"))
-    higher = tl.maximum(greatest, tl.max(scores, 1) * factor)
-    weights = tl.exp2(scores * factor - higher[:, None])
-    decay = tl.exp2(greatest - higher)
-    total = total * decay + tl.sum(weights, 1)
+    greatest = tl.maximum(softmax.greatest, tl.max(scores, 1) * factor)
+    weights = tl.exp2(scores * factor - greatest[:, None])
+    decay = tl.exp2(softmax.greatest - greatest)
+    total = softmax.total * decay + tl.sum(weights, 1)
     if few_rows and of_values is not None:
         weights *= of_values[None, :]
-    v = load_heads(values + places, mask, None if few_rows else of_values, q.dtype)
-    accumulated = dot(weights.to(q.dtype), v, accumulated * decay[:, None])
-    return accumulated, higher, total
+    v = load_heads(cached.value_memory + places, mask, None if few_rows else of_values, q.dtype)
+    accumulated = dot(weights.to(q.dtype), v, softmax.accumulated * decay[:, None])
+    return Softmax(accumulated, greatest, total)

@@ -101,8 +101,9 @@ def list_models(
 def show(source: str, concurrency: tuple[int, ...], tokens: int | None, as_json: bool) -> int:
     """Tell what a model is, what memory it takes and whether it runs here, without loading it.
 
-    SOURCE is a name, a .gguf file, a directory or a hub id that was pulled. Exits with 1 where the
-    model does not run here.
+    SOURCE is a name, a .gguf file, a directory or a hub id that was pulled. Under the name that the
+    settings give a model it is shown as they have it served. Exits with 1 where the model does not
+    run here.
     """
     services = _store()
     from meshserve.cli.model_report.report import CONCURRENCIES, build_report
@@ -111,11 +112,13 @@ def show(source: str, concurrency: tuple[int, ...], tokens: int | None, as_json:
 
     with services.store_errors():
         cache_dir = services.model_cache()
+        chosen = services.model_in_settings(source)
         report = build_report(
-            locate(source, cache_dir),
+            locate(source if chosen is None else chosen.source, cache_dir),
             cache_dir=cache_dir,
             concurrencies=concurrency or CONCURRENCIES,
             tokens=tokens,
+            settings=chosen,
         )
     if as_json:
         write_json(report, sys.stdout)

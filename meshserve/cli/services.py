@@ -29,7 +29,7 @@ from services.runtime.modelfiles import (
     locate,
     pull,
 )
-from services.runtime.settings import Settings, SettingsError, load_settings
+from services.runtime.settings import ModelSettings, Settings, SettingsError, load_settings
 
 
 def read_settings(config: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -52,6 +52,11 @@ def sources_in_settings() -> list[str]:
     settings = read_settings(None)
     draft = settings.engine.speculation.draft_model
     return [model.source for model in settings.models.values()] + ([draft] if draft else [])
+
+
+def model_in_settings(name: str) -> ModelSettings | None:
+    """The model that the settings have under a name."""
+    return read_settings(None).models.get(name)
 
 
 def model_environment(model: str) -> dict[str, str]:

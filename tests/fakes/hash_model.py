@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from services.engine.core.batch import ForwardBatch
+from services.engine.core.model_config import SparseAttention, Window
 
 VOCAB_SIZE = 64
 EOS_TOKEN_ID = 2
@@ -28,13 +29,25 @@ NAN_TOKEN_ID = 60  # its sequence gets NaN logits
 SLOW_TOKEN_ID = 61  # its steps take 20 ms
 STALLING_TOKEN_ID = 62  # its step never ends
 
-Windows = tuple[int | None, ...]
+Windows = tuple[Window | None, ...]
 NO_WINDOW: Windows = (None,)
+
+
+def positions_seen(num_tokens: int, window: Window | None, queries: int = 1) -> list[int]:
+    """The positions that the last tokens of so many see together."""
+    if window is None:
+        return list(range(num_tokens))
+    is_sparse = isinstance(window, SparseAttention)
+    near, first = (window.window, window.global_tokens) if is_sparse else (window, 0)
+    begin = max(0, num_tokens - queries + 1 - near)
+    return [*range(min(first, begin)), *range(begin, num_tokens)]
 
 
 def seen_of(prefix: Sequence[int], windows: Windows) -> list[int]:
     """What the last token of a prefix sees, one window after the other."""
-    return [token for window in windows for token in prefix[-(window or len(prefix)) :]]
+    return [
+        prefix[position] for window in windows for position in positions_seen(len(prefix), window)
+    ]
 
 
 def logits_after(prefix: Sequence[int], windows: Windows = NO_WINDOW) -> Tensor:
@@ -138,8 +151,7 @@ def _compute(windows: Windows, batch: ForwardBatch, cache: HashCache) -> Tensor:
     for index, (queries, context) in enumerate(lengths):
         prefixes: list[dict[int, int]] = []  # of each group, tokens by position
         for group, (window, tables) in enumerate(zip(windows, tables_of, strict=True)):
-            first = 0 if window is None else max(0, context - queries - window + 1)
-            positions = torch.arange(first, context)
+            positions = torch.tensor(positions_seen(context, window, queries), dtype=torch.int64)
             blocks = tables[index].long()[positions // cache.block_size]
             slots = blocks * cache.block_size + positions % cache.block_size
             padded = queries > 0 and int(slots[-1]) >= padding
@@ -160,7 +172,7 @@ def _compute(windows: Windows, batch: ForwardBatch, cache: HashCache) -> Tensor:
                     [
                         prefix[position]
                         for window, prefix in zip(windows, prefixes, strict=True)
-                        for position in range(max(0, last + 1 - (window or last + 1)), last + 1)
+                        for position in positions_seen(last + 1, window)
                     ]
                 )
         end += queries

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from meshserve.cli.doctor.findings import Finding, ok, problem, warning
+from meshserve.cli.model_report.report import sparse_attention_of
 from services.engine.core.fitness import examine
 from services.runtime.modelfiles import ModelFileError, ModelStoreError, check_source, locate
 from services.runtime.modelfiles.description import describe
@@ -44,6 +45,7 @@ def _model(
         path,
         dtype=model.dtype,
         max_context_tokens=model.context_tokens,
+        sparse_attention=sparse_attention_of(model),
         cache_dir=cache_dir,
         weights=(model.weights,),
     )

@@ -17,12 +17,13 @@ from meshserve.cli.model_report.words import (
 from services.engine.core.encoding.config import EncoderConfig
 from services.engine.core.fitness import Fitness, examine
 from services.engine.core.generation_defaults import read_generation_defaults
-from services.engine.core.model_config import ModelConfig, RopeConfig
+from services.engine.core.model_config import ModelConfig, RopeConfig, SparseAttention
 from services.engine.core.models.kept import KeptWeights
 from services.engine.core.weights.pickled_outline import PickledOutline
 from services.runtime.modelfiles import ModelFileError
 from services.runtime.modelfiles.description import ModelDescription, describe
 from services.runtime.modelfiles.tensor_kinds import stored_types
+from services.runtime.settings import ModelSettings
 
 # Concurrencies of the table where none is asked for.
 CONCURRENCIES = (1, 8, 64)
@@ -36,14 +37,25 @@ def build_report(
     cache_dir: Path | None,
     concurrencies: tuple[int, ...] = CONCURRENCIES,
     tokens: int | None = None,
+    settings: ModelSettings | None = None,
 ) -> dict[str, Any]:
-    """Return the document: what cannot be known of a damaged model is null."""
+    """Return the document: what cannot be known of a damaged model is null.
+
+    settings: how it is served, for what it then takes.
+    """
     try:
         description: ModelDescription | None = describe(path)
         problem, precision = None, stored_types(path)
     except ModelFileError as error:
         description, problem, precision = None, str(error), {}
-    fitness = examine(path, cache_dir=cache_dir)
+    served: dict[str, Any] = {}
+    if settings is not None:
+        served = {
+            "dtype": settings.dtype,
+            "max_context_tokens": settings.context_tokens,
+            "sparse_attention": sparse_attention_of(settings),
+        }
+    fitness = examine(path, cache_dir=cache_dir, **served)
     tokenizer, template = read_words(path)
     config = fitness.config
     context = fitness.max_context_tokens
@@ -146,9 +158,26 @@ def _shape(config: ModelConfig | EncoderConfig) -> dict[str, Any]:
         "windows": [
             {"tokens": window, "layers": layers} for window, layers in sorted(windows.items())
         ],
+        "sparse_attention": _sparse(config),
         "experts": None if experts is None else experts.count,
         "experts_per_token": None if experts is None else experts.per_token,
     }
+
+
+def _sparse(config: ModelConfig) -> dict[str, int] | None:
+    if config.sparse_attention is None:
+        return None
+    return {
+        "window": config.sparse_attention.window,
+        "global_tokens": config.sparse_attention.global_tokens,
+        "layers": sum(config.window(layer) is None for layer in range(config.num_layers)),
+    }
+
+
+def sparse_attention_of(settings: ModelSettings) -> SparseAttention | None:
+    """What the settings have layers see that would see all."""
+    chosen = settings.sparse_attention
+    return None if chosen is None else SparseAttention(chosen.window, chosen.global_tokens)
 
 
 def _template(template: TemplateFacts | None) -> dict[str, Any] | None:

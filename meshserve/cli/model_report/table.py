@@ -108,6 +108,10 @@ def _shape(shape: dict[str, Any]) -> str:
     for window in shape.get("windows", ()):
         layers = f"{window['layers']} layer{'s' if window['layers'] > 1 else ''}"
         parts.append(f"{layers} with a window of {window['tokens']:,} tokens")
+    if (sparse := shape.get("sparse_attention")) is not None:
+        layers = f"{sparse['layers']} layer{'s' if sparse['layers'] > 1 else ''}"
+        seen = f"{sparse['window']:,} tokens back and the first {sparse['global_tokens']:,}"
+        parts.append(f"{layers} with attention to {seen}")
     if shape.get("labels"):
         parts.append(f"{len(shape['labels'])} classes")
     return "; ".join(parts)

@@ -93,8 +93,8 @@ class BlockTables:
             end = self.shape.rows_for(match.num_tokens + 1) * self._num_groups
             sequence.reserved_blocks = sequence.block_table[end:]
             del sequence.block_table[end:]
-            sequence.num_slid_rows = [
-                sliding.first_row(match.num_tokens) for sliding in self.shape.slidings
+            sequence.slid_ends = [
+                sliding.slid_end(match.num_tokens) for sliding in self.shape.slidings
             ]
         self.prefix_cache.adopt(sequence, match)
         if sequence.admissions == 0:
@@ -121,8 +121,8 @@ class BlockTables:
         end = max(end, sequence.num_expected_tokens)
         needed = self.shape.blocks_for(end, sequence.num_computed_tokens)
         held = len(sequence.block_table) + len(sequence.reserved_blocks)
-        for sliding, num_slid in zip(self.shape.slidings, sequence.num_slid_rows, strict=True):
-            held -= len(sliding.groups) * num_slid
+        for sliding, slid_end in zip(self.shape.slidings, sequence.slid_ends, strict=True):
+            held -= len(sliding.groups) * (slid_end - sliding.kept_rows)
         return needed - held
 
     def grow(self, sequence: Sequence, end: int, num_blocks: int) -> None:
@@ -167,7 +167,7 @@ class BlockTables:
         self.pool.release(sequence.held_blocks)
         sequence.block_table = []
         sequence.reserved_blocks = []
-        sequence.num_slid_rows = []
+        sequence.slid_ends = []
         sequence.retired_blocks = []
         sequence.num_computed_tokens = 0
         sequence.num_launched_tokens = 0
@@ -181,10 +181,10 @@ class BlockTables:
     def _slide(self, sequence: Sequence) -> None:
         width, table = self._num_groups, sequence.block_table
         for index, sliding in enumerate(self.shape.slidings):
-            begin = sequence.num_slid_rows[index]
-            end = sliding.first_row(sequence.num_computed_tokens)
+            begin = sequence.slid_ends[index]
+            end = sliding.slid_end(sequence.num_computed_tokens)
             for group in sliding.groups if begin < end else ():
                 rows = slice(begin * width + group, end * width, width)
                 self.prefix_cache.retire(sequence, group, begin, table[rows])
                 table[rows] = [NO_BLOCK] * (end - begin)
-            sequence.num_slid_rows[index] = end
+            sequence.slid_ends[index] = end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from services.engine.core.encoding.loader import is_encoder, open_encoder
 from services.engine.core.kernels.cpu import library
 from services.engine.core.kernels.cpu.build import check_machine, find_compiler
 from services.engine.core.memory import free_memory_bytes
-from services.engine.core.model_config import ModelConfig
+from services.engine.core.model_config import ModelConfig, SparseAttention
 from services.engine.core.models.dtype import resolve_dtype
 from services.engine.core.models.footprint import (
     Footprint,
@@ -94,6 +94,7 @@ def examine(
     *,
     dtype: str = "auto",
     max_context_tokens: int | None = None,
+    sparse_attention: SparseAttention | None = None,
     cache_dir: Path | None = None,
     weights: tuple[KeptWeights, ...] = KEPT_WEIGHTS,
 ) -> Fitness:
@@ -117,14 +118,14 @@ def examine(
         on_torch = tuple(each for each in KEPT_WEIGHTS if each != "fp8" or multiplies_fp8(device))
     how = _How(weights, reason, torch_dtype, keeps_few_bits, multiplies_fp8(device))
     try:
-        config, context, skeleton, found = _open(path, how, max_context_tokens)
+        config, context, skeleton, found = _open(path, how, max_context_tokens, sparse_attention)
         problem, pickled = None, None
     except ModelFileError as error:
         problem, pickled = _explained(error), outline_pickled(path)
         if pickled is None:
             return Fitness(problem, device=str(device), free_bytes=free_bytes)
         try:
-            config, context, skeleton, found = _unread(path, pickled, how)
+            config, context, skeleton, found = _unread(path, pickled, how, sparse_attention)
         except ModelFileError:
             return Fitness(problem, device=str(device), free_bytes=free_bytes, pickled=pickled)
     return Fitness(
@@ -166,7 +167,10 @@ class _How:
 
 
 def _open(
-    path: Path, how: _How, max_context_tokens: int | None
+    path: Path,
+    how: _How,
+    max_context_tokens: int | None,
+    sparse_attention: SparseAttention | None,
 ) -> tuple[ModelConfig | EncoderConfig, int, torch.nn.Module, dict[KeptWeights, Footprint]]:
     if is_encoder(path):
         encoder = open_encoder(path)
@@ -181,20 +185,22 @@ def _open(
         config = encoder.skeleton.config
         context = min(encoder.outputs.max_tokens or config.max_tokens, config.max_tokens)
         return config, context, encoder.skeleton, found
-    opened = open_model(path, max_context_tokens=max_context_tokens)
+    opened = open_model(
+        path, max_context_tokens=max_context_tokens, sparse_attention=sparse_attention
+    )
     with contextlib.closing(opened.checkpoint):
         found = how.decoder(opened)
     return opened.config, opened.config.max_context_tokens, opened.skeleton, found
 
 
 def _unread(
-    path: Path, pickled: PickledOutline, how: _How
+    path: Path, pickled: PickledOutline, how: _How, sparse_attention: SparseAttention | None
 ) -> tuple[ModelConfig, int, torch.nn.Module, dict[KeptWeights, Footprint]]:
     """What a decoder's configuration tells, where its weights are not to be looked at.
 
     Raises ModelFileError for one that cannot be read, and for more layers than there are tensors.
     """
-    config = read_config(path)
+    config = replace(read_config(path), sparse_attention=sparse_attention)
     if config.num_layers > (pickled.tensors or 0):
         problem = f"claims {config.num_layers} layers but lists {pickled.tensors or 0} tensors"
         raise ModelFileError(path, problem)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.engine.core.model_config import ModelConfig
+from services.engine.core.model_config import ModelConfig, SparseAttention, Window
 
 # Each group has a block table of its own in every step: memory that more groups save is soon not
 # worth what they cost.
@@ -18,20 +18,20 @@ class LayerGroups:
     one group gives back another may take.
 
     Attributes:
-        windows: of each group, how many tokens back its layers see, the token's own included;
-            None: all. Groups that see all come first.
+        windows: of each group, what tokens see in its layers; None: all. Groups that see all come
+            first.
         group_of_layer: index of its group, by layer.
         place_of_layer: its place in a block of its group, by layer.
         layers_per_block: places that a block has. The last group of a window may leave some empty.
     """
 
-    windows: tuple[int | None, ...]
+    windows: tuple[Window | None, ...]
     group_of_layer: tuple[int, ...]
     place_of_layer: tuple[int, ...]
     layers_per_block: int
 
     @classmethod
-    def single(cls, num_layers: int, window: int | None = None) -> LayerGroups:
+    def single(cls, num_layers: int, window: Window | None = None) -> LayerGroups:
         """All layers in one group."""
         return cls((window,), (0,) * num_layers, tuple(range(num_layers)), num_layers)
 
@@ -39,15 +39,15 @@ class LayerGroups:
     def of(cls, config: ModelConfig) -> LayerGroups:
         """The groups of a model: those that take least memory for its longest context."""
         context = config.max_context_tokens
-        layers: dict[int | None, list[int]] = {}
+        layers: dict[Window | None, list[int]] = {}
         for layer in range(config.num_layers):
-            window = config.window(layer)
-            if window is not None and window >= context:
+            window = config.seen(layer)
+            if _most_seen(window, context) == context:
                 window = None  # it holds all that a sequence can have
             layers.setdefault(window, []).append(layer)
         if len(layers) == 1:
             return cls.single(config.num_layers, next(iter(layers)))
-        by_window = sorted(layers.items(), key=lambda item: -(item[0] or context))
+        by_window = sorted(layers.items(), key=lambda item: -_most_seen(item[0], context))
         most_groups = max(_MOST_GROUPS, len(layers))
         sizes = [
             size
@@ -57,13 +57,14 @@ class LayerGroups:
 
         def tokens(size: int) -> int:
             return sum(
-                -(-len(own) // size) * size * (window or context) for window, own in by_window
+                -(-len(own) // size) * size * _most_seen(window, context)
+                for window, own in by_window
             )
 
         size = min(sizes, key=lambda each: (tokens(each), -each))
         if tokens(size) > (1 - _LEAST_SAVED) * config.num_layers * context:
             return cls.single(config.num_layers)
-        windows: list[int | None] = []
+        windows: list[Window | None] = []
         group_of_layer, place_of_layer = [0] * config.num_layers, [0] * config.num_layers
         for window, own in by_window:
             for index, layer in enumerate(own):
@@ -71,3 +72,10 @@ class LayerGroups:
                 place_of_layer[layer] = index % size
             windows += [window] * -(-len(own) // size)
         return cls(tuple(windows), tuple(group_of_layer), tuple(place_of_layer), size)
+
+
+def _most_seen(window: Window | None, context: int) -> int:
+    """How many tokens of a sequence a window shows at most."""
+    if isinstance(window, SparseAttention):
+        return min(window.window + window.global_tokens, context)
+    return context if window is None else min(window, context)

@@ -85,6 +85,10 @@ class SparseAttention:
             raise ValueError(f"{self} shows a token nothing")
 
 
+# What a token sees: so many tokens back, its own included, or these and the first of the sequence.
+Window: TypeAlias = int | SparseAttention
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """What a model family needs to build itself, and the engine to size its KV cache.
@@ -133,6 +137,11 @@ class ModelConfig:
     def window(self, layer_index: int) -> int | None:
         """How many tokens back a token sees in a layer, itself included; None: all."""
         return self.windows[layer_index] if self.windows else None
+
+    def seen(self, layer_index: int) -> Window | None:
+        """What a token sees in a layer as it is served; None: all."""
+        window = self.window(layer_index)
+        return self.sparse_attention if window is None else window
 
     @property
     def scale(self) -> float:

@@ -76,8 +76,10 @@ def tokens_to_recompute(sequence: Sequence, pool: BlockPool, num_groups: int) ->
     """What preempting costs at most: computed tokens that come after the last blocks that others
     hold too, as the first group of layers has them."""
     column = sequence.block_table[::num_groups]
-    blocks = [block for block in column if block != NO_BLOCK]
-    num_shared = len(blocks) - pool.count_sole(blocks)
-    if num_shared:
-        num_shared += len(column) - len(blocks)
+    num_shared = len(column)
+    while num_shared:
+        block = column[num_shared - 1]
+        if block != NO_BLOCK and not pool.count_sole((block,)):
+            break
+        num_shared -= 1
     return max(0, sequence.num_computed_tokens - num_shared * pool.block_size)

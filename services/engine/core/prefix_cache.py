@@ -13,6 +13,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.errors import IntegrityError
@@ -45,11 +46,13 @@ class Match:
         width = shape.num_groups
         blocks = table[: full * width]
         for sliding in shape.slidings:
-            first = sliding.first_row(num_tokens)
+            begin, end = sliding.kept_rows, sliding.slid_end(num_tokens)
             for group in sliding.groups:
-                if NO_BLOCK in blocks[first * width + group :: width]:
+                column = blocks[group::width]
+                if NO_BLOCK in column[:begin] or NO_BLOCK in column[end:]:
                     return None
-                blocks[group : first * width : width] = [NO_BLOCK] * first
+                slid = slice(begin * width + group, end * width, width)
+                blocks[slid] = [NO_BLOCK] * (end - begin)
         copied = table[full * width : (full + 1) * width] if rest else []
         return None if NO_BLOCK in copied else cls(blocks, copied, num_tokens)
 
@@ -205,7 +208,9 @@ class PrefixCache:
         adds those that are there to `seen`."""
         num_tokens = min(num_rows * self._pool.block_size, most_tokens)
         for sliding in self._shape.slidings:
-            for row in range(num_rows - 1, sliding.first_row(num_tokens) - 1, -1):
+            near = range(num_rows - 1, sliding.slid_end(num_tokens) - 1, -1)
+            kept = range(min(sliding.kept_rows, num_rows) - 1, -1, -1)
+            for row in chain(near, kept):
                 for group in sliding.groups:
                     if (row, group) in seen:
                         continue

@@ -21,6 +21,7 @@ from services.engine.core.errors import (
 from services.engine.core.fairness import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, TenantCounters
 from services.engine.core.lookahead import Lookahead
 from services.engine.core.messages import Delta, Finish, FinishReason, SequenceRequest
+from services.engine.core.model_config import Window
 from services.engine.core.plan import Plan, SequenceOutput, StepOutputs
 from services.engine.core.prefix_cache import PrefixCache
 from services.engine.core.running_set import RunningSet
@@ -59,7 +60,7 @@ class Scheduler:
         max_waiting_tokens: int,
         step_latency_target_ms: float,
         prefix_cache: bool,
-        windows: tuple[int | None, ...] = (None,),
+        windows: tuple[Window | None, ...] = (None,),
         speculator: Speculator | None = None,
         compiler: Compiler | None = None,
         adapters: Adapters | None = None,

@@ -87,7 +87,6 @@ class Sequence:
         "num_pending_tokens",
         "num_prompt_tokens",
         "num_published_rows",
-        "num_slid_rows",
         "preemptions",
         "prefill_start_ns",
         "priority",
@@ -99,6 +98,7 @@ class Sequence:
         "retired_blocks",
         "row",
         "saved",
+        "slid_ends",
         "state",
         "steps",
         "stops",
@@ -139,7 +139,7 @@ class Sequence:
         # Of a model with windows: blocks for rows to come, by window the first rows of the table
         # that are given back, and those blocks of them that could not be published yet.
         self.reserved_blocks: list[int] = []
-        self.num_slid_rows: list[int] = []
+        self.slid_ends: list[int] = []
         self.retired_blocks: list[tuple[int, bytes]] = []
         # Of the blocks that known tokens fill, as far as they were wanted; see PrefixCache.
         self.block_hashes: list[bytes] = []
@@ -221,7 +221,7 @@ class Sequence:
     @property
     def held_blocks(self) -> list[int]:
         """All blocks that it holds."""
-        if not self.num_slid_rows:
+        if not self.slid_ends:
             return self.block_table
         table = [block for block in self.block_table if block != NO_BLOCK]
         return table + self.reserved_blocks
@@ -332,12 +332,16 @@ class Sequence:
         num_rows, rest = divmod(len(self.block_table), width)
         if rest or num_rows * shape.block_size < self.num_computed_tokens:
             raise IntegrityError(f"{name} computed more tokens than its blocks hold")
-        slid = dict.fromkeys(shape.full_groups, 0)
-        for sliding, num_slid in zip(shape.slidings, self.num_slid_rows, strict=True):
-            if num_slid > sliding.first_row(self.num_computed_tokens):
+        slid = dict.fromkeys(shape.full_groups, (0, 0))
+        for sliding, end in zip(shape.slidings, self.slid_ends, strict=True):
+            if end > sliding.slid_end(self.num_computed_tokens):
                 raise IntegrityError(f"{name} gave back blocks that it sees")
-            slid |= dict.fromkeys(sliding.groups, num_slid)
-        for group, num_slid in slid.items():
+            slid |= dict.fromkeys(sliding.groups, (sliding.kept_rows, end))
+        for group, (begin, end) in slid.items():
             column = self.block_table[group::width]
-            if column[:num_slid] != [NO_BLOCK] * num_slid or NO_BLOCK in column[num_slid:]:
+            given_back = column[begin:end]
+            if (
+                given_back != [NO_BLOCK] * (end - begin)
+                or NO_BLOCK in column[:begin] + column[end:]
+            ):
                 raise IntegrityError(f"{name} lacks a block that it sees, or keeps one for nothing")

@@ -5,26 +5,35 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
+from services.engine.core.model_config import SparseAttention, Window
+
 
 @dataclass(frozen=True, slots=True)
 class Sliding:
-    """Groups of layers that see the same window.
+    """Groups of layers that see the same window, and perhaps the beginning beside it.
 
     Attributes:
         window: how many tokens back a token sees, its own included.
+        kept_rows: how many rows of the beginning it sees wherever it is.
         groups: their indices.
         most_blocks: that a sequence needs for one of them at a time: they hold all that the tokens
             of a step see.
     """
 
     window: int
+    kept_rows: int
     groups: tuple[int, ...]
     most_blocks: int
     block_size: int
 
-    def first_row(self, num_computed_tokens: int) -> int:
-        """The first row that tokens yet to be computed see."""
-        return max(0, num_computed_tokens - self.window + 1) // self.block_size
+    def slid_end(self, num_computed_tokens: int) -> int:
+        """The end of the rows, from `kept_rows` on, that no token yet to be computed sees."""
+        first_seen = max(0, num_computed_tokens - self.window + 1) // self.block_size
+        return max(first_seen, self.kept_rows)
+
+    def num_slid(self, num_computed_tokens: int) -> int:
+        """How many rows that makes."""
+        return self.slid_end(num_computed_tokens) - self.kept_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +42,7 @@ class TableShape:
 
     A sequence has a row of blocks for each `block_size` of its tokens, one block for each group of
     layers, in the order of the groups. Of a group with a window, the blocks of rows that have slid
-    out of it are given back.
+    out of it are given back, but for those of the beginning where tokens see that as well.
 
     Attributes:
         windows: of each group, as LayerGroups has them.
@@ -43,18 +52,18 @@ class TableShape:
     """
 
     block_size: int
-    windows: tuple[int | None, ...] = (None,)
+    windows: tuple[Window | None, ...] = (None,)
     chunk_tokens: int = 1
     full_groups: tuple[int, ...] = field(init=False)
     slidings: tuple[Sliding, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        groups: dict[int | None, list[int]] = {}
+        groups: dict[Window | None, list[int]] = {}
         for group, window in enumerate(self.windows):
             groups.setdefault(window, []).append(group)
         object.__setattr__(self, "full_groups", tuple(groups.pop(None, [])))
         slidings = tuple(
-            Sliding(window, tuple(own), self._most_blocks(window), self.block_size)
+            self._sliding(window, tuple(own))
             for window, own in groups.items()
             if window is not None
         )
@@ -62,7 +71,7 @@ class TableShape:
 
     @classmethod
     def of_steps(
-        cls, block_size: int, windows: tuple[int | None, ...], max_batch_tokens: int
+        cls, block_size: int, windows: tuple[Window | None, ...], max_batch_tokens: int
     ) -> TableShape:
         """The shape of tables for steps of up to `max_batch_tokens` tokens."""
         # Where the next step is planned before this one is computed, one token more.
@@ -87,7 +96,7 @@ class TableShape:
         rows = self.rows_for(num_tokens)
         needed = len(self.full_groups) * rows
         for sliding in self.slidings:
-            left = rows - sliding.first_row(num_computed_tokens)
+            left = rows - sliding.num_slid(num_computed_tokens)
             needed += len(sliding.groups) * min(left, sliding.most_blocks)
         return needed
 
@@ -99,7 +108,12 @@ class TableShape:
         )
         return min(limit, fitting * self.block_size)
 
-    def _most_blocks(self, window: int) -> int:
+    def _sliding(self, window: Window, groups: tuple[int, ...]) -> Sliding:
+        kept_rows = 0
+        if isinstance(window, SparseAttention):
+            kept_rows = self.rows_for(window.global_tokens)
+            window = window.window
         tokens = window - 1 + self.chunk_tokens
         # Wherever the first of them is in its block.
-        return (tokens + self.block_size - 2) // self.block_size + 1
+        most_blocks = (tokens + self.block_size - 2) // self.block_size + 1
+        return Sliding(window, kept_rows, groups, kept_rows + most_blocks, self.block_size)

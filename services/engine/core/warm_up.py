@@ -12,6 +12,7 @@ from services.engine.core.block_pool import BlockPool
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.messages import FinishReason, SequenceRequest, Stopping
+from services.engine.core.model_config import Window
 from services.engine.core.runner import Model, Runner
 from services.engine.core.scheduler import Scheduler
 
@@ -29,7 +30,7 @@ def warm_up(
     block_size: int,
     max_batch_tokens: int,
     limits: AdmissionLimits,
-    windows: tuple[int | None, ...] = (None,),
+    windows: tuple[Window | None, ...] = (None,),
 ) -> None:
     """Computes a short request in the first blocks, which are free again afterwards; nothing counts
     it.

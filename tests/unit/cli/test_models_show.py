@@ -229,6 +229,27 @@ def test_a_configuration_that_claims_more_layers_than_are_pickled_is_not_built(
     assert "pickled" in found["verdict"]["reason"]
 
 
+def test_a_model_of_the_settings_is_shown_as_they_have_it_served(
+    meshserve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save_model("llama", tmp_path, max_position_embeddings=4096)
+    add_tokenizer(tmp_path)
+    model = {"source": str(tmp_path), "sparse_attention": {"window": 100, "global_tokens": 20}}
+    monkeypatch.setenv("MESHSERVE_MODELS", json.dumps({"mine": model}))
+    options = ("--tokens", "4000", "--concurrency", "1")
+    plain, sparse = shown(meshserve, tmp_path, *options), shown(meshserve, Path("mine"), *options)
+    assert plain["shape"]["sparse_attention"] is None
+    layers = sparse["shape"]["layers"]
+    seen = {"window": 100, "global_tokens": 20, "layers": layers}
+    assert sparse["shape"]["sparse_attention"] == seen
+    # 250 blocks hold 4,000 tokens; 2 of the beginning and 40 those of a window and a step.
+    taken = [each["memory"]["kv_cache"][0]["bytes"] for each in (plain, sparse)]
+    assert plain["verdict"]["on"] == sparse["verdict"]["on"] == "torch"
+    assert taken[1] == taken[0] * (2 + 40) // 250
+    table = meshserve("models", "show", "mine").out
+    assert "with attention to 100 tokens back and the first 20" in table
+
+
 def test_too_little_memory_is_told(
     meshserve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

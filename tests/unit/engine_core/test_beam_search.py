@@ -19,6 +19,7 @@ from services.engine.core.messages import (
     SequenceRequest,
     Stopping,
 )
+from services.engine.core.model_config import SparseAttention
 from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
 from tests.fakes.engines import make_engine, reference_output
@@ -261,7 +262,7 @@ def test_what_can_never_fit_is_refused() -> None:
     assert len(run(core)[10][0].token_ids) == 12
 
 
-@pytest.mark.parametrize("windows", [(None, 6), (9,)])
+@pytest.mark.parametrize("windows", [(None, 6), (9,), (SparseAttention(5, 6),)])
 def test_a_search_finds_the_same_with_windows_however_blocks_are_shared(windows: Windows) -> None:
     prompt = list(range(3, 33))
     found = []

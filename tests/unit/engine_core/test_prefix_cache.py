@@ -12,6 +12,7 @@ from services.engine.core.messages import (
     SequenceRequest,
     Stopping,
 )
+from services.engine.core.model_config import SparseAttention
 from tests.fakes.engines import make_engine, reference_output
 from tests.fakes.hash_model import NAN_TOKEN_ID, Windows
 
@@ -189,7 +190,8 @@ def test_without_the_cache_nothing_is_found() -> None:
     assert finish(core, *(request(number, PROMPT, seed=number) for number in (2, 3))) == [0, 17]
 
 
-WINDOWED = [(None, 8), (8,), (None, 5, 5)]
+SPARSE = SparseAttention(5, 6)
+WINDOWED = [(None, 8), (8,), (None, 5, 5), (SPARSE,), (SPARSE, 8)]
 
 
 def windowed(windows: Windows, **limits: int) -> EngineCore:

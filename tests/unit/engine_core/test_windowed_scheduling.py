@@ -21,9 +21,10 @@ from services.engine.core.messages import (
     SequenceRequest,
     Stopping,
 )
+from services.engine.core.model_config import SparseAttention
 from services.engine.core.sequence import NO_BLOCK, Sequence
 from tests.fakes.engines import context_of, make_engine, reference_output
-from tests.fakes.hash_model import NAN_TOKEN_ID, RAISING_TOKEN_ID, Windows, seen_of
+from tests.fakes.hash_model import NAN_TOKEN_ID, RAISING_TOKEN_ID, Windows, positions_seen, seen_of
 from tests.fakes.speculators import HalfRightSpeculator
 
 BLOCK_SIZE = 4
@@ -39,6 +40,10 @@ WINDOWS: list[Windows] = [
     (None, 6, 6, 6),
     (None, 13, 5),
     (17, 2),
+    (SparseAttention(3, 2),),
+    (SparseAttention(6, 4), 6),
+    (None, SparseAttention(5, 9)),
+    (SparseAttention(2, 1), SparseAttention(2, 1), 3),
 ]
 
 tokens = st.integers(0, 50)
@@ -172,17 +177,17 @@ class WindowedEngineUnderRandomLoad(RuleBasedStateMachine):
         for group, window in enumerate(self.windows):
             column = sequence.block_table[group::width]
             next_token = sequence.num_computed_tokens
-            seen = {
-                position // BLOCK_SIZE
-                for position in range(next_token)
-                if window is None or position > next_token - window
-            }
+            positions = positions_seen(next_token + 1, window)
+            seen = {each // BLOCK_SIZE for each in positions if each < next_token}
             assert all(column[row] != NO_BLOCK for row in seen)
             held = sum(block != NO_BLOCK for block in column)
             if window is not None:
                 # Wherever its tokens begin in a block; a token more where it is planned ahead.
-                most = window + self.max_batch_tokens
-                assert held <= -(-most // BLOCK_SIZE) + 1
+                near, first = window, 0
+                if isinstance(window, SparseAttention):
+                    near, first = window.window, window.global_tokens
+                most = near + self.max_batch_tokens
+                assert held <= -(-first // BLOCK_SIZE) + -(-most // BLOCK_SIZE) + 1
             else:
                 assert held == rows
 

@@ -13,6 +13,7 @@ from services.engine.core.layers import PagedAttention
 from services.engine.core.model_config import ModelConfig, SparseAttention
 from services.engine.core.models import Model
 from services.engine.core.models.loader import open_model
+from tests.unit.engine_models.conftest import BLOCK_SIZE
 
 TOKENS = torch.randint(3, 60, (50,), generator=torch.manual_seed(0)).tolist()
 CHUNKS = (30, 13, 1, 1, 1, 1, 1, 1, 1)
@@ -45,6 +46,22 @@ def test_what_lies_between_changes_nothing(model: Any, stepper: Any) -> None:
         other[position] = 60
         found = last_logits(stepper(sparse), other)
         assert torch.equal(found, expected) is not matters, position
+
+
+def test_what_lies_between_may_be_given_away(model: Any, stepper: Any) -> None:
+    drive = stepper(model(SparseAttention(window=8, global_tokens=3)))
+    plain = last_logits(stepper(drive.model), TOKENS)
+    start = 0
+    for count in CHUNKS:
+        unseen = range(-(-3 // BLOCK_SIZE), max(0, start - 8 + 1) // BLOCK_SIZE)
+        for row in unseen:
+            for layer in drive.cache.layers:
+                layer.keys[drive.tables["only"][row]] = torch.nan
+                layer.values[drive.tables["only"][row]] = torch.nan
+        found = drive.step({"only": TOKENS[start : start + count]})["only"][-1]
+        start += count
+    assert len(unseen) == 9
+    torch.testing.assert_close(found, plain)
 
 
 def test_a_window_as_long_as_the_context_hides_nothing(model: Any, stepper: Any) -> None:

@@ -180,6 +180,13 @@ class _Seen:
             return 0
         return max(0, context - query_length - self.window + 1) // block_size
 
+    def unseen_blocks(self, context: int, query_length: int, block_size: int) -> slice:
+        """Those between the global tokens and the window, which may be anybody's by now."""
+        if self.window is None or not self.global_tokens:
+            return slice(0, 0)
+        near = max(0, context - query_length - self.window + 1) // block_size
+        return slice(-(-self.global_tokens // block_size), near)
+
 
 @dataclass(frozen=True, slots=True)
 class _Group:
@@ -256,9 +263,12 @@ def _make_group(
     rows = torch.tensor([starts[index] for index in indices], device=device)
     rows = (rows.view(-1, 1) + torch.arange(query_length, device=device)).flatten()
     members = torch.tensor(indices, device=device)
-    if any(firsts):
+    unseen = [seen.unseen_blocks(each, query_length, block_size) for each in contexts]
+    if any(firsts) or any(each.start < each.stop for each in unseen):
         columns = torch.tensor(firsts, device=device).view(-1, 1)
         columns = columns + torch.arange(num_blocks, device=device)
+        for own, slid in zip(columns, unseen, strict=True):
+            own[slid] = 0  # what is hidden has to be a number all the same
         # Beyond the longest table there is padding, which any block will do for.
         columns.clamp_(max=metadata.block_tables.shape[1] - 1)
         blocks = metadata.block_tables[members.view(-1, 1), columns].flatten()

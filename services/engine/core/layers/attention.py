@@ -19,7 +19,7 @@ from services.engine.core.kv_cache import KVCache
 from services.engine.core.layers.linear import Linear, MergedLinear
 from services.engine.core.layers.norm import LayerNorm, RMSNorm
 from services.engine.core.layers.rotary import RotaryEmbedding
-from services.engine.core.model_config import ModelConfig
+from services.engine.core.model_config import ModelConfig, SparseAttention
 
 
 class AttentionBreaks(Protocol):
@@ -114,11 +114,12 @@ class PagedAttention(nn.Module):
         super().__init__()
         self.layer_index = layer_index
         self.scale = config.scale
-        self.window = config.window(layer_index)
-        self.global_tokens = 0
-        if self.window is None and config.sparse_attention is not None:
-            self.window = config.sparse_attention.window
-            self.global_tokens = config.sparse_attention.global_tokens
+        seen = config.seen(layer_index)
+        if isinstance(seen, SparseAttention):
+            self.window: int | None = seen.window
+            self.global_tokens = seen.global_tokens
+        else:
+            self.window, self.global_tokens = seen, 0
         self.softcap = config.attention_softcap
 
     def forward(self, queries: Tensor, step: StepContext) -> Tensor:

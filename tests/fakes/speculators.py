@@ -12,7 +12,8 @@ from tests.fakes.hash_model import NO_WINDOW, SLOW_TOKEN_ID, Windows
 
 
 class HalfRightSpeculator(Speculator):
-    """Drafts what the sequence will say, often with one wrong token somewhere in it.
+    """Drafts what the sequence will say, often with one wrong token somewhere in it; every other
+    step is launched ahead without drafts.
 
     The wrong token may be one that breaks a step or gives NaN.
     """
@@ -42,6 +43,9 @@ class HalfRightSpeculator(Speculator):
             max_tokens -= length
             drafts.append(tuple(ahead))
         return drafts
+
+    def awaits(self, sequences: list[Sequence]) -> bool:
+        return self._rng.random() < 0.5
 
     def forget(self, sequence: Sequence) -> None:
         self.tracked.discard(sequence.arrival)

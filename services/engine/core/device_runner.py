@@ -131,7 +131,6 @@ class DeviceRunner:
         Where the host has a part in the choice of tokens that hangs on those of that step, which
         the device alone knows, it is left for `choose`.
         """
-        launched_ns = now_ns()
         step = prepare_input(plan, self._rows, self._block_size)
         latest = None if behind is None else _latest(step, behind)
         with torch.inference_mode():
@@ -145,6 +144,7 @@ class DeviceRunner:
                 None if adapters else self._captured(step),
                 adapters,
             )
+            launched_ns = now_ns()
             logits = self._model(batch, self._kv_cache)
         launched = LaunchedStep(step, launched_ns, logits[: len(step.logits_rows)])
         if latest is None or not self._waits_for_tokens(step):

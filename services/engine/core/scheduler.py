@@ -243,7 +243,9 @@ class Scheduler:
         None: there is nothing to be told, or it takes these, be it for drafts or to find somebody
         who gives up room.
         """
-        if self._speculator is not None and self._speculator.may_draft(len(self._running)):
+        if self._speculator is not None and (
+            self._under_way.verify or self._speculator.awaits(self._running.sequences)
+        ):
             return None
         following = self._planner.plan_ahead()
         if following is None:

@@ -14,6 +14,7 @@ class _Launched:
     plan: Plan
     admissions: tuple[int, ...]  # of each sequence, when it was launched
     is_sampled: tuple[bool, ...]
+    verifies: bool
 
 
 class StepsUnderWay:
@@ -31,17 +32,25 @@ class StepsUnderWay:
     def __len__(self) -> int:
         return len(self._steps)
 
+    @property
+    def verify(self) -> bool:
+        """Whether any of them verifies drafts: how many tokens it brings is not known."""
+        return any(step.verifies for step in self._steps)
+
     def launch(self, plan: Plan) -> None:
         """Note that a plan is being computed."""
         is_sampled = []
+        verifies = False
         for sequence, count in zip(plan.sequences, plan.token_counts, strict=True):
             sequence.num_launched_tokens += count
-            sampled = sequence.num_uncomputed_tokens == 0
+            uncomputed = sequence.num_uncomputed_tokens
+            verifies |= uncomputed < 0
+            sampled = uncomputed == 0
             if sampled:
                 sequence.num_pending_tokens += 1
             is_sampled.append(sampled)
         admissions = tuple(sequence.admissions for sequence in plan.sequences)
-        self._steps.append(_Launched(plan, admissions, tuple(is_sampled)))
+        self._steps.append(_Launched(plan, admissions, tuple(is_sampled), verifies))
 
     def has_left(self, plan: Plan) -> bool:
         """Whether any of a launched plan's sequences is as it was."""

@@ -15,6 +15,7 @@ from services.engine.core.errors import FatalEngineError
 from services.engine.core.messages import FinishReason, Sampling, SequenceRequest, Stopping
 from services.engine.core.plan import Plan, StepOutputs
 from services.engine.core.preparation import LatestTokens
+from services.engine.core.sequence import Sequence
 from services.engine.core.speculation.speculator import NgramSpeculator, Speculator
 from tests.fakes.engines import make_engine, reference_output
 from tests.fakes.hash_model import NAN_TOKEN_ID, RAISING_TOKEN_ID
@@ -218,6 +219,65 @@ def test_answers_are_the_same(
     assert answers(overlaps=True, captured_shapes=shapes) == answers()
 
 
+class DraftsWhen(HalfRightSpeculator):
+    """Awaits the outputs of steps when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(CONTEXT_TOKENS, seed=3)
+        self.wanted = False
+
+    def propose(self, sequences: list[Sequence], max_tokens: int) -> list[tuple[int, ...]]:
+        drafts = super().propose(sequences, max_tokens) if self.wanted else []
+        return drafts or [()] * len(sequences)
+
+    def awaits(self, sequences: list[Sequence]) -> bool:
+        return self.wanted
+
+
+def test_steps_are_launched_ahead_as_long_as_nothing_is_to_be_drafted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    speculator = DraftsWhen()
+    engine = overlapping(speculator=speculator)
+    journal = Journal(engine, monkeypatch)
+    each = request(0, max_tokens=30)
+    engine.add([each])
+    answer = [token for _ in range(4) for token in engine.step().deltas[0].token_ids]
+    order = journal.entries
+    assert order.index(("launch", 4)) < order.index(("finish", 3))
+    speculator.wanted = True
+    while engine.load().drafted_tokens == 0:
+        answer += [token for delta in engine.step().deltas for token in delta.token_ids]
+    # Where there are drafts, how many of them stand is known before the next step is planned.
+    verifying = engine.load().steps
+    assert order.index(("finish", verifying - 1)) < order.index(("launch", verifying))
+    assert order[-1] == ("finish", verifying)
+    answer += run(engine)[0]
+    assert answer == reference_output(each, CONTEXT_TOKENS)
+
+
+def test_who_is_aborted_while_others_have_drafts_leaves_nothing_behind() -> None:
+    speculator = HalfRightSpeculator(CONTEXT_TOKENS, seed=4)
+    engine = overlapping(speculator=speculator, num_blocks=80)
+    requests = [request(index, max_tokens=60) for index in range(4)]
+    engine.add(requests)
+    answers: dict[int, list[int]] = {index: [] for index in range(4)}
+    for leaving in (3, 2, 1):
+        for _ in range(3):
+            for delta in engine.step().deltas:
+                answers[delta.sequence_id] += delta.token_ids
+        engine.abort([leaving])
+        engine.check_integrity()
+    answers[0] += run(engine)[0]
+    assert engine.load().drafted_tokens > 0
+    for each in requests:
+        said = answers[each.sequence_id]
+        assert reference_output(each, CONTEXT_TOKENS)[: len(said)] == said
+    assert len(answers[0]) == 60
+    assert engine.load().used_blocks == 0
+    assert not speculator.tracked
+
+
 def test_beams_are_the_same() -> None:
     def beams(*, overlaps: bool) -> dict[int, list[int]]:
         engine = make_engine(num_blocks=64, overlaps=overlaps)
@@ -272,22 +332,24 @@ def test_an_arrival_whose_step_cannot_be_launched_fails_alone() -> None:
     assert engine.load().failed_sequences == 1
 
 
+@pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("call", ["launch", "choose", "finish"])
 def test_a_step_that_fails_for_no_sequences_sake_is_computed_again(
-    call: str, monkeypatch: pytest.MonkeyPatch
+    call: str, drafts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = overlapping()
+    engine = overlapping(speculator=HalfRightSpeculator(CONTEXT_TOKENS, seed=2) if drafts else None)
     requests = [request(0, presence_penalty=0.5), request(1, temperature=1.0, seed=3)]
     engine.add(requests)
     done = [engine.step(), engine.step()]
     runner = engine._overlapping._runner  # type: ignore[union-attr]
-    inner, calls = getattr(runner, call), []
+    inner, failed = getattr(runner, call), []
 
-    def failing_once(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 1:
+    def failing_once(step: Plan | LaunchedStep, *args: Any) -> Any:
+        plan = step if isinstance(step, Plan) else step.plan
+        if not failed and (not drafts or plan.num_tokens > len(plan.sequences)):
+            failed.append(plan)
             raise RuntimeError("a moment of weakness")
-        return inner(*args)
+        return inner(step, *args)
 
     monkeypatch.setattr(runner, call, failing_once)
     answers = run(engine)
@@ -298,6 +360,7 @@ def test_a_step_that_fails_for_no_sequences_sake_is_computed_again(
     plain = make_engine(num_blocks=24)
     plain.add(requests)
     assert answers == run(plain)
+    assert failed
     assert engine.load().failed_sequences == 0
 
 

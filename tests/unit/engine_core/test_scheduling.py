@@ -23,6 +23,7 @@ from services.engine.core.messages import (
 )
 from tests.fakes.engines import make_engine, reference_output
 from tests.fakes.hash_model import NAN_TOKEN_ID, RAISING_TOKEN_ID
+from tests.fakes.speculators import HalfRightSpeculator
 
 BLOCK_SIZE = 4
 POISON = {NAN_TOKEN_ID, RAISING_TOKEN_ID}
@@ -70,11 +71,17 @@ class EngineUnderRandomLoad(RuleBasedStateMachine):
         samples_there=st.booleans(),
         saved_blocks=st.sampled_from([0, 3, 64]),
         captured_shapes=st.sampled_from([(), (CapturedShape(3, 1), CapturedShape(4, 3))]),
+        drafts=st.booleans(),
     )
-    def start(self, **limits: Any) -> None:
-        self.engine = make_engine(block_size=BLOCK_SIZE, max_waiting_sequences=8, **limits)
-        self.max_waiting_tokens = limits["max_waiting_tokens"]
+    def start(self, drafts: bool, **limits: Any) -> None:
         self.context_tokens = limits["num_blocks"] * BLOCK_SIZE
+        self.engine = make_engine(
+            block_size=BLOCK_SIZE,
+            max_waiting_sequences=8,
+            speculator=HalfRightSpeculator(self.context_tokens, seed=1) if drafts else None,
+            **limits,
+        )
+        self.max_waiting_tokens = limits["max_waiting_tokens"]
         self.max_batch_tokens = limits["max_batch_tokens"]
         self.live: dict[int, SequenceRequest] = {}
         self.outputs: dict[int, list[int]] = {}

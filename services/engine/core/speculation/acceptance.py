@@ -14,7 +14,8 @@ _SHARED_MEMORY = 0.998
 
 
 def match_class(match_length: int) -> int:
-    """The class of match lengths whose guesses are counted together, 1 to 5."""
+    """The class of match lengths whose guesses are counted together, 1 to 5; 0 where there is no
+    match, and the guess is that one begins."""
     return min(_CLASSES, match_length.bit_length())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from dataclasses import dataclass
 
 # Tokens of a draft beyond which a longer one is not considered.
 MAX_DRAFT_TOKENS = 16
@@ -43,6 +44,16 @@ class Probing:
         self._after = _FIRST_PROBE
 
 
+@dataclass(frozen=True, slots=True)
+class _Best:
+    """Drafted tokens in the order in which they are taken in, by the index of their draft; how many
+    of them bring the most tokens per second, and the same or 0 where none bring more."""
+
+    order: list[int]
+    num_best: int
+    num_paying: int
+
+
 class DraftLengths:
     """Chooses draft lengths that maximise expected tokens over expected seconds.
 
@@ -50,11 +61,22 @@ class DraftLengths:
     compete: those that are likeliest to be accepted go first, whichever sequence they belong to,
     and as many are taken as bring more tokens per second than without. A step that computes many
     tokens anyway (a full batch) costs more with every token, so that drafts stop by themselves.
+
+    Where a device has its next step before it is through with one, drafts give that up twice over:
+    what they follow must be known before they are made, and how many of them stand before the step
+    behind them is planned. So a step with drafts costs what the device idles meanwhile as well; and
+    where drafts do not bring that much, steps are launched ahead without any.
     """
 
-    def __init__(self, seconds: Callable[[int], float]) -> None:
-        self._seconds = seconds  # of a step, by its number of tokens
+    def __init__(
+        self, seconds: Callable[[int], float], idle_s: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """seconds: of a step, by its number of tokens. idle_s: what a device idles before a step
+        that waits for the one before it."""
+        self._seconds = seconds
+        self._idle_s = idle_s
         self._probing = Probing()
+        self._probes = False  # whether a step was awaited for the next to take in drafts anyway
 
     def could_pay(self, num_sequences: int) -> bool:
         """Whether even drafts that are certain to be accepted would pay in a step of so many
@@ -64,10 +86,24 @@ class DraftLengths:
         plain = self._seconds(num_sequences) / num_sequences
         for tokens in (1, MAX_DRAFT_TOKENS):
             width = num_sequences + num_sequences * tokens
-            if self._seconds(width) / width * MARGIN < plain:
+            if (self._seconds(width) + self._idle_s()) / width * MARGIN < plain:
                 return True
         self._probing.pass_over()
         return False
+
+    def are_worth_awaiting(self, num_sequences: int, survivals: list[list[float]]) -> bool:
+        """Whether drafts are likely to bring more than it costs to await what they follow.
+
+        `survivals` are as for `choose`, of the drafts that there will be if what they follow is
+        what is guessed now; the probability of that is in them.
+        """
+        if not any(survivals):
+            return False
+        best = self._best(num_sequences, survivals, num_sequences * MAX_DRAFT_TOKENS)
+        if best.num_paying:
+            return True
+        self._probes = self._probing.pass_over()
+        return self._probes
 
     def choose(
         self, num_sequences: int, survivals: list[list[float]], max_tokens: int
@@ -77,33 +113,38 @@ class DraftLengths:
         `survivals[i]` holds for each token of draft i the probability that it is accepted, never
         rising; `max_tokens` bounds the sum of what is taken.
         """
+        best = self._best(num_sequences, survivals, max_tokens)
+        num_taken = best.num_paying
+        if num_taken:
+            self._probing.pays()
+        elif best.order and (self._probes or self._probing.pass_over()):
+            num_taken = best.num_best
+            self._probes = False
+        taken = [0] * len(survivals)
+        for index in best.order[:num_taken]:
+            taken[index] += 1
+        return taken
+
+    def _best(self, num_sequences: int, survivals: list[list[float]], max_tokens: int) -> _Best:
         taken = [0] * len(survivals)
         heap = [(-survival[0], index) for index, survival in enumerate(survivals) if survival]
         heapq.heapify(heap)
         order: list[int] = []
         expected = float(num_sequences)
-        seconds = self._seconds
-        best = expected / seconds(num_sequences) * MARGIN
-        best_with_any, num_best, num_best_with_any = 0.0, 0, 0
+        seconds, idle_s = self._seconds, self._idle_s()
+        plain = expected / seconds(num_sequences) * MARGIN
+        highest, num_best = 0.0, 0
         while heap and len(order) < max_tokens:
             gain, index = heap[0]
             order.append(index)
             taken[index] += 1
             expected -= gain
-            rate = expected / seconds(num_sequences + len(order))
-            if rate > best_with_any:
-                best_with_any, num_best_with_any = rate, len(order)
-            if rate > best:
-                best, num_best = rate, len(order)
+            rate = expected / (seconds(num_sequences + len(order)) + idle_s)
+            if rate > highest:
+                highest, num_best = rate, len(order)
             survival = survivals[index]
             if taken[index] < len(survival):
                 heapq.heapreplace(heap, (-survival[taken[index]], index))
             else:
                 heapq.heappop(heap)
-        if num_best:
-            self._probing.pays()
-        elif order and self._probing.pass_over():
-            num_best = num_best_with_any
-        for index in order[num_best:]:
-            taken[index] -= 1
-        return taken
+        return _Best(order, num_best, num_best if highest > plain else 0)

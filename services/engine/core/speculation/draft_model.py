@@ -15,6 +15,7 @@ from typing import Protocol
 import msgspec
 
 from services.engine.core.block_pool import BlockPool
+from services.engine.core.clock import now_ns
 from services.engine.core.plan import Plan, StepOutputs
 from services.engine.core.sequence import Sequence
 from services.engine.core.speculation.acceptance import Acceptance
@@ -77,6 +78,7 @@ class DraftModelSpeculator(Speculator):
         nothing: list[tuple[int, ...]] = [()] * len(sequences)
         if self._is_broken:
             return nothing
+        started_ns = now_ns()
         shadows = [self._shadow_of(sequence) for sequence in sequences]
         for shadow, sequence in zip(shadows, sequences, strict=True):
             if shadow is not None:
@@ -102,10 +104,26 @@ class DraftModelSpeculator(Speculator):
             logger.exception("the draft model failed; going on without it")
             self._is_broken = True
             return nothing
+        self._drafting_ns = now_ns() - started_ns
         return [
             () if shadow is None else tuple(shadow.sequence.token_ids[shadow.num_known :])
             for shadow in shadows
         ]
+
+    def awaits(self, sequences: list[Sequence]) -> bool:
+        """Whether drafts pay on average."""
+        self._idle.is_avoidable = True
+        if self._is_broken or any(each.num_uncomputed_tokens > 1 for each in sequences):
+            return False
+        going_on = [each for each in sequences if not each.is_complete]
+        shadows = [self._shadows.get(each.arrival) for each in going_on]
+        acceptances = [self._shared if each is None else each.acceptance for each in shadows]
+        if not acceptances:
+            return False
+        if self._best_length(acceptances)[1] or self._probing.is_due:
+            return True
+        self._probing.pass_over()
+        return False
 
     def forget(self, sequence: Sequence) -> None:
         """Give back the blocks and the row of a sequence's shadow."""
@@ -134,7 +152,16 @@ class DraftModelSpeculator(Speculator):
         return shadow
 
     def _length(self, acceptances: list[Acceptance]) -> int:
-        """The number of drafted tokens per sequence that brings the most tokens per second."""
+        """The number of drafted tokens per sequence to take in."""
+        length, pays = self._best_length(acceptances)
+        if pays:
+            self._probing.pays()
+            return length
+        return length if self._probing.pass_over() else 0
+
+    def _best_length(self, acceptances: list[Acceptance]) -> tuple[int, bool]:
+        """The number of drafted tokens per sequence that brings the most tokens per second, and
+        whether that is more than without any."""
         count = len(acceptances)
         draft_s = self._draft_cost.seconds(count) if self._draft_cost.is_measured else 0.0
         survivals = [each.survival(_MATCH_LENGTH, MAX_DRAFT_TOKENS) for each in acceptances]
@@ -143,13 +170,11 @@ class DraftModelSpeculator(Speculator):
         best, best_length = 0.0, 1
         for length in range(1, MAX_DRAFT_TOKENS + 1):
             expected += sum(survival[length - 1] for survival in survivals)
-            rate = expected / (self._cost.seconds(count * (1 + length)) + length * draft_s)
+            step_s = self._cost.seconds(count * (1 + length)) + self._idle.seconds()
+            rate = expected / (step_s + length * draft_s)
             if rate > best:
                 best, best_length = rate, length
-        if best > plain * MARGIN:
-            self._probing.pays()
-            return best_length
-        return best_length if self._probing.pass_over() else 0
+        return best_length, best > plain * MARGIN
 
     def _generate(self, wanted: list[tuple[Sequence, int]]) -> None:
         """Sample for each shadow until it has as many tokens as wanted."""

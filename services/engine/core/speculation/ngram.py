@@ -57,14 +57,16 @@ class PromptLookup:
         """Take in what `token_ids`, all tokens of the sequence, has more than last time.
 
         `observe(match_length, correct)` is told of every new token that had been guessed, whether
-        or not anybody asked for the guess.
+        or not anybody asked for the guess; and of every other, with a length of 0, whether a match
+        ends with it.
         """
         known = self.num_tokens
         if len(token_ids) > self._mask or len(token_ids) - known > _BULK:
             self._rebuild(token_ids)
             return
         for end in range(known + 1, len(token_ids) + 1):
-            if self.match_length:
+            was_followed = self.match_length > 0
+            if was_followed:
                 correct = token_ids[self._source] == token_ids[end - 1]
                 if observe is not None:
                     observe(self.match_length, correct)
@@ -76,6 +78,8 @@ class PromptLookup:
             self._insert(token_ids, end)
             if not self.match_length:
                 self._search(token_ids, end)
+                if not was_followed and observe is not None:
+                    observe(0, self.match_length > 0)
 
     def draft(self, token_ids: array[int], length: int) -> tuple[int, ...]:
         """The next `length` tokens by what is followed; none where nothing is.

@@ -8,8 +8,8 @@ from services.engine.core.plan import StepOutputs
 from services.engine.core.sequence import Sequence
 from services.engine.core.speculation.acceptance import Acceptance
 from services.engine.core.speculation.controller import MAX_DRAFT_TOKENS, DraftLengths
-from services.engine.core.speculation.ngram import PromptLookup
-from services.engine.core.speculation.step_cost import StepCost
+from services.engine.core.speculation.ngram import MIN_MATCH, PromptLookup
+from services.engine.core.speculation.step_cost import IdleTime, StepCost
 
 
 class Speculator(ABC):
@@ -23,7 +23,9 @@ class Speculator(ABC):
         self.drafted_tokens = 0  # verified so far
         self.accepted_tokens = 0
         self._cost = StepCost()
-        self._lengths = DraftLengths(self._cost.seconds)
+        self._idle = IdleTime()
+        self._drafting_ns = 0  # since the latest step, where that is counted for itself
+        self._lengths = DraftLengths(self._cost.seconds, self._idle.seconds)
 
     @abstractmethod
     def propose(self, sequences: list[Sequence], max_tokens: int) -> list[tuple[int, ...]]:
@@ -36,13 +38,23 @@ class Speculator(ABC):
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept of a sequence that has ended."""
 
-    def may_draft(self, num_sequences: int) -> bool:
-        """Whether `propose` might draft anything for so many; if not, it need not be asked."""
+    def awaits(self, sequences: list[Sequence]) -> bool:
+        """Whether the step under way is to be awaited for drafts that may follow its tokens; if
+        not, the next is launched ahead without any.
+
+        sequences: all that run.
+        """
         return True
 
     def observe(self, outputs: StepOutputs) -> None:
         """Learn from a step, before its sequences take in what it brought."""
         plan = outputs.plan
+        # There is no pause while somebody runs who ran before.
+        follows = plan.sequences[0].steps > 0 if plan.sequences else False
+        self._idle.observe(
+            outputs.started_ns, outputs.ended_ns, follows=follows, spent_ns=self._drafting_ns
+        )
+        self._drafting_ns = 0
         num_drafted = sum(len(sequence.draft_token_ids) for sequence in plan.sequences)
         if plan.num_tokens != len(plan.sequences) + num_drafted:
             return  # it prefilled, which costs differently
@@ -85,9 +97,31 @@ class NgramSpeculator(Speculator):
             for lookup, sequence, length in zip(lookups, sequences, lengths, strict=True)
         ]
 
-    def may_draft(self, num_sequences: int) -> bool:
-        """Whether a draft that is right could pay."""
-        return num_sequences > 0 and self._lengths.could_pay(num_sequences)
+    def awaits(self, sequences: list[Sequence]) -> bool:
+        """Whether what is followed now is likely to go on beyond the tokens under way, or a match
+        to end with them, as it soon does where one thing after the other is quoted.
+
+        One that nobody expected shows a step late, which costs a token of it.
+        """
+        self._idle.is_avoidable = True
+        if not sequences or not self._lengths.could_pay(len(sequences)):
+            return False
+        if any(sequence.num_uncomputed_tokens > 1 for sequence in sequences):
+            return False  # nothing is drafted beside a prefill
+        survivals: list[list[float]] = []
+        for sequence in sequences:
+            lookup, acceptance = self._state_of(sequence)
+            lookup.advance(sequence.token_ids, acceptance.observe)
+            pending = sequence.num_pending_tokens
+            length = min(MAX_DRAFT_TOKENS, max(0, room_for_draft(sequence) - pending))
+            match_length = lookup.match_length
+            if match_length:
+                survivals.append(acceptance.survival(match_length, pending + length)[pending:])
+            elif pending:
+                begins = acceptance.probability(0)
+                survival = acceptance.survival(MIN_MATCH, length)
+                survivals.append([begins * each for each in survival])
+        return self._lengths.are_worth_awaiting(len(sequences), survivals)
 
     def forget(self, sequence: Sequence) -> None:
         """Drop the index of a sequence that has ended."""

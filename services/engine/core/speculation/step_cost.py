@@ -1,4 +1,5 @@
-"""What a decode step costs by the number of tokens it computes, as measured."""
+"""What a decode step costs by the number of tokens it computes, as measured; and what a device
+idles where the next step is not launched ahead."""
 
 from __future__ import annotations
 
@@ -52,3 +53,29 @@ class StepCost:
         slope = self._mixed / self._spread if self._spread > 0 else 0.0
         slope = min(max(slope, 0.0), self._seconds / self._tokens)
         return self._seconds + slope * (num_tokens - self._tokens)
+
+
+class IdleTime:
+    """Estimated seconds between two steps of which the second waits for the first."""
+
+    def __init__(self) -> None:
+        self.is_avoidable = False  # whether steps are launched ahead where that can be
+        self._weight = 0.0
+        self._seconds = 0.0
+        self._ended_ns = 0
+
+    def observe(self, started_ns: int, ended_ns: int, *, follows: bool, spent_ns: int = 0) -> None:
+        """Take in a step. follows: whether there was something to compute ever since the one before
+        it ended. spent_ns: of the time between them, what is counted otherwise."""
+        between_s = (started_ns - self._ended_ns - spent_ns) / 1e9
+        self._ended_ns = ended_ns
+        if not follows or between_s <= 0:
+            return
+        if self._weight:
+            between_s = min(between_s, _SLOWEST * self._seconds)
+        self._weight = _MEMORY * self._weight + 1
+        self._seconds += (between_s - self._seconds) / self._weight
+
+    def seconds(self) -> float:
+        """The estimate; what cannot be avoided is no reason for anything."""
+        return self._seconds if self.is_avoidable else 0.0

@@ -85,7 +85,8 @@ def test_guesses_are_checked_against_what_came_whether_or_not_they_were_asked_fo
     for token in (3, 4, 5, 6):
         tokens.append(token)
         lookup.advance(tokens, lambda length, correct: checked.append((length, correct)))
-    assert checked == [(2, True), (3, True), (4, False)]
+    # After a wrong one nothing is followed, and what comes next ends no match.
+    assert checked == [(2, True), (3, True), (4, False), (0, False)]
 
 
 def test_token_ids_that_share_a_bucket_are_not_taken_for_each_other() -> None:

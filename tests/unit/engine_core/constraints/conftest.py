@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from services.engine.core.constraints.compilation import Compiler
 from services.engine.core.constraints.vocabulary import Vocabulary, read_vocabulary
+from services.engine.core.device_runner import DeviceRunner
 from services.engine.core.kernels.cpu import library
+from services.engine.core.runner import Runner
 from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
 from tests.fakes.spelling_llama import EOS_TOKEN_ID, VOCAB_SIZE, save_spelling_llama
@@ -38,7 +41,11 @@ def compiler(vocabulary: Vocabulary) -> Compiler:
 def engine(checkpoint: Path) -> Iterator[Callable[..., Any]]:
     threads = torch.get_num_threads()
 
-    def build(num_blocks: int = 512, **fields: Any) -> Any:
+    def build(num_blocks: int = 512, overlaps: bool = False, **fields: Any) -> Any:
+        make_runner: Callable[..., Any] = Runner
+        if overlaps:
+            make_runner = partial(DeviceRunner, vocab_size=VOCAB_SIZE)
+            fields["plan_ahead"] = "on"
         fields = {"device": "cpu", "threads": 1, "max_context_tokens": 256, **fields}
         memory = num_blocks * 2 * 2 * 2 * 16 * 16 * 4
         core, _ = build_engine(
@@ -47,7 +54,8 @@ def engine(checkpoint: Path) -> Iterator[Callable[..., Any]]:
                 dtype="float32",
                 kv_cache_memory_bytes=memory,
                 **fields,
-            )
+            ),
+            make_runner=make_runner,
         )
         return core
 

@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from services.engine.core.constraints.masks import StepMasks
 from services.engine.core.messages import (
     Constraint,
     Finish,
@@ -45,6 +46,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "torch": {"cpu_kernels": "off"},
     "native": {},
     "planned ahead": {"plan_ahead": "on"},
+    "overlapping": {"overlaps": True},
 }
 if not libraries():
     del BACKENDS["native"]
@@ -165,6 +167,9 @@ class HalfRight(Speculator):
             drafts.append(tuple(ahead))
         return drafts
 
+    def awaits(self, sequences: list[Sequence]) -> bool:
+        return self._chance.random() < 0.8
+
     def forget(self, sequence: Sequence) -> None:
         """Nothing is kept."""
 
@@ -193,6 +198,31 @@ def test_choices_guesses_and_preemption_all_at_once_change_nothing(
     assert load.preemptions > 0
     assert load.accepted_draft_tokens > 100
     assert load.drafted_tokens > load.accepted_draft_tokens
+
+
+def test_masks_are_filled_while_the_step_computes_whose_logits_they_are_for(
+    engine: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device: once the tokens before are known, and not before the model has been launched."""
+    core = engine(overlaps=True, speculation="off")
+    runner = core._overlapping._runner
+    entries: list[str] = []
+
+    def noting(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            entries.append(name)
+            return inner(*args)
+
+        return call
+
+    monkeypatch.setattr(runner, "_model", noting("model", runner._model))
+    monkeypatch.setattr(runner, "finish", noting("finish", runner.finish))
+    monkeypatch.setattr(StepMasks, "fill", noting("masks", StepMasks.fill))
+    rule = Constraint("regex", "[a-z]{4}")
+    made = SequenceRequest(1, PROMPT, Sampling(), Stopping(max_tokens=9), constraint=rule)
+    tokens, _ = answers(core, [made])[1]
+    assert len(tokens) >= 4
+    assert entries[:8] == ["model", "masks", "model", "finish", "masks", "model", "finish", "masks"]
 
 
 def choice_of(made: SequenceRequest, choice_index: int) -> SequenceRequest:

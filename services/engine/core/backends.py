@@ -98,7 +98,9 @@ def _load_backend(
         raise StartupError(
             f"weights in {settings.weights} need the native kernels of a CPU: {reason}"
         )
-    return _TorchBackend(opened, settings, device, selections, reason)
+    return _TorchBackend(
+        opened, settings, device, selections, reason, takes_adapters=takes_adapters
+    )
 
 
 def kept_weights(settings: CoreSettings, device: torch.device, dtype: torch.dtype) -> KeptWeights:
@@ -228,6 +230,8 @@ class _TorchBackend:
         device: torch.device,
         selections: list[Selection],
         why_torch: str,
+        *,
+        takes_adapters: bool,
     ) -> None:
         try:
             self._dtype = resolve_dtype(settings.dtype, device)
@@ -240,6 +244,10 @@ class _TorchBackend:
         self._model, rounded = opened.load_kept(
             weights, self._dtype, device, multiplies_fp8=multiplies_fp8(device)
         )
+        if takes_adapters and settings.max_adapters:
+            self._model.take_adapters(
+                max_adapters=settings.max_adapters, max_rank=settings.max_adapter_rank
+            )
         self.dtype = str(self._dtype).removeprefix("torch.")
         stored = _described(bytes_by_precision(self._model), rounded, weights)
         self.kernels = {selection.op: selection.implementation for selection in selections}

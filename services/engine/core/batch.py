@@ -17,10 +17,13 @@ class CapturedShape:
         num_tokens: and, where all of the step is captured, as many sequences and rows of logits.
         max_query_length: what no sequence has more tokens than. None: any; attention, which depends
             on these lengths, is computed between graphs of what does not.
+        has_adapters: whether tokens go through adapters. What is captured without them has none of
+            their kernels.
     """
 
     num_tokens: int
     max_query_length: int | None
+    has_adapters: bool = False
 
 
 @dataclass(frozen=True, slots=True)

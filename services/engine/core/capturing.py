@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from services.engine.core.batch import CapturedShape, ForwardBatch
@@ -20,6 +20,11 @@ _SMALL_STEPS = (128, 64, 32, 16, 8)
 # Of steps that compute prompts, captured in pieces: in larger ones a kernel takes longer than it
 # takes to launch the next.
 _PIECEWISE = (1024, 512, 256, 128, 64, 768, 384, 192, 96)
+# Of steps in which tokens go through adapters there are fewer: to compute up to half as many tokens
+# again, and up to twice as many where there are few, costs less than what the graph saves.
+_ADAPTED_DECODES = (64, 32, 16, 8, 4, 2, 1, 96, 128, 192, 256, 384, 512)
+_ADAPTED_SMALL_STEPS = (64, 16)
+_ADAPTED_PIECEWISE = (1024, 512, 256, 128, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +37,15 @@ class CaptureLimits:
 
 
 def shapes_to_capture(
-    *, max_running_sequences: int, max_batch_tokens: int, max_query_length: int
+    *,
+    max_running_sequences: int,
+    max_batch_tokens: int,
+    max_query_length: int,
+    takes_adapters: bool = False,
 ) -> tuple[CapturedShape, ...]:
     """What is worth capturing, the most valuable first: of one token a sequence, sizes of which the
     next is a quarter larger at most, from 32 on; with drafts (`max_query_length` over 1), few; and
-    in pieces, of any lengths."""
+    in pieces, of any lengths. Then the same through adapters, of fewer sizes."""
     largest = min(max_running_sequences, max_batch_tokens, _LARGEST_DECODE)
     sizes = {1, 2, 4, largest} | set(range(8, min(largest, 64), 8))
     step = 16
@@ -45,13 +54,26 @@ def shapes_to_capture(
         step *= 2
     powers = [size for size in sizes if size & (size - 1) == 0]
     order = sorted(powers, reverse=True) + sorted(sizes.difference(powers), reverse=True)
-    decodes = [CapturedShape(size, 1) for size in order if size <= largest]
-    drafts = (
-        [] if max_query_length == 1 else [CapturedShape(n, max_query_length) for n in _SMALL_STEPS]
-    )
-    pieces = [CapturedShape(size, None) for size in _PIECEWISE]
-    fitting = [each for each in (*drafts, *pieces) if each.num_tokens <= max_batch_tokens]
-    return (*decodes, *fitting)
+    decodes = [size for size in order if size <= largest]
+    drafts = max_query_length if max_query_length > 1 else None
+    shapes = _shapes(decodes, drafts, _SMALL_STEPS, _PIECEWISE)
+    if takes_adapters:
+        adapted = [size for size in _ADAPTED_DECODES if size < largest]
+        adapted.insert(0, largest)
+        further = _shapes(adapted, drafts, _ADAPTED_SMALL_STEPS, _ADAPTED_PIECEWISE)
+        shapes += [replace(each, has_adapters=True) for each in further]
+    return tuple(each for each in shapes if each.num_tokens <= max_batch_tokens)
+
+
+def _shapes(
+    decodes: Sequence[int], drafts: int | None, small: Sequence[int], pieces: Sequence[int]
+) -> list[CapturedShape]:
+    """drafts: the most tokens of a sequence in a small step; None: there are no such steps."""
+    return [
+        *(CapturedShape(size, 1) for size in decodes),
+        *(CapturedShape(size, drafts) for size in small if drafts is not None),
+        *(CapturedShape(size, None) for size in pieces),
+    ]
 
 
 def capture_all(
@@ -80,12 +102,24 @@ def capture_all(
             reason = "; time or memory for more is used up"
             break
     logger.info(
-        "captured %d of %d shapes of steps as graphs in %.1f s (%.0f MiB): %s tokens%s",
+        "captured %d of %d shapes of steps as graphs in %.1f s (%.0f MiB): %s%s",
         len(done),
         len(shapes),
         time.monotonic() - started_s,
         model.num_bytes() / 2**20,
-        ", ".join(str(each.num_tokens) for each in sorted(done, key=lambda e: e.num_tokens)),
+        _described(done, takes_adapters=any(each.has_adapters for each in shapes)),
         reason,
     )
     return tuple(done)
+
+
+def _described(done: Sequence[CapturedShape], *, takes_adapters: bool) -> str:
+    plain, adapted = (
+        ", ".join(
+            str(each.num_tokens)
+            for each in sorted(done, key=lambda each: each.num_tokens)
+            if each.has_adapters == has_adapters
+        )
+        for has_adapters in (False, True)
+    )
+    return f"{plain} tokens" + (f"; with adapters {adapted or 'none'}" * takes_adapters)

@@ -58,7 +58,7 @@ class DeviceInputs:
         most = max_batch_tokens
         self._numbers = DeviceStaging(
             DeviceStaging.bytes_for(
-                *[(most, 8)] * 3, (groups * most, 8), (most + 1, 4), *[(most, 4)] * 2
+                *[(most, 8)] * 3, (groups * most, 8), (most + 1, 4), *[(most, 4)] * 3
             ),
             device,
         )
@@ -87,9 +87,9 @@ class DeviceInputs:
         """A step's input.
 
         token_ids: of all tokens, those of `latest` being anything. captured: what it is padded to;
-        None: to nothing.
+        None: to nothing. adapters: the slot of each sequence's, -1 for none; None: nobody has one.
         """
-        numbers = _Numbers.of(step, token_ids)
+        numbers = _Numbers.of(step, token_ids, adapters)
         changes = self._state.take_changes()
         if captured is not None and captured.max_query_length is not None:
             return self._bounded(numbers, captured, latest, changes)
@@ -98,7 +98,7 @@ class DeviceInputs:
         width = step.block_tables.shape[-1]
         lengths = (step.plan.token_counts, step.context_lengths)
         batch = self._batch(numbers, lengths, width, latest, changes)
-        return replace(batch, captured=captured, adapters=adapters)
+        return replace(batch, captured=captured)
 
     def padding(self, shape: CapturedShape) -> ForwardBatch:
         """A step of a captured shape in which there is nothing but padding."""
@@ -111,6 +111,7 @@ class DeviceInputs:
             query_starts=np.zeros(1, np.int32),
             contexts=np.empty(0, np.int32),
             owners=np.empty(0, np.int32),
+            adapters=np.empty(0, np.int32) if shape.has_adapters else None,
         )
         if shape.max_query_length is not None:
             return self._bounded(numbers, shape, None, [])
@@ -142,8 +143,8 @@ class DeviceInputs:
         latest: LatestTokens | None,
         changes: list[TableChange],
     ) -> ForwardBatch:
-        ids, positions, slots, logits_rows, starts, contexts, owners = self._numbers.send(
-            numbers.arrays()
+        ids, positions, slots, *adapters, logits_rows, starts, contexts, owners = (
+            self._numbers.send(numbers.arrays())
         )
         self._tell_news(latest, changes, ids)
         tables = self._tables_of(owners, width)
@@ -157,6 +158,7 @@ class DeviceInputs:
             context_lengths=lengths[1],
             logits_rows=logits_rows,
             lengths=DeviceLengths(starts, contexts),
+            token_adapters=adapters[0] if adapters else None,
         )
 
     def _tables_of(self, owners: Tensor, width: int) -> Tensor:
@@ -206,10 +208,19 @@ class _Numbers:
     query_starts: npt.NDArray[np.int32]
     contexts: npt.NDArray[np.int32]
     owners: npt.NDArray[np.int32]  # the row of each sequence in the block tables
+    adapters: npt.NDArray[np.int32] | None  # of each token, -1 for none; None: of nobody
 
     @classmethod
-    def of(cls, step: Preparation, token_ids: npt.NDArray[np.int64]) -> _Numbers:
-        """Those of a step as it is."""
+    def of(
+        cls,
+        step: Preparation,
+        token_ids: npt.NDArray[np.int64],
+        adapters: tuple[int, ...] | None,
+    ) -> _Numbers:
+        """Those of a step as it is. adapters: by sequence."""
+        of_tokens = None
+        if adapters is not None:
+            of_tokens = np.repeat(np.array(adapters, np.int32), step.plan.token_counts)
         return cls(
             token_ids=token_ids,
             positions=step.positions,
@@ -218,6 +229,7 @@ class _Numbers:
             query_starts=np.array([0, *accumulate(step.plan.token_counts)], np.int32),
             contexts=np.array(step.context_lengths, np.int32),
             owners=step.rows.astype(np.int32),
+            adapters=of_tokens,
         )
 
     def pad_tokens(self, size: int, slots: npt.NDArray[np.int64]) -> None:
@@ -227,6 +239,8 @@ class _Numbers:
         self.positions = _padded(self.positions, size, 0)
         pads = np.broadcast_to(np.resize(slots, more), (len(self.slots), more))
         self.slots = np.concatenate([self.slots, pads], axis=1)
+        if self.adapters is not None:
+            self.adapters = _padded(self.adapters, size, -1)
 
     def pad_sequences(self, size: int, num_tokens: int, padding_row: int) -> None:
         """Make as many sequences and rows of logits as there are tokens, of which `num_tokens` are
@@ -246,6 +260,7 @@ class _Numbers:
             self.token_ids,
             self.positions,
             self.slots,
+            *([] if self.adapters is None else [self.adapters]),
             self.logits_rows,
             self.query_starts,
             self.contexts,

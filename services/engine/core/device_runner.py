@@ -141,7 +141,7 @@ class DeviceRunner:
                 step,
                 _token_ids(step),
                 latest,
-                None if adapters else self._captured(step),
+                self._captured(step, has_adapters=adapters is not None),
                 adapters,
             )
             launched_ns = now_ns()
@@ -194,12 +194,12 @@ class DeviceRunner:
                 return True
         return False
 
-    def _captured(self, step: Preparation) -> CapturedShape | None:
+    def _captured(self, step: Preparation, *, has_adapters: bool) -> CapturedShape | None:
         counts = step.plan.token_counts
         longest, total = max(counts), sum(counts)
         for shape in self._shapes:
             fits = shape.max_query_length is None or longest <= shape.max_query_length
-            if fits and total <= shape.num_tokens:
+            if fits and total <= shape.num_tokens and shape.has_adapters == has_adapters:
                 return shape
         return None
 
@@ -230,6 +230,7 @@ def make_device_runner(
         max_batch_tokens=shape["max_batch_tokens"],
         # The kernels for few queries take 16 of a sequence: all but the longest draft.
         max_query_length=MAX_DRAFT_TOKENS if drafts else 1,
+        takes_adapters=shape["takes_adapters"],
     )
     device = shape["device"]
     graphed = GraphedModel(model, CudaRecorder(device), shapes, device=device)

@@ -165,6 +165,8 @@ def _ignoring(replay: Compute) -> Callable[[ForwardBatch, Any], Tensor]:
 def _addresses(batch: ForwardBatch) -> tuple[int, ...]:
     """Where a step's input lies that graphs read."""
     tensors = [batch.token_ids, batch.positions, batch.slots]
+    if batch.token_adapters is not None:
+        tensors.append(batch.token_adapters)
     if batch.are_bounds:
         assert batch.lengths is not None
         tensors += [batch.block_tables, batch.logits_rows]

@@ -118,6 +118,10 @@ def _run(
     drafted = 1 if settings.speculation == "off" else 1 + MAX_DRAFT_TOKENS
     wanted = max(settings.max_running_sequences * drafted, _MOST_ROWS)
     rows = min(wanted, tokens)
+    # Where adapters are looked for, projections are made room for that are computed as one without.
+    adapters = None
+    if settings.max_adapters:
+        adapters = torch.full((tokens,), -1, dtype=torch.int32, device=device)
     batch = ForwardBatch(
         token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
         positions=at,
@@ -126,6 +130,7 @@ def _run(
         query_lengths=tuple(queries),
         context_lengths=tuple(contexts),
         logits_rows=torch.arange(rows, device=device),
+        token_adapters=adapters,
     )
     with torch.inference_mode():
         sample(model(batch, kv_cache), _sampling(rows))

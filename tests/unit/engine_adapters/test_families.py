@@ -92,6 +92,7 @@ def test_on_torch_logits_and_greedy_tokens_are_those_of_peft(
 ) -> None:
     adapted, path, read = make_adapted(case, **configs(case))
     model, _ = load_model(path, dtype=torch.float32, device="cpu")
+    model.take_adapters(max_adapters=4, max_rank=64)
     for name, parts in read.items():
         model.set_adapter(SLOTS[name], model.prepare_adapter(parts))
     found = together(model, Stepper(model), ORDER, 17)
@@ -124,6 +125,7 @@ def test_in_bfloat16_torch_errs_no_more_than_peft(
     exact = logits_of(adapted, TOKENS, "everything").log_softmax(-1)
     theirs = logits_of(adapted.bfloat16(), TOKENS, "everything").float().log_softmax(-1)
     model, _ = load_model(path, dtype=torch.bfloat16, device="cpu")
+    model.take_adapters(max_adapters=1, max_rank=64)
     model.set_adapter(0, model.prepare_adapter(read["everything"]))
     ours = together(model, Stepper(model), ("everything",), 17)[0].log_softmax(-1)
     assert (ours - exact).abs().mean() <= 1.3 * (theirs - exact).abs().mean()

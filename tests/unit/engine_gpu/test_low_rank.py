@@ -10,10 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.engine.core.kernels import LowRankPart, SlottedParts, add_low_rank, add_low_ranks
+from services.engine.core.kernels import (
+    AdapterTable,
+    LowRankPart,
+    SlottedParts,
+    add_low_rank,
+    add_low_ranks,
+)
 from services.engine.core.kernels.triton import low_rank as module
 
 SLOTS = 5
+MAX_RANK = 70
 
 
 def triton_form() -> Any:
@@ -34,17 +41,22 @@ def part_of(rank: int, inputs: int, first: int, count: int, dtype: torch.dtype) 
     return LowRankPart(down.to(dtype), torch.randn(count, rank).to(dtype), first)
 
 
-def adapters_of(
-    ranks: list[int], inputs: int, sizes: list[int], dtype: torch.dtype
-) -> SlottedParts:
-    """One for each rank, in slots from the last on; each changes one output range less."""
-    made = SlottedParts.of(SLOTS, torch.device("cpu"))
+def table_of(ranks: list[int], inputs: int, sizes: list[int], dtype: torch.dtype) -> AdapterTable:
+    """An adapter for each rank, in slots from the last on; each changes one output range less. The
+    table has another projection before this one and behind it."""
+    made = AdapterTable(SLOTS, MAX_RANK, [1, len(sizes), 2], torch.device("cpu"))
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     for index, rank in enumerate(ranks):
         spans = [*zip(starts, sizes, strict=True)][index % len(sizes) :]
         parts = tuple(part_of(rank, inputs, first, count, dtype) for first, count in spans)
-        made.set(SLOTS - 1 - index, parts)
+        made.set(SLOTS - 1 - index, [(), parts, ()])
     return made
+
+
+def adapters_of(
+    ranks: list[int], inputs: int, sizes: list[int], dtype: torch.dtype
+) -> SlottedParts:
+    return table_of(ranks, inputs, sizes, dtype).at[1]
 
 
 def assert_same(projected: Tensor, hidden: Tensor, slots: Tensor, adapters: SlottedParts) -> None:
@@ -56,7 +68,7 @@ def assert_same(projected: Tensor, hidden: Tensor, slots: Tensor, adapters: Slot
 
 
 def _doubled(adapters: SlottedParts) -> SlottedParts:
-    doubled = SlottedParts(adapters.table)
+    doubled = SlottedParts(adapters.table, MAX_RANK)
     doubled.parts = {
         slot: tuple(LowRankPart(p.down.double(), p.up.double(), p.first) for p in parts)
         for slot, parts in adapters.parts.items()
@@ -100,16 +112,17 @@ def test_tokens_without_an_adapter_stay_as_they_are(tokens: int) -> None:
 
 
 def test_an_adapter_that_left_changes_nothing_and_the_next_in_its_slot_does() -> None:
-    adapters = adapters_of([8, 8], 48, [16], torch.float32)
+    table = table_of([8, 8], 48, [16], torch.float32)
+    adapters = table.at[1]
     hidden, slots = torch.randn(3, 48), torch.tensor([4, 3, 4], dtype=torch.int32)
-    adapters.set(4, ())
+    table.set(4, [(), (), ()])
     projected = torch.zeros(3, 16)
     triton_form()(projected, hidden, slots, adapters)
     assert not projected[[0, 2]].any()
     assert projected[1].any()
     new = part_of(20, 48, 4, 8, torch.float32)
-    adapters.set(4, (new,))
+    table.set(4, [(), (new,), ()])
     rows = torch.tensor([0, 2])
     expected = add_low_rank.reference(projected.clone(), hidden, rows, new)
-    adapters.set(3, ())
+    table.set(3, [(), (), ()])
     torch.testing.assert_close(triton_form()(projected, hidden, slots, adapters), expected)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from services.engine.core.kernels import OPS, LowRankPart
-from services.engine.core.layers import Linear, MergedLinear
+from services.engine.core.layers import MergedLinear
 from services.engine.core.models import Model, load_model
 from tests.fakes.decoder_families import save_model, served
 from tests.unit.engine_models.conftest import Stepper
@@ -90,16 +90,17 @@ def test_steps_of_every_kind_of_layer(case: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_adapters_of_which_the_device_is_told(tmp_path: Path) -> None:
     model = small("qwen3", tmp_path)
+    model.take_adapters(max_adapters=3, max_rank=24)
     for slot, rank in ((0, 4), (2, 17)):
         parts = {}
-        for path, module in model.named_modules():
-            if isinstance(module, Linear | MergedLinear) and path.startswith("layers"):
-                outputs, inputs = module.weight.shape
-                half = outputs // 2
-                parts[path] = tuple(
-                    LowRankPart(torch.randn(rank, inputs) * 0.1, torch.randn(count, rank), first)
-                    for first, count in ((0, half), (half, outputs - half))
-                )
+        for path, module in model.projections().items():
+            outputs, inputs = module.weight.shape
+            cut = outputs // 2 if isinstance(module, MergedLinear) else 0
+            parts[path] = tuple(
+                LowRankPart(torch.randn(rank, inputs) * 0.1, torch.randn(last - first, rank), first)
+                for first, last in ((0, cut), (cut, outputs))
+                if first < last
+            )
         model.set_adapter(slot, model.prepare_adapter(parts))
     adapters = {"one": 2, "two": -1, "three": 0}
     expected = steps(model, adapters, on_device=False)

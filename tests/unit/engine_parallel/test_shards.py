@@ -166,6 +166,8 @@ def test_adapters_on_ranks_change_what_they_change_of_the_whole(case: str, tmp_p
     whole, _ = load_model(tmp_path, dtype=torch.float32, device="cpu")
     ranks = sharded(tmp_path, LAYOUTS["2 x 2"])
     plain = steps(whole)
+    for model in (whole, *(shard.model for shard in ranks.shards)):
+        model.take_adapters(max_adapters=2, max_rank=3)
     for slot in (0, 1):
         adapter = random_adapter(whole, slot)
         whole.set_adapter(slot, whole.prepare_adapter(adapter))

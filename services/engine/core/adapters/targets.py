@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from services.engine.core.layers import Linear, MergedLinear
+from services.engine.core.layers import MergedLinear
 from services.engine.core.models.base import Model
 from services.engine.core.models.registry import GGUF_FAMILIES, HF_FAMILIES
 
@@ -33,9 +33,7 @@ class Targets:
         architecture = skeleton.config.architecture
         names = (HF_FAMILIES | GGUF_FAMILIES)[architecture].hf_names
         found: dict[str, Target] = {}
-        for path, module in skeleton.layers.named_modules(prefix="layers"):
-            if not isinstance(module, Linear | MergedLinear) or path.endswith(".router"):
-                continue
+        for path, module in skeleton.projections().items():
             outputs, inputs = module.weight.shape
             found[path] = Target(path, 0, outputs, inputs)
             if isinstance(module, MergedLinear):

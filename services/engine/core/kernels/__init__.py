@@ -24,6 +24,7 @@ from services.engine.core.kernels.linear import (
 )
 from services.engine.core.kernels.low_rank import (
     AdapterParts,
+    AdapterTable,
     LowRankPart,
     SlottedParts,
     add_low_rank,
@@ -50,6 +51,7 @@ __all__ = [
     "OPS",
     "Activations",
     "AdapterParts",
+    "AdapterTable",
     "AttentionMetadata",
     "DeviceLengths",
     "GroupedMatrix",

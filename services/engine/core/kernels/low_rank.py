@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -67,9 +68,6 @@ def add_low_rank(projected: Tensor, hidden: Tensor, rows: Tensor, part: LowRankP
 
 # Adapters whose ranks are multiples of this are read 16 bytes at a time.
 RANK_MULTIPLE = 16
-# An adapter that changes the parts of a merged projection has one pair of matrices for each, and
-# no model merges more.
-MAX_PARTS = 4
 _FIELDS = 5
 
 
@@ -79,39 +77,61 @@ class SlottedParts:
     are told on the device which token has which.
 
     Attributes:
+        table: [slots, parts, 5] int64 on the device: the addresses of `down` and `up`, the rank,
+            the first output and how many there are. A rank of 0 is no part.
+        max_rank: what no rank exceeds. It and the shape of the table are all that launches depend
+            on, so that a step that was captured serves whatever adapter comes later.
         parts: by slot, for the reference.
-        table: [slots, MAX_PARTS, 5] int64 on the device: the addresses of `down` and `up`, the
-            rank, the first output and how many there are. A rank of 0 is no part. It is written to
-            when an adapter comes or goes, between steps, and stays where it is.
-        max_rank: what none of the ranks that have been there exceeds. A step that was captured
-            serves those up to what it was then.
     """
 
     table: Tensor
+    max_rank: int
     parts: dict[int, tuple[LowRankPart, ...]] = field(default_factory=dict)
-    max_rank: int = 0
 
-    @classmethod
-    def of(cls, num_slots: int, device: torch.device) -> SlottedParts:
-        """Of as many slots at most, empty."""
-        table = torch.zeros((num_slots, MAX_PARTS, _FIELDS), dtype=torch.int64, device=device)
-        return cls(table)
 
-    def set(self, slot: int, parts: tuple[LowRankPart, ...]) -> None:
-        """Keep an adapter's parts under a slot; none: forget what is there."""
-        assert len(parts) <= MAX_PARTS, f"{len(parts)} parts at one projection"
-        self.parts.pop(slot, None)
-        rows = torch.zeros((MAX_PARTS, _FIELDS), dtype=torch.int64)
-        if parts:
-            self.parts[slot] = parts = tuple(part.aligned() for part in parts)
-            self.max_rank = max(self.max_rank, *(len(part.down) for part in parts))
-        for row, part in zip(rows, parts, strict=False):
-            down, up = part.down, part.up
-            fields = down.data_ptr(), up.data_ptr(), len(down), part.first, len(up)
-            row.copy_(torch.tensor(fields))
-        if self.table.is_cuda:
-            rows = rows.pin_memory()
-        self.table[slot].copy_(rows, non_blocking=True)
+class AdapterTable:
+    """What adapters do at all projections of a model.
+
+    It is written to when an adapter comes or goes, between steps and in one transfer, and stays
+    where it is.
+
+    Attributes:
+        at: by projection.
+    """
+
+    def __init__(
+        self, num_slots: int, max_rank: int, num_parts: Sequence[int], device: torch.device
+    ) -> None:
+        """For so many adapters at a time. num_parts: by projection, how many pairs of matrices an
+        adapter has there at most: one for each part of a merged projection."""
+        shape = (num_slots, sum(num_parts), _FIELDS)
+        self._table = torch.zeros(shape, dtype=torch.int64, device=device)
+        views = torch.split(self._table, [*num_parts], dim=1)
+        padded = -(-max_rank // RANK_MULTIPLE) * RANK_MULTIPLE
+        self.at = tuple(SlottedParts(view, padded) for view in views)
+
+    def set(self, slot: int, parts: Sequence[tuple[LowRankPart, ...]]) -> None:
+        """Keep what an adapter does at each projection, perhaps nothing; or forget what is there.
+
+        Steps that were launched before read what was there.
+        """
+        rows = np.zeros(self._table.shape[1:], np.int64)
+        begin = 0
+        for slotted, own in zip(self.at, parts, strict=True):
+            slotted.parts.pop(slot, None)
+            if own:
+                slotted.parts[slot] = own = tuple(part.aligned() for part in own)
+            for index, part in enumerate(own):
+                rank, end = len(part.down), part.first + len(part.up)
+                assert rank <= slotted.max_rank, f"a rank of {rank}, of {slotted.max_rank} at most"
+                assert index < slotted.table.shape[1], f"{len(own)} parts at one projection"
+                down, up = part.down.data_ptr(), part.up.data_ptr()
+                rows[begin + index] = down, up, rank, part.first, end - part.first
+            begin += slotted.table.shape[1]
+        there = torch.from_numpy(rows)
+        if self._table.is_cuda:
+            there = there.pin_memory()
+        self._table[slot].copy_(there, non_blocking=True)
 
 
 @declare

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.kernels import (
     AdapterParts,
+    AdapterTable,
     LowRankPart,
     SlottedParts,
     add_low_rank,
     add_low_ranks,
 )
+from services.engine.core.kernels.low_rank import RANK_MULTIPLE
 
-# As many adapters a model on a GPU can have at a time.
-MAX_SLOTS = 256
+# Elements that are brought to a card at a time.
+_CHUNK = 1 << 22
 
 
 class AdapterRows:
@@ -30,17 +34,18 @@ class AdapterRows:
         self.of: dict[int, Tensor] = {}
         self.slots: Tensor | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row goes through any."""
+        return self.slots is None and not self.of
+
     def begin(self, batch: ForwardBatch) -> None:
         """Take in a step."""
         self.of, self.slots = {}, batch.token_adapters
         if batch.adapters is None or self.slots is not None:
             return
         lengths = torch.tensor(batch.query_lengths)
-        owners = torch.tensor(batch.adapters, dtype=torch.int32).repeat_interleave(lengths)
-        device = batch.token_ids.device
-        if device.type == "cuda":
-            self.slots = owners.pin_memory().to(device, non_blocking=True)
-            return
+        owners = torch.tensor(batch.adapters).repeat_interleave(lengths)
         for slot in sorted(set(batch.adapters) - {-1}):
             self.of[slot] = torch.nonzero(owners == slot).flatten()
 
@@ -48,56 +53,105 @@ class AdapterRows:
 class LinearAdapters:
     """What adapters do at one layer."""
 
-    def __init__(self, rows: AdapterRows) -> None:
+    def __init__(self, rows: AdapterRows, slotted: SlottedParts) -> None:
         self._rows = rows
-        self._parts: dict[int, tuple[LowRankPart, ...]] = {}
-        self._slotted: SlottedParts | None = None  # where kernels look at it
+        self._slotted = slotted
 
-    def set(self, slot: int, parts: tuple[LowRankPart, ...] | None) -> None:
-        """Keep an adapter's parts, or forget them."""
-        if parts is None:
-            self._parts.pop(slot, None)
-        else:
-            self._parts[slot] = parts
-            if parts[0].down.is_cuda:
-                self._for_kernels()
-        if self._slotted is not None:
-            self._slotted.set(slot, parts or ())
+    @property
+    def is_idle(self) -> bool:
+        """Whether the step goes through none: it is computed as by a model without adapters."""
+        return self._rows.is_empty
 
     def add(self, projected: Tensor, hidden: Tensor) -> Tensor:
         """Add what the step's adapters make of the layer's input, in place."""
         slots = self._rows.slots
-        if slots is not None and (self._slotted is not None or self._parts):
-            return add_low_ranks(projected, hidden, slots, self._for_kernels())
+        if slots is not None:
+            return add_low_ranks(projected, hidden, slots, self._slotted)
         for slot, rows in self._rows.of.items():
-            for part in self._parts.get(slot, ()):
+            for part in self._slotted.parts.get(slot, ()):
                 add_low_rank(projected, hidden, rows, part)
         return projected
 
-    def _for_kernels(self) -> SlottedParts:
-        if self._slotted is None:
-            device = next(iter(self._parts.values()))[0].down.device
-            self._slotted = SlottedParts.of(MAX_SLOTS, device)
-            for slot, parts in self._parts.items():
-                self._slotted.set(slot, parts)
-        return self._slotted
-
 
 class PlacedAdapter:
-    """An adapter in a weight's precision, on its device."""
+    """An adapter in a weight's precision, on its device: all of it in one piece of memory.
+
+    Attributes:
+        parts: views of it, as kernels read them: of ranks that are multiples of RANK_MULTIPLE, and
+            aligned to as many elements.
+    """
 
     def __init__(self, parts: AdapterParts, weight: Tensor) -> None:
-        def placed(values: Tensor) -> Tensor:
-            return values.to(weight.device, weight.dtype)
-
-        self.parts = {
-            path: tuple(LowRankPart(placed(p.down), placed(p.up), p.first) for p in own)
+        """Steps that are being computed need not end for it: it is brought there beside them, and
+        waited for here."""
+        widths = {
+            path: [-(-len(part.down) // RANK_MULTIPLE) * RANK_MULTIPLE for part in own]
             for path, own in parts.items()
         }
+        total = sum(
+            width * (part.down.shape[1] + len(part.up))
+            for path, own in parts.items()
+            for part, width in zip(own, widths[path], strict=True)
+        )
+        packed = torch.zeros(total, dtype=weight.dtype)
+        placed = torch.empty_like(packed, device=weight.device) if weight.is_cuda else packed
+        self.parts: dict[str, tuple[LowRankPart, ...]] = {}
+        end = 0
+        for path, own in parts.items():
+            found = []
+            for part, width in zip(own, widths[path], strict=True):
+                rank, inputs = part.down.shape
+                begin, middle = end, end + width * inputs
+                end = middle + width * len(part.up)
+                packed[begin:middle].view(width, inputs)[:rank] = part.down
+                packed[middle:end].view(-1, width)[:, :rank] = part.up
+                down, up = placed[begin:middle].view(width, inputs), placed[middle:end]
+                found.append(LowRankPart(down, up.view(-1, width), part.first))
+            self.parts[path] = tuple(found)
         if weight.is_cuda:
-            # So kernels read them: made so here, beside steps.
-            self.parts = {
-                path: tuple(part.aligned() for part in own) for path, own in self.parts.items()
-            }
-        every = [part for own in self.parts.values() for part in own]
-        self.num_bytes = sum(part.down.nbytes + part.up.nbytes for part in every)
+            _send(packed, placed)
+        self.num_bytes = placed.nbytes
+
+
+def _send(packed: Tensor, placed: Tensor) -> None:
+    """Bring memory of the host to a card beside what is computed there, through a piece that it can
+    read by itself. What computed with this place before is waited for, on the card."""
+    device = placed.device
+    beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    beside.wait_stream(torch.cuda.current_stream(device))
+    staging = torch.empty(min(len(packed), _CHUNK), dtype=packed.dtype, pin_memory=True)
+    with torch.cuda.stream(beside):
+        pieces = zip(torch.split(placed, _CHUNK), torch.split(packed, _CHUNK), strict=True)
+        for there, here in pieces:
+            there.copy_(staging[: len(here)].copy_(here), non_blocking=True)
+            beside.synchronize()
+
+
+class ModelAdapters:
+    """Those of a model, of which each step names some."""
+
+    def __init__(
+        self,
+        num_parts: Mapping[str, int],
+        *,
+        max_adapters: int,
+        max_rank: int,
+        device: torch.device,
+    ) -> None:
+        """num_parts: of each projection that adapters may change, by its path, how many parts are
+        merged there."""
+        self._rows = AdapterRows()
+        self._table = AdapterTable(max_adapters, max_rank, [*num_parts.values()], device)
+        self.at = {
+            path: LinearAdapters(self._rows, slotted)
+            for path, slotted in zip(num_parts, self._table.at, strict=True)
+        }
+
+    def begin(self, batch: ForwardBatch) -> None:
+        """Take in a step."""
+        self._rows.begin(batch)
+
+    def set(self, slot: int, adapter: PlacedAdapter | None) -> None:
+        """Keep an adapter under a number by which batches name it; None: forget it."""
+        parts = {} if adapter is None else adapter.parts
+        self._table.set(slot, [parts.get(path, ()) for path in self.at])

@@ -57,16 +57,21 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing of the step goes through an adapter here."""
+        return self.adapters is None or self.adapters.is_idle
+
+    @property
     def takes(self) -> torch.dtype | None:
         """The format that its input may come rounded to; None: none, as adapters read it too."""
-        if isinstance(self.weight, ScaledMatrix) and self.adapters is None:
+        if isinstance(self.weight, ScaledMatrix) and self.is_plain:
             return self.weight.elements.dtype
         return None
 
     def projected(self, hidden: Activations) -> Tensor:
         """[num_tokens, in_features] -> [num_tokens, out_features]."""
         projected = project(hidden, self.weight, self.bias)
-        if self.adapters is None:
+        if self.adapters is None or self.adapters.is_idle:
             return projected
         assert isinstance(hidden, Tensor), "only what `takes` says is rounded"
         return self.adapters.add(projected, hidden)
@@ -120,14 +125,14 @@ class MergedLinear(Projection):
         weight = self.weight
         if not gate:
             return self.projected(hidden)
-        if self.adapters is None and to is not None and to == self.takes:
+        if self.is_plain and to is not None and to == self.takes:
             assert isinstance(weight, ScaledMatrix)
             rows = RoundedRows.of(hidden, to)
             elements, scales = gated_scaled_linear(
                 rows.elements, rows.scales, weight, self.bias, rows.dtype, gate
             )
             return RoundedRows(elements, scales, rows.dtype)
-        if self.adapters is None and isinstance(weight, Tensor | GroupedMatrix):
+        if self.is_plain and isinstance(weight, Tensor | GroupedMatrix):
             assert isinstance(hidden, Tensor), "only what `takes` says is rounded"
             return gated_linear(hidden, weight, self.bias, gate)
         return GATES[gate](self.projected(hidden))

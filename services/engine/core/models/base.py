@@ -23,7 +23,7 @@ from services.engine.core.layers import (
     RotaryEmbedding,
     StepContext,
 )
-from services.engine.core.layers.adapters import AdapterRows, LinearAdapters, PlacedAdapter
+from services.engine.core.layers.adapters import ModelAdapters, PlacedAdapter
 from services.engine.core.layers.attention import AttentionBreaks
 from services.engine.core.model_config import ModelConfig
 
@@ -53,7 +53,7 @@ class Model(nn.Module):
         self.head: Linear | None = None
         if not config.tie_embeddings:
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.adapter_rows: AdapterRows | None = None  # once there has been an adapter
+        self.adapters: ModelAdapters | None = None  # None: it takes none
         self.breaks: AttentionBreaks | None = None  # while it is captured in pieces
         # Where logits go, [rows, vocab_size] float32, if each step's may overwrite the last one's.
         self.logits_memory: Tensor | None = None
@@ -66,6 +66,30 @@ class Model(nn.Module):
         logits: Tensor = super().__call__(batch, kv_cache)
         return logits
 
+    def projections(self) -> dict[str, Linear | MergedLinear]:
+        """Those of its attention and its feed-forward layers, by their paths."""
+        return {
+            path: module
+            for path, module in self.layers.named_modules(prefix="layers")
+            if isinstance(module, Linear | MergedLinear) and not path.endswith(".router")
+        }
+
+    def take_adapters(self, *, max_adapters: int, max_rank: int) -> None:
+        """Make room for so many adapters at a time. Before steps are captured: what they read of
+        adapters stays where it is."""
+        projections = self.projections()
+        self.adapters = ModelAdapters(
+            {
+                path: len(module.sizes) if isinstance(module, MergedLinear) else 1
+                for path, module in projections.items()
+            },
+            max_adapters=max_adapters,
+            max_rank=max_rank,
+            device=next(self.layers.parameters()).device,
+        )
+        for path, module in projections.items():
+            module.adapters = self.adapters.at[path]
+
     def prepare_adapter(self, parts: AdapterParts) -> PlacedAdapter:
         """Return an adapter as `set_adapter` takes it.
 
@@ -75,15 +99,8 @@ class Model(nn.Module):
 
     def set_adapter(self, slot: int, adapter: PlacedAdapter | None) -> None:
         """Keep an adapter under a number by which batches name it; None: forget it."""
-        if self.adapter_rows is None:
-            self.adapter_rows = AdapterRows()
-        for path, module in self.named_modules():
-            if isinstance(module, Linear | MergedLinear):
-                own = None if adapter is None else adapter.parts.get(path)
-                if own is not None and module.adapters is None:
-                    module.adapters = LinearAdapters(self.adapter_rows)
-                if module.adapters is not None:
-                    module.adapters.set(slot, own)
+        assert self.adapters is not None, "it takes adapters"
+        self.adapters.set(slot, adapter)
 
     def matrices(self) -> Iterator[Matrix]:
         """What projections multiply by, that which gives logits included."""
@@ -127,8 +144,8 @@ class Model(nn.Module):
         self, hidden: Tensor, batch: ForwardBatch, kv_cache: KVCache
     ) -> tuple[Tensor, StepContext]:
         """The residual stream behind the layers, but for what the last one leaves to be added."""
-        if self.adapter_rows is not None:
-            self.adapter_rows.begin(batch)
+        if self.adapters is not None:
+            self.adapters.begin(batch)
         step = StepContext(batch, kv_cache, hidden.dtype, self.breaks)
         for layer in self.layers:
             hidden = layer(hidden, step)

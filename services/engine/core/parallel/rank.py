@@ -186,6 +186,11 @@ class Rank:
             ) from None
         self.weight_bytes = sum(bytes_by_precision(model).values())
         self._kv_heads = model.config.kv_heads
+        settings = self._settings
+        if settings.max_adapters:
+            model.take_adapters(
+                max_adapters=settings.max_adapters, max_rank=settings.max_adapter_rank
+            )
         return Shard(model, self.config, ranks)
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from services.engine.core.kernels.examples.base import EPS, Example, Maker, examples_of
-from services.engine.core.kernels.low_rank import LowRankPart, SlottedParts
+from services.engine.core.kernels.low_rank import AdapterTable, LowRankPart
 
 
 @examples_of("rms_norm")
@@ -116,18 +116,18 @@ def _add_low_rank(make: Maker) -> Iterator[Example]:
 @examples_of("add_low_ranks")
 def _add_low_ranks(make: Maker) -> Iterator[Example]:
     inputs, outputs = make.sizes.hidden, make.sizes.intermediate
-    adapters = SlottedParts.of(3, make.device)
+    table = AdapterTable(3, 64, [2], make.device)
     half = outputs // 2
     for slot, rank in ((0, 16), (2, 8)):
         parts = tuple(
             LowRankPart(make.normal(rank, inputs), make.normal(half, rank, std=0.1), first)
             for first in (0, half)
         )
-        adapters.set(slot, parts)
+        table.set(slot, [parts])
     for tokens in make.sizes.tokens:
         projected, hidden = make.normal(tokens, outputs), make.normal(tokens, inputs)
         slots = torch.arange(tokens, dtype=torch.int32, device=make.device) % 4 - 1
-        args = projected, hidden, slots, adapters
+        args = projected, hidden, slots, table.at[0]
         yield Example(f"{tokens} tokens of 2 adapters", args, written=(projected,))
 
 

@@ -15,12 +15,7 @@ from torch import Tensor
 from triton import cdiv, jit, next_power_of_2
 from triton import language as tl
 
-from services.engine.core.kernels.low_rank import (
-    MAX_PARTS,
-    RANK_MULTIPLE,
-    SlottedParts,
-    add_low_ranks,
-)
+from services.engine.core.kernels.low_rank import SlottedParts, add_low_ranks
 from services.engine.core.kernels.triton import why_not
 from services.engine.core.kernels.triton.language import dot, rounded
 from services.engine.core.kernels.triton.serving import FLOATS
@@ -43,20 +38,21 @@ _EXPAND_RANKS = 32
 
 
 @jit
-def _part_of(table, slot, part, dtype: tl.constexpr, parts: tl.constexpr):  # type: ignore[no-untyped-def]
+def _part_of(table, slot, slot_stride, part, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where an adapter's matrices are, the rank, the first output and the number of them."""
-    row = table + (slot * parts + part) * 5
+    row = table + slot * slot_stride + part * 5
     down = tl.multiple_of(tl.load(row).to(tl.pointer_type(dtype)), 16)
     up = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(dtype)), 16)
     rank = tl.multiple_of(tl.load(row + 2).to(tl.int32), 16)
     return down, up, rank, tl.load(row + 3).to(tl.int32), tl.load(row + 4).to(tl.int32)
 
 
-@jit(do_not_specialize=["tokens"])
+@jit(do_not_specialize=["tokens", "slot_stride"])
 def shrink_kernel(  # type: ignore[no-untyped-def]
     hidden,
     slots,
     table,
+    slot_stride,
     shrunk,
     tokens,
     row_stride,
@@ -83,7 +79,7 @@ def shrink_kernel(  # type: ignore[no-untyped-def]
     row = token.to(tl.int64)
     slot = tl.max(slot_of, 0)
     while slot >= 0:
-        down, _, rank, _, _ = _part_of(table, slot, part, dtype, parts)
+        down, _, rank, _, _ = _part_of(table, slot, slot_stride, part, dtype)
         inside = slot_of == slot
         summed = tl.zeros((tile_rows, tile_ranks), tl.float32)
         if tl.program_id(1) % wide * tile_ranks < rank:
@@ -110,11 +106,12 @@ def shrink_kernel(  # type: ignore[no-untyped-def]
         slot = tl.max(tl.where(slot_of < slot, slot_of, -1), 0)
 
 
-@jit(do_not_specialize=["tokens"])
+@jit(do_not_specialize=["tokens", "slot_stride"])
 def expand_kernel(  # type: ignore[no-untyped-def]
     shrunk,
     slots,
     table,
+    slot_stride,
     projected,
     tokens,
     row_stride,
@@ -140,7 +137,7 @@ def expand_kernel(  # type: ignore[no-untyped-def]
         inside = slot_of == slot
         added = tl.zeros((tile_rows, columns), tl.float32)
         for part in range(parts):
-            _, up, rank, first, count = _part_of(table, slot, part, dtype, parts)
+            _, up, rank, first, count = _part_of(table, slot, slot_stride, part, dtype)
             output = column - first
             is_changed = (output >= 0) & (output < count)
             reaches = (tl.program_id(1) + 1) * columns > first
@@ -184,21 +181,22 @@ def add_low_ranks_triton(
     ):
         return add_low_ranks.reference(projected, hidden, slots, adapters)
     tokens, inputs = hidden.shape
-    max_rank = next_power_of_2(max(adapters.max_rank, RANK_MULTIPLE))
+    parts, max_rank = adapters.table.shape[1], next_power_of_2(adapters.max_rank)
     if tokens == 0:
         return projected
     split = _SPLIT if tokens <= _FEW_TOKENS else _LONG_SPLIT
     splits = cdiv(inputs, split)
-    shape = (splits, tokens, MAX_PARTS, max_rank)
+    shape = (splits, tokens, parts, max_rank)
     shrunk = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-    common = _sizes(max_rank, tokens)
+    common = _sizes(parts, max_rank, tokens)
     tiles = cdiv(tokens, common["own_rows"])
     shrink_ranks = min(max_rank, _SHRINK_RANKS)
     rank_tiles = cdiv(max_rank, shrink_ranks)
-    shrink_kernel[(tiles, MAX_PARTS * rank_tiles, splits)](
+    shrink_kernel[(tiles, parts * rank_tiles, splits)](
         hidden,
         slots,
         adapters.table,
+        adapters.table.stride(0),
         shrunk,
         tokens,
         hidden.stride(0),
@@ -215,6 +213,7 @@ def add_low_ranks_triton(
         shrunk,
         slots,
         adapters.table,
+        adapters.table.stride(0),
         projected,
         tokens,
         projected.stride(0),
@@ -229,10 +228,10 @@ def add_low_ranks_triton(
     return projected
 
 
-def _sizes(max_rank: int, tokens: int) -> dict[str, int]:
+def _sizes(parts: int, max_rank: int, tokens: int) -> dict[str, int]:
     own_rows = 1 if tokens <= _FEW_TOKENS else _MANY_ROWS
     return {
-        "parts": MAX_PARTS,
+        "parts": parts,
         "max_rank": max_rank,
         "own_rows": own_rows,
         "tile_rows": max(own_rows, _TILE_ROWS),
@@ -241,12 +240,18 @@ def _sizes(max_rank: int, tokens: int) -> dict[str, int]:
 
 def _compiled() -> tuple[Specialisation, ...]:
     forms = []
-    shared = {"slots": "*i32", "table": "*i64", "shrunk": "*fp32", "tokens": "i32"}
+    shared = {
+        "slots": "*i32",
+        "table": "*i64",
+        "shrunk": "*fp32",
+        "tokens": "i32",
+        "slot_stride": "i32",
+    }
     shared |= {"row_stride": "i32:16"}
     for kind in ("*bf16", "*fp16"):
         for tokens in (_FEW_TOKENS, _FEW_TOKENS + 1):
             for max_rank in (16, 64):
-                common = _sizes(max_rank, tokens)
+                common = _sizes(3, max_rank, tokens)
                 shrink = {"inputs": 4096, "split": _SPLIT, "depth": _DEPTH}
                 shrink["tile_ranks"] = min(max_rank, _SHRINK_RANKS)
                 forms.append(

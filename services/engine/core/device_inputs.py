@@ -45,6 +45,7 @@ class DeviceInputs:
         of `max_batch_tokens` at most."""
         self._state = rows
         self._block_size = block_size
+        self._padding_block = padding_block
         self._padding_slots = padding_block * block_size + np.arange(block_size)
         self._max_context_tokens = max_context_tokens
         groups, max_blocks = rows.num_groups, -(-max_context_tokens // block_size)
@@ -194,7 +195,11 @@ class DeviceInputs:
         ]
         tables = self._state.block_tables.reshape(len(self._tables), -1, self._max_blocks)
         blocks = [tables[:, each.row, each.begin : each.end].ravel() for each in changes]
-        return np.concatenate(cells), np.concatenate(blocks)
+        changed = np.concatenate(blocks)
+        # What a window hides is in no block. Who has the row next may have fewer blocks, and behind
+        # those any will do, but it has to be one.
+        changed[changed < 0] = self._padding_block
+        return np.concatenate(cells), changed
 
 
 @dataclass(slots=True)

@@ -17,13 +17,10 @@ from services.engine.core.runner import Model
 from services.engine.core.sampler import SamplingBatch, sample
 from services.engine.core.settings import CoreSettings
 from services.engine.core.speculation.controller import MAX_DRAFT_TOKENS
+from services.engine.core.speculation.plan_drafts import MAX_DRAFTED_TOKENS
+from services.engine.core.token_budget import MAX_SCORED_TOKENS
 
 logger = logging.getLogger(__name__)
-
-# Rows whose logits one step may want: those that it samples from and drafts, or of a prompt that is
-# scored. More of the latter are possible where steps are longer, and are left to chance: memory for
-# them would be missed by all others.
-_MOST_ROWS = 1024
 
 
 def plan_card(
@@ -65,6 +62,16 @@ def plan_card(
     budget = plan_memory(settings, reader, run, graphs_bytes=graphs_bytes)
     logger.info("memory of %s: %s", device, budget)
     return budget
+
+
+def most_rows(settings: CoreSettings) -> int:
+    """Rows whose logits a step may want: one of each sequence, and those of drafts or of prompts
+    that are scored, of which steps are planned with so many at most."""
+    beside = MAX_SCORED_TOKENS
+    if settings.speculation != "off":
+        drafted = settings.max_running_sequences * MAX_DRAFT_TOKENS
+        beside = max(beside, min(drafted, MAX_DRAFTED_TOKENS))
+    return min(settings.max_running_sequences + beside, settings.max_batch_tokens)
 
 
 def run_largest_steps(
@@ -115,9 +122,7 @@ def _run(
     at = torch.tensor(positions, device=device)
     groups = () if num_groups == 1 else (num_groups,)
     tables = (*groups, len(queries), -(-max(contexts) // block_size))
-    drafted = 1 if settings.speculation == "off" else 1 + MAX_DRAFT_TOKENS
-    wanted = max(settings.max_running_sequences * drafted, _MOST_ROWS)
-    rows = min(wanted, tokens)
+    rows = min(most_rows(settings), tokens)
     # Where adapters are looked for, projections are made room for that are computed as one without.
     adapters = None
     if settings.max_adapters:

@@ -56,7 +56,7 @@ class TokenBudget:
 
 
 # Tokens of prompts that are scored in a step: each takes the logits of a whole vocabulary.
-_MAX_SCORED_TOKENS = 256
+MAX_SCORED_TOKENS = 256
 
 
 def share(num_tokens: int, prefills: list[Sequence]) -> dict[Sequence, int]:
@@ -68,13 +68,13 @@ def share(num_tokens: int, prefills: list[Sequence]) -> dict[Sequence, int]:
     long one, which is the earliest sooner or later, advances by half a budget per step at least.
     Lower priorities get what higher ones leave.
 
-    Of prompts that are scored, `_MAX_SCORED_TOKENS` are computed at most.
+    Of prompts that are scored, `MAX_SCORED_TOKENS` are computed at most.
     """
     shares = _share(num_tokens, prefills)
     num_scored = 0
     for sequence in list(shares):
         if sequence.num_unscored_tokens:
-            shares[sequence] = min(shares[sequence], _MAX_SCORED_TOKENS - num_scored)
+            shares[sequence] = min(shares[sequence], MAX_SCORED_TOKENS - num_scored)
             num_scored += shares[sequence]
             if not shares[sequence]:
                 del shares[sequence]

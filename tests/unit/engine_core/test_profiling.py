@@ -11,13 +11,19 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
+from services.engine.core import profiling, token_budget
 from services.engine.core.backends import load_backend
 from services.engine.core.batch import ForwardBatch
 from services.engine.core.gpu_memory import Readings
 from services.engine.core.layer_groups import LayerGroups
+from services.engine.core.messages import Sampling, SequenceRequest, Stopping
 from services.engine.core.models.loader import open_model
 from services.engine.core.profiling import plan_card
 from services.engine.core.settings import CoreSettings
+from services.engine.core.speculation import plan_drafts
+from tests.fakes import engines
+from tests.fakes.hash_model import hash_model
+from tests.fakes.speculators import HalfRightSpeculator
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -117,3 +123,42 @@ def test_layers_with_windows_have_tables_of_their_own(
     )
     assert prompts.block_tables.dim() == 3
     assert prompts.slots.shape == (prompts.block_tables.shape[0], 64)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_no_step_wants_the_logits_of_more_rows_however_much_is_scored_and_drafted(
+    drafts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_budget, "MAX_SCORED_TOKENS", 24)
+    monkeypatch.setattr(profiling, "MAX_SCORED_TOKENS", 24)
+    for module in (plan_drafts, profiling):
+        monkeypatch.setattr(module, "MAX_DRAFTED_TOKENS", 10)
+    limits = {"max_batch_tokens": 400, "max_running_sequences": 6}
+    most = profiling.most_rows(
+        CoreSettings(model_path="", speculation="ngram" if drafts else "off", **limits)
+    )
+    assert most == 6 + 24
+    rows: list[int] = []
+
+    def watched(batch: ForwardBatch, kv_cache: Any) -> Any:
+        rows.append(len(batch.logits_rows))
+        return hash_model(batch, kv_cache)
+
+    monkeypatch.setattr(engines, "make_hash_model", lambda windows: watched)
+    core = engines.make_engine(
+        num_blocks=600,
+        speculator=HalfRightSpeculator(512, seed=3) if drafts else None,
+        **limits,
+    )
+    for number in range(12):
+        prompt = [3 + (number + each) % 40 for each in range(90 if number % 3 else 2)]
+        sampling = Sampling(temperature=0.0, prompt_logprobs=1 if number % 3 else None)
+        stopping = Stopping(max_tokens=20, ignore_eos=True)
+        core.add([SequenceRequest(number, prompt, sampling, stopping)])
+    scored: dict[int, int] = {}
+    while core.has_work:
+        for delta in core.step().deltas:
+            if delta.prompt_logprobs is not None:
+                scored[delta.sequence_id] = len(delta.prompt_logprobs)
+    assert scored == {number: 89 for number in range(12) if number % 3}
+    assert 24 < max(rows) <= most

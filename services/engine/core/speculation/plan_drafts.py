@@ -7,6 +7,9 @@ from services.engine.core.block_tables import BlockTables
 from services.engine.core.sequence import Sequence
 from services.engine.core.speculation.speculator import Speculator
 
+# Drafted tokens of a step: each takes the logits of a whole vocabulary.
+MAX_DRAFTED_TOKENS = 1024
+
 
 def plan_drafts(
     speculator: Speculator,
@@ -17,11 +20,12 @@ def plan_drafts(
 ) -> None:
     """Draft for the decoding sequences of `planned` and count what is to be verified.
 
-    `max_tokens` bounds the drafts together. They get free blocks only: a guess is not worth a
-    preemption.
+    `max_tokens` and `MAX_DRAFTED_TOKENS` bound the drafts together. They get free blocks
+    only: a guess is not worth a preemption.
     """
     sequences = list(planned)
-    for sequence, draft in zip(sequences, speculator.propose(sequences, max_tokens), strict=True):
+    drafts = speculator.propose(sequences, min(max_tokens, MAX_DRAFTED_TOKENS))
+    for sequence, draft in zip(sequences, drafts, strict=True):
         if draft and sequence.matcher is not None:
             draft = draft[: sequence.matcher.num_valid(draft)]
         missing = tables.missing_blocks(sequence, len(draft))

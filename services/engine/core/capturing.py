@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from services.engine.core.batch import CapturedShape, ForwardBatch
+from services.engine.core.device_sampling import DeviceSampler
 from services.engine.core.graphs import GraphedModel
+from services.engine.core.kernels.sampling import SamplingForm
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,35 @@ def capture_all(
         reason,
     )
     return tuple(done)
+
+
+def capture_choices(
+    model: GraphedModel,
+    kv_cache: Any,
+    shapes: Sequence[CapturedShape],
+    padding: Callable[[CapturedShape], ForwardBatch],
+    limits: CaptureLimits,
+    sampler: DeviceSampler,
+) -> dict[CapturedShape, tuple[SamplingForm, ...]]:
+    """Capture steps of these shapes once more, with the choice of tokens behind them, until time or
+    memory is used up; returns the forms of choice that there are of each."""
+    started_s = time.monotonic()
+    done: dict[CapturedShape, tuple[SamplingForm, ...]] = {}
+    for shape in shapes:
+        # Behind the pieces of a step, logits are computed by no graph.
+        forms = sampler.captured_forms(shape.num_tokens) if shape.max_query_length else ()
+        if not forms:
+            continue
+        try:
+            for form in forms:
+                model.capture(padding(shape), kv_cache, form, sampler.choose)
+        except RuntimeError as error:
+            logger.info("the choice of %d tokens cannot be captured: %s", shape.num_tokens, error)
+            break
+        done[shape] = forms
+        if time.monotonic() - started_s > limits.seconds or model.num_bytes() > limits.num_bytes:
+            break
+    return done
 
 
 def _described(done: Sequence[CapturedShape], *, takes_adapters: bool) -> str:

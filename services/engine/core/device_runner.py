@@ -6,7 +6,8 @@ waits. The next may be launched behind it before its tokens are known, since the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,12 @@ from torch import Tensor
 
 from services.engine.core.batch import CapturedShape
 from services.engine.core.beside import Work
-from services.engine.core.capturing import CaptureLimits, capture_all, shapes_to_capture
+from services.engine.core.capturing import (
+    CaptureLimits,
+    capture_all,
+    capture_choices,
+    shapes_to_capture,
+)
 from services.engine.core.clock import now_ns
 from services.engine.core.constraints.masks import MaskCounts
 from services.engine.core.device_counts import MOST_DISTINCT
@@ -24,6 +30,7 @@ from services.engine.core.device_inputs import DeviceInputs
 from services.engine.core.device_sampling import DeviceSampler, PendingTokens
 from services.engine.core.errors import EngineError
 from services.engine.core.graphs import CudaRecorder, GraphedModel
+from services.engine.core.kernels.sampling import SamplingForm
 from services.engine.core.plan import Plan, StepOutputs
 from services.engine.core.preparation import (
     LatestTokens,
@@ -104,15 +111,20 @@ class DeviceRunner:
             max_context_tokens=max_context_tokens,
         )
         self._sampler = DeviceSampler(device, max_batch_tokens, vocab_size)
+        # By captured shape, the forms in which its graphs choose tokens, too.
+        self._choices: dict[CapturedShape, tuple[SamplingForm, ...]] = {}
         self._ended_ns = 0
 
     def capture(self, limits: CaptureLimits) -> None:
         """Have the model capture the shapes that steps are padded to; who is left out of them is
         not any more. To be called before the first step."""
         assert isinstance(self._model, GraphedModel)
-        shapes = self._candidates
-        done = capture_all(self._model, self._kv_cache, shapes, self._inputs.padding, limits)
+        began_s = time.monotonic()
+        what = self._model, self._kv_cache
+        done = capture_all(*what, self._candidates, self._inputs.padding, limits)
         self._shapes = _in_order(done)
+        left = replace(limits, seconds=limits.seconds - (time.monotonic() - began_s))
+        self._choices = capture_choices(*what, done, self._inputs.padding, left, self._sampler)
 
     def prepare(self, plan: Plan) -> None:
         """Nothing is prepared beforehand: steps are launched instead."""
@@ -137,14 +149,16 @@ class DeviceRunner:
             if plan.block_copies:
                 self._kv_cache.copy_blocks(plan.block_copies)
             adapters = self._adapters(plan)
-            batch = self._inputs.batch(
-                step,
-                _token_ids(step),
-                latest,
-                self._captured(step, has_adapters=adapters is not None),
-                adapters,
-            )
+            captured = self._captured(step, has_adapters=adapters is not None)
+            batch = self._inputs.batch(step, _token_ids(step), latest, captured, adapters)
             launched_ns = now_ns()
+            if (form := self._captured_choice(step, captured)) is not None:
+                with_sampling(step, self._rows)
+                assert step.sampling is not None
+                assert isinstance(self._model, GraphedModel)
+                self._sampler.stage(step.sampling, form)
+                self._model(batch, self._kv_cache, form)
+                return LaunchedStep(step, launched_ns, tokens=self._sampler.fetch())
             logits = self._model(batch, self._kv_cache)
         launched = LaunchedStep(step, launched_ns, logits[: len(step.logits_rows)])
         if latest is None or not self._waits_for_tokens(step):
@@ -193,6 +207,18 @@ class DeviceRunner:
             ):
                 return True
         return False
+
+    def _captured_choice(
+        self, step: Preparation, captured: CapturedShape | None
+    ) -> SamplingForm | None:
+        """The form in which the graph of a step chooses its tokens, too; None: none does."""
+        forms = None if captured is None else self._choices.get(captured)
+        if forms is None or not step.sampled or step.scores:
+            return None
+        rows = step.rows[step.sampled].tolist()
+        if not all(self._rows.is_plain[row] for row in rows):
+            return None
+        return forms[0] if all(self._rows.is_greedy[row] for row in rows) else forms[1]
 
     def _captured(self, step: Preparation, *, has_adapters: bool) -> CapturedShape | None:
         counts = step.plan.token_counts

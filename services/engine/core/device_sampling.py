@@ -153,11 +153,10 @@ class DeviceSampler:
         self.enqueue(logits, self.stage(batch))
         return self.fetch()
 
-    def stage(self, batch: SamplingBatch) -> SamplingForm:
+    def stage(self, batch: SamplingBatch, form: SamplingForm | None = None) -> SamplingForm:
         """Send what the step's kernels read; nothing at all where it is greedy.
 
-        A captured `enqueue` may be replayed for every batch of the same form that has neither
-        masks nor edits and reports no log-probabilities: it reads and writes the same memory.
+        form: of the captured `choose` that is replayed instead of `enqueue`; see `captured_forms`.
 
         Precondition: the batch has no logits processors, and masks have been filled.
         """
@@ -165,7 +164,7 @@ class DeviceSampler:
         if slot.pending is not None:
             slot.pending.result()  # its memory is about to be written
             slot.pending = None
-        form = form_of(batch, self._vocab_size)
+        form = form or form_of(batch, self._vocab_size)
         self._staged = staged = _Staged(form, batch.logprobs)
         if not form.is_greedy:
             used = len(Column) * form.num_rows
@@ -184,8 +183,6 @@ class DeviceSampler:
         """Run the kernels of the staged step, whose form this is, on its `logits`."""
         assert self._staged is not None
         staged = self._staged
-        parameters = self._parameters[: len(Column) * form.num_rows].view(len(Column), -1)
-        chosen = self._chosen[: 2 * form.num_rows].view(2, -1)
         if staged.masks is not None:
             mask_logits(logits, *staged.masks)
         raw = logits
@@ -196,11 +193,31 @@ class DeviceSampler:
             self._counts.note_sent()
         if staged.edits is not None:
             edit_logits(logits, staged.edits)
-        choose_tokens(logits, parameters, chosen, form, self._workspace)
+        self.choose(logits, form)
         if form.most_logprobs >= 0:
+            parameters, chosen = self._memory_of(form)
             shape = (1 + 2 * form.most_logprobs, form.num_rows)
             staged.reports = torch.empty(shape, dtype=torch.float64, device=self._device)
             report_logprobs(raw, parameters, chosen[0], staged.reports, form, self._workspace)
+
+    def captured_forms(self, num_rows: int) -> tuple[SamplingForm, ...]:
+        """Forms in which `choose` is worth capturing: between them they sample all batches of up to
+        so many rows that have neither masks nor edits and report no log-probabilities, the first of
+        them all that are greedy."""
+        if self._at_once:
+            return ()
+        return SamplingForm(num_rows), SamplingForm(num_rows, draws=True, filters=True)
+
+    def choose(self, logits: Tensor, form: SamplingForm) -> None:
+        """Choose the tokens of `logits` by what is staged. Captured, it may be replayed for what is
+        staged in the same form: it reads and writes the same memory."""
+        parameters, chosen = self._memory_of(form)
+        choose_tokens(logits, parameters, chosen, form, self._workspace)
+
+    def _memory_of(self, form: SamplingForm) -> tuple[Tensor, Tensor]:
+        parameters = self._parameters[: len(Column) * form.num_rows]
+        chosen = self._chosen[: 2 * form.num_rows]
+        return parameters.view(len(Column), -1), chosen.view(2, -1)
 
     def fetch(self) -> PendingTokens:
         """Have the tokens of the enqueued step brought to the host."""
@@ -269,8 +286,8 @@ class DeviceSampler:
 
 
 def _read(staged: _Staged, chosen: Tensor, reports: Tensor | None) -> SampledTokens:
-    """What a step has brought the host."""
-    token_ids, statuses = chosen.numpy()
+    """What a step has brought the host; nobody looks at rows that pad it."""
+    token_ids, statuses = chosen.numpy()[:, : len(staged.counts)]
     errors: list[EngineError | None] = [None] * len(token_ids)
     if statuses.any():
         for row in statuses.nonzero()[0].tolist():
@@ -310,6 +327,9 @@ def form_of(batch: SamplingBatch, vocab_size: int) -> SamplingForm:
 
 
 def _fill(parameters: npt.NDArray[np.float64], batch: SamplingBatch) -> None:
+    num_rows = len(batch.temperature)
+    parameters[:, num_rows:] = 0.0  # pads it: the likeliest token is as good as any
+    parameters = parameters[:, :num_rows]
     parameters[Column.TEMPERATURE] = batch.temperature
     parameters[Column.TOP_K] = batch.top_k
     parameters[Column.TOP_P] = batch.top_p

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from services.engine.core.batch import CapturedShape, ForwardBatch
 from services.engine.core.graph_pieces import BreakMemory, ComputePieces, LayerPieces, Replay
+from services.engine.core.kernels.sampling import SamplingForm
 
 Compute: TypeAlias = Callable[[], Tensor]
 
@@ -117,7 +118,7 @@ class GraphedModel:
         that may be captured."""
         self._model = model
         self._recorder = recorder
-        self._captured: dict[CapturedShape, _Captured] = {}
+        self._captured: dict[tuple[CapturedShape, SamplingForm | None], _Captured] = {}
         wholes = [each.num_tokens for each in shapes if each.max_query_length is not None]
         if wholes:
             # One memory for the logits of all graphs, whose own would add up: they are read before
@@ -129,17 +130,29 @@ class GraphedModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def __call__(self, batch: ForwardBatch, kv_cache: Any) -> Tensor:
-        """As Model. The logits of a captured step are overwritten by the next."""
+    def __call__(
+        self, batch: ForwardBatch, kv_cache: Any, form: SamplingForm | None = None
+    ) -> Tensor:
+        """As Model. The logits of a captured step are overwritten by the next.
+
+        form: in which tokens are chosen by the same graph, that was captured so.
+        """
         if batch.captured is None:
             return self._model(batch, kv_cache)  # type: ignore[no-any-return]
-        captured = self._captured[batch.captured]
+        captured = self._captured[batch.captured, form]
         assert captured.addresses == _addresses(batch), "the input of a graph has moved"
         return captured.logits(batch, kv_cache)
 
-    def capture(self, batch: ForwardBatch, kv_cache: Any) -> None:
+    def capture(
+        self,
+        batch: ForwardBatch,
+        kv_cache: Any,
+        form: SamplingForm | None = None,
+        choose: Callable[[Tensor, SamplingForm], None] | None = None,
+    ) -> None:
         """Capture the step of a batch, whose input will lie where it lies now.
 
+        form: in which `choose` chooses tokens behind it, in the same graph; None: logits are all.
         Raises RuntimeError for a step that cannot be captured.
         """
         assert batch.captured is not None
@@ -149,9 +162,15 @@ class GraphedModel:
                 pieces = LayerPieces(self._model, self._recorder, self._breaks, batch, kv_cache)
                 logits = pieces.logits
             else:
-                replay = self._recorder.record(lambda: self._model(batch, kv_cache))
-                logits = _ignoring(replay)
-        self._captured[batch.captured] = _Captured(logits, _addresses(batch))
+
+                def compute() -> Tensor:
+                    computed: Tensor = self._model(batch, kv_cache)
+                    if form is not None and choose is not None:
+                        choose(computed, form)
+                    return computed
+
+                logits = _ignoring(self._recorder.record(compute))
+        self._captured[batch.captured, form] = _Captured(logits, _addresses(batch))
 
     def num_bytes(self) -> int:
         """Memory that the graphs hold."""

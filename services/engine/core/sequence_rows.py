@@ -45,6 +45,7 @@ class SequenceRows:
         # Whether these hang on which tokens there are, by more than their counts.
         self.reads_text = [False] * num_rows
         self.is_greedy = [True] * num_rows  # the likeliest token and nothing else is wanted
+        self.is_plain = [True] * num_rows  # one token is wanted, of logits as they are
         self._temperature = np.zeros(num_rows, np.float32)
         self._top_k = np.zeros(num_rows, np.int64)
         self._top_p = np.ones(num_rows, np.float32)
@@ -131,6 +132,5 @@ class SequenceRows:
             or sequence.request.stopping.min_tokens > 0
             or sequence.matcher is not None
         )
-        self.is_greedy[row] = (
-            sampling.temperature == 0 and sampling.logprobs is None and not self.has_edits[row]
-        )
+        self.is_plain[row] = sampling.logprobs is None and not self.has_edits[row]
+        self.is_greedy[row] = sampling.temperature == 0 and self.is_plain[row]

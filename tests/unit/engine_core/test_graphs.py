@@ -18,15 +18,18 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from services.engine.core import device_runner
 from services.engine.core.batch import CapturedShape, ForwardBatch
 from services.engine.core.capturing import CaptureLimits, capture_all, shapes_to_capture
 from services.engine.core.device_runner import DeviceRunner, make_device_runner
+from services.engine.core.device_sampling import DeviceSampler
 from services.engine.core.engine import EngineCore
 from services.engine.core.graph_pieces import ComputePieces, Replay
 from services.engine.core.graphs import Compute, GraphedModel
+from services.engine.core.kernels.sampling import SamplingForm
 from services.engine.core.messages import Sampling, SequenceRequest, Stopping
 from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
@@ -140,8 +143,8 @@ def requests() -> list[SequenceRequest]:
     ]
 
 
-def answers(core: EngineCore) -> dict[int, list[int]]:
-    core.add(requests())
+def answers(core: EngineCore, asked: list[SequenceRequest] | None = None) -> dict[int, list[int]]:
+    core.add(asked or requests())
     found: dict[int, list[int]] = {}
     while core.has_work:
         for delta in core.step().deltas:
@@ -161,6 +164,51 @@ def test_answers_are_the_same(family: str, speculation: Any, tmp_path: Path) -> 
     assert found == answers(build(tmp_path, speculation=speculation))
     assert recorder.replays > 3
     assert recorder.pieces > 3 * 5  # four layers make five pieces
+
+
+PLAIN: list[dict[str, Any]] = [{"temperature": 0.0}]
+DRAWN: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0.0},
+    {"temperature": 1.2, "top_k": 5},
+]
+EDITED: list[dict[str, Any]] = [
+    *DRAWN[:3],
+    {"temperature": 0.0, "frequency_penalty": 1.0, "logit_bias": {7: 3.0}},
+    {"temperature": 1.0, "logprobs": 2},
+]
+
+
+@pytest.mark.parametrize("kinds", [PLAIN, DRAWN, EDITED], ids=["greedy", "drawn", "edited"])
+@pytest.mark.parametrize("speculation", ["off", "ngram"])
+def test_graphs_choose_tokens_where_nothing_else_is_wanted_of_logits(
+    kinds: list[dict[str, Any]], speculation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model("llama", tmp_path, max_position_embeddings=160)
+    enqueued: list[int] = []
+    enqueue = DeviceSampler.enqueue
+
+    def enqueueing(self: DeviceSampler, logits: Tensor, form: SamplingForm) -> None:
+        enqueued.append(form.num_rows)
+        enqueue(self, logits, form)
+
+    monkeypatch.setattr(DeviceSampler, "enqueue", enqueueing)
+    monkeypatch.setattr(device_runner, "DeviceSampler", partial(DeviceSampler, at_once=False))
+    asked = [
+        replace(each, sampling=Sampling(**kinds[index % len(kinds)], seed=index))
+        for index, each in enumerate(requests())
+    ]
+    make_runner = partial(graphed, Replaying(), drafts=speculation != "off")
+    core = build(tmp_path, make_runner, speculation=speculation)
+    found = answers(core, asked)
+    assert found == answers(build(tmp_path, speculation=speculation), asked)
+    steps = core.load().steps
+    if kinds is EDITED:
+        assert len(enqueued) > steps // 2
+    else:
+        # Of steps that compute prompts.
+        assert len(enqueued) < steps // 2
 
 
 class Refusing(Replaying):

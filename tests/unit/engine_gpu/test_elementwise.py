@@ -62,10 +62,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", empty_like)
 
 
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    """Equal but for the last bits of what is kept."""
+def assert_same(found: Tensor, expected: Tensor, roundings: int = 1) -> None:
+    """Equal but for the last bits of what is kept, so many times on the way."""
     assert found.dtype == expected.dtype
-    precision = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[expected.dtype]
+    once = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[expected.dtype]
+    precision = roundings * once
     torch.testing.assert_close(found, expected, atol=precision, rtol=precision)
 
 
@@ -254,7 +255,7 @@ def test_gated_rows_are_rounded_as_if_they_had_been_stored(
 @given(rows=st.integers(0, 9), size=SIZES, dtype=st.sampled_from(DTYPES), gap=st.integers(0, 9))
 def test_gates(op: Op[..., Any], rows: int, size: int, dtype: torch.dtype, gap: int) -> None:
     gate_up = strided((rows, 2 * size), dtype, gap) * 4
-    assert_same(triton(op)(gate_up), op.reference(gate_up))
+    assert_same(triton(op)(gate_up), op.reference(gate_up), roundings=2)
 
 
 @CASES

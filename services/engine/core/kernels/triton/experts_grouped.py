@@ -28,7 +28,7 @@ from services.engine.core.kernels.triton.specialisation import Specialisation
 _TILES = (
     (16, Tile(rows=16, outputs=32, inputs=128, num_warps=4, num_stages=4)),
     (32, Tile(rows=32, outputs=64, inputs=128, num_warps=4, num_stages=4)),
-    (1 << 31, Tile(rows=64, outputs=128, inputs=64, num_warps=4, num_stages=3)),
+    (1 << 31, Tile(rows=64, outputs=64, inputs=128, num_warps=4, num_stages=3)),
 )
 
 
@@ -205,7 +205,6 @@ def _forms() -> Iterator[Specialisation]:
                     constants,
                     tile.num_warps,
                     tile.num_stages,
-                    spills="two words, on Ampere" if tile.rows == 64 else "",
                 )
 
 

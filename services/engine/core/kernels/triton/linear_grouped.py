@@ -8,10 +8,13 @@ high halves another, each with the activations that belong to it, so that nothin
 With few rows a step waits for weights, and what counts is that enough of them are under way: tiles
 are narrow, and split along the inputs where that leaves multiprocessors idle. With many, each tile
 of rows turns all weights into floats again, four to five instructions each: in a tile of 128 rows
-as much time as 60 % of the products take. From `FLOATS_FROM_ROWS` on the matrix is therefore turned
-into floats once and multiplied by cuBLAS, a slice at a time that stays in the L2 cache: written and
-read once, 2 bytes a weight at 3 TB/s, a weight costs 0.85 ps more, and its product with a row takes
-2.5 ps / 1000 at 800 TFLOP/s, in this kernel's tiles 4.2 at best. That is even at 500 rows.
+as much time as 60 % of the products take. Two programs share a multiprocessor, so that one does it
+while the other multiplies; tiles of 256 rows would do it half as often, but have a multiprocessor
+to themselves (215 registers, 112 KB) and wait for it. From `FLOATS_FROM_ROWS` on the matrix is
+therefore turned into floats once and multiplied by cuBLAS, a slice at a time that stays in the L2
+cache: written and read once, 2 bytes a weight at 3 TB/s, a weight costs 0.85 ps more, and its
+product with a row takes 2.5 ps / 1000 at 800 TFLOP/s, in this kernel's tiles 4.2 at best. That is
+even at 500 rows.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from triton import language as tl
 from services.engine.core.kernels.linear import grouped_embedding, grouped_linear
 from services.engine.core.kernels.matrices import GroupedMatrix
 from services.engine.core.kernels.triton import why_not
-from services.engine.core.kernels.triton.language import dot, rounded
-from services.engine.core.kernels.triton.linear_splits import Tile, split_steps, sum_splits
+from services.engine.core.kernels.triton.language import dot, rounded, wait_for_earlier
+from services.engine.core.kernels.triton.linear_splits import Division, Tile, Tiles
+from services.engine.core.kernels.triton.serving import begins_early, early_forms
 from services.engine.core.kernels.triton.specialisation import Specialisation
 
 FLOATS_FROM_ROWS = 512
@@ -36,12 +40,13 @@ FLOATS_FROM_ROWS = 512
 _SLICE_BYTES = 24 << 20
 # Of a row that is turned into floats, by a program: 16 bytes for each thread.
 _ROW_INPUTS = 2048
-# By the rows that they serve, in ascending order.
-_TILES = (
+# With 64 rows by 128 outputs and four warps, Triton would write the operand of four bits to shared
+# memory by twos of bytes.
+_TILES: Tiles = (
     (16, Tile(rows=16, outputs=64, inputs=128, num_warps=4, num_stages=4)),
     (32, Tile(rows=32, outputs=64, inputs=128, num_warps=4, num_stages=4)),
-    (64, Tile(rows=64, outputs=128, inputs=64, num_warps=4, num_stages=3)),
-    (1 << 31, Tile(rows=128, outputs=128, inputs=64, num_warps=8, num_stages=3)),
+    (64, Tile(rows=64, outputs=64, inputs=128, num_warps=4, num_stages=3, resident=2)),
+    (1 << 31, Tile(rows=128, outputs=128, inputs=64, num_warps=8, num_stages=3, resident=2)),
 )
 
 
@@ -162,11 +167,13 @@ def grouped_linear_kernel(  # type: ignore[no-untyped-def]
     tile_rows: tl.constexpr,
     tile_outputs: tl.constexpr,
     tile_inputs: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """One tile of hidden * weight^T + bias, or of one split of it: [splits, rows, outputs] float32.
 
     is_whole: whether inputs are whole tiles.
     """
+    wait_for_earlier(is_early)
     # Tiles of rows that read the same weights run side by side.
     row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
     column = tl.program_id(1) * tile_outputs + tl.arange(0, tile_outputs)
@@ -214,39 +221,31 @@ def grouped_linear_triton(hidden: Tensor, weight: GroupedMatrix, bias: Tensor | 
     output = hidden.new_empty(rows, outputs)
     if not rows:
         return output
-    tile = next(tile for most, tile in _TILES if rows <= most)
-    grid = cdiv(rows, tile.rows), cdiv(outputs, tile.outputs)
-    steps_of_split = split_steps(cdiv(inputs, tile.inputs), tile, grid[0] * grid[1], hidden.device)
-    splits = cdiv(cdiv(inputs, tile.inputs), steps_of_split)
-    parts = output
-    if splits > 1:
-        parts = output.new_empty(splits, rows, outputs, dtype=torch.float32)
-    grouped_linear_kernel[(*grid, splits)](
-        hidden,
-        weight.levels,
-        weight.scales,
-        weight.minima,
-        bias,
-        parts,
-        rows,
-        outputs,
-        inputs,
-        weight.levels.shape[1],
-        weight.scales.shape[1],
-        steps_of_split,
-        hidden.stride(0),
-        bits=weight.bits,
-        group_size=weight.group_size,
-        is_whole=inputs % tile.inputs == 0,
-        is_split=splits > 1,
-        tile_rows=tile.rows,
-        tile_outputs=tile.outputs,
-        tile_inputs=tile.inputs,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    if splits > 1:
-        sum_splits(parts, bias, output)
+    division = Division.of(_TILES, rows, weight.shape, hidden.device)
+
+    def run(there: Tensor) -> None:
+        grid = division.row_tiles, division.column_tiles, division.splits
+        grouped_linear_kernel[grid](
+            hidden,
+            weight.levels,
+            weight.scales,
+            weight.minima,
+            bias,
+            there,
+            rows,
+            outputs,
+            inputs,
+            weight.levels.shape[1],
+            weight.scales.shape[1],
+            division.steps_of_split,
+            hidden.stride(0),
+            bits=weight.bits,
+            group_size=weight.group_size,
+            **division.options,
+            **begins_early(hidden.device),
+        )
+
+    division.compute(run, bias, output)
     return output
 
 
@@ -261,8 +260,10 @@ def grouped_rows_kernel(  # type: ignore[no-untyped-def]
     bits: tl.constexpr,
     group_size: tl.constexpr,
     tile_inputs: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """Some inputs of one row as floats: of row N of the grid, or of the row that rows[N] names."""
+    wait_for_earlier(is_early)
     index = tl.program_id(0).to(tl.int64)
     row = index
     if rows is not None:
@@ -304,6 +305,7 @@ def _write_rows(rows: Tensor | None, weight: GroupedMatrix, output: Tensor) -> N
         bits=weight.bits,
         group_size=weight.group_size,
         tile_inputs=_ROW_INPUTS,
+        **begins_early(output.device),
     )
 
 
@@ -363,9 +365,7 @@ def _forms() -> Iterator[Specialisation]:
                 "bias": None,
                 "is_whole": True,
                 "is_split": is_split,
-                "tile_rows": tile.rows,
-                "tile_outputs": tile.outputs,
-                "tile_inputs": tile.inputs,
+                **tile.constants,
             }
             yield Specialisation(
                 grouped_linear_kernel,
@@ -378,4 +378,4 @@ def _forms() -> Iterator[Specialisation]:
         yield Specialisation(grouped_rows_kernel, signature, own | {"tile_inputs": _ROW_INPUTS})
 
 
-COMPILED = tuple(_forms())
+COMPILED = early_forms(_forms())

@@ -15,25 +15,25 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from triton import cdiv, jit
+from triton import jit
 from triton import language as tl
 
 from services.engine.core.kernels.linear import scaled_linear
 from services.engine.core.kernels.matrices import ScaledMatrix
 from services.engine.core.kernels.triton import why_not
-from services.engine.core.kernels.triton.language import INTERPRETED
-from services.engine.core.kernels.triton.linear_splits import Tile, split_steps, sum_splits
-from services.engine.core.kernels.triton.serving import converts_fp8
+from services.engine.core.kernels.triton.language import INTERPRETED, wait_for_earlier
+from services.engine.core.kernels.triton.linear_splits import Division, Tile, Tiles
+from services.engine.core.kernels.triton.serving import begins_early, converts_fp8, early_forms
 from services.engine.core.kernels.triton.specialisation import Specialisation
 
 _EXACT_INPUTS = tl.constexpr(128)
 # Tiles of outputs that run together: 16 of 128 outputs and 4096 inputs are 8 MB of the L2 cache.
 _GROUP_TILES = 16
-_TILES = (
+_TILES: Tiles = (
     (16, Tile(rows=16, outputs=64, inputs=256, num_warps=4, num_stages=4)),
     (32, Tile(rows=32, outputs=64, inputs=256, num_warps=4, num_stages=4)),
-    (64, Tile(rows=64, outputs=128, inputs=128, num_warps=4, num_stages=4)),
-    (1 << 31, Tile(rows=128, outputs=128, inputs=128, num_warps=8, num_stages=4)),
+    (64, Tile(rows=64, outputs=128, inputs=128, num_warps=4, num_stages=4, resident=2)),
+    (1 << 31, Tile(rows=128, outputs=128, inputs=128, num_warps=8, num_stages=4, resident=1)),
 )
 
 
@@ -67,11 +67,13 @@ def scaled_linear_kernel(  # type: ignore[no-untyped-def]
     tile_outputs: tl.constexpr,
     tile_inputs: tl.constexpr,
     group_tiles: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """One tile of a projection, or of one split of it: [splits, rows, outputs] float32.
 
     is_whole: whether inputs are whole tiles.
     """
+    wait_for_earlier(is_early)
     # All tiles of rows go through one group of tiles of outputs before the next group begins.
     row_tiles, column_tiles = tl.cdiv(rows, tile_rows), tl.cdiv(outputs, tile_outputs)
     index, split = tl.program_id(0), tl.program_id(1)
@@ -126,36 +128,26 @@ def scaled_linear_triton(
     output = scales.new_empty(rows, outputs, dtype=dtype)
     if not rows:
         return output
-    tile = next(tile for most, tile in _TILES if rows <= most)
-    programs = cdiv(rows, tile.rows) * cdiv(outputs, tile.outputs)
-    steps = cdiv(inputs, tile.inputs)
-    steps_of_split = split_steps(steps, tile, programs, elements.device)
-    splits = cdiv(steps, steps_of_split)
-    parts = output
-    if splits > 1:
-        parts = scales.new_empty(splits, rows, outputs)
-    scaled_linear_kernel[(programs, splits)](
-        elements,
-        scales,
-        weight.elements,
-        weight.scales,
-        bias,
-        parts,
-        rows,
-        outputs,
-        inputs,
-        steps_of_split,
-        is_whole=inputs % tile.inputs == 0,
-        is_split=splits > 1,
-        tile_rows=tile.rows,
-        tile_outputs=tile.outputs,
-        tile_inputs=tile.inputs,
-        group_tiles=_GROUP_TILES,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    if splits > 1:
-        sum_splits(parts, bias, output)
+    division = Division.of(_TILES, rows, weight.shape, elements.device)
+
+    def run(there: Tensor) -> None:
+        scaled_linear_kernel[(division.row_tiles * division.column_tiles, division.splits)](
+            elements,
+            scales,
+            weight.elements,
+            weight.scales,
+            bias,
+            there,
+            rows,
+            outputs,
+            inputs,
+            division.steps_of_split,
+            group_tiles=_GROUP_TILES,
+            **division.options,
+            **begins_early(elements.device),
+        )
+
+    division.compute(run, bias, output)
     return output
 
 
@@ -212,9 +204,7 @@ def _forms() -> Iterator[Specialisation]:
                 "bias": None,
                 "is_whole": True,
                 "is_split": is_split,
-                "tile_rows": tile.rows,
-                "tile_outputs": tile.outputs,
-                "tile_inputs": tile.inputs,
+                **tile.constants,
                 "group_tiles": _GROUP_TILES,
             }
             own = signature | ({"output": "*fp32"} if is_split else {})
@@ -223,4 +213,4 @@ def _forms() -> Iterator[Specialisation]:
             )
 
 
-COMPILED = tuple(_forms())
+COMPILED = early_forms(_forms())

@@ -7,7 +7,8 @@ import time
 import torch
 
 from benchmarks.gpu_bench import Bench, Row, implementations
-from services.engine.core.kernels.device_check import check_device, poison
+from services.engine.core.kernels.checking_apart import poison
+from services.engine.core.kernels.device_check import check_device
 from services.engine.core.kernels.examples import (
     EXAMPLES,
     LLAMA_8B,

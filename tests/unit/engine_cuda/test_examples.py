@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from services.engine.core.kernels import cuda, examples
-from services.engine.core.kernels.device_check import check_one
+from services.engine.core.kernels.checking_apart import check_one
 from services.engine.core.kernels.registry import OPS
 from tests.fakes.cuda.emulator import Emulator
 

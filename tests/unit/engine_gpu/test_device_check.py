@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from services.engine.core.kernels import OPS, device_check, rms_norm
-from services.engine.core.kernels.device_check import Verdicts, check_device, check_one, run_checks
+from services.engine.core.kernels.checking_apart import check_one, run_checks
+from services.engine.core.kernels.device_check import Verdicts, check_device
 from services.engine.core.kernels.examples import EXAMPLES
 from services.engine.core.kernels.registry import Implementation
 

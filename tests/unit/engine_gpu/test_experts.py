@@ -12,6 +12,7 @@ from torch import Tensor
 
 from services.engine.core.kernels import choose_experts, mixture_of_experts
 from services.engine.core.kernels.triton import experts as module
+from services.engine.core.kernels.triton import experts_routing as routing
 
 
 def triton_form() -> Any:
@@ -78,8 +79,8 @@ def sizes(rows: int) -> Any:
 
 
 def test_many_choices_are_put_in_order_by_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ONE_PROGRAM", 64)
-    monkeypatch.setattr(module, "_CHUNK", 32)
+    monkeypatch.setattr(routing, "_ONE_PROGRAM", 64)
+    monkeypatch.setattr(routing, "_CHUNK", 32)
     assert_same(step(70, 7, 3, 32, 24, torch.bfloat16))
 
 
@@ -87,10 +88,10 @@ def test_many_choices_are_put_in_order_by_many_programs(monkeypatch: pytest.Monk
 def test_choices_are_ordered_by_expert_and_each_block_has_one(
     one_program: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ONE_PROGRAM", one_program)
+    monkeypatch.setattr(routing, "_ONE_PROGRAM", one_program)
     ids = torch.randint(0, 6, (333,))
     ids[ids == 4] = 5
-    order, table = module.plan(ids, 6, 16)
+    order, table = routing.plan(ids, 6, 16)
     assert sorted(order.tolist()) == list(range(333))
     ordered = ids[order.long()]
     assert torch.equal(ordered, ids.sort().values)

@@ -1,6 +1,6 @@
 """Mixtures of experts whose matrices have eight or four bits in groups.
 
-As experts.py has it: choices in the order of experts, and programs that look up whose rows theirs
+As experts.py has it: rows in the order of experts, and programs that look up whose rows theirs
 are; the products themselves are those of linear_grouped.py. Of an expert that no token chose,
 nothing is read.
 """
@@ -18,7 +18,9 @@ from triton import language as tl
 from services.engine.core.kernels.activation import silu_and_mul
 from services.engine.core.kernels.experts import grouped_mixture_of_experts, mixture_of_experts
 from services.engine.core.kernels.matrices import GroupedMatrix
-from services.engine.core.kernels.triton import experts, why_not
+from services.engine.core.kernels.triton import why_not
+from services.engine.core.kernels.triton.experts import combine
+from services.engine.core.kernels.triton.experts_routing import plan, rows_of_block
 from services.engine.core.kernels.triton.language import rounded
 from services.engine.core.kernels.triton.linear_grouped import float_rows, grouped_product
 from services.engine.core.kernels.triton.linear_splits import Tile
@@ -62,9 +64,7 @@ def grouped_experts_kernel(  # type: ignore[no-untyped-def]
     block = tl.program_id(0)
     expert = tl.load(table + block * 3)
     if expert < experts:
-        place = tl.load(table + block * 3 + 1) + tl.arange(0, tile_rows)
-        inside = place < tl.load(table + block * 3 + 2)
-        choice = tl.load(order + place, mask=inside, other=0)
+        place, inside, choice = rows_of_block(order, table, block, tile_rows)
         column = tl.program_id(1) * tile_outputs + tl.arange(0, tile_outputs)
         source, target = choice // per_token, place
         if shares is not None:
@@ -120,13 +120,13 @@ def grouped_mixture_of_experts_triton(
         return torch.zeros_like(hidden)
     count, doubled, _ = gate_up.shape
     tile = next(tile for most, tile in _TILES if choices <= most * count)
-    order, table = experts.plan(expert_ids.contiguous().view(-1), count, tile.rows)
+    order, table = plan(expert_ids.contiguous().view(-1), count, tile.rows)
     raised = hidden.new_empty(choices, doubled)
     _launch(hidden, gate_up, None, raised, order, table, per_token, tile)
     outer = hidden.new_empty(choices, size)
     shares = expert_weights.contiguous()
     _launch(silu_and_mul(raised), down, shares, outer, order, table, per_token, tile)
-    return outer if per_token == 1 else experts.combine(outer, per_token)
+    return outer if per_token == 1 else combine(outer, per_token)
 
 
 def _floats(stack: Tensor | GroupedMatrix, dtype: torch.dtype) -> Tensor:

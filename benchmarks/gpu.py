@@ -49,6 +49,7 @@ PARTS = {
     "long": Part("gpu_engine.kv_formats", 40, "long contexts, KV cache by format"),
     "drafts": Part("gpu_engine.speculation", 30, "speculation on repetitive text"),
     "elementwise": Part("gpu_products.elementwise", 20, "norms, activations, rope"),
+    "sums": Part("gpu_sums.sums", 40, "sums over ranks, beside NCCL"),
     "sampling": Part("gpu_products.sampling", 10, "choosing tokens"),
 }
 # A part may take this much longer than its budget, to end the case that it is at.

@@ -14,6 +14,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <unordered_map>
 
 #include "cuda_runtime.h"
 
@@ -108,18 +109,14 @@ struct Block {
   }
 };
 
-// A word on its way to memory.
-struct Store {
-  uint32_t* to;
-  uint32_t word;
-};
-
 // One of several, whose kernels run at the same time: one after another on each of them.
 struct Device {
   std::deque<Grid> launched;
   std::vector<uint64_t> to_start;  // blocks of the first of them
   std::vector<std::unique_ptr<Block>> running;
-  std::vector<Store> stores;
+  // Words on their way to memory: an address for each, and what is to come to an address in turn.
+  std::vector<uint32_t*> stores;
+  std::unordered_map<uint32_t*, std::vector<uint32_t>> words;
   bool is_within = false;  // the first of them
 };
 
@@ -234,13 +231,14 @@ void run_block(const Grid& grid, uint64_t number, std::mt19937& random) {
   }
 }
 
-// What one store wrote reaches memory, after what the device wrote to the same place before.
+// A word reaches memory, after what the device wrote to the same place before.
 void land(Device& from, size_t which) {
-  const auto first = std::find_if(from.stores.begin(), from.stores.end(), [&](const Store& each) {
-    return each.to == from.stores[which].to;
-  });
-  *first->to = first->word;
-  from.stores.erase(first);
+  uint32_t* to = std::exchange(from.stores[which], from.stores.back());
+  from.stores.pop_back();
+  std::vector<uint32_t>& words = from.words[to];
+  *to = words.front();
+  words.erase(words.begin());
+  if (words.empty()) from.words.erase(to);
 }
 
 // A turn of a device: a block starts, a warp goes on for a while, some of what was stored arrives.
@@ -265,22 +263,23 @@ bool run_turn(Device& turn, std::mt19937& random) {
     const size_t which = (first + i) % turn.running.size();
     Block& own = *turn.running[which];
     enter(own);
-    for (size_t warps = own.warps.size(); warps-- > 0;) {
-      Warp& warp = own.warps[random() % own.warps.size()];
+    std::vector<size_t> order(own.warps.size());
+    std::iota(order.begin(), order.end(), 0);
+    if (!in_order) std::shuffle(order.begin(), order.end(), random);
+    for (size_t warp : order) {
       uint32_t turns = 1 + random() % 8;
-      while (turns-- > 0 && run_warp(warp, random() % 2 == 0)) ran = true;
+      while (turns-- > 0 && run_warp(own.warps[warp], random() % 2 == 0)) ran = true;
     }
     if (own.alive == 0) {
       turn.running.erase(turn.running.begin() + ptrdiff_t(which));
       ran = true;
     }
   }
-  const bool at_end = turn.running.empty() && turn.to_start.empty();
-  size_t arriving = turn.stores.size();
-  if (!in_order && !at_end && arriving > 0) arriving = random() % (arriving + 1) / (random() % 4 + 1);
   ran |= !turn.stores.empty() || !turn.to_start.empty();
-  while (arriving-- > 0) land(turn, in_order ? 0 : random() % turn.stores.size());
-  if (at_end) {
+  size_t arriving = turn.stores.size();
+  if (!in_order) arriving = random() % (arriving + 1) / (1 + random() % 4);
+  while (arriving-- > 0) land(turn, random() % turn.stores.size());
+  if (turn.running.empty() && turn.to_start.empty() && turn.stores.empty()) {
     // The next kernel sees all of it.
     turn.launched.pop_front();
     turn.is_within = false;
@@ -427,7 +426,8 @@ void store_later(uint32_t* address, uint32_t word) {
   if (device == nullptr) {
     *address = word;
   } else {
-    device->stores.push_back({address, word});
+    device->stores.push_back(address);
+    device->words[address].push_back(word);
   }
 }
 

@@ -49,7 +49,10 @@ def test_every_part_runs_and_says_what_it_measured(tmp_path: Path) -> None:
     ), [part["text"] for part in report["parts"]]
     assert status == 0
     measured = {row["part"] for row in report["rows"] if row["value"] is not None}
-    assert measured == set(gpu.PARTS)
+    # Sums over ranks want two cards.
+    assert measured == set(gpu.PARTS) - {"sums"}
+    (sums,) = [row for row in report["rows"] if row["part"] == "sums"]
+    assert sums["note"] == "there are 0 GPUs, and it takes two"
     wrong = [
         row for row in report["rows"] if row["part"] == "correctness" and row["values"].get("wrong")
     ]

@@ -32,7 +32,8 @@ def test_sums_are_right_launched_and_in_graphs(devices: list[int], tmp_path: Pat
 def test_ranks_choose_alike_by_what_they_measure(devices: list[int], tmp_path: Path) -> None:
     said = run(peer_processes.choice, devices, tmp_path)
     assert len(set(said)) == 1
-    # Our own take turns on one card, where they are not the fastest.
+    assert said[0] != "nothing"
+    # On one card processes take turns: there it does not say which is the fastest.
     assert said[0].endswith(": True") or len(set(devices)) == 1
 
 

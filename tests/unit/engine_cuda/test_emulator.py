@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from services.engine.core.kernels.cuda.build import SOURCES, Recipe, build
-from services.engine.core.kernels.cuda.library import Library
+from services.engine.core.kernels.cuda.library import CudaError, Library
 from tests.fakes.cuda import emulator
 from tests.fakes.cuda.emulator import Emulator, guarded
 
@@ -178,3 +178,47 @@ def test_the_last_block_sees_what_the_others_wrote(probe: Emulator, seed: int) -
     with probe.schedule(seed):
         run(probe, "last_block", out, out, out)
     assert out.tolist() == [21, 0, 21]
+
+
+def test_what_a_card_writes_for_another_arrives_word_by_word(probe: Emulator) -> None:
+    found = set()
+    for seed in range(100):
+        memory, copy, again = (torch.zeros(4, dtype=torch.int32) for _ in range(3))
+        with probe.device(0):
+            run(probe, "hand_over", memory, memory, memory, choice=0)
+            # A kernel sees what the one before on its own card wrote, all of it.
+            run(probe, "hand_over", memory, memory, again, choice=1)
+        with probe.device(1):
+            run(probe, "hand_over", memory, memory, copy, choice=1)
+        with probe.schedule(seed):
+            probe.run_devices()
+        assert again.tolist() == [1, 2, 3, 4]
+        found.add(tuple(copy.tolist()))
+    assert len(found) > 2
+
+
+def test_cards_that_wait_for_each_other_run_at_the_same_time(probe: Emulator) -> None:
+    there, back = (torch.zeros(2, 4, dtype=torch.int32) for _ in range(2))
+    for number, (own, other) in enumerate([(there, back), (back, there)]):
+        with probe.device(number):
+            run(probe, "hand_over", own, own, own[0], choice=0)
+            run(probe, "hand_over", other, other, own[1], choice=1)
+    probe.run_devices()
+    assert there.tolist() == back.tolist() == [[1, 2, 3, 4]] * 2
+
+
+def test_shared_memory_is_only_for_a_card_that_is_alone(probe: Emulator) -> None:
+    with probe.device(0), pytest.raises(CudaError, match="cudaErrorInvalidConfiguration"):
+        reverse(probe, 0)
+    assert reverse(probe, 0)
+
+
+def test_a_mistake_on_one_of_several_cards_ends_all_of_them(probe: Emulator) -> None:
+    there, nowhere = torch.zeros(4, dtype=torch.int32), torch.zeros(0)
+    with probe.device(0):
+        run(probe, "hand_over", nowhere, nowhere, nowhere, choice=0)
+    with probe.device(1):
+        run(probe, "hand_over", there, there, there, choice=1)
+    with probe.fails("cudaErrorIllegalAddress", "outside of every allocation"):
+        probe.run_devices()
+    probe.run_devices()

@@ -22,6 +22,7 @@ from services.engine.core.parallel.short_sums import (
     Choice,
     Gather,
     ShortSums,
+    slowest,
     try_sums,
 )
 from tests.fakes.cuda import emulator
@@ -137,17 +138,17 @@ def test_the_method_of_a_sum_is_the_fastest_of_the_next_size_that_was_measured()
             OTHERWISE: {4096: 5.0, 8192: 5.0, 16384: 5.0},
         }
 
-    choice = Choice.of([durations(1.0), durations(1.0)])
+    choice = Choice.of(slowest([durations(1.0), durations(1.0)]))
     sizes = [16, 4096, 4112, 8192, 8208, 2**30]
     expected = [ONE_SHOT, ONE_SHOT, ONE_SHOT, ONE_SHOT, OTHERWISE, OTHERWISE]
     assert [choice.method(each) for each in sizes] == expected
     assert str(choice) == "up to 8 KiB by one shot"
     # What is slow on one rank is slow for all.
-    choice = Choice.of([durations(1.0), durations(2.0)])
+    choice = Choice.of(slowest([durations(1.0), durations(2.0)]))
     assert choice.method(8192) == TWO_SHOT
     assert str(choice) == "up to 4 KiB by one shot, up to 8 KiB by two shots"
     nothing = {OTHERWISE: {4096: 1.0}, ONE_SHOT: {4096: 2.0}}
-    assert str(Choice.of([nothing])) == "none"
+    assert str(Choice.of(nothing)) == "none"
 
 
 class PeersInThreads:
@@ -183,8 +184,12 @@ def test_sums_that_are_not_chosen_are_left_to_others() -> None:
             self.calls.append((values.nbytes, two_shot))
 
     peers: Any = Peers()
-    sums = ShortSums(peers, [], None)  # type: ignore[arg-type]
-    sums.choice = Choice({4096: ONE_SHOT, 8192: TWO_SHOT, 16384: OTHERWISE})
+    seconds = {
+        ONE_SHOT: {4096: 1.0, 8192: 3.0, 16384: 9.0},
+        TWO_SHOT: {4096: 2.0, 8192: 2.0, 16384: 9.0},
+        OTHERWISE: {4096: 3.0, 8192: 3.0, 16384: 3.0},
+    }
+    sums = ShortSums(peers, [], None, seconds)
     taken = [sums.sum(torch.zeros(each, dtype=torch.bfloat16)) for each in (8, 4096, 8192, 2**15)]
     assert taken == [True, True, False, False]
     assert peers.calls == [(16, False), (8192, True)]

@@ -90,7 +90,8 @@ class ParallelBackend:
         bounds = rank.divide(free_bytes, enough)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        self._ranks = join(place, store, device)
+        own_sums = "cuda" not in settings.excluded_kernels
+        self._ranks = join(place, store, device, own_sums=own_sums)
         workers.tell(Load(bounds))
         self._shard = rank.load(bounds, self._ranks)
         self.most_rows = min(workers.answers())

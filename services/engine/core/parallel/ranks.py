@@ -114,8 +114,13 @@ class TorchRanks:
                 work.wait()
 
 
-def join(place: Place, store: TCPStore, device: torch.device) -> TorchRanks:
-    """Join the ranks of a model, which all do so at about the same time."""
+def join(
+    place: Place, store: TCPStore, device: torch.device, *, own_sums: bool = True
+) -> TorchRanks:
+    """Join the ranks of a model, which all do so at about the same time.
+
+    own_sums: whether short sums may be computed by our own kernels.
+    """
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -125,7 +130,7 @@ def join(place: Place, store: TCPStore, device: torch.device) -> TorchRanks:
         device_id=device if on_gpu else None,
     )
     ranks = TorchRanks(place)
-    if on_gpu and place.layout.tensor > 1:
+    if own_sums and on_gpu and place.layout.tensor > 1:
         global _short_sums
         _short_sums = ranks.connect(device)
     return ranks

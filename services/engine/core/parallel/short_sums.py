@@ -45,6 +45,8 @@ _TRIAL_S = 20.0
 # As long as torch.distributed waits for NCCL. A rank that is gone is found long before by rank 0,
 # which ends the others: this is for one that is there and does nothing.
 _PATIENCE_S = 600.0
+# Seconds of a sum, by method and size.
+Durations = Mapping[str, Mapping[int, float]]
 # Linux makes one up at each start of a machine: containers on it have the same.
 _MACHINE = Path("/proc/sys/kernel/random/boot_id")
 
@@ -65,17 +67,12 @@ class Choice:
     methods: Mapping[int, str]
 
     @classmethod
-    def of(cls, durations: Sequence[Mapping[str, Mapping[int, float]]]) -> Choice:
-        """Choose by what each rank has measured: seconds by method and size. A sum is over when
-        it is on the rank that takes the longest."""
-        longest = {
-            method: {size: max(each[method][size] for each in durations) for size in sizes}
-            for method, sizes in durations[0].items()
-        }
+    def of(cls, seconds: Durations) -> Choice:
+        """Choose by what sums take."""
         methods = {}
-        for size in longest[OTHERWISE]:
-            able = [method for method, sizes in longest.items() if size in sizes]
-            methods[size] = min(able, key=lambda method: longest[method][size])
+        for size in seconds[OTHERWISE]:
+            able = [method for method, sizes in seconds.items() if size in sizes]
+            methods[size] = min(able, key=lambda method: seconds[method][size])
         return cls(methods)
 
     def method(self, num_bytes: int) -> str:
@@ -91,13 +88,33 @@ class Choice:
         return ", ".join(parts) or "none"
 
 
-class ShortSums:
-    """The sums of the ranks of a stage that our kernels compute."""
+def slowest(durations: Sequence[Durations]) -> Durations:
+    """What sums take by what each rank has measured: one is over when it is on all ranks."""
+    return {
+        method: {size: max(each[method][size] for each in durations) for size in sizes}
+        for method, sizes in durations[0].items()
+    }
 
-    def __init__(self, peers: PeerSums, opened: Sequence[OpenInbox], inbox: Inbox) -> None:
-        self._peers, self._opened = peers, opened
-        self._inbox = inbox  # which others may write as long as this process runs
-        self.choice = Choice({})
+
+class ShortSums:
+    """The sums of the ranks of a stage that our kernels compute.
+
+    Attributes:
+        seconds: what was measured.
+        choice: what was chosen by it.
+    """
+
+    def __init__(
+        self,
+        peers: PeerSums,
+        opened: Sequence[OpenInbox],
+        inbox: Inbox | None,
+        seconds: Durations,
+    ) -> None:
+        """inbox: of this rank, which others may write as long as this process runs."""
+        self._peers, self._opened, self._inbox = peers, opened, inbox
+        self.seconds = seconds
+        self.choice = Choice.of(seconds)
 
     def sum(self, values: Tensor) -> bool:
         """Make `values` the sum over the ranks, in place, where that is chosen: whether it is is
@@ -147,12 +164,11 @@ def connect(
         peers = PeerSums(rank, addresses, device, patience_s=_TRIAL_S, traps=False)
         problem = _first(gather(_attempt(lambda: try_sums(peers, rank, device))[1]))
         if not problem:
-            sums = ShortSums(peers, opened, inbox)
             measured, problem = _attempt(lambda: _measure(peers, device, sum_otherwise))
             found = gather((measured, problem))
             problem = _first([each for _, each in found])
             if not problem:
-                sums.choice = Choice.of([each for each, _ in found])
+                sums = ShortSums(peers, opened, inbox, slowest([each for each, _ in found]))
                 peers.wait(_PATIENCE_S, traps=True)
                 if rank == 0:
                     logger.info("sums over ranks by our own kernels: %s", sums.choice)

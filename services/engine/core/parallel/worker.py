@@ -105,7 +105,10 @@ class Worker:
         try:
             if isinstance(order, Setup):
                 self._connection.send(Done(self._open(order)))
-                self._ranks = join(self._rank.place, self._store, self._rank.device)
+                own_sums = "cuda" not in order.settings.excluded_kernels
+                self._ranks = join(
+                    self._rank.place, self._store, self._rank.device, own_sums=own_sums
+                )
             elif isinstance(order, Load):
                 self._connection.send(Done(self._load(order)))
             else:

@@ -27,6 +27,8 @@ _PIECEWISE = (1024, 512, 256, 128, 64, 768, 384, 192, 96)
 _ADAPTED_DECODES = (64, 32, 16, 8, 4, 2, 1, 96, 128, 192, 256, 384, 512)
 _ADAPTED_SMALL_STEPS = (64, 16)
 _ADAPTED_PIECEWISE = (1024, 512, 256, 128, 64)
+# Of a draft model, sequences: beyond that a step costs with every token, and drafts seldom pay.
+_LARGEST_DRAFTING = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,9 @@ class CaptureLimits:
 
     seconds: float = 60.0
     num_bytes: int = 2 << 30
+
+
+DRAFTING_LIMITS = CaptureLimits(seconds=20.0, num_bytes=256 << 20)
 
 
 def shapes_to_capture(
@@ -76,6 +81,17 @@ def _shapes(
         *(CapturedShape(size, drafts) for size in small if drafts is not None),
         *(CapturedShape(size, None) for size in pieces),
     ]
+
+
+def shapes_for_drafting(
+    *, max_running_sequences: int, max_batch_tokens: int, max_query_length: int
+) -> tuple[CapturedShape, ...]:
+    """The same of a draft model: of one token a sequence, by powers of two, and of the first steps
+    of drafts, which take in what has become known since the drafts before."""
+    largest = min(max_running_sequences, max_batch_tokens, _LARGEST_DRAFTING)
+    sizes = sorted({1 << power for power in range(largest.bit_length())} | {largest}, reverse=True)
+    firsts = [size for size in _SMALL_STEPS if size <= min(max_batch_tokens, 2 * largest)]
+    return tuple(_shapes(sizes, max_query_length, firsts, ()))
 
 
 def capture_all(

@@ -18,9 +18,11 @@ from torch import Tensor
 from services.engine.core.batch import CapturedShape
 from services.engine.core.beside import Work
 from services.engine.core.capturing import (
+    DRAFTING_LIMITS,
     CaptureLimits,
     capture_all,
     capture_choices,
+    shapes_for_drafting,
     shapes_to_capture,
 )
 from services.engine.core.clock import now_ns
@@ -41,6 +43,9 @@ from services.engine.core.preparation import (
 from services.engine.core.runner import Model, step_outputs
 from services.engine.core.sequence_rows import SequenceRows
 from services.engine.core.speculation.controller import MAX_DRAFT_TOKENS
+
+# The kernels for few queries take 16 of a sequence: all but the longest draft.
+_FEW_QUERIES = MAX_DRAFT_TOKENS
 
 
 @dataclass(slots=True, eq=False)
@@ -254,14 +259,37 @@ def make_device_runner(
     shapes = shapes_to_capture(
         max_running_sequences=shape["max_running_sequences"],
         max_batch_tokens=shape["max_batch_tokens"],
-        # The kernels for few queries take 16 of a sequence: all but the longest draft.
-        max_query_length=MAX_DRAFT_TOKENS if drafts else 1,
+        max_query_length=_FEW_QUERIES if drafts else 1,
         takes_adapters=shape["takes_adapters"],
     )
+    return _capturing_runner(model, kv_cache, shapes, CaptureLimits(), **shape)
+
+
+def make_drafting_runner(
+    model: Any, kv_cache: Any, *, captures: bool, **shape: Any
+) -> DeviceRunner:
+    """The same for a draft model, whose graphs are few."""
+    if not captures:
+        return DeviceRunner(model, kv_cache, **shape)
+    shapes = shapes_for_drafting(
+        max_running_sequences=shape["max_running_sequences"],
+        max_batch_tokens=shape["max_batch_tokens"],
+        max_query_length=_FEW_QUERIES,
+    )
+    return _capturing_runner(model, kv_cache, shapes, DRAFTING_LIMITS, **shape)
+
+
+def _capturing_runner(
+    model: Any,
+    kv_cache: Any,
+    shapes: tuple[CapturedShape, ...],
+    limits: CaptureLimits,
+    **shape: Any,
+) -> DeviceRunner:
     device = shape["device"]
     graphed = GraphedModel(model, CudaRecorder(device), shapes, device=device)
     runner = DeviceRunner(graphed, kv_cache, captured_shapes=shapes, **shape)
-    runner.capture(CaptureLimits())
+    runner.capture(limits)
     return runner
 
 

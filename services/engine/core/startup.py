@@ -17,7 +17,7 @@ from services.engine.core.adapters.targets import Targets
 from services.engine.core.admission import AdmissionLimits
 from services.engine.core.backends import Backend, load_backend
 from services.engine.core.block_pool import BlockPool
-from services.engine.core.capturing import CaptureLimits
+from services.engine.core.capturing import DRAFTING_LIMITS, CaptureLimits
 from services.engine.core.constraints.compilation import Compiler
 from services.engine.core.constraints.vocabulary import read_vocabulary
 from services.engine.core.device_runner import DeviceRunner, make_device_runner
@@ -113,7 +113,10 @@ def build_engine(
         bytes_per_row += draft_model.bytes_per_block(settings)
     memory: dict[str, int] = {}
     if device.type == "cuda" and workers is None:
-        graphs_bytes = CaptureLimits().num_bytes if settings.cuda_graphs == "auto" else 0
+        graphs_bytes = 0
+        if settings.cuda_graphs == "auto":
+            graphs_bytes = CaptureLimits().num_bytes
+            graphs_bytes += DRAFTING_LIMITS.num_bytes if draft_model is not None else 0
         budget = plan_card(
             settings,
             backend,

@@ -24,7 +24,11 @@ from torch import Tensor
 from services.engine.core import device_runner
 from services.engine.core.batch import CapturedShape, ForwardBatch
 from services.engine.core.capturing import CaptureLimits, capture_all, shapes_to_capture
-from services.engine.core.device_runner import DeviceRunner, make_device_runner
+from services.engine.core.device_runner import (
+    DeviceRunner,
+    make_device_runner,
+    make_drafting_runner,
+)
 from services.engine.core.device_sampling import DeviceSampler
 from services.engine.core.engine import EngineCore
 from services.engine.core.graph_pieces import ComputePieces, Replay
@@ -32,6 +36,8 @@ from services.engine.core.graphs import Compute, GraphedModel
 from services.engine.core.kernels.sampling import SamplingForm
 from services.engine.core.messages import Sampling, SequenceRequest, Stopping
 from services.engine.core.settings import CoreSettings
+from services.engine.core.speculation.draft_model import DraftModelSpeculator
+from services.engine.core.speculation.step_cost import StepCost
 from services.engine.core.startup import build_engine
 from tests.fakes.decoder_families import VOCAB_SIZE, save_model
 
@@ -209,6 +215,36 @@ def test_graphs_choose_tokens_where_nothing_else_is_wanted_of_logits(
     else:
         # Of steps that compute prompts.
         assert len(enqueued) < steps // 2
+
+
+def test_a_draft_model_has_graphs_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Drafts then pay where they are right.
+    monkeypatch.setattr(StepCost, "observe", lambda *_: None)
+    save_model("llama", tmp_path, max_position_embeddings=160)
+    models, drafts = Replaying(), Replaying()
+    core = build(tmp_path, partial(graphed, models, drafts=True), draft_model_path=str(tmp_path))
+    speculator = core._scheduler._speculator
+    assert isinstance(speculator, DraftModelSpeculator)
+    plain = speculator._runner
+    with patch.object(device_runner, "CudaRecorder", lambda device: drafts):
+        speculator._runner = make_drafting_runner(
+            plain._model,
+            plain._kv_cache,
+            captures=True,
+            vocab_size=VOCAB_SIZE,
+            device=torch.device("cpu"),
+            block_size=16,
+            max_batch_tokens=64,
+            max_running_sequences=6,
+            max_context_tokens=160,
+        )
+    assert answers(core) == answers(build(tmp_path, speculation="off"))
+    load = core.load()
+    assert drafts.replays > load.drafted_tokens / 6  # of six sequences at most, one token each
+    assert models.replays > 3
+    assert load.accepted_draft_tokens > 0.9 * load.drafted_tokens > 30
 
 
 class Refusing(Replaying):

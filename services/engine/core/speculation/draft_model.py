@@ -10,30 +10,25 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.clock import now_ns
+from services.engine.core.device_runner import DeviceRunner, LaunchedStep
 from services.engine.core.plan import Plan, StepOutputs
-from services.engine.core.sequence import Sequence
+from services.engine.core.runner import Runner
+from services.engine.core.sequence import Sequence, SequenceState
 from services.engine.core.speculation.acceptance import Acceptance
 from services.engine.core.speculation.controller import MARGIN, MAX_DRAFT_TOKENS, Probing
 from services.engine.core.speculation.speculator import Speculator, room_for_draft
 from services.engine.core.speculation.step_cost import StepCost
+from services.engine.core.under_way import StepsUnderWay
 
 logger = logging.getLogger(__name__)
 
 # A guess of the model does not follow a match; all of them are counted as one class.
 _MATCH_LENGTH = 1
-
-
-class PlanRunner(Protocol):
-    """What runs the draft model: `Runner`."""
-
-    def run(self, plan: Plan) -> StepOutputs:
-        """Compute the planned tokens and sample."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +48,7 @@ class DraftModelSpeculator(Speculator):
 
     def __init__(
         self,
-        runner: PlanRunner,
+        runner: Runner | DeviceRunner,
         pool: BlockPool,
         *,
         max_batch_tokens: int,
@@ -71,6 +66,7 @@ class DraftModelSpeculator(Speculator):
         self._draft_cost = StepCost()
         self._probing = Probing()
         self._steps = 0
+        self._under_way = StepsUnderWay()
         self._is_broken = False
 
     def propose(self, sequences: list[Sequence], max_tokens: int) -> list[tuple[int, ...]]:
@@ -147,6 +143,7 @@ class DraftModelSpeculator(Speculator):
             )
             twin.stops = sequence.stops
             twin.row = self._free_rows.pop()
+            twin.state = SequenceState.RUNNING
             shadow = _Shadow(twin, twin.num_tokens, Acceptance(self._shared))
             self._shadows[sequence.arrival] = shadow
         return shadow
@@ -177,36 +174,71 @@ class DraftModelSpeculator(Speculator):
         return best_length, best > plain * MARGIN
 
     def _generate(self, wanted: list[tuple[Sequence, int]]) -> None:
-        """Sample for each shadow until it has as many tokens as wanted."""
-        while wanted:
-            planned: dict[Sequence, int] = {}
-            budget = self._max_batch_tokens
-            for twin, num_tokens in wanted:
-                count = min(twin.num_uncomputed_tokens, budget)
-                if count and twin.num_tokens < num_tokens and self._grow(twin):
-                    planned[twin] = count
-                    budget -= count
-            if not planned:
-                return
-            self._steps += 1
-            plan = Plan(self._steps, tuple(planned), tuple(planned.values()))
-            outputs = self._runner.run(plan)
-            if plan.num_tokens == len(planned):
-                self._draft_cost.observe(
-                    len(planned), (outputs.ended_ns - outputs.started_ns) / 1e9
-                )
-            going_on = set()
-            for twin, output in zip(plan.sequences, outputs.outputs, strict=True):
-                if output.error is None:
-                    twin.num_computed_tokens += planned[twin]
-                if output.token_ids:
-                    twin.token_ids.extend(output.token_ids)
-                    going_on.add(twin)
+        """Sample for each shadow until it has as many tokens as wanted.
+
+        A device that takes the tokens of a step where it left them has the next one before it is
+        through with it, and does not wait for the host in between.
+        """
+        runner = self._runner
+        behind: LaunchedStep | None = None
+        while plan := self._plan(wanted):
+            launched: LaunchedStep | None = None
+            if isinstance(runner, DeviceRunner):
+                launched = runner.launch(plan, behind)
+                outputs = None if behind is None else runner.finish(behind)
+            else:
+                outputs = runner.run(plan)
+            self._under_way.launch(plan)
             # One that is still at its prompt goes on with it in the next step.
-            wanted = [pair for pair in wanted if pair[0] in going_on]
+            sampled = {twin for twin in plan.sequences if twin.num_pending_tokens}
+            if outputs is not None:
+                sampled -= self._take(outputs)
+            if isinstance(runner, DeviceRunner) and launched is not None:
+                runner.choose(launched)
+            wanted = [pair for pair in wanted if pair[0] in sampled]
+            behind = launched
+        if isinstance(runner, DeviceRunner) and behind is not None:
+            self._take(runner.finish(behind))
+
+    def _plan(self, wanted: list[tuple[Sequence, int]]) -> Plan | None:
+        planned: dict[Sequence, int] = {}
+        budget = self._max_batch_tokens
+        for twin, num_tokens in wanted:
+            count = min(twin.num_uncomputed_tokens, budget)
+            if count and twin.num_expected_tokens < num_tokens and self._grow(twin):
+                planned[twin] = count
+                budget -= count
+        if not planned:
+            return None
+        self._steps += 1
+        return Plan(self._steps, tuple(planned), tuple(planned.values()))
+
+    def _take(self, outputs: StepOutputs) -> set[Sequence]:
+        """Take in what a step brought; returns whom it failed, who take nothing any more from what
+        has been launched behind it."""
+        plan = outputs.plan
+        if plan.num_tokens == len(plan.sequences):
+            seconds = (outputs.ended_ns - outputs.started_ns) / 1e9
+            self._draft_cost.observe(len(plan.sequences), seconds)
+        remaining = self._under_way.settle(plan)
+        assert remaining is not None, "it was launched"
+        failed: set[Sequence] = set()
+        for twin, count, output in zip(
+            plan.sequences, plan.token_counts, outputs.outputs, strict=True
+        ):
+            if twin not in remaining:
+                continue
+            if output.error is not None:
+                twin.num_launched_tokens = twin.num_pending_tokens = 0
+                twin.admissions += 1
+                failed.add(twin)
+                continue
+            twin.num_computed_tokens += count
+            twin.token_ids.extend(output.token_ids)
+        return failed
 
     def _grow(self, twin: Sequence) -> bool:
-        missing = self.pool.blocks_for(twin.num_tokens) - len(twin.block_table)
+        missing = self.pool.blocks_for(twin.num_expected_tokens) - len(twin.block_table)
         if missing > self.pool.num_free:
             return False
         if missing > 0:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from services.engine.core.backends import Backend, load_backend
 from services.engine.core.block_pool import BlockPool
+from services.engine.core.device_runner import DeviceRunner, make_drafting_runner
 from services.engine.core.errors import StartupError
 from services.engine.core.kernels import Selection
+from services.engine.core.kernels.choice import tune
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.model_config import ModelConfig
 from services.engine.core.models.loader import open_model
@@ -46,7 +50,15 @@ class DraftModel:
         """
         model, kv_cache = self.backend.allocate(num_blocks, settings, self.groups)
         max_context_tokens = min(self.config.max_context_tokens, num_blocks * settings.block_size)
-        runner = Runner(
+        make_runner: Callable[..., Runner | DeviceRunner] = Runner
+        if self.device.type == "cuda":
+            tune(model.matrices(), getattr(torch, self.backend.dtype))
+            make_runner = partial(
+                make_drafting_runner,
+                vocab_size=self.config.vocab_size,
+                captures=settings.cuda_graphs == "auto",
+            )
+        runner = make_runner(
             model,
             kv_cache,
             device=self.device,

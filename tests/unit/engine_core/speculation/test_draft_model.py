@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -11,18 +12,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from services.engine.core.batch import ForwardBatch
+from services.engine.core.batch import CapturedShape, ForwardBatch
 from services.engine.core.block_pool import BlockPool
+from services.engine.core.device_runner import DeviceRunner, LaunchedStep
 from services.engine.core.engine import EngineCore
 from services.engine.core.messages import Sampling, SequenceRequest, Stopping
+from services.engine.core.plan import Plan, StepOutputs
 from services.engine.core.runner import Runner
 from services.engine.core.speculation.draft_model import DraftModelSpeculator
 from services.engine.core.speculation.step_cost import StepCost
 from tests.fakes.engines import make_engine
-from tests.fakes.hash_model import HashCache, hash_model
+from tests.fakes.hash_model import VOCAB_SIZE, HashCache, hash_model
 
 BLOCK_SIZE = 4
 MAX_BATCH_TOKENS = 24
+SHAPES = (CapturedShape(2, 1), CapturedShape(4, 1), CapturedShape(12, 4))
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +36,13 @@ def drafts_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def speculator_over(
-    model: Callable[[ForwardBatch, Any], Tensor], num_blocks: int = 64
+    model: Callable[[ForwardBatch, Any], Tensor], num_blocks: int = 64, *, on_device: bool = False
 ) -> DraftModelSpeculator:
-    runner = Runner(
+    """on_device: whether its steps are launched one behind the other, and padded."""
+    make_runner: Callable[..., Any] = Runner
+    if on_device:
+        make_runner = partial(DeviceRunner, vocab_size=VOCAB_SIZE, captured_shapes=SHAPES)
+    runner = make_runner(
         model,
         HashCache(num_blocks, BLOCK_SIZE),
         device=torch.device("cpu"),
@@ -52,9 +60,14 @@ def speculator_over(
     )
 
 
-def engine_with(speculator: DraftModelSpeculator | None, num_blocks: int = 64) -> EngineCore:
+def engine_with(
+    speculator: DraftModelSpeculator | None, num_blocks: int = 64, *, overlaps: bool = False
+) -> EngineCore:
     return make_engine(
-        num_blocks=num_blocks, max_batch_tokens=MAX_BATCH_TOKENS, speculator=speculator
+        num_blocks=num_blocks,
+        max_batch_tokens=MAX_BATCH_TOKENS,
+        speculator=speculator,
+        overlaps=overlaps,
     )
 
 
@@ -81,12 +94,14 @@ def request(index: int, prompt: list[int], max_tokens: int = 20, **sampling: Any
     )
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_draft_model_that_agrees_has_all_its_tokens_accepted_greedy_or_sampled(
-    temperature: float,
+    temperature: float, on_device: bool
 ) -> None:
     requests = [request(index, [index, 5, 9], temperature=temperature) for index in range(3)]
-    plain, engine = engine_with(None), engine_with(speculator_over(hash_model))
+    plain = engine_with(None)
+    engine = engine_with(speculator_over(hash_model, on_device=on_device), overlaps=on_device)
     assert answers_of(engine, requests) == answers_of(plain, requests)
     load = engine.load()
     assert load.accepted_draft_tokens == load.drafted_tokens > 0
@@ -111,18 +126,74 @@ def test_a_draft_model_that_agrees_has_all_its_tokens_accepted_greedy_or_sampled
     ),
     num_blocks=st.integers(16, 32),
     num_draft_blocks=st.integers(1, 32),
+    on_device=st.booleans(),
 )
 def test_answers_are_the_same_whatever_the_draft_model_says_and_has_room_for(
-    arrivals: list[tuple[list[int], int, float, float]], num_blocks: int, num_draft_blocks: int
+    arrivals: list[tuple[list[int], int, float, float]],
+    num_blocks: int,
+    num_draft_blocks: int,
+    on_device: bool,
 ) -> None:
     requests = [
         request(index, prompt, count, temperature=heat, frequency_penalty=penalty, seed=index)
         for index, (prompt, count, heat, penalty) in enumerate(arrivals)
     ]
-    speculator = speculator_over(similar_model, num_draft_blocks)
-    engine = engine_with(speculator, num_blocks)
+    speculator = speculator_over(similar_model, num_draft_blocks, on_device=on_device)
+    engine = engine_with(speculator, num_blocks, overlaps=on_device)
     assert answers_of(engine, requests) == answers_of(engine_with(None, num_blocks), requests)
     speculator.pool.check_integrity([])
+    assert speculator.pool.num_used == 0
+
+
+def test_a_device_has_the_next_draft_step_before_it_is_through_with_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    speculator = speculator_over(hash_model, on_device=True)
+    runner = speculator._runner
+    assert isinstance(runner, DeviceRunner)
+    launch, finish = runner.launch, runner.finish
+    entries: list[tuple[str, int]] = []
+
+    def launching(plan: Plan, behind: LaunchedStep | None) -> LaunchedStep:
+        entries.append(("launch", plan.step))
+        return launch(plan, behind)
+
+    def finishing(launched: LaunchedStep) -> StepOutputs:
+        entries.append(("finish", launched.plan.step))
+        return finish(launched)
+
+    monkeypatch.setattr(runner, "launch", launching)
+    monkeypatch.setattr(runner, "finish", finishing)
+    engine = engine_with(speculator)
+    engine.add([request(0, [1, 2, 3], max_tokens=5)])
+    while engine.has_work:
+        engine.step()
+    assert engine.load().accepted_draft_tokens == 3
+    assert entries == [
+        ("launch", 1), ("launch", 2), ("finish", 1), ("launch", 3), ("finish", 2), ("finish", 3)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_where_the_draft_model_cannot_tell_a_draft_ends(on_device: bool) -> None:
+    calls = 0
+
+    def stumbling(batch: ForwardBatch, cache: HashCache) -> Tensor:
+        nonlocal calls
+        calls += 1
+        logits = hash_model(batch, cache)
+        if calls % 3 == 0:
+            logits[0] = torch.nan  # of one sequence
+        return logits
+
+    requests = [request(index, [index, 5, 9], max_tokens=30) for index in range(3)]
+    speculator = speculator_over(stumbling, on_device=on_device)
+    engine = engine_with(speculator, overlaps=on_device)
+    assert answers_of(engine, requests) == answers_of(engine_with(None), requests)
+    load = engine.load()
+    # What was drafted before and after it is right.
+    assert load.accepted_draft_tokens == load.drafted_tokens > 20
+    assert not speculator._under_way
     assert speculator.pool.num_used == 0
 
 

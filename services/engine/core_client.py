@@ -8,6 +8,8 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from services.engine.adapters import CoreAdapters
 from services.engine.core.messages import (
     Abort,
@@ -274,9 +276,7 @@ class CoreClient:
         """
         reason, hopeless = "", False
         try:
-            assert self.settings is not None
-            settings = self.adapters.for_next_core(self.settings)
-            core = await CoreProcess.spawn(settings, self._command)
+            core = await CoreProcess.spawn(self._next_settings(), self._command)
         except OSError as error:
             return f"its process cannot be started: {error}", False
         self._core = core
@@ -300,6 +300,26 @@ class CoreClient:
         if not reason:
             reason = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
         return reason, hopeless
+
+    def _next_settings(self) -> CoreSettings:
+        """What the next core is told.
+
+        One that takes the place of another on a GPU takes no more memory than that had: models
+        that were loaded since have theirs, or come back themselves.
+        """
+        assert self.settings is not None
+        settings = self.adapters.for_next_core(self.settings)
+        replaces = self._first_start is not None and self._first_start.done()
+        if not replaces or self.facts is None or not self.facts.device.startswith("cuda"):
+            return settings
+        return msgspec.structs.replace(
+            settings,
+            waiting_models=0,
+            waiting_caches=0,
+            waiting_weights_bytes=0,
+            waiting_cache_bytes=0,
+            kv_cache_limit_bytes=self.facts.kv_cache_memory_bytes,
+        )
 
     async def _heartbeat(self, core: CoreProcess) -> None:
         watchdog, wait = self._watchdog, ProcessorWait(core.pid)

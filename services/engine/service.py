@@ -15,13 +15,22 @@ from services.engine.hosted_model import HostedModel, State
 from services.engine.hosting import Hosting
 from services.engine.metrics import StepMetrics, read_models
 from services.engine.servicer import EngineServicer
-from services.runtime.modelfiles import CATALOGUE, ModelStoreError, locate, locate_adapter
+from services.runtime.modelfiles import (
+    CATALOGUE,
+    ModelFileError,
+    ModelStoreError,
+    locate,
+    locate_adapter,
+)
+from services.runtime.modelfiles.fields import read_json
 from services.runtime.server import Service, StartupError
 from services.runtime.settings import ModelSettings, Settings
 from services.runtime.telemetry import Metrics
 
 # Where steps take a millisecond or two, the front is woken for several of them at once.
 _EVENT_HOLD_MS = 5.0
+# How architectures are called that generate.
+_DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
 
 
@@ -97,7 +106,7 @@ class EngineService(Service):
         return HostedModel(
             name,
             client,
-            lambda: core_settings(settings, name, self._waiting_weights(name)),
+            lambda: core_settings(settings, name, self._waiting(name)),
             aliases=model.aliases,
             state=State.SLEEPING if model.load == "on_request" else State.UNLOADED,
             sleep_after_s=model.sleep_after_s,
@@ -106,13 +115,13 @@ class EngineService(Service):
             .observe,
         )
 
-    def _waiting_weights(self, name: str) -> int:
-        """Bytes that the weights of the other models will take, of those that are not in memory."""
-        return sum(
-            weight_bytes(self.settings, model.name)
+    def _waiting(self, name: str) -> list[str]:
+        """The other models that are not in memory."""
+        return [
+            model.name
             for model in self._models.models
             if model.name != name and model.state not in (State.READY, State.DRAINING)
-        )
+        ]
 
     def _start_error(self, failed: list[HostedModel]) -> StartupError:
         if len(failed) == 1:
@@ -140,15 +149,34 @@ def weight_bytes(settings: Settings, name: str) -> int:
     return max(sizes.values())
 
 
-def core_settings(settings: Settings, name: str, waiting_weights_bytes: int = 0) -> CoreSettings:
-    """What the core of a model is told, from the settings of the mesh. `waiting_weights_bytes` are
-    those of other models of the engine that are not in memory now.
+def generates(settings: Settings, name: str) -> bool:
+    """Whether a model needs a KV cache, as far as its files tell; not if they are not here."""
+    try:
+        path = locate(settings.models[name].source, settings.model_cache)
+        if not path.is_dir():
+            return path.exists()
+        architectures = read_json(path / "config.json").get("architectures")
+    except (ModelStoreError, ModelFileError):
+        return False
+    is_decoder = isinstance(architectures, list) and str(*architectures[:1]).endswith(_DECODERS)
+    # With modules it makes embeddings.
+    return is_decoder and not (path / "modules.json").exists()
+
+
+def core_settings(settings: Settings, name: str, waiting: Sequence[str] = ()) -> CoreSettings:
+    """What the core of a model is told, from the settings of the mesh. `waiting` are other models
+    of the engine that are not in memory now.
 
     Raises:
         StartupError: the model is not on this machine, or limits contradict each other.
     """
     engine = settings.engine
     model = settings.models[name]
+    # Of a chosen size; 0: by what is left.
+    cache_bytes = {
+        each: settings.models[each].kv_cache_bytes or engine.kv_cache_bytes or 0
+        for each in (name, *waiting)
+    }
     try:
         model_path = locate(model.source, settings.model_cache)
         draft_model = engine.speculation.draft_model
@@ -174,10 +202,15 @@ def core_settings(settings: Settings, name: str, waiting_weights_bytes: int = 0)
             pipeline_parallel=engine.pipeline_parallel,
             cpu_kernels=engine.cpu_kernels,
             block_size=engine.block_tokens,
-            kv_cache_memory_bytes=model.kv_cache_bytes or engine.kv_cache_bytes,
+            kv_cache_memory_bytes=cache_bytes[name] or None,
             kv_cache_memory_fraction=engine.kv_cache_memory_fraction,
             memory_share=1 / len(settings.engine_models),
-            waiting_weights_bytes=waiting_weights_bytes,
+            waiting_models=len(waiting),
+            waiting_caches=sum(
+                not cache_bytes[each] and generates(settings, each) for each in waiting
+            ),
+            waiting_weights_bytes=sum(weight_bytes(settings, each) for each in waiting),
+            waiting_cache_bytes=sum(cache_bytes[each] for each in waiting),
             max_context_tokens=model.context_tokens,
             sparse_attention=_sparse_attention(model),
             max_batch_tokens=engine.max_batch_tokens,

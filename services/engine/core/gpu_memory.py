@@ -1,5 +1,10 @@
 """How the memory of a GPU is divided: weights, activations, CUDA graphs, and the KV cache.
 
+Several models of an engine are loaded one after another, each in a process that sees what is taken
+and not by whom. Each divides what is left for caches by those that are yet to get theirs, itself
+included, and keeps that, and memory for steps like its own, for them. So caches come out alike in
+whatever order models are loaded, and one that comes back from sleep finds what it had.
+
 The cache is sized last, by what the largest step was seen to take, so that no later step asks for
 memory that is not there: what does not fit the cache waits or is preempted.
 """
@@ -82,7 +87,7 @@ class MemoryBudget:
         weights: of the model, and of a draft model.
         activations: what the largest step takes beside them.
         graphs: kept for CUDA graphs.
-        awaited: kept for the weights of models that are yet to be loaded.
+        awaited: kept for other models that are yet to be loaded: weights, steps and caches.
         kv_cache: of this model.
     """
 
@@ -107,7 +112,7 @@ class MemoryBudget:
             "activations": self.activations,
             "CUDA graphs": self.graphs,
             "KV cache": self.kv_cache,
-            "other models' weights": self.awaited,
+            "kept for other models": self.awaited,
             "driver and other processes": self.others,
             "left free": self.left,
         }
@@ -161,8 +166,11 @@ def divide(
     activations = max(0, after.peak_bytes - weights)
     # Kernels are loaded when they are first used: what others hold is read after the step.
     fixed = after.others_bytes + weights + activations + graphs_bytes
-    room = int(after.total_bytes * fraction) - fixed - settings.waiting_weights_bytes
-    kv_cache = int(max(0, room) * settings.memory_share)
+    awaited = settings.waiting_weights_bytes + settings.waiting_cache_bytes
+    awaited += settings.waiting_models * (activations + graphs_bytes)
+    room = max(0, int(after.total_bytes * fraction) - fixed - awaited)
+    kv_cache = equal_part(settings, room)
+    awaited += room // (1 + settings.waiting_caches) * settings.waiting_caches
     if settings.kv_cache_memory_bytes is not None:
         kv_cache = settings.kv_cache_memory_bytes
         if kv_cache > after.total_bytes - fixed:
@@ -177,6 +185,13 @@ def divide(
         weights,
         activations,
         graphs_bytes,
-        settings.waiting_weights_bytes,
+        max(0, min(awaited, after.total_bytes - fixed - kv_cache)),
         kv_cache,
     )
+
+
+def equal_part(settings: CoreSettings, room_bytes: int) -> int:
+    """What a model's cache gets of what is left for those that are yet to get theirs."""
+    part = max(0, room_bytes) // (1 + settings.waiting_caches)
+    limit = settings.kv_cache_limit_bytes
+    return part if limit is None else min(part, limit)

@@ -60,7 +60,9 @@ def plan_card(
         )
 
     budget = plan_memory(settings, reader, run, graphs_bytes=graphs_bytes)
-    logger.info("memory of %s: %s", device, budget)
+    others = settings.waiting_caches
+    parts = f"; the cache is one of {1 + others} equal parts of what is left" if others else ""
+    logger.info("memory of %s: %s%s", device, budget, parts)
     return budget
 
 

@@ -65,8 +65,14 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     # On a GPU: the share of its memory that the engine may take in all; None: see gpu_memory.py.
     # On a CPU: the share that the cache may take of what is free; None: half.
     kv_cache_memory_fraction: float | None = None
-    memory_share: float = 1.0  # of what that fraction allows; the rest is for other models' caches
-    waiting_weights_bytes: int = 0  # of what is free, kept for other models' weights
+    memory_share: float = 1.0  # on a CPU: of what that fraction allows; the rest is for others'
+    # Other models of the engine that are yet to be loaded: how many, how many of these size their
+    # caches by what is left, and what their weights, and caches of a chosen size, will take.
+    waiting_models: int = 0
+    waiting_caches: int = 0
+    waiting_weights_bytes: int = 0
+    waiting_cache_bytes: int = 0
+    kv_cache_limit_bytes: int | None = None  # what the cache on a GPU is not to exceed
     max_context_tokens: int | None = None  # None: the model's own
     sparse_attention: SparseAttention | None = None  # None: layers see what they were trained to
     max_batch_tokens: int = 512  # tokens computed per step, over all sequences

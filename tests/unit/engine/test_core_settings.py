@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from services.engine import service
 from services.engine.core import memory
 from services.engine.core.model_config import SparseAttention
 from services.engine.core.settings import CoreSettings
+from services.engine.core_client import CoreClient
 from services.runtime.settings import Settings, parse_settings
+from tests.unit.engine.test_validation import FACTS
 
 GIB = 2**30
 
@@ -67,6 +71,48 @@ def test_models_have_equal_parts_of_what_caches_may_take_unless_one_has_its_own_
     assert (two.memory_share, two.kv_cache_memory_bytes, two.weights) == (0.5, GIB, "int8")
     assert core(settings_of(models, model="one"), "one").memory_share == 1.0
     assert core(settings_of(models, kv_cache_bytes=5), "one").kv_cache_memory_bytes == 5
+
+
+def test_a_core_is_told_what_models_that_are_not_in_memory_will_take(tmp_path: Path) -> None:
+    def model(name: str, architecture: str, size: int) -> dict[str, Any]:
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        (directory / "model.safetensors").write_bytes(bytes(size))
+        return {"source": str(directory)}
+
+    models = {
+        "one": model("one", "LlamaForCausalLM", 100),
+        "two": model("two", "Qwen3MoeForCausalLM", 200),
+        "encoder": model("encoder", "BertModel", 30),
+        "sized": {**model("sized", "GPT2LMHeadModel", 400), "kv_cache_bytes": GIB},
+        "embeds": model("embeds", "Qwen3ForCausalLM", 5),
+        "missing": {"source": str(tmp_path / "missing")},
+    }
+    (tmp_path / "embeds" / "modules.json").write_text("[]")
+    settings = settings_of(models)
+    others = [name for name in models if name != "one"]
+    told = service.core_settings(settings, "one", others)
+    assert told.waiting_models == 5
+    assert told.waiting_caches == 1
+    assert told.waiting_weights_bytes == 200 + 30 + 400 + 5
+    assert told.waiting_cache_bytes == GIB
+    alone = service.core_settings(settings, "one")
+    assert (alone.waiting_models, alone.waiting_caches, alone.waiting_weights_bytes) == (0, 0, 0)
+
+
+async def test_a_core_that_takes_the_place_of_another_on_a_gpu_takes_no_more_of_it() -> None:
+    first = CoreSettings(model_path="", waiting_models=2, waiting_caches=1, waiting_weights_bytes=9)
+    client = CoreClient(first)
+    started = client._first_start = asyncio.get_running_loop().create_future()
+    assert client._next_settings() == first
+    client.facts = msgspec.structs.replace(FACTS, device="cuda:0", kv_cache_memory_bytes=7 * GIB)
+    # What was known before it slept does not bind it when it is loaded again.
+    assert client._next_settings() == first
+    started.set_result(client.facts)
+    assert client._next_settings() == CoreSettings(model_path="", kv_cache_limit_bytes=7 * GIB)
+    client.facts = FACTS
+    assert client._next_settings() == first
 
 
 def test_the_first_model_leaves_room_for_the_weights_and_the_cache_of_the_second(

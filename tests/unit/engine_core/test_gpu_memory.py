@@ -99,7 +99,9 @@ sizes = st.integers(0, 100 * GIB)
     activations=sizes,
     graphs=sizes,
     awaited=sizes,
-    share=st.floats(0.01, 1.0),
+    waiting=st.integers(0, 3),
+    caches=st.integers(0, 3),
+    limit=st.none() | sizes,
     fraction=st.none() | st.floats(0.01, 1.0),
 )
 def test_whatever_is_there_the_parts_are_the_whole_and_nothing_is_promised_twice(
@@ -109,14 +111,20 @@ def test_whatever_is_there_the_parts_are_the_whole_and_nothing_is_promised_twice
     activations: int,
     graphs: int,
     awaited: int,
-    share: float,
+    waiting: int,
+    caches: int,
+    limit: int | None,
     fraction: float | None,
 ) -> None:
     free = total - others - weights
     before = Readings(total, max(0, free), weights, weights)
     after = Readings(total, max(0, free - activations), weights, weights + activations)
     settings = settings_of(
-        kv_cache_memory_fraction=fraction, memory_share=share, waiting_weights_bytes=awaited
+        kv_cache_memory_fraction=fraction,
+        waiting_models=waiting,
+        waiting_caches=caches,
+        waiting_weights_bytes=awaited,
+        kv_cache_limit_bytes=limit,
     )
     budget = divide(settings, before, after, graphs)
     assert sum(budget.by_part().values()) == total == budget.total
@@ -128,23 +136,110 @@ def test_whatever_is_there_the_parts_are_the_whole_and_nothing_is_promised_twice
         assert budget.left >= 0
 
 
-@given(
-    room=st.integers(GIB, 100 * GIB),
-    weights=st.lists(st.integers(0, 20 * GIB), min_size=2, max_size=4),
-)
-def test_models_that_come_one_after_another_find_room_for_their_weights(
-    room: int, weights: list[int]
-) -> None:
-    share = 1 / len(weights)
-    card = FakeCard(total=room + sum(weights), others=0, held=0)
-    for index, own in enumerate(weights):
-        card.held = own
-        awaited = sum(weights[index + 1 :])
-        settings = settings_of(
-            memory_share=share, waiting_weights_bytes=awaited, kv_cache_memory_fraction=1.0
-        )
-        budget = plan_memory(settings, card, lambda: None)
+@dataclass
+class Hosted:
+    """A model of an engine whose models share a card."""
+
+    weights: int
+    step: int
+    cache: int = 0
+    own_size: int | None = None  # of its cache, if one was chosen
+    is_there: bool = False
+
+
+class SharedCard:
+    """What an engine does as its models come and go, with a card made up for the purpose."""
+
+    def __init__(self, total: int, models: list[Hosted]) -> None:
+        self.total, self.models = total, models
+
+    def load(self, model: Hosted, **fields: object) -> None:
+        """Give a model its cache, as an engine does that knows who is not in memory."""
+        others = [each for each in self.models if each is not model]
+        away = [each for each in others if not each.is_there]
+        taken = sum(each.weights + each.step + each.cache for each in others if each.is_there)
+        card = FakeCard(self.total, others=taken, held=model.weights)
+        told: dict[str, object] = {
+            "waiting_models": len(away),
+            "waiting_caches": sum(each.own_size is None for each in away),
+            "waiting_weights_bytes": sum(each.weights for each in away),
+            "waiting_cache_bytes": sum(each.own_size or 0 for each in away),
+            "kv_cache_memory_bytes": model.own_size,
+        }
+        budget = plan_memory(settings_of(**told | fields), card, lambda: card.take(model.step))
         assert budget.left >= 0
-        # Another process has these by the time the next one starts.
-        card.others += own + budget.kv_cache
-    assert card.others <= card.total
+        model.cache, model.is_there = budget.kv_cache, True
+
+
+hosted = st.lists(
+    st.builds(Hosted, weights=st.integers(0, 20 * GIB), step=st.just(GIB)), min_size=2, max_size=5
+)
+
+
+@given(room=st.integers(8 * GIB, 100 * GIB), models=hosted)
+def test_caches_of_several_models_are_alike_and_take_all_there_is(
+    room: int, models: list[Hosted]
+) -> None:
+    fixed = sum(each.weights + each.step for each in models)
+    card = SharedCard(int((fixed + room) / DEFAULT_FRACTION) + 1, models)
+    for model in models:
+        card.load(model)
+    caches = [each.cache for each in models]
+    assert max(caches) - min(caches) <= len(models)
+    assert abs(sum(caches) - room) <= len(models) + 1
+
+
+@given(
+    room=st.integers(8 * GIB, 100 * GIB),
+    models=hosted,
+    events=st.lists(st.tuples(st.sampled_from(["sleep", "wake"]), st.integers(0, 4)), max_size=20),
+)
+def test_a_model_that_wakes_finds_what_it_had(
+    room: int, models: list[Hosted], events: list[tuple[str, int]]
+) -> None:
+    fixed = sum(each.weights + each.step for each in models)
+    card = SharedCard(int((fixed + room) / DEFAULT_FRACTION) + 1, models)
+    for event, index in events:
+        model = models[index % len(models)]
+        if event == "sleep":
+            model.is_there = False
+        elif not model.is_there:
+            card.load(model)
+    for model in models:
+        if not model.is_there:
+            card.load(model)
+    assert all(abs(each.cache - room // len(models)) <= len(models) for each in models)
+
+
+def test_steps_that_differ_and_caches_of_a_chosen_size_take_from_nobody_who_was_promised() -> None:
+    first = Hosted(10 * GIB, step=GIB)
+    chosen = Hosted(5 * GIB, step=2 * GIB, own_size=3 * GIB)
+    last = Hosted(20 * GIB, step=4 * GIB)
+    card = SharedCard(100 * GIB, [first, chosen, last])
+    for model in (first, chosen, last):
+        card.load(model)
+    # Of 90: 35 of weights, 3 that were chosen, and steps as the first knew them, 3 times 1.
+    assert first.cache == (90 - 35 - 3 - 3) * GIB // 2
+    assert chosen.cache == 3 * GIB
+    # Steps that take more than the first one's come out of what is the last one's.
+    assert last.cache == first.cache - (1 + 3) * GIB
+
+
+def test_a_core_that_comes_back_takes_no_more_than_it_had() -> None:
+    models = [Hosted(10 * GIB, step=GIB) for _ in range(3)]
+    card = SharedCard(100 * GIB, models)
+    for model in models:
+        card.load(model)
+    had = [each.cache for each in models]
+    # A fault of the card ends all of them at once.
+    for model in models:
+        model.is_there = False
+    for model, size in zip(models, had, strict=True):
+        card.load(
+            model,
+            kv_cache_limit_bytes=size,
+            waiting_models=0,
+            waiting_caches=0,
+            waiting_weights_bytes=0,
+        )
+    assert [each.cache for each in models] == had

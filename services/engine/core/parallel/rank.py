@@ -13,7 +13,7 @@ import torch
 
 from services.engine.core.backends import kept_weights
 from services.engine.core.errors import StartupError
-from services.engine.core.gpu_memory import DEFAULT_FRACTION
+from services.engine.core.gpu_memory import DEFAULT_FRACTION, equal_part
 from services.engine.core.kernels import cpu, cuda, installed, triton
 from services.engine.core.kv_cache import KVCache, kv_dtype
 from services.engine.core.layer_groups import LayerGroups
@@ -106,9 +106,10 @@ class Rank:
         if settings.kv_cache_memory_bytes is not None:
             return settings
         free, total = torch.cuda.mem_get_info(self.device)
-        taken = total - free + self._step_bytes() + settings.waiting_weights_bytes
-        left = (settings.kv_cache_memory_fraction or DEFAULT_FRACTION) * total - taken
-        budget = max(1, int(left * settings.memory_share))
+        taken = total - free + (1 + settings.waiting_models) * self._step_bytes()
+        taken += settings.waiting_weights_bytes + settings.waiting_cache_bytes
+        left = int((settings.kv_cache_memory_fraction or DEFAULT_FRACTION) * total) - taken
+        budget = max(1, equal_part(settings, left))
         return msgspec.structs.replace(settings, kv_cache_memory_bytes=budget)
 
     def _step_bytes(self) -> int:

@@ -41,19 +41,24 @@ class Cards:
     """The ranks of a stage, each with a card that the emulator runs."""
 
     def __init__(
-        self, ranks: int, kernels: Emulator, patience_s: float = 60.0, traps: bool = True
+        self,
+        ranks: int,
+        kernels: Emulator,
+        slot_bytes: int = SLOT,
+        patience_s: float = 60.0,
+        traps: bool = True,
     ) -> None:
         self.kernels = kernels
         self.under_way: list[Sequence[Tensor]] = []
-        nothing = torch.full((2 * SLOT // 4,), -1, dtype=torch.int32)
+        nothing = torch.full((2 * slot_bytes // 4,), -1, dtype=torch.int32)
         self.inboxes = [guarded(nothing) for _ in range(ranks)]
         addresses = [each.data_ptr() for each in self.inboxes]
         self.peers = [
-            PeerSums(rank, addresses, CPU, slot_bytes=SLOT, patience_s=patience_s, traps=traps)
+            PeerSums(
+                rank, addresses, CPU, slot_bytes=slot_bytes, patience_s=patience_s, traps=traps
+            )
             for rank in range(ranks)
         ]
-        for each in self.peers:
-            each._args.threads = 32
 
     def sum(self, parts: Sequence[Tensor], *, two_shot: bool) -> None:
         """Launch the kernels that sum on all cards there are parts for."""
@@ -105,6 +110,15 @@ def test_sums_that_follow_one_another_are_right_on_all_ranks(
     for parts, right in zip(everything, expected, strict=True):
         assert all(torch.equal(part, right) for part in parts)
     assert all((inbox == -1).all() for inbox in cards.inboxes)
+
+
+def test_blocks_of_several_warps_are_as_right() -> None:
+    # Long enough for them, and longer than all blocks take at a time.
+    cards, parts = Cards(2, kernels(), 2**19), random_parts(2, 2**14 + 3, torch.bfloat16)
+    expected = total(parts)
+    cards.sum(parts, two_shot=True)
+    cards.run(0)
+    assert all(torch.equal(part, expected) for part in parts)
 
 
 @pytest.mark.parametrize("two_shot", [False, True])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from services.engine.core.kernels.cuda import library
 from services.engine.core.kernels.cuda.build import SOURCES
-from services.engine.core.parallel import short_sums
+from services.engine.core.parallel import ranks, short_sums
 from services.engine.core.parallel.short_sums import (
     ONE_SHOT,
     OTHERWISE,
@@ -173,6 +173,23 @@ def test_sums_that_are_tried_have_to_be_right() -> None:
     run(lambda values: None)
     with pytest.raises(ValueError, match="arrives as something else"):
         run(lambda values: values[-1:].add_(1))
+
+
+def test_ranks_that_are_abandoned_wait_for_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    class Sums:
+        def abandon(self) -> None:
+            done.append("abandoned")
+
+        def close(self) -> None:
+            done.append("closed")
+
+    monkeypatch.setattr(ranks, "_short_sums", Sums())
+    ranks.abandon()
+    ranks.leave()
+    ranks.leave()
+    assert done == ["abandoned", "closed"]
 
 
 def test_sums_that_are_not_chosen_are_left_to_others() -> None:

@@ -26,7 +26,7 @@ from services.engine.core.kernels.cuda.all_reduce import (
     holds,
     is_summable,
 )
-from services.engine.core.kernels.cuda.library import why_not
+from services.engine.core.kernels.cuda.library import CudaError, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,8 @@ class ShortSums:
         """See no more of other ranks' memory. One's own ends with the process: another rank may
         still be writing it."""
         for each in self._opened:
-            each.close()
+            with contextlib.suppress(CudaError):  # of a card that is of no more use
+                each.close()
 
 
 def connect(

@@ -23,10 +23,11 @@ SLOT_BYTES = 2 * 2**20
 # `enum class Summand` of src/all_reduce.h.
 _FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _VECTOR_BYTES = 16
-# A block sends and receives 4 KiB at a time; 32 of them keep a link busy (NCCL takes about as many
-# channels), and leave the other multiprocessors to kernels behind.
-_THREADS = 256
-_MOST_BLOCKS = 32
+# As many keep a link busy (NCCL takes about as many channels), and leave the other multiprocessors
+# to kernels behind. A multiprocessor writes some 64 bytes a cycle, and those of one token eight
+# times over, so that short messages are spread over as many of them as long ones.
+_BLOCKS = 32
+_WARP, _MOST_THREADS = 32, 256
 _ABANDONED = 1
 
 
@@ -141,14 +142,14 @@ class PeerSums:
         self.num_ranks = ranks
         self._calls = torch.zeros(1, dtype=torch.int32, device=device)
         # The card reads it where it is, and no kernel has to end for the host to write it.
-        self._status = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._pinned = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._status = ctypes.c_int32.from_address(self._pinned.data_ptr())
         self._args = AllReduceArgs(
             calls=self._calls.data_ptr(),
-            status=self._status.data_ptr(),
+            status=self._pinned.data_ptr(),
             slot_vectors=slot_bytes // _VECTOR_BYTES,
             ranks=ranks,
             rank=rank,
-            threads=_THREADS,
         )
         # Each begins with its own, so that not all write to the same card first.
         for place in range(ranks):
@@ -168,7 +169,9 @@ class PeerSums:
         args = self._args
         args.values = values.data_ptr()
         args.vectors = vectors = values.nbytes // _VECTOR_BYTES
-        args.blocks = min(_MOST_BLOCKS, -(-vectors // args.threads))
+        warps = -(-vectors // (_BLOCKS * _WARP))
+        args.threads = threads = min(_MOST_THREADS, warps * _WARP)
+        args.blocks = min(_BLOCKS, -(-vectors // threads))
         args.two_shot = two_shot
         args.format = _FORMATS[values.dtype]
         call("all_reduce", args, values)
@@ -176,8 +179,8 @@ class PeerSums:
     @property
     def has_timed_out(self) -> bool:
         """Whether another rank was waited for too long."""
-        return int(self._status[0]) not in (0, _ABANDONED)
+        return self._status.value not in (0, _ABANDONED)
 
     def abandon(self) -> None:
         """Have kernels wait for nobody any more, from any thread: sums are of no use then."""
-        self._status[0] = _ABANDONED
+        self._status.value = _ABANDONED

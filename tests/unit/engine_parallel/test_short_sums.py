@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from services.engine.core.kernels.cuda import library
+from services.engine.core.kernels.cuda.all_reduce import Inbox, PeerSums
 from services.engine.core.kernels.cuda.build import SOURCES
 from services.engine.core.parallel import ranks, short_sums
 from services.engine.core.parallel.short_sums import (
@@ -84,6 +85,36 @@ def test_ranks_that_reach_each_other_choose_the_same(kernels: None) -> None:
     assert sums[0].choice.method(SIZES[0]) == TWO_SHOT
     for each in sums:
         each.close()
+
+
+def test_ranks_try_the_kernels_themselves(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is opened by its handles, in which kernels of all ranks run at the same time."""
+    barrier, lock = threading.Barrier(RANKS), threading.Lock()
+    emulated = emulator.of(SOURCES / "all_reduce.cu", SOURCES / "rms_norm.cu")
+
+    class Peers(PeerSums):
+        def sum(self, values: Tensor, *, two_shot: bool) -> None:
+            rank = self._args.rank
+            with lock, emulated.device(rank):
+                super().sum(values, two_shot=two_shot)
+            if barrier.wait(20) == 0:
+                emulated.run_devices()
+            barrier.wait(20)
+
+    monkeypatch.setattr(short_sums, "PeerSums", Peers)
+    monkeypatch.setattr(short_sums, "try_sums", try_sums)
+    monkeypatch.setattr(short_sums, "_TRIED_SIZES", (16, 8192, 80, 16))
+    for each in on_all_ranks(connect):
+        each.close()
+
+    # A card whose writes another does not get.
+    def elsewhere(device: torch.device, handle: bytes) -> Any:
+        return Inbox(device)
+
+    monkeypatch.setattr(short_sums, "OpenInbox", elsewhere)
+    monkeypatch.setattr(Inbox, "close", Inbox.free, raising=False)
+    monkeypatch.setattr(short_sums, "_TRIAL_S", 0.05)
+    assert on_all_ranks(connect) == [None] * RANKS
 
 
 def fail(*arguments: Any) -> None:

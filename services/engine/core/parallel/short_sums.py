@@ -38,6 +38,7 @@ Gather = Callable[[Any], list[Any]]
 ONE_SHOT, TWO_SHOT, OTHERWISE = "one shot", "two shots", "otherwise"
 # Bytes of the sums that are measured: those of 1 to 64 tokens of usual hidden states.
 SIZES = tuple(1 << bits for bits in range(12, 21))
+_TRIED_SIZES = (16, 8192, 80, 65536)
 _ROUNDS, _CALLS = 3, 20
 # About 5 ms, in which the host launches all calls of a round: so it is the cards that are timed.
 _HEAD_START_CYCLES = 10_000_000
@@ -220,7 +221,7 @@ def try_sums(peers: PeerSums, rank: int, device: torch.device) -> None:
         ValueError: a sum is wrong, or never comes.
     """
     ranks, made, right = peers.num_ranks, [], []
-    for call, size in enumerate((16, 8192, 5 * 16, 65536, 16 * ranks) * 4):
+    for call, size in enumerate((*_TRIED_SIZES, 16 * ranks) * 4):
         # Whole numbers below 2^7: their sums are exact in bf16.
         numbers = torch.arange(size // 2, device=device) * 7 + call
         parts = [((numbers + 5 * each) % 15).to(torch.bfloat16) for each in range(ranks)]

@@ -20,7 +20,7 @@ from services.engine.core.kernels.installed.flash_attention import paged_attenti
 from services.engine.core.kernels.installed.flash_infer import paged_attention_flashinfer
 from tests.fakes.paged_attention import PagedStep, Pattern, Shape
 
-SEQUENCES = [(1, 40), (17, 0), (5, 64), (1, 0), (33, 100)]
+SEQUENCES = [(1, 40), (17, 0), (0, 0), (5, 64), (1, 0), (33, 100)]
 PATTERNS = [Pattern(), Pattern(window=24), Pattern(softcap=3.0), Pattern(window=7, softcap=2.0)]
 SHAPE = Shape(6, 2, 64, dtype=torch.bfloat16, kv_dtype=torch.bfloat16)
 
@@ -108,21 +108,23 @@ class BatchPrefillWithPagedKVCacheWrapper:
         assert causal
         assert (num_qo_heads, num_kv_heads, head_dim_qk) == (6, 2, 64)
         assert q_data_type == kv_data_type == torch.bfloat16
-        assert bool((paged_kv_last_page_len >= 1).all())
         assert bool((paged_kv_last_page_len <= page_size).all())
         self.args: Any = (sm_scale, window_left, logits_soft_cap or 0.0)
         self.rows = list(pairwise(qo_indptr.tolist()))
         self.pages = [
-            (paged_kv_indices[begin:end].long(), page_size * (end - begin - 1) + int(last))
+            (paged_kv_indices[begin:end].long(), page_size * max(end - begin - 1, 0) + int(last))
             for (begin, end), last in zip(
                 pairwise(paged_kv_indptr.tolist()), paged_kv_last_page_len, strict=True
             )
         ]
+        assert all(context <= page_size * len(pages) for pages, context in self.pages)
 
     def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor]) -> Tensor:
         assert q.is_contiguous()
         parts = []
         for (begin, end), (pages, context) in zip(self.rows, self.pages, strict=True):
+            if begin == end:
+                continue
             keys, values = (each[pages].flatten(0, 1)[:context] for each in paged_kv_cache)
             parts.append(attend(q[begin:end], keys, values, *self.args))
         return torch.cat(parts).to(q.dtype)
@@ -190,6 +192,18 @@ def test_what_they_do_not_serve_is_the_references(implementation: Any) -> None:
     step = PagedStep.random(SHAPE, SEQUENCES)
     found = asked(implementation, step, pattern)
     torch.testing.assert_close(found.float(), step.exact(pattern), atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_hopper"), [((8, 9), False), ((9, 0), True), ((12, 0), False)]
+)
+def test_flash_attention_3_is_for_hopper_alone(
+    libraries: None, capability: tuple[int, int], is_hopper: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = {each.name: each.unavailable() for each in paged_attention.implementations["cuda"]}
+    assert (found["flash-attention-3"] is None) == is_hopper
 
 
 def test_they_are_the_last_to_be_used_and_only_where_they_are() -> None:

@@ -22,7 +22,7 @@ _WIDEST_HEAD = 256
 def _why_not() -> str | None:
     if importlib.util.find_spec(_MODULE) is None:
         return "FlashAttention-3 is not installed"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
         return "FlashAttention-3 is for Hopper"
     return None
 

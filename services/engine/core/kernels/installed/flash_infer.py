@@ -90,8 +90,9 @@ def _pages(metadata: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor]:
     pages = metadata.block_tables.flatten().index_select(
         0, torch.tensor(places, device=metadata.block_tables.device)
     )
+    # Of a sequence without pages it is none: a library counts last ones even of those.
     lasts = [
-        context - size * (count - 1)
+        context - size * max(count - 1, 0)
         for context, count in zip(metadata.context_lengths, counts, strict=True)
     ]
     return (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 # Tokens of a draft beyond which a longer one is not considered.
 MAX_DRAFT_TOKENS = 16
@@ -49,7 +51,7 @@ class _Best:
     """Drafted tokens in the order in which they are taken in, by the index of their draft; how many
     of them bring the most tokens per second, and the same or 0 where none bring more."""
 
-    order: list[int]
+    order: npt.NDArray[np.int64]
     num_best: int
     num_paying: int
 
@@ -71,8 +73,8 @@ class DraftLengths:
     def __init__(
         self, seconds: Callable[[int], float], idle_s: Callable[[], float] = lambda: 0.0
     ) -> None:
-        """seconds: of a step, by its number of tokens. idle_s: what a device idles before a step
-        that waits for the one before it."""
+        """seconds: of a step, by its number of tokens: a line. idle_s: what a device idles before a
+        step that waits for the one before it."""
         self._seconds = seconds
         self._idle_s = idle_s
         self._probing = Probing()
@@ -102,8 +104,10 @@ class DraftLengths:
         best = self._best(num_sequences, survivals, num_sequences * MAX_DRAFT_TOKENS)
         if best.num_paying:
             return True
-        self._probes = self._probing.pass_over()
-        return self._probes
+        if self._probing.pass_over():
+            self._probes = True
+            return True
+        return False
 
     def choose(
         self, num_sequences: int, survivals: list[list[float]], max_tokens: int
@@ -117,34 +121,22 @@ class DraftLengths:
         num_taken = best.num_paying
         if num_taken:
             self._probing.pays()
-        elif best.order and (self._probes or self._probing.pass_over()):
+        elif len(best.order) and (self._probes or self._probing.pass_over()):
             num_taken = best.num_best
             self._probes = False
-        taken = [0] * len(survivals)
-        for index in best.order[:num_taken]:
-            taken[index] += 1
+        taken: list[int] = np.bincount(best.order[:num_taken], minlength=len(survivals)).tolist()
         return taken
 
     def _best(self, num_sequences: int, survivals: list[list[float]], max_tokens: int) -> _Best:
-        taken = [0] * len(survivals)
-        heap = [(-survival[0], index) for index, survival in enumerate(survivals) if survival]
-        heapq.heapify(heap)
-        order: list[int] = []
-        expected = float(num_sequences)
-        seconds, idle_s = self._seconds, self._idle_s()
-        plain = expected / seconds(num_sequences) * MARGIN
-        highest, num_best = 0.0, 0
-        while heap and len(order) < max_tokens:
-            gain, index = heap[0]
-            order.append(index)
-            taken[index] += 1
-            expected -= gain
-            rate = expected / (seconds(num_sequences + len(order)) + idle_s)
-            if rate > highest:
-                highest, num_best = rate, len(order)
-            survival = survivals[index]
-            if taken[index] < len(survival):
-                heapq.heapreplace(heap, (-survival[taken[index]], index))
-            else:
-                heapq.heappop(heap)
-        return _Best(order, num_best, num_best if highest > plain else 0)
+        # In the order of what is likeliest, the tokens of a draft are in their own.
+        gains = np.array([gain for survival in survivals for gain in survival])
+        owners = np.repeat(np.arange(len(survivals)), [len(each) for each in survivals])
+        order = np.argsort(-gains, kind="stable")[:max_tokens]
+        plain_s = self._seconds(num_sequences)
+        each_s = self._seconds(num_sequences + 1) - plain_s
+        counts = np.arange(1, len(order) + 1)
+        expected = num_sequences + np.cumsum(gains[order])
+        rates = expected / (plain_s + self._idle_s() + each_s * counts)
+        best = int(rates.argmax()) if len(order) else 0
+        pays = len(order) > 0 and bool(rates[best] > num_sequences / plain_s * MARGIN)
+        return _Best(owners[order], best + 1, best + 1 if pays else 0)

@@ -207,8 +207,9 @@ def test_a_draft_model_that_fails_is_given_up_and_nothing_else_is() -> None:
     assert engine.load().drafted_tokens == engine.load().failed_sequences == 0
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 def test_a_draft_model_that_is_always_wrong_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    overlaps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 0
 
@@ -219,7 +220,21 @@ def test_a_draft_model_that_is_always_wrong_is_left_alone(
 
     monkeypatch.setattr(StepCost, "seconds", lambda _, num_tokens: 1 + 0.1 * num_tokens)
     requests = [request(0, [1, 2, 3], max_tokens=200, temperature=0.0)]
-    engine = engine_with(speculator_over(wrong))
+    engine = engine_with(speculator_over(wrong), overlaps=overlaps)
+    launched: list[Plan] = []
+    if overlaps:
+        scheduler = engine._scheduler
+        ahead = scheduler.schedule_ahead
+
+        def scheduling() -> Plan | None:
+            plan = ahead()
+            if plan is not None:
+                launched.append(plan)
+            return plan
+
+        monkeypatch.setattr(scheduler, "schedule_ahead", scheduling)
     assert answers_of(engine, requests) == answers_of(engine_with(None), requests)
     assert 0 < steps < 60
+    # Other steps do not wait for drafts that nobody makes.
+    assert len(launched) > 150 or not overlaps
     assert engine.load().accepted_draft_tokens == 0

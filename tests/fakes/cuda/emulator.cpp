@@ -50,6 +50,14 @@ namespace emulated {
 Thread* self;
 size_t bank_conflicts;
 
+struct Written {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+static std::vector<Written> written_before;
+
+
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024, kMaxThreads = 1024, kMaxShared = 227 * 1024;
@@ -387,7 +395,12 @@ void copy_later(void* shared, const void* global, size_t bytes, bool present) {
   const auto* from = aligned(static_cast<const unsigned char*>(global), bytes);
   if (present) (void)*const_cast<const volatile unsigned char*>(from);
   memset(shared, kPoison, bytes);
-  self->open.push_back({static_cast<unsigned char*>(shared), present ? from : nullptr, bytes});
+  Copy copy{static_cast<unsigned char*>(shared), present ? from : nullptr, bytes, {}, false};
+  if (present && !written_before.empty()) {
+    copy.is_early = true;
+    memcpy(copy.seen.data(), from, bytes);
+  }
+  self->open.push_back(copy);
 }
 
 void commit_copies() {
@@ -399,13 +412,20 @@ void wait_for_copies(size_t pending) {
   while (self->groups.size() > pending) {
     for (const Copy& copy : self->groups.front()) {
       if (copy.from != nullptr) {
-        memcpy(copy.to, copy.from, copy.bytes);
+        memcpy(copy.to, copy.is_early ? copy.seen.data() : copy.from, copy.bytes);
       } else {
         memset(copy.to, 0, copy.bytes);
       }
     }
     self->groups.erase(self->groups.begin());
   }
+}
+
+void end_earlier() {
+  if (written_before.empty()) return;
+  yield();  // others come as far as this, too
+  for (const Written& each : written_before) memcpy(each.to, each.from, each.bytes);
+  written_before.clear();
 }
 
 int32_t allow_shared(const void* kernel, size_t bytes) {
@@ -518,6 +538,11 @@ EXPORT void emulator_device(int32_t device) { emulated::launches_on = device; }
 
 // Runs what was launched on all devices, their blocks and stores in any order that a seed gives.
 EXPORT int32_t emulator_run_devices() { return emulated::run_devices(); }
+
+// Bytes that the kernel before the next one writes: they are there when that waits for it.
+EXPORT void emulator_written_before(void* to, const void* from, uint64_t bytes) {
+  emulated::written_before.push_back({to, from, bytes});
+}
 
 // What the last kernel that failed did wrong.
 EXPORT const char* emulator_message() { return emulated::message.c_str(); }

@@ -52,6 +52,8 @@ class Emulator:
         self._launch_on.argtypes = (ctypes.c_int32,)
         self._run_devices = loaded.emulator_run_devices
         self._run_devices.restype = ctypes.c_int32
+        self._written_before = loaded.emulator_written_before
+        self._written_before.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64)
         self._message = loaded.emulator_message
         self._message.restype = ctypes.c_char_p
 
@@ -92,6 +94,14 @@ class Emulator:
         """
         if error := self._run_devices():
             raise CudaError("of a device", self.library._error_name(error).decode())
+
+    def written_before(self, tensor: Tensor, values: Tensor) -> None:
+        """Have the kernel before the next one write values into a tensor: until the next one waits
+        for it, they are not there. Both are contiguous."""
+        assert tensor.is_contiguous()
+        assert values.is_contiguous()
+        assert tensor.nbytes == values.nbytes
+        self._written_before(tensor.data_ptr(), values.data_ptr(), tensor.nbytes)
 
     @contextmanager
     def fails(self, name: str, why: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -234,6 +235,47 @@ def test_captured_steps_read_their_lengths_on_the_device(emulated: Emulator, div
     found = paged_attention_cuda(queries, cache, bounds, step.scale)
     expected = reference(step, queries, cache, metadata)
     torch.testing.assert_close(found.float(), expected, atol=1.6e-2, rtol=1.6e-2)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("sequence", [(1, 1), (1, 17), (1, 48), (3, 50), (1, 300)])
+def test_only_what_earlier_steps_wrote_is_read_before_the_kernel_before_has_ended(
+    emulated: Emulator, divided: None, sequence: tuple[int, int], cache_dtype: torch.dtype
+) -> None:
+    step = Step([sequence], kv_heads=1, cache_dtype=cache_dtype)
+    queries, cache, metadata = make(step)
+    settled = dataclasses.replace(metadata, is_settled=True)
+    expected = paged_attention_cuda(queries, cache, metadata, step.scale)
+    own, context = sequence
+    parts = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+    for seed in range(3):
+        writes = [(queries, queries.clone())]
+        for token in range(context - own, context):
+            block = int(metadata.block_tables[0, token // step.block_size])
+            for part in parts:
+                if part is not None:
+                    there = part[block, token % step.block_size]
+                    writes.append((there, there.clone()))
+        for there, values in writes:
+            there.fill_(99)
+            emulated.written_before(there, values)
+        with emulated.schedule(seed):
+            found = paged_attention_cuda(queries, cache, settled, step.scale)
+        assert torch.equal(found, expected)
+
+
+def test_what_earlier_steps_wrote_is_read_at_once(emulated: Emulator) -> None:
+    step = Step([(1, 40)], kv_heads=1)
+    queries, cache, metadata = make(step)
+    settled = dataclasses.replace(metadata, is_settled=True)
+    expected = paged_attention_cuda(queries, cache, metadata, step.scale)
+    # What comes later, and never does in an engine, is not seen.
+    first = cache.keys[int(metadata.block_tables[0, 0])]
+    later = torch.full_like(first, 99)
+    emulated.written_before(first, later)
+    assert torch.equal(paged_attention_cuda(queries, cache, settled, step.scale), expected)
+    assert torch.equal(first, later)
+    assert not torch.equal(paged_attention_cuda(queries, cache, settled, step.scale), expected)
 
 
 def test_layers_that_lie_between_others_are_read_where_they_are(emulated: Emulator) -> None:

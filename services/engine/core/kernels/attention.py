@@ -48,6 +48,10 @@ class AttentionMetadata:
     lengths: the same on the device, where kernels read them. A step that was captured runs with
     other lengths than it was captured with: then `lengths` tell them, and what the host knows are
     bounds, `query_lengths` of each sequence and `context_lengths` of all.
+
+    is_settled: of what attention reads, the kernel launched just before it wrote the queries and
+    the keys and values of the step's own tokens at most. What lies further back has been waited
+    for, and a kernel that begins early may read it.
     """
 
     query_lengths: tuple[int, ...]
@@ -56,6 +60,7 @@ class AttentionMetadata:
     block_size: int
     lengths: DeviceLengths | None = None
     are_bounds: bool = False
+    is_settled: bool = False
     _prepared: dict[str, Any] = field(default_factory=dict)
 
     @property

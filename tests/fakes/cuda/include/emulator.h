@@ -33,6 +33,9 @@ struct Copy {
   unsigned char* to;
   const unsigned char* from;  // null: zeros
   size_t bytes;
+  // Where an earlier kernel has not ended, what it saw: a copy may read as soon as it begins.
+  std::array<unsigned char, 16> seen;
+  bool is_early;
 };
 
 struct Warp;
@@ -60,6 +63,9 @@ extern Thread* self;
 
 // Rows of matrices that ldmatrix had to load after others, because they lie in the same banks.
 extern size_t bank_conflicts;
+
+// What an earlier kernel writes, which has not ended before it is waited for.
+void end_earlier();
 
 // Ends the kernel: its launch returns `error`, and emulator_message() says `why`.
 [[noreturn]] void fail(int32_t error, const char* why);

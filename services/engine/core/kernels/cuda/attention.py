@@ -47,7 +47,7 @@ class AttentionDecodeArgs(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("table_stride", "sequences", "kv_heads")),
         *((name, ctypes.c_int32) for name in ("heads_per_kv", "head_dim", "rows", "row_tiles")),
         *((name, ctypes.c_int32) for name in ("splits", "least_tiles", "warps")),
-        *((name, ctypes.c_int32) for name in ("block_shift", "window")),
+        *((name, ctypes.c_int32) for name in ("block_shift", "window", "is_settled")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         *((name, ctypes.c_int32) for name in ("query_format", "cache_format")),
     )
@@ -243,6 +243,7 @@ def _attend(
             warps=division.warps,
             block_shift=metadata.block_size.bit_length() - 1,
             window=window,
+            is_settled=metadata.is_settled,
             scale=scale,
             softcap=softcap,
             query_format=FORMATS[queries.dtype],

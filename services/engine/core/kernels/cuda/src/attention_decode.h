@@ -31,6 +31,7 @@ struct AttentionDecodeArgs {
   int32_t warps;
   int32_t block_shift;  // the block size is 1 << block_shift
   int32_t window;       // 0: none
+  int32_t is_settled;   // lengths, tables and tokens of earlier steps are there before this starts
   float scale;
   float softcap;  // 0: none
   Format query_format, cache_format;

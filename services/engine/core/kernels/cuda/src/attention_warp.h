@@ -179,10 +179,20 @@ struct Decode {
     for (int ahead = 0; ahead < kStages; ++ahead) {
       blocks[ahead] = reader.find_blocks(first + ahead * args.warps);
     }
+    // Tiles without a token of this step, which the kernel before this one writes.
+    const int settled = args.is_settled ? (part.seen_by_first - 1) / Shape::kTokens : 0;
 #pragma unroll
     for (int ahead = 0; ahead < kStages - 1; ++ahead) {
       const int tile = first + ahead * args.warps;
-      if (tile < part.tile_end) {
+      if (tile < min(settled, part.tile_end)) {
+        reader.copy(tile, blocks[ahead], stages + ahead * Shape::kStageBytes);
+      }
+    }
+    if (args.is_settled) grid_dependency_wait();
+#pragma unroll
+    for (int ahead = 0; ahead < kStages - 1; ++ahead) {
+      const int tile = first + ahead * args.warps;
+      if (tile >= settled && tile < part.tile_end) {
         reader.copy(tile, blocks[ahead], stages + ahead * Shape::kStageBytes);
       }
       cp_async_commit();

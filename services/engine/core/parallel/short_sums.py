@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +30,6 @@ from services.engine.core.kernels.cuda.all_reduce import (
 from services.engine.core.kernels.cuda.library import CudaError, why_not
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # What ranks of a stage send each other of one object each, in their order.
 Gather = Callable[[Any], list[Any]]
@@ -50,15 +49,6 @@ _PATIENCE_S = 600.0
 Durations = Mapping[str, Mapping[int, float]]
 # Linux makes one up at each start of a machine: containers on it have the same.
 _MACHINE = Path("/proc/sys/kernel/random/boot_id")
-
-
-@dataclass(frozen=True, slots=True)
-class _Offer:
-    """What a rank tells the others of itself."""
-
-    problem: str
-    machine: str = ""
-    handle: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,75 +133,83 @@ class ShortSums:
 def connect(
     rank: int, device: torch.device, gather: Gather, sum_otherwise: Callable[[Tensor], object]
 ) -> ShortSums | None:
-    """Connect the ranks of a stage, which all call this; None where there is nothing to gain.
+    """Connect the ranks of a stage, which all call this; None where our kernels do not serve them.
 
     rank: among them. sum_otherwise: sums in place over the same ranks, with which ours are
     compared.
     """
-    inbox, problem = _attempt(lambda: Inbox(device)) if not why_not() else (None, why_not() or "")
-    offers: list[_Offer] = gather(
-        _Offer(problem, _machine(), inbox.handle) if inbox else _Offer(problem)
-    )
-    problem = next((each.problem for each in offers if each.problem), "")
-    if not 1 < len(offers) <= MOST_RANKS:
-        problem = f"there are {len(offers)} ranks"
-    elif not problem and len({each.machine for each in offers}) > 1:
-        problem = "ranks are on several machines"
+    own: list[Inbox] = []
     opened: list[OpenInbox] = []
-    if not problem:
-        problem = _first(gather(_open(opened, rank, device, offers)))
-    if not problem and inbox is not None:
+    try:
+        offers = _agree(gather, lambda: _offer(own, device))
+        if not 1 < len(offers) <= MOST_RANKS:
+            raise _RefusedError(f"there are {len(offers)} ranks")
+        if len({machine for machine, _ in offers}) > 1:
+            raise _RefusedError("ranks are on several machines")
+        _agree(gather, lambda: _open(opened, rank, device, [handle for _, handle in offers]))
         addresses = [each.address for each in opened]
-        addresses.insert(rank, inbox.address)
+        addresses.insert(rank, own[0].address)
         peers = PeerSums(rank, addresses, device, patience_s=_TRIAL_S, traps=False)
-        problem = _first(gather(_attempt(lambda: try_sums(peers, rank, device))[1]))
-        if not problem:
-            measured, problem = _attempt(lambda: _measure(peers, device, sum_otherwise))
-            found = gather((measured, problem))
-            problem = _first([each for _, each in found])
-            if not problem:
-                sums = ShortSums(peers, opened, inbox, slowest([each for each, _ in found]))
-                peers.wait(_PATIENCE_S, traps=True)
-                if rank == 0:
-                    logger.info("sums over ranks by our own kernels: %s", sums.choice)
-                return sums
+        _agree(gather, lambda: try_sums(peers, rank, device))
+        durations = _agree(gather, lambda: _measure(peers, device, sum_otherwise))
+    except _RefusedError as refused:
+        if rank == 0:
+            logger.info("sums over ranks by our own kernels: none: %s", refused)
+        for each in opened:
+            each.close()
+        gather(None)  # before memory goes that another rank has open
+        for inbox in own:
+            inbox.free()
+        return None
+    peers.wait(_PATIENCE_S, traps=True)
+    sums = ShortSums(peers, opened, own[0], slowest(durations))
     if rank == 0:
-        logger.info("sums over ranks by our own kernels: none: %s", problem)
-    for each in opened:
-        each.close()
-    gather(None)  # before memory goes that another rank has open
-    if inbox is not None:
-        inbox.free()
-    return None
+        logger.info("sums over ranks by our own kernels: %s", sums.choice)
+    return sums
+
+
+class _RefusedError(Exception):
+    """Our kernels do not serve these ranks. All of them raise it, or none."""
+
+
+def _agree(gather: Gather, do: Callable[[], Any]) -> list[Any]:
+    """What all ranks return of what each of them does.
+
+    Raises:
+        _RefusedError: it failed on one of them.
+    """
+    result, problem = None, ""
+    try:
+        result = do()
+    except Exception as error:
+        problem = f"{error}" if isinstance(error, _RefusedError) else repr(error)
+    found = gather((result, problem))
+    for _, each in found:
+        if each:
+            raise _RefusedError(each)
+    return [each for each, _ in found]
+
+
+def _offer(into: list[Inbox], device: torch.device) -> tuple[str, bytes]:
+    """The machine that a rank is on, and the handle of its memory there."""
+    if reason := why_not():
+        raise _RefusedError(reason)
+    into.append(Inbox(device))
+    return _machine(), into[0].handle
 
 
 def _machine() -> str:
-    with contextlib.suppress(OSError):
-        return _MACHINE.read_text()
-    return ""
-
-
-def _attempt(what: Callable[[], T]) -> tuple[T | None, str]:
-    """What something returns, and what went wrong. The other ranks wait to be told either way."""
     try:
-        return what(), ""
-    except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+        return _MACHINE.read_text()
+    except OSError:
+        return socket.gethostname()
 
 
-def _open(into: list[OpenInbox], rank: int, device: torch.device, offers: Sequence[_Offer]) -> str:
-    """Open the memory of the other ranks; returns what went wrong."""
-
-    def open_all() -> None:
-        for other, offer in enumerate(offers):
-            if other != rank:
-                into.append(OpenInbox(device, offer.handle))
-
-    return _attempt(open_all)[1]
-
-
-def _first(problems: Sequence[str]) -> str:
-    return next(filter(None, problems), "")
+def _open(into: list[OpenInbox], rank: int, device: torch.device, handles: Sequence[bytes]) -> None:
+    """Open the memory of the other ranks."""
+    for other, handle in enumerate(handles):
+        if other != rank:
+            into.append(OpenInbox(device, handle))
 
 
 def try_sums(peers: PeerSums, rank: int, device: torch.device) -> None:

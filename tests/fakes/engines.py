@@ -134,6 +134,7 @@ def make_engine(
     if samples_there:
         device = shape["device"]
         runner._sampler = DeviceSampler(device, max_batch_tokens, VOCAB_SIZE, at_once=False)
+        runner._inputs._latest = runner._sampler.token_ids
     return EngineCore(scheduler, runner, plans_ahead=True)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from services.engine.core.batch import CapturedShape, ForwardBatch
 from services.engine.core.device_sampling import DeviceSampler
-from services.engine.core.graphs import GraphedModel
+from services.engine.core.graphs import CapturedChoice, GraphedModel
 from services.engine.core.kernels.sampling import SamplingForm
 
 logger = logging.getLogger(__name__)
@@ -135,12 +135,15 @@ def capture_choices(
     model: GraphedModel,
     kv_cache: Any,
     shapes: Sequence[CapturedShape],
-    padding: Callable[[CapturedShape], ForwardBatch],
+    padding: Callable[[CapturedShape], tuple[ForwardBatch, Callable[[], None]]],
     limits: CaptureLimits,
     sampler: DeviceSampler,
 ) -> dict[CapturedShape, tuple[SamplingForm, ...]]:
     """Capture steps of these shapes once more, with the choice of tokens behind them, until time or
-    memory is used up; returns the forms of choice that there are of each."""
+    memory is used up; returns the forms of choice that there are of each.
+
+    padding: as for `capture_all`, with what brings the step's input up to date.
+    """
     started_s = time.monotonic()
     done: dict[CapturedShape, tuple[SamplingForm, ...]] = {}
     for shape in shapes:
@@ -150,7 +153,9 @@ def capture_choices(
             continue
         try:
             for form in forms:
-                model.capture(padding(shape), kv_cache, form, sampler.choose)
+                batch, take_in = padding(shape)
+                choice = CapturedChoice(form, take_in, sampler.choose)
+                model.capture(batch, kv_cache, choice)
         except RuntimeError as error:
             logger.info("the choice of %d tokens cannot be captured: %s", shape.num_tokens, error)
             break

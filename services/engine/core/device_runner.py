@@ -103,8 +103,10 @@ class DeviceRunner:
             num_groups,
             notes_changes=True,
         )
+        self._sampler = DeviceSampler(device, max_batch_tokens, vocab_size)
         self._inputs = DeviceInputs(
             self._rows,
+            self._sampler.token_ids,
             device=device,
             block_size=block_size,
             padding_block=kv_cache.num_blocks,
@@ -115,7 +117,6 @@ class DeviceRunner:
             ),
             max_context_tokens=max_context_tokens,
         )
-        self._sampler = DeviceSampler(device, max_batch_tokens, vocab_size)
         # By captured shape, the forms in which its graphs choose tokens, too.
         self._choices: dict[CapturedShape, tuple[SamplingForm, ...]] = {}
         self._ended_ns = 0
@@ -129,7 +130,8 @@ class DeviceRunner:
         done = capture_all(*what, self._candidates, self._inputs.padding, limits)
         self._shapes = _in_order(done)
         left = replace(limits, seconds=limits.seconds - (time.monotonic() - began_s))
-        self._choices = capture_choices(*what, done, self._inputs.padding, left, self._sampler)
+        within = self._inputs.padding_within
+        self._choices = capture_choices(*what, done, within, left, self._sampler)
 
     def prepare(self, plan: Plan) -> None:
         """Nothing is prepared beforehand: steps are launched instead."""
@@ -155,20 +157,35 @@ class DeviceRunner:
                 self._kv_cache.copy_blocks(plan.block_copies)
             adapters = self._adapters(plan)
             captured = self._captured(step, has_adapters=adapters is not None)
+            form = self._captured_choice(step, captured)
+            if captured is not None and form is not None:
+                return self._replay(step, latest, captured, adapters, form)
             batch = self._inputs.batch(step, _token_ids(step), latest, captured, adapters)
             launched_ns = now_ns()
-            if (form := self._captured_choice(step, captured)) is not None:
-                with_sampling(step, self._rows)
-                assert step.sampling is not None
-                assert isinstance(self._model, GraphedModel)
-                self._sampler.stage(step.sampling, form)
-                self._model(batch, self._kv_cache, form)
-                return LaunchedStep(step, launched_ns, tokens=self._sampler.fetch())
             logits = self._model(batch, self._kv_cache)
         launched = LaunchedStep(step, launched_ns, logits[: len(step.logits_rows)])
         if latest is None or not self._waits_for_tokens(step):
             self.choose(launched, latest)
         return launched
+
+    def _replay(
+        self,
+        step: Preparation,
+        latest: LatestTokens | None,
+        captured: CapturedShape,
+        adapters: tuple[int, ...] | None,
+        form: SamplingForm,
+    ) -> LaunchedStep:
+        """Launch a step that is a transfer to the device, a graph, and a transfer back; another one
+        where tokens are drawn, of their parameters."""
+        with_sampling(step, self._rows)
+        assert step.sampling is not None
+        assert isinstance(self._model, GraphedModel)
+        self._sampler.stage(step.sampling, form)
+        batch = self._inputs.batch_within(step, _token_ids(step), latest, captured, adapters)
+        launched_ns = now_ns()
+        self._model(batch, self._kv_cache, form)
+        return LaunchedStep(step, launched_ns, tokens=self._sampler.fetch())
 
     def choose(self, launched: LaunchedStep, latest: LatestTokens | None = None) -> None:
         """Tell the device to choose the tokens of a launched step, unless it has been told.

@@ -132,23 +132,29 @@ class DeviceSampler:
         self._at_once = device.type == "cpu" if at_once is None else at_once
         self._steps = 0
         self._staged: _Staged | None = None
+        self._chosen = torch.zeros(2 * max_rows, dtype=torch.int64, device=device)
         if self._at_once:
             return
         self._counts = DeviceCounts(device)
         self._workspace = SamplingWorkspace.make(device, max_rows, vocab_size)
         numbers, choices = len(Column) * max_rows, 2 * max_rows
         self._parameters = torch.zeros(numbers, dtype=torch.float64, device=device)
-        self._chosen = torch.zeros(choices, dtype=torch.int64, device=device)
         self._slots = [
             _Slot(self._pinned(numbers, torch.float64), self._pinned(choices, torch.int64))
             for _ in range(_IN_FLIGHT)
         ]
 
+    @property
+    def token_ids(self) -> Tensor:
+        """[max_rows] int64, where the tokens of every step are chosen."""
+        return self._chosen[: self._max_rows]
+
     def launch(self, logits: Tensor, batch: SamplingBatch) -> PendingTokens:
         """Sample `logits` ([rows, vocab] float32, edited in place) on the current stream."""
         if self._at_once or (batch.edits is not None and batch.edits.has_processors):
             tokens = sample(logits, batch)
-            token_ids = torch.tensor(tokens.token_ids, device=self._device)
+            token_ids = self._chosen[: len(logits)]
+            token_ids.copy_(torch.tensor(tokens.token_ids))
             return PendingTokens(token_ids, lambda: tokens)
         self.enqueue(logits, self.stage(batch))
         return self.fetch()

@@ -98,6 +98,21 @@ class CudaRecorder:
 
 
 @dataclass(frozen=True, slots=True)
+class CapturedChoice:
+    """What a graph does beside computing logits, so that a step is nothing but its replay.
+
+    Attributes:
+        form: in which tokens are chosen.
+        take_in: brings the step's input up to date, first of all.
+        choose: chooses the tokens of logits, last.
+    """
+
+    form: SamplingForm
+    take_in: Callable[[], None]
+    choose: Callable[[Tensor, SamplingForm], None]
+
+
+@dataclass(frozen=True, slots=True)
 class _Captured:
     logits: Callable[[ForwardBatch, Any], Tensor]
     addresses: tuple[int, ...]  # where its input lies
@@ -147,12 +162,11 @@ class GraphedModel:
         self,
         batch: ForwardBatch,
         kv_cache: Any,
-        form: SamplingForm | None = None,
-        choose: Callable[[Tensor, SamplingForm], None] | None = None,
+        choice: CapturedChoice | None = None,
     ) -> None:
         """Capture the step of a batch, whose input will lie where it lies now.
 
-        form: in which `choose` chooses tokens behind it, in the same graph; None: logits are all.
+        choice: what else the graph does; None: logits are all.
         Raises RuntimeError for a step that cannot be captured.
         """
         assert batch.captured is not None
@@ -164,12 +178,15 @@ class GraphedModel:
             else:
 
                 def compute() -> Tensor:
+                    if choice is not None:
+                        choice.take_in()
                     computed: Tensor = self._model(batch, kv_cache)
-                    if form is not None and choose is not None:
-                        choose(computed, form)
+                    if choice is not None:
+                        choice.choose(computed, choice.form)
                     return computed
 
                 logits = _ignoring(self._recorder.record(compute))
+        form = None if choice is None else choice.form
         self._captured[batch.captured, form] = _Captured(logits, _addresses(batch))
 
     def num_bytes(self) -> int:

@@ -30,6 +30,7 @@ from services.engine.core.device_runner import (
     make_drafting_runner,
 )
 from services.engine.core.device_sampling import DeviceSampler
+from services.engine.core.device_staging import DeviceStaging
 from services.engine.core.engine import EngineCore
 from services.engine.core.graph_pieces import ComputePieces, Replay
 from services.engine.core.graphs import Compute, GraphedModel
@@ -189,7 +190,11 @@ EDITED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kinds", [PLAIN, DRAWN, EDITED], ids=["greedy", "drawn", "edited"])
 @pytest.mark.parametrize("speculation", ["off", "ngram"])
 def test_graphs_choose_tokens_where_nothing_else_is_wanted_of_logits(
-    kinds: list[dict[str, Any]], speculation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kinds: list[dict[str, Any]],
+    speculation: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    choosing_there: None,
 ) -> None:
     save_model("llama", tmp_path, max_position_embeddings=160)
     enqueued: list[int] = []
@@ -200,7 +205,6 @@ def test_graphs_choose_tokens_where_nothing_else_is_wanted_of_logits(
         enqueue(self, logits, form)
 
     monkeypatch.setattr(DeviceSampler, "enqueue", enqueueing)
-    monkeypatch.setattr(device_runner, "DeviceSampler", partial(DeviceSampler, at_once=False))
     asked = [
         replace(each, sampling=Sampling(**kinds[index % len(kinds)], seed=index))
         for index, each in enumerate(requests())
@@ -245,6 +249,60 @@ def test_a_draft_model_has_graphs_of_its_own(
     assert drafts.replays > load.drafted_tokens / 6  # of six sequences at most, one token each
     assert models.replays > 3
     assert load.accepted_draft_tokens > 0.9 * load.drafted_tokens > 30
+
+
+@pytest.fixture
+def choosing_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_runner, "DeviceSampler", partial(DeviceSampler, at_once=False))
+
+
+@pytest.mark.usefixtures("choosing_there")
+def test_a_step_that_decodes_is_a_transfer_and_a_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model("gemma2", tmp_path, max_position_embeddings=160)  # it has two groups of layers
+    recorder = Replaying()
+    core = build(tmp_path, partial(graphed, recorder, drafts=False), speculation="off")
+    core.add([likeliest(number, [3 + number] * 10) for number in range(3)])
+    for _ in range(3):
+        core.step()
+    sent: list[int] = []
+    send = DeviceStaging.send
+
+    def sending(self: DeviceStaging, arrays: Any) -> list[Tensor]:
+        sent.append(len(arrays))
+        return send(self, arrays)
+
+    monkeypatch.setattr(DeviceStaging, "send", sending)
+    monkeypatch.setattr(DeviceSampler, "_send", None)
+    replays = recorder.replays
+    for _ in range(20):
+        core.step()
+    # They get new blocks meanwhile, and each reads the tokens of the step before.
+    assert len(sent) == recorder.replays - replays == 20
+
+
+@pytest.mark.usefixtures("choosing_there")
+def test_who_enters_with_many_blocks_is_heard_of_by_a_graph(tmp_path: Path) -> None:
+    save_model("llama", tmp_path, max_position_embeddings=160)
+    make_runner = partial(graphed, Replaying(), drafts=False)
+    cores = [build(tmp_path, how, speculation="off") for how in (make_runner, None)]
+    prompt = [3 + number % (VOCAB_SIZE - 5) for number in range(65)]
+    found = []
+    for core in cores:
+        first = answers(core, [likeliest(0, prompt)])
+        core.add([likeliest(1, [5, 6])])
+        core.step()
+        core.step()
+        # All but the last token is cached, in the blocks of another row.
+        found.append((first, answers(core, [likeliest(2, prompt)])[2]))
+        assert first[0] == found[-1][1]
+    assert found[0] == found[1]
+
+
+def likeliest(sequence_id: int, prompt: list[int]) -> SequenceRequest:
+    stopping = Stopping(max_tokens=30, ignore_eos=True)
+    return SequenceRequest(sequence_id, prompt, Sampling(temperature=0.0), stopping)
 
 
 class Refusing(Replaying):

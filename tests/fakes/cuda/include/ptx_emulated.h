@@ -186,7 +186,7 @@ void cp_async_wait() {
 inline uint4 load_16_streaming(const void* global) {
   return *emulated::aligned(static_cast<const uint4*>(global));
 }
-// Where others write meanwhile, whoever reads lets them have their turn; each word may be another's.
+// Where others write meanwhile, whoever reads lets them have their turn.
 inline void store_16_system(void* global, const uint4& value) {
   auto* words = reinterpret_cast<uint32_t*>(emulated::aligned(static_cast<uint4*>(global)));
   const uint32_t all[4] = {value.x, value.y, value.z, value.w};

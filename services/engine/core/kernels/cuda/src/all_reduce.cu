@@ -2,20 +2,23 @@
 //
 // Each rank writes what it has into the inboxes of all ranks, in their memory, where there is a
 // place for it from every one. Nobody says that something has been written: places are filled with
-// a word that no message holds, so what else is in one has arrived (the protocol is known as
-// "low latency" from NCCL and, with a word in place of flags, "Lamport" from TensorRT-LLM). One way
-// over NVLink is thus all that a rank waits for: no fence, no flag behind it, no remote read.
+// a word that no message holds, so what else is in one has arrived (the protocol is known as "low
+// latency" from NCCL and, with a word in place of flags, "Lamport" from TensorRT-LLM). One way over
+// NVLink is thus all that a rank waits for: no fence, no flag behind it, no remote read.
 //
 // By one shot a rank reads what all ranks have of everything, and adds that up: ranks - 1 times the
-// message crosses its link. By two it adds up a part, and hands that round: twice the message, and
-// two ways. Either way sums are in float32, in the order of ranks, so that all ranks get the same
-// bits, and whichever shot they take.
+// message crosses its link (of a token of 8 KB and 8 ranks 56 KB, 0.13 us of NVLink's 450 GB/s, so
+// that it is the way there that takes the time). By two it adds up a part, and hands that round:
+// twice the message, and two ways. Either way sums are in float32, in the order of ranks, so that
+// all ranks get the same bits, and whichever shot they take.
 //
 // What was read is wiped again. That is done before anyone writes there next, since calls take
 // turns with two slots: a rank that writes call n has ended n - 1, for which it had to read what
-// each rank wrote after it had ended n - 2, wiping included. Which slot it is, cards know from a
-// count of their own, so that a captured graph can be launched again as it is. Kernels of a card
-// that sum must run one after another, as they do on one stream.
+// each rank wrote after it had ended n - 2, wiping included. Wiping takes no fence either: it is in
+// a card's own memory, whose L2 cache is where all that others write there comes as well, and it is
+// through when the kernel ends, before the next one sends anything. Which slot it is, cards know
+// from a count of their own, so that a captured graph can be launched again as it is. Kernels of a
+// card that sum must run one after another, as they do on one stream.
 #include "all_reduce.h"
 
 #include <cstring>

@@ -74,12 +74,16 @@ def _matrix(weight: Any, weights: str) -> GroupedMatrix | ScaledMatrix:
     return ScaledMatrix(empty(*outer, inputs, dtype=kind), empty(*outer, dtype=torch.float32))
 
 
-def decode_launches(model: Model, sequences: int, *, compiled: bool) -> list[str]:
+def decode_launches(
+    model: Model, sequences: int, *, compiled: bool, has_adapters: bool = False
+) -> list[str]:
     """What one captured step has launched in which so many sequences decode, in order.
 
-    compiled: whether there are the kernels in CUDA C++.
+    compiled: whether there are the kernels in CUDA C++. has_adapters: whether any of them go through
+    adapters.
     """
     config = model.config
+    model.take_adapters(max_adapters=8, max_rank=64)
     cache = KVCache(
         config.num_layers, 64, 16, config.kv_heads, config.head_dim, torch.bfloat16, META
     )
@@ -99,6 +103,7 @@ def decode_launches(model: Model, sequences: int, *, compiled: bool) -> list[str
             numbers(sequences + 1, dtype=torch.int32), numbers(sequences, dtype=torch.int32)
         ),
         are_bounds=True,
+        token_adapters=numbers(sequences, dtype=torch.int32) if has_adapters else None,
     )
     with _as_on_a_gpu(compiled=compiled) as launched:
         model(batch, cache)  # what is done once is done here

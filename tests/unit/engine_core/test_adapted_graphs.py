@@ -50,13 +50,14 @@ class Launches:
         self.made: Counter[tuple[Any, ...]] = Counter()
 
     def __call__(
-        self, projected: Tensor, hidden: Tensor, slots: Tensor, adapters: SlottedParts
+        self, projected: Tensor, hidden: Tensor, grouped: Tensor, adapters: SlottedParts
     ) -> Tensor:
         table = adapters.table
-        places = slots.data_ptr(), table.data_ptr(), table.shape, adapters.max_rank
+        places = table.data_ptr(), table.shape, adapters.max_rank
         self.made[projected.shape, hidden.shape, *places] += 1
+        tokens, slots = grouped
         for slot in {*slots.tolist()} - {-1}:
-            rows = torch.nonzero(slots == slot).flatten()
+            rows = tokens[slots == slot]
             for down, up, rank, first, count in table[slot].tolist():
                 if rank:
                     low = hidden[rows] @ _at(down, rank, hidden.shape[1]).T

@@ -101,6 +101,31 @@ def test_a_decode_step_launches_what_its_layers_need(model: str, weights: str) -
         assert two - layer - layer == Counter((*ENDS, *first))
 
 
+@pytest.mark.parametrize("model", ["llama", "qwen3-moe"])
+def test_adapters_take_two_launches_more_for_each_projection(model: str) -> None:
+    layer: Counter[str] = Counter()
+    for sequences in (1, 64):
+        two, three = (
+            Counter(
+                decode_launches(
+                    model_on_meta(replace(MODELS[model], num_layers=layers), "bfloat16"),
+                    sequences,
+                    compiled=True,
+                    has_adapters=True,
+                )
+            )
+            for layers in (2, 3)
+        )
+        assert two["group_by_adapter_kernel"] == three["group_by_adapter_kernel"] == 1
+        layer = three - two
+        # Queries, keys and values are one projection, and so are gate and up.
+        projections = 2 if model == "qwen3-moe" else 4
+        assert layer["shrink_kernel"] == layer["expand_kernel"] == projections
+    if model == "llama":
+        more = layer - Counter(LAYERS[model, "bfloat16"])
+        assert more == Counter(shrink_kernel=4, expand_kernel=4, activation_kernel=1)
+
+
 def test_without_nvcc_there_are_more() -> None:
     two, three = (
         Counter(decode_launches(model_on_meta(config, "w8a8"), 1, compiled=False))

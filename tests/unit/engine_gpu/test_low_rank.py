@@ -16,6 +16,7 @@ from services.engine.core.kernels import (
     SlottedParts,
     add_low_rank,
     add_low_ranks,
+    group_by_adapter,
 )
 from services.engine.core.kernels.triton import low_rank as module
 
@@ -31,7 +32,9 @@ def triton_form() -> Any:
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def empty(shape: tuple[int, ...], **options: Any) -> Tensor:
-        return torch.full(shape, float("nan"), **options)
+        return torch.full(
+            shape, float("nan") if options["dtype"].is_floating_point else -7, **options
+        )
 
     monkeypatch.setattr(torch, "empty", empty)
 
@@ -60,8 +63,10 @@ def adapters_of(
 
 
 def assert_same(projected: Tensor, hidden: Tensor, slots: Tensor, adapters: SlottedParts) -> None:
-    exact = add_low_ranks.reference(projected.double(), hidden.double(), slots, _doubled(adapters))
-    found = triton_form()(projected, hidden, slots, adapters)
+    grouped = group_by_adapter.reference(slots)
+    doubled = projected.double(), hidden.double()
+    exact = add_low_ranks.reference(*doubled, grouped, _doubled(adapters))
+    found = triton_form()(projected, hidden, grouped, adapters)
     assert found is projected
     precision = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}[projected.dtype]
     torch.testing.assert_close(found.double(), exact, atol=precision, rtol=precision)
@@ -95,10 +100,33 @@ def test_tokens_go_through_their_own_adapters(
 
 
 def test_many_tokens_share_programs() -> None:
-    adapters = adapters_of([8, 40], 48, [16, 8], torch.float32)
+    adapters = adapters_of([8, 40], 48, [16, 8], torch.float16)
     slots = torch.tensor([-1] * 70 + [4] * 100 + [3] * 60 + [-1, 3, 4, 4] * 20, dtype=torch.int32)
-    assert len(slots) > module._FEW_TOKENS
-    assert_same(torch.randn(len(slots), 24), torch.randn(len(slots), 48), slots, adapters)
+    assert module._division(len(slots)).shrunk_rows > 1
+    projected, hidden = torch.randn(len(slots), 24).half(), torch.randn(len(slots), 48).half()
+    assert_same(projected, hidden, slots, adapters)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(-1, 300), max_size=400))
+def test_tokens_of_an_adapter_are_put_together(slots: list[int]) -> None:
+    (form,) = [each for each in group_by_adapter.implementations["cuda"] if each.name == "triton"]
+    given = torch.tensor(slots, dtype=torch.int32)
+    order, sorted_slots = form.run(given).tolist()
+    assert sorted(order) == [*range(len(slots))]
+    assert sorted_slots == [slots[token] for token in order]
+    with_one = [slot for slot in sorted_slots if slot >= 0]
+    assert with_one == sorted(with_one)
+    assert sorted_slots[: len(with_one)] == with_one
+    assert torch.equal(form.run(given), group_by_adapter.reference(given))
+
+
+@pytest.mark.parametrize("tokens", [5, 12, 70, 300, 520])
+def test_however_tokens_are_divided_each_goes_through_its_own(tokens: int) -> None:
+    adapters = adapters_of([8, 40], 48, [16, 8], torch.bfloat16)
+    slots = torch.randint(-1, SLOTS, (tokens,), dtype=torch.int32)
+    hidden, projected = torch.randn(tokens, 48).bfloat16(), torch.randn(tokens, 24).bfloat16()
+    assert_same(projected, hidden, slots, adapters)
 
 
 @pytest.mark.parametrize("tokens", [5, 300])
@@ -106,8 +134,8 @@ def test_tokens_without_an_adapter_stay_as_they_are(tokens: int) -> None:
     adapters = adapters_of([8], 48, [16], torch.bfloat16)
     projected = torch.randn(tokens, 16).bfloat16()
     before = projected.clone()
-    slots = torch.full((tokens,), -1, dtype=torch.int32)
-    found = triton_form()(projected, torch.randn(tokens, 48).bfloat16(), slots, adapters)
+    grouped = group_by_adapter.reference(torch.full((tokens,), -1, dtype=torch.int32))
+    found = triton_form()(projected, torch.randn(tokens, 48).bfloat16(), grouped, adapters)
     assert torch.equal(found, before)
 
 
@@ -115,9 +143,10 @@ def test_an_adapter_that_left_changes_nothing_and_the_next_in_its_slot_does() ->
     table = table_of([8, 8], 48, [16], torch.float32)
     adapters = table.at[1]
     hidden, slots = torch.randn(3, 48), torch.tensor([4, 3, 4], dtype=torch.int32)
+    grouped = group_by_adapter.reference(slots)
     table.set(4, [(), (), ()])
     projected = torch.zeros(3, 16)
-    triton_form()(projected, hidden, slots, adapters)
+    triton_form()(projected, hidden, grouped, adapters)
     assert not projected[[0, 2]].any()
     assert projected[1].any()
     new = part_of(20, 48, 4, 8, torch.float32)
@@ -125,4 +154,4 @@ def test_an_adapter_that_left_changes_nothing_and_the_next_in_its_slot_does() ->
     rows = torch.tensor([0, 2])
     expected = add_low_rank.reference(projected.clone(), hidden, rows, new)
     table.set(3, [(), (), ()])
-    torch.testing.assert_close(triton_form()(projected, hidden, slots, adapters), expected)
+    torch.testing.assert_close(triton_form()(projected, hidden, grouped, adapters), expected)

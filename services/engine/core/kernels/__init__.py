@@ -29,6 +29,7 @@ from services.engine.core.kernels.low_rank import (
     SlottedParts,
     add_low_rank,
     add_low_ranks,
+    group_by_adapter,
 )
 from services.engine.core.kernels.matrices import GroupedMatrix, Matrix, ScaledMatrix
 from services.engine.core.kernels.normalization import (
@@ -72,6 +73,7 @@ __all__ = [
     "declare",
     "gelu_tanh",
     "gelu_tanh_and_mul",
+    "group_by_adapter",
     "grouped_embedding",
     "grouped_linear",
     "grouped_mixture_of_experts",

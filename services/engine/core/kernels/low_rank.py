@@ -135,17 +135,31 @@ class AdapterTable:
 
 
 @declare
+def group_by_adapter(slots: Tensor) -> Tensor:
+    """Put tokens of the same adapter together, once for all projections of a step.
+
+    slots: [num_tokens] int32, of each token's adapter, -1 for tokens without one. Returns [2,
+    num_tokens] int32: the tokens in the order of their slots, those without behind all others, and
+    the slots in that order.
+    """
+    last = torch.iinfo(slots.dtype).max
+    order = slots.masked_fill(slots < 0, last).argsort(stable=True)
+    return torch.stack((order.to(slots.dtype), slots[order]))
+
+
+@declare
 def add_low_ranks(
-    projected: Tensor, hidden: Tensor, slots: Tensor, adapters: SlottedParts
+    projected: Tensor, hidden: Tensor, grouped: Tensor, adapters: SlottedParts
 ) -> Tensor:
     """Add to a projection, in place, what each token's adapter makes of its input (Chen et al.,
     arXiv:2310.18547; Sheng et al., arXiv:2311.03285).
 
-    projected: [num_tokens, outputs]; hidden: [num_tokens, inputs]; slots: [num_tokens] int32, -1
-    for tokens without an adapter. Returns `projected`.
+    projected: [num_tokens, outputs]; hidden: [num_tokens, inputs]; grouped: [2, num_tokens] int32,
+    as `group_by_adapter` returns it. Returns `projected`.
     """
+    tokens, slots = grouped
     for slot, parts in adapters.parts.items():
-        rows = torch.nonzero(slots == slot).flatten()
+        rows = tokens[slots == slot].long()
         for part in parts:
             add_low_rank.reference(projected, hidden, rows, part)
     return projected

@@ -15,6 +15,7 @@ from services.engine.core.kernels import (
     SlottedParts,
     add_low_rank,
     add_low_ranks,
+    group_by_adapter,
 )
 from services.engine.core.kernels.low_rank import RANK_MULTIPLE
 
@@ -27,22 +28,26 @@ class AdapterRows:
 
     Attributes:
         of: by slot, its rows, int64; where the host is to say which adapters are computed.
-        slots: by row, its slot, int32, or -1; where kernels are to look.
+        grouped: all rows, those of the same adapter together, as `group_by_adapter` has them; where
+            kernels are to look.
     """
 
     def __init__(self) -> None:
         self.of: dict[int, Tensor] = {}
-        self.slots: Tensor | None = None
+        self.grouped: Tensor | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether no row goes through any."""
-        return self.slots is None and not self.of
+        return self.grouped is None and not self.of
 
     def begin(self, batch: ForwardBatch) -> None:
         """Take in a step."""
-        self.of, self.slots = {}, batch.token_adapters
-        if batch.adapters is None or self.slots is not None:
+        self.of, self.grouped = {}, None
+        if batch.token_adapters is not None:
+            self.grouped = group_by_adapter(batch.token_adapters)
+            return
+        if batch.adapters is None:
             return
         lengths = torch.tensor(batch.query_lengths)
         owners = torch.tensor(batch.adapters).repeat_interleave(lengths)
@@ -64,9 +69,9 @@ class LinearAdapters:
 
     def add(self, projected: Tensor, hidden: Tensor) -> Tensor:
         """Add what the step's adapters make of the layer's input, in place."""
-        slots = self._rows.slots
-        if slots is not None:
-            return add_low_ranks(projected, hidden, slots, self._slotted)
+        grouped = self._rows.grouped
+        if grouped is not None:
+            return add_low_ranks(projected, hidden, grouped, self._slotted)
         for slot, rows in self._rows.of.items():
             for part in self._slotted.parts.get(slot, ()):
                 add_low_rank(projected, hidden, rows, part)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from services.engine.core.kernels.examples.base import EPS, Example, Maker, examples_of
-from services.engine.core.kernels.low_rank import AdapterTable, LowRankPart
+from services.engine.core.kernels.low_rank import AdapterTable, LowRankPart, group_by_adapter
 
 
 @examples_of("rms_norm")
@@ -113,6 +113,13 @@ def _add_low_rank(make: Maker) -> Iterator[Example]:
         yield Example(f"{len(rows)} rows", (projected, hidden, rows, part), written=(projected,))
 
 
+@examples_of("group_by_adapter")
+def _group_by_adapter(make: Maker) -> Iterator[Example]:
+    for tokens in make.sizes.tokens:
+        slots = make.order(tokens).to(torch.int32) % 5 - 1
+        yield Example(f"{tokens} tokens", (slots,))
+
+
 @examples_of("add_low_ranks")
 def _add_low_ranks(make: Maker) -> Iterator[Example]:
     inputs, outputs = make.sizes.hidden, make.sizes.intermediate
@@ -127,7 +134,7 @@ def _add_low_ranks(make: Maker) -> Iterator[Example]:
     for tokens in make.sizes.tokens:
         projected, hidden = make.normal(tokens, outputs), make.normal(tokens, inputs)
         slots = torch.arange(tokens, dtype=torch.int32, device=make.device) % 4 - 1
-        args = projected, hidden, slots, table.at[0]
+        args = projected, hidden, group_by_adapter.reference(slots), table.at[0]
         yield Example(f"{tokens} tokens of 2 adapters", args, written=(projected,))
 
 

@@ -47,6 +47,7 @@ PARTS = {
     "prompts": Part("gpu_attention.prefill_attention", 25, "attention of prompts"),
     "first": Part("gpu_engine.first_tokens", 40, "a long prompt beside decodes"),
     "long": Part("gpu_engine.kv_formats", 40, "long contexts, KV cache by format"),
+    "adapters": Part("gpu_adapters.adapters", 60, "the 8B shape, decodes through adapters"),
     "drafts": Part("gpu_engine.speculation", 30, "speculation on repetitive text"),
     "elementwise": Part("gpu_products.elementwise", 20, "norms, activations, rope"),
     "sums": Part("gpu_sums.sums", 40, "sums over ranks, beside NCCL"),

@@ -79,8 +79,8 @@ def decode_launches(
 ) -> list[str]:
     """What one captured step has launched in which so many sequences decode, in order.
 
-    compiled: whether there are the kernels in CUDA C++. has_adapters: whether any of them go through
-    adapters.
+    compiled: whether there are the kernels in CUDA C++. has_adapters: whether the step is one for
+    those that go through adapters.
     """
     config = model.config
     model.take_adapters(max_adapters=8, max_rank=64)

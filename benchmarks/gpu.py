@@ -48,7 +48,7 @@ PARTS = {
     "first": Part("gpu_engine.first_tokens", 40, "a long prompt beside decodes"),
     "long": Part("gpu_engine.kv_formats", 40, "long contexts, KV cache by format"),
     "adapters": Part("gpu_adapters.adapters", 60, "the 8B shape, decodes through adapters"),
-    "drafts": Part("gpu_engine.speculation", 30, "speculation on repetitive text"),
+    "drafts": Part("gpu_engine.speculation", 30, "speculation on text with and without repetition"),
     "elementwise": Part("gpu_products.elementwise", 20, "norms, activations, rope"),
     "sums": Part("gpu_sums.sums", 40, "sums over ranks, beside NCCL"),
     "sampling": Part("gpu_products.sampling", 10, "choosing tokens"),

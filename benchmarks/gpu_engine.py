@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -171,26 +172,34 @@ def first_tokens(bench: Bench) -> None:
 
 
 def speculation(bench: Bench) -> None:
-    """Text that repeats itself, with and without drafts by prompt look-up."""
+    """Text that repeats itself and text that does not, with and without drafts by prompt look-up:
+    of the latter, drafts are to take nothing away."""
     length, output = (24, 16) if bench.tiny else (512, 256)
-    rates: dict[str, float] = {}
     for kind in ("off", "ngram"):
         if bench.left_s <= 0:
             return
         with _llama(bench, max_running_sequences=8, speculation=kind) as loaded:
             phrase = prompt(16, loaded.vocab_size, 7)
-            tokens = (phrase * (length // 16 + 1))[:length]
-            for batch in (1, 8):
-                requests = [request(index, list(tokens), output) for index in range(batch)]
+            repeated = (phrase * (length // 16 + 1))[:length]
+            for batch, temperature in itertools.product((1, 8), (0.0, 1.0)):
+                requests = [
+                    request(
+                        index,
+                        prompt(length, loaded.vocab_size, index) if temperature else repeated,
+                        output,
+                        temperature=temperature,
+                        seed=index,
+                    )
+                    for index in range(batch)
+                ]
+                before = loaded.core.load()
                 timeline = run(bench, loaded.core, requests)
-                name = f"batch {batch}, drafts {kind}"
-                rates[name] = timeline.tokens_per_s
                 load = loaded.core.load()
-                values = {
-                    "drafted": float(load.drafted_tokens),
-                    "accepted": float(load.accepted_draft_tokens),
-                }
-                case = f"Llama 3.1 8B bf16, {name}"
+                drafted = load.drafted_tokens - before.drafted_tokens
+                accepted = load.accepted_draft_tokens - before.accepted_draft_tokens
+                values = {"drafted": float(drafted), "accepted": float(accepted)}
+                text = "text without a pattern" if temperature else "text that repeats itself"
+                case = f"Llama 3.1 8B bf16, batch {batch}, {text}, drafts {kind}"
                 _add_rate(bench, case, "MeshServe", timeline, values)
 
 

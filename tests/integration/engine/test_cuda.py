@@ -10,6 +10,7 @@ import torch
 
 from services.engine.core.messages import FinishReason, Sampling, SequenceRequest, Stopping
 from services.engine.core.settings import CoreSettings
+from services.engine.core.speculation.step_cost import StepCost
 from services.engine.core.startup import build_engine
 from tests.fakes.small_llama import VOCAB_SIZE
 
@@ -88,6 +89,38 @@ def test_graphs_and_overlapping_steps_change_no_answer(
     for sampling in (Sampling(temperature=0), Sampling(temperature=0.9, top_p=0.9, seed=3)):
         plain = completions(checkpoint, "cuda:0", sampling, **changed)
         assert completions(checkpoint, "cuda:0", sampling) == plain
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_draft_model_changes_no_answer(
+    checkpoint: Path, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepCost, "observe", lambda *_: None)  # drafts are then as long as can be
+    sampling = Sampling(temperature=temperature, seed=3)
+    plain = completions(checkpoint, "cuda:0", sampling, speculation="off")
+    drafted = completions(checkpoint, "cuda:0", sampling, draft_model_path=str(checkpoint))
+    assert drafted == plain
+
+
+def test_a_draft_model_has_its_next_step_before_it_is_through_with_one(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepCost, "observe", lambda *_: None)
+    engine, _ = build_engine(
+        CoreSettings(model_path=str(checkpoint), device="cuda:0", draft_model_path=str(checkpoint))
+    )
+    stopping = Stopping(max_tokens=200, ignore_eos=True)
+    engine.add([SequenceRequest(index, [5, 6, 7], stopping=stopping) for index in range(4)])
+    for _ in range(3):
+        engine.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(4):
+            engine.step()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    waits = {name for name in calls if "Synchronize" in name or name == "cudaMemcpy"}
+    assert waits <= {"cudaEventSynchronize"}
+    # Of the draft model, and one to verify.
+    assert calls.get("cudaGraphLaunch", 0) > 4 * 8
 
 
 def test_a_steady_decode_never_waits_for_all_that_the_device_has_to_do(checkpoint: Path) -> None:

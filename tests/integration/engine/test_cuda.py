@@ -86,7 +86,11 @@ def test_the_cache_is_sized_by_what_the_largest_step_leaves_of_the_card(checkpoi
 def test_graphs_and_overlapping_steps_change_no_answer(
     checkpoint: Path, changed: dict[str, str]
 ) -> None:
-    for sampling in (Sampling(temperature=0), Sampling(temperature=0.9, top_p=0.9, seed=3)):
+    for sampling in (
+        Sampling(temperature=0),
+        Sampling(temperature=0.9, top_p=0.9, seed=3),
+        Sampling(temperature=0, frequency_penalty=0.7, repetition_penalty=1.3),
+    ):
         plain = completions(checkpoint, "cuda:0", sampling, **changed)
         assert completions(checkpoint, "cuda:0", sampling) == plain
 
@@ -121,6 +125,25 @@ def test_a_draft_model_has_its_next_step_before_it_is_through_with_one(
     assert waits <= {"cudaEventSynchronize"}
     # Of the draft model, and one to verify.
     assert calls.get("cudaGraphLaunch", 0) > 4 * 8
+
+
+def test_a_steady_decode_is_a_transfer_a_graph_and_a_transfer_back(checkpoint: Path) -> None:
+    engine, _ = build_engine(
+        CoreSettings(model_path=str(checkpoint), device="cuda:0", speculation="off")
+    )
+    stopping = Stopping(max_tokens=200, ignore_eos=True)
+    greedy = Sampling(temperature=0)
+    engine.add([SequenceRequest(index, [5, 6, index], greedy, stopping) for index in range(4)])
+    for _ in range(10):
+        engine.step()
+    steps = 40
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(steps):
+            engine.step()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls.get("cudaGraphLaunch", 0) == steps
+    assert calls.get("cudaMemcpyAsync", 0) == 2 * steps
+    assert not [name for name in calls if "LaunchKernel" in name]
 
 
 def test_a_steady_decode_never_waits_for_all_that_the_device_has_to_do(checkpoint: Path) -> None:

@@ -53,13 +53,14 @@ def plain(rows: int, seed: int) -> SamplingBatch:
 
 
 def edited(rows: int, vocab: int) -> SamplingBatch:
-    edits = LogitEdits()
+    # Each has said one token more that the host does not know, some of them again.
+    edits = LogitEdits(torch.arange(rows, device="cuda"))
     sampling = Sampling(repetition_penalty=1.2, presence_penalty=0.5, logit_bias={3: 1.0})
     for row in range(rows):
         request = SequenceRequest(row, [1, 2, 2, 7], sampling)
         sequence = Sequence(request, arrival=row, eos_token_ids=(), max_tokens=9, queued_ns=0)
         sequence.row = row
-        edits.add(row, sequence)
+        edits.add(row, sequence, said=row)
     words = np.random.default_rng(0).integers(0, 2**32, (rows, -(-vocab // 32)), np.uint32)
     masks = TokenMasks(np.arange(rows), words)
     return replace(batch_of(rows, 5), edits=edits, masks=masks)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 from triton import cdiv, jit, next_power_of_2
 from triton import language as tl
@@ -35,7 +34,9 @@ from services.engine.core.kernels.triton.sampling_row import (
     bound_for_count,
     bound_for_mass,
     draw,
+    is_read,
     load_blocks,
+    own_of,
     parts_of,
     scan,
     unpack_best,
@@ -76,9 +77,7 @@ def choose_kernel(  # type: ignore[no-untyped-def]
     """Grid: rows, parts of `tiles` tiles. Writes the token of every row but of those with filters,
     whose largest logit, mass and least candidate are written to `bounds`."""
     row = tl.program_id(0)
-    logits += row.to(tl.int64) * stride
-    maxima += row * tl.cdiv(vocab, block_size)
-    masses += row * tl.cdiv(vocab, block_size)
+    logits, maxima, masses = own_of(row, logits, maxima, masses, vocab, stride, block_size)
     divisor = tl.full((), 1.0, tl.float32)
     temperature = divisor * 0.0
     if draws:
@@ -132,7 +131,7 @@ def choose_tokens_triton(
     workspace: SamplingWorkspace,
 ) -> None:
     """One kernel, or two where a row has filters, for every 512 rows."""
-    if logits.stride(-1) != 1 or logits.dtype != torch.float32 or logits.shape[1] >= 2**24:
+    if not is_read(logits) or logits.shape[1] >= 2**24:
         choose_tokens.reference(logits, parameters, chosen, form, workspace)
         return
     for lot in lots(len(logits), workspace):

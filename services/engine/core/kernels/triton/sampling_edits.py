@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton import cdiv, jit
 from triton import language as tl
@@ -18,6 +17,7 @@ from services.engine.core.kernels.sampling import (
     penalize,
 )
 from services.engine.core.kernels.triton import why_not
+from services.engine.core.kernels.triton.sampling_row import is_read
 from services.engine.core.kernels.triton.specialisation import Specialisation
 
 _REPETITION = tl.constexpr(int(EditKind.REPETITION))
@@ -190,7 +190,7 @@ def _penalized(old, count, repetition, presence, frequency):  # type: ignore[no-
 @mask_logits.implementation("cuda", name="triton", unavailable=why_not)
 def mask_logits_triton(logits: Tensor, rows: Tensor, words: Tensor) -> None:
     """A program for 2048 logits of a mask."""
-    if logits.stride(-1) != 1 or logits.dtype != torch.float32:
+    if not is_read(logits):
         mask_logits.reference(logits, rows, words)
         return
     masks, num_words = words.shape
@@ -209,7 +209,7 @@ def mask_logits_triton(logits: Tensor, rows: Tensor, words: Tensor) -> None:
 @edit_logits.implementation("cuda", name="triton", unavailable=why_not)
 def edit_logits_triton(logits: Tensor, edits: DeviceEdits) -> None:
     """A program for each edited row."""
-    if logits.stride(-1) != 1 or logits.dtype != torch.float32:
+    if not is_read(logits):
         edit_logits.reference(logits, edits)
         return
     edited = len(edits.rows)
@@ -229,7 +229,7 @@ def edit_logits_triton(logits: Tensor, edits: DeviceEdits) -> None:
 @penalize.implementation("cuda", name="triton", unavailable=why_not)
 def penalize_triton(logits: Tensor, penalties: Penalties, table: CountTable) -> None:
     """A program for each penalised row."""
-    if logits.stride(-1) != 1 or logits.dtype != torch.float32:
+    if not is_read(logits):
         penalize.reference(logits, penalties, table)
         return
     penalised = penalties.rows.shape[1]

@@ -6,7 +6,6 @@ so that few have to be gathered; they are then taken out one after the other.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton import cdiv, jit, next_power_of_2
 from triton import language as tl
@@ -29,8 +28,10 @@ from services.engine.core.kernels.triton.sampling_row import (
     arrives_last,
     bound_for_count,
     gather,
+    is_read,
     load_blocks,
     ordered,
+    own_of,
     parts_of,
     scan,
 )
@@ -64,9 +65,7 @@ def mass_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     wanted = tl.load(parameters + _LOGPROBS * columns + row).to(tl.int32)
     if wanted >= 0:
-        logits += row.to(tl.int64) * stride
-        maxima += row * tl.cdiv(vocab, block_size)
-        masses += row * tl.cdiv(vocab, block_size)
+        logits, maxima, masses = own_of(row, logits, maxima, masses, vocab, stride, block_size)
         first_tile = tl.program_id(1) * tiles
         scan(logits, None, maxima, masses, vocab, first_tile, tiles, True, tile_size, block_size)
         if arrives_last(arrivals + row, tl.num_programs(1)):
@@ -162,7 +161,7 @@ def report_logprobs_triton(
     workspace: SamplingWorkspace,
 ) -> None:
     """One kernel, or two where a row reports the likeliest tokens, for every 512 rows."""
-    if logits.stride(-1) != 1 or logits.dtype != torch.float32:
+    if not is_read(logits):
         report_logprobs.reference(logits, parameters, tokens, reports, form, workspace)
         return
     for lot in lots(len(logits), workspace):

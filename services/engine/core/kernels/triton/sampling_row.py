@@ -8,6 +8,8 @@ the likeliest token is no finer than 2**-24.)
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from triton import cdiv, jit
 from triton import language as tl
 
@@ -36,6 +38,13 @@ def ordered(values):  # type: ignore[no-untyped-def]
 def weights(values, peak):  # type: ignore[no-untyped-def]
     """exp(values - peak) as integers; 2**40 for the largest, whatever that is."""
     return (tl.exp(tl.where(values == peak, 0.0, values - peak)) * UNIT).to(tl.int64)
+
+
+@jit
+def own_of(row, logits, maxima, masses, vocab, stride, block_size: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the logits of a row begin, and what is kept of its blocks."""
+    blocks = row * tl.cdiv(vocab, block_size)
+    return logits + row.to(tl.int64) * stride, maxima + blocks, masses + blocks
 
 
 @jit
@@ -212,6 +221,11 @@ def gather(  # type: ignore[no-untyped-def]
             room = (kept > 0) & (place < capacity)
             tl.store(candidates + place, values, room)
             tl.store(candidate_tokens + place, token, room)
+
+
+def is_read(logits: Tensor) -> bool:
+    """Whether kernels read logits as they lie; others are left to the references."""
+    return logits.stride(-1) == 1 and logits.dtype == torch.float32
 
 
 def parts_of(rows: int, vocab: int, tile: int) -> tuple[int, int]:

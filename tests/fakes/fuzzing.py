@@ -201,6 +201,7 @@ def load_everything(path: Path) -> None:
         for name, shape in opened.checkpoint.shapes.items():
             if len(shape) == 2:
                 opened.checkpoint.read_grouped(name)
+                opened.checkpoint.read_scaled(name, torch.device("cpu"))
         opened.load(torch.float32, "cpu")
     finally:
         opened.checkpoint.close()

@@ -17,6 +17,9 @@ from tests.fakes.quantised_checkpoints import (
     awq_config,
     compressed,
     compressed_config,
+    float_config,
+    fp8,
+    fp8_config,
     gptq,
     gptq_config,
     quantise_checkpoint,
@@ -33,6 +36,8 @@ TOOLS: dict[str, tuple[Any, dict[str, Any]]] = {
         partial(compressed, bits=4, group_size=32, packed=True, symmetric=False),
         compressed_config(4, packed=True),
     ),
+    "floats": (partial(fp8, block=(1, None)), float_config("channel")),
+    "fp8": (partial(fp8, block=(32, 32), scale="weight_scale_inv"), fp8_config([32, 32])),
 }
 CASES = [
     ("gguf", "plain", 70),
@@ -44,7 +49,10 @@ CASES = [
     ("config", "gptq", 40),
     ("config", "awq", 30),
     ("config", "compressed", 40),
+    ("config", "floats", 15),
+    ("config", "fp8", 15),
     ("tensors", "gptq", 60),
+    ("tensors", "fp8", 20),
     ("tensors", "compressed", 40),
 ]
 

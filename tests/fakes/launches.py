@@ -40,6 +40,8 @@ from services.engine.core.models import Model
 from services.engine.core.models.loader import build_skeleton
 
 META = torch.device("meta")
+# Behind the name of a kernel in Triton that begins when the one before has ended, and not earlier.
+LATE = ", late"
 _GROUP_INPUTS = 128
 # Of aten: what gives memory, without writing to it.
 _MEMORY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach")
@@ -79,6 +81,7 @@ def decode_launches(
 ) -> list[str]:
     """What one captured step has launched in which so many sequences decode, in order.
 
+    Kernels in Triton that no card begins early are marked as LATE, those in CUDA C++ all begin so.
     compiled: whether there are the kernels in CUDA C++. has_adapters: whether the step is one for
     those that go through adapters.
     """
@@ -117,7 +120,7 @@ def _as_on_a_gpu(*, compiled: bool) -> Iterator[list[str]]:
     launched: list[str] = []
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
-        launched.append(self.fn.__name__)
+        launched.append(self.fn.__name__ + ("" if "is_early" in kwargs else LATE))
 
     triton.activate()
     cuda.register()

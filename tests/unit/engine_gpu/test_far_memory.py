@@ -80,7 +80,7 @@ def test_the_weights_of_an_expert_are_found_wherever_they_lie() -> None:
     weights[expert] = torch.randn(2 * WIDTH, SIZE)
     order, table = only(expert, rows)
     inner = torch.full((rows, WIDTH), float("nan"), dtype=F16)
-    tiles = {"block_rows": 16, "tile_columns": 16, "depth": 16, "group": 8}
+    tiles = {"block_rows": 16, "tile_columns": 16, "depth": 16, "group": 8, "is_early": False}
     shape = {"experts": EXPERTS, "size": SIZE, "intermediate": WIDTH} | tiles
     experts.gate_up_kernel[(1,)](
         hidden, weights, inner, order, table, 1, SIZE, per_token=1, **shape
@@ -113,7 +113,7 @@ def test_the_levels_of_an_expert_are_found_wherever_they_lie() -> None:
     experts_grouped.grouped_experts_kernel[(1, 1)](
         hidden, levels, scales, None, None, output, order, table, 1, 16, inputs, inputs, 1, inputs,
         experts=count, per_token=1, bits=8, group_size=32, is_whole=True,
-        tile_rows=16, tile_outputs=16, tile_inputs=32,
+        tile_rows=16, tile_outputs=16, tile_inputs=32, is_early=False,
     )  # fmt: skip
     expected = hidden.float() @ ((levels[-1].float() - 128) * scales[-1].float()).T
     torch.testing.assert_close(output.float(), expected, atol=2e-2, rtol=1e-2)

@@ -21,7 +21,8 @@ from triton import language as tl
 from services.engine.core.kernels.experts import mixture_of_experts
 from services.engine.core.kernels.triton import why_not
 from services.engine.core.kernels.triton.experts_routing import plan, rows_of_block
-from services.engine.core.kernels.triton.language import dot, rounded, silu
+from services.engine.core.kernels.triton.language import dot, rounded, silu, wait_for_earlier
+from services.engine.core.kernels.triton.serving import begins_early, early_forms
 from services.engine.core.kernels.triton.specialisation import AMPERE, HOPPER, Specialisation
 
 _COMBINE_TILE = 1024
@@ -58,8 +59,10 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
     tile_columns: tl.constexpr,
     depth: tl.constexpr,
     group: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """inner = silu(hidden * gate^T) * (hidden * up^T), rows in the order of experts."""
+    wait_for_earlier(is_early)
     block, tile = _tile_of(blocks, intermediate, tile_columns, group)
     expert = tl.load(table + block * 3)
     if expert < experts:
@@ -100,8 +103,10 @@ def down_kernel(  # type: ignore[no-untyped-def]
     tile_columns: tl.constexpr,
     depth: tl.constexpr,
     group: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """outer = inner * down^T, times the expert's share, rows in the order of tokens again."""
+    wait_for_earlier(is_early)
     block, tile = _tile_of(blocks, size, tile_columns, group)
     expert = tl.load(table + block * 3)
     if expert < experts:
@@ -124,9 +129,15 @@ def down_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def combine_kernel(  # type: ignore[no-untyped-def]
-    outer, output, per_token: tl.constexpr, size: tl.constexpr, tile: tl.constexpr
+    outer,
+    output,
+    per_token: tl.constexpr,
+    size: tl.constexpr,
+    tile: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """The sum of what a token's experts made of it, always in the same order."""
+    wait_for_earlier(is_early)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     summed = tl.zeros((tile,), tl.float32)
@@ -210,6 +221,7 @@ def mixture_of_experts_triton(
         size=size,
         intermediate=intermediate,
         **_launch(first),
+        **begins_early(hidden.device),
     )
     outer = torch.empty((choices, size), dtype=hidden.dtype, device=hidden.device)
     down_kernel[(blocks * cdiv(size, second.columns),)](
@@ -224,6 +236,7 @@ def mixture_of_experts_triton(
         size=size,
         intermediate=intermediate,
         **_launch(second),
+        **begins_early(hidden.device),
     )
     return outer if per_token == 1 else combine(outer, per_token)
 
@@ -233,7 +246,13 @@ def combine(outer: Tensor, per_token: int) -> Tensor:
     num_tokens, size = len(outer) // per_token, outer.shape[1]
     output = outer.new_empty(num_tokens, size)
     combine_kernel[(num_tokens, cdiv(size, _COMBINE_TILE))](
-        outer, output, per_token=per_token, size=size, tile=_COMBINE_TILE, num_warps=4
+        outer,
+        output,
+        per_token=per_token,
+        size=size,
+        tile=_COMBINE_TILE,
+        num_warps=4,
+        **begins_early(outer.device),
     )
     return output
 
@@ -290,4 +309,4 @@ def _compiled() -> tuple[Specialisation, ...]:
     return tuple(forms)
 
 
-COMPILED = _compiled()
+COMPILED = early_forms(_compiled())

@@ -21,9 +21,10 @@ from services.engine.core.kernels.matrices import GroupedMatrix
 from services.engine.core.kernels.triton import why_not
 from services.engine.core.kernels.triton.experts import combine
 from services.engine.core.kernels.triton.experts_routing import plan, rows_of_block
-from services.engine.core.kernels.triton.language import rounded
+from services.engine.core.kernels.triton.language import rounded, wait_for_earlier
 from services.engine.core.kernels.triton.linear_grouped import float_rows, grouped_product
 from services.engine.core.kernels.triton.linear_splits import Tile
+from services.engine.core.kernels.triton.serving import begins_early, early_forms
 from services.engine.core.kernels.triton.specialisation import Specialisation
 
 # By the rows that an expert has on average. Narrow, for few rows: experts share out the programs.
@@ -58,9 +59,11 @@ def grouped_experts_kernel(  # type: ignore[no-untyped-def]
     tile_rows: tl.constexpr,
     tile_outputs: tl.constexpr,
     tile_inputs: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """Rows times the matrix of their expert. Without `shares`, rows of tokens become rows in the
     order of experts; with them, rows in this order become those of choices, times their share."""
+    wait_for_earlier(is_early)
     block = tl.program_id(0)
     expert = tl.load(table + block * 3)
     if expert < experts:
@@ -177,6 +180,7 @@ def _launch(
         tile_inputs=tile.inputs,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **begins_early(hidden.device),
     )
 
 
@@ -208,4 +212,4 @@ def _forms() -> Iterator[Specialisation]:
                 )
 
 
-COMPILED = tuple(_forms())
+COMPILED = early_forms(_forms())

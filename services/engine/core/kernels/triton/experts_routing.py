@@ -14,8 +14,8 @@ from triton import language as tl
 
 from services.engine.core.kernels.experts import choose_experts
 from services.engine.core.kernels.triton import why_not
-from services.engine.core.kernels.triton.language import rounded
-from services.engine.core.kernels.triton.serving import FLOATS
+from services.engine.core.kernels.triton.language import rounded, wait_for_earlier
+from services.engine.core.kernels.triton.serving import FLOATS, begins_early, early_forms
 from services.engine.core.kernels.triton.specialisation import Specialisation
 
 # As many choices one program puts in order by itself, in one launch instead of three.
@@ -37,8 +37,10 @@ def choose_kernel(  # type: ignore[no-untyped-def]
     normalize: tl.constexpr,
     tile: tl.constexpr,
     tile_chosen: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """One token, in one warp: its largest logits, one after another."""
+    wait_for_earlier(is_early)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, tile)
     values = tl.load(
@@ -62,9 +64,16 @@ def choose_kernel(  # type: ignore[no-untyped-def]
 
 @jit(do_not_specialize=["choices"])
 def count_kernel(  # type: ignore[no-untyped-def]
-    expert_ids, counts, choices, experts: tl.constexpr, bins: tl.constexpr, tile: tl.constexpr
+    expert_ids,
+    counts,
+    choices,
+    experts: tl.constexpr,
+    bins: tl.constexpr,
+    tile: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """Add to `counts` how many of a tile's choices are of each expert."""
+    wait_for_earlier(is_early)
     choice = tl.program_id(0) * tile + tl.arange(0, tile)
     ids = tl.load(expert_ids + choice, choice < choices, other=experts).to(tl.int32)
     expert = tl.arange(0, bins)
@@ -83,9 +92,10 @@ def _place(  # type: ignore[no-untyped-def]
 
 @jit(do_not_specialize=["choices"])
 def place_kernel(  # type: ignore[no-untyped-def]
-    expert_ids, cursors, order, choices, tile: tl.constexpr
+    expert_ids, cursors, order, choices, tile: tl.constexpr, is_early: tl.constexpr
 ):
     """Put a tile's choices in their places."""
+    wait_for_earlier(is_early)
     choice = tl.program_id(0) * tile + tl.arange(0, tile)
     inside = choice < choices
     ids = tl.load(expert_ids + choice, inside, other=0).to(tl.int32)
@@ -106,9 +116,11 @@ def plan_kernel(  # type: ignore[no-untyped-def]
     block_rows: tl.constexpr,
     tile: tl.constexpr,
     table_tile: tl.constexpr,
+    is_early: tl.constexpr,
 ):
     """One program: where each expert's rows begin, and which blocks of rows are whose. Without
     `counts`, it also counts choices, of which there is one tile, and puts them in order."""
+    wait_for_earlier(is_early)
     expert = tl.arange(0, bins)
     if counts is None:
         choice = tl.arange(0, tile)
@@ -166,6 +178,7 @@ def choose_experts_triton(logits: Tensor, per_token: int, normalize: bool) -> tu
             tile=next_power_of_2(experts),
             tile_chosen=next_power_of_2(per_token),
             num_warps=1,
+            **begins_early(logits.device),
         )
     return ids, shares
 
@@ -174,6 +187,7 @@ def plan(expert_ids: Tensor, experts: int, block_rows: int) -> tuple[Tensor, Ten
     """The choices in the order of their experts, int32, and the table of blocks of rows, as many
     as there can be: each expert has one that is not full."""
     choices, device = len(expert_ids), expert_ids.device
+    early = begins_early(device)
     blocks = min(choices, choices // block_rows + min(experts, choices))
     table = torch.empty((blocks, _TABLE), dtype=torch.int32, device=device)
     order = torch.empty(choices, dtype=torch.int32, device=device)
@@ -184,7 +198,14 @@ def plan(expert_ids: Tensor, experts: int, block_rows: int) -> tuple[Tensor, Ten
     if not fits:
         counts = torch.zeros(experts, dtype=torch.int32, device=device)
         count_kernel[(cdiv(choices, _CHUNK),)](
-            expert_ids, counts, choices, experts=experts, bins=bins, tile=_CHUNK, num_warps=4
+            expert_ids,
+            counts,
+            choices,
+            experts=experts,
+            bins=bins,
+            tile=_CHUNK,
+            num_warps=4,
+            **early,
         )
     # At least one for each thread: no thread does the same as another.
     tile = max(256, next_power_of_2(choices)) if fits else _CHUNK
@@ -202,10 +223,11 @@ def plan(expert_ids: Tensor, experts: int, block_rows: int) -> tuple[Tensor, Ten
         tile=tile,
         table_tile=_TABLE_TILE,
         num_warps=8,
+        **early,
     )
     if not fits:
         place_kernel[(cdiv(choices, _CHUNK),)](
-            expert_ids, cursors, order, choices, tile=_CHUNK, num_warps=4
+            expert_ids, cursors, order, choices, tile=_CHUNK, num_warps=4, **early
         )
     return order, table
 
@@ -233,4 +255,4 @@ def _compiled() -> tuple[Specialisation, ...]:
     return tuple(forms)
 
 
-COMPILED = _compiled()
+COMPILED = early_forms(_compiled())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from services.engine.core.kernels import LowRankPart, RoundedRows
-from services.engine.core.layers import Linear, MergedLinear
 from services.engine.core.layers.linear import Projection
 from services.engine.core.models import Model
 from services.engine.core.models.kept import KeptWeights
@@ -62,18 +62,18 @@ def test_rows_are_rounded_to_the_same_bits_whoever_does_it(
     assert set(inputs) == {RoundedRows}
 
 
-def test_layers_with_an_adapter_read_rows_as_they_are(tmp_path: Path) -> None:
+def test_a_step_through_adapters_hands_on_rows_as_they_are(tmp_path: Path) -> None:
     model = kept("llama", "w8a8", tmp_path)
-    parts = {}
-    for path, module in model.named_modules():
-        if isinstance(module, Linear | MergedLinear) and path.startswith("layers.0"):
-            outputs, inputs = module.weight.shape
-            up = torch.randn(outputs, 4)
-            parts[path] = (LowRankPart(torch.randn(4, inputs), up, 0),)
-    model.set_adapter(0, model.prepare_adapter(parts))
-    for path, module in model.named_modules():
-        if isinstance(module, Linear | MergedLinear) and path != "head":
-            assert (module.takes is None) == path.startswith("layers.0")
-    with rounded_by_each_product():
-        expected = logits(model)
-    assert torch.equal(logits(model), expected)
+    plain = logits(model)
+    model.take_adapters(max_adapters=1, max_rank=4)
+    outputs, inputs = model.get_submodule("layers.0.attention.output").weight.shape
+    part = LowRankPart(torch.randn(4, inputs), torch.randn(outputs, 4), 0)
+    model.set_adapter(0, model.prepare_adapter({"layers.0.attention.output": (part,)}))
+    assert torch.equal(logits(model), plain)
+
+    stepper = Stepper(model)
+    batch = stepper.make_batch(PROMPTS)
+    adapted = model(dataclasses.replace(batch, adapters=(0, -1)), stepper.cache).clone()
+    through, others = adapted.split([len(PROMPTS["one"]), len(PROMPTS["two"])])
+    assert not torch.equal(through[-1], plain[: len(through)][-1])
+    assert torch.equal(others, plain[len(through) : len(adapted)])

@@ -24,7 +24,7 @@ from services.engine.core.parallel.stages import stage_groups
 _TIMEOUT_S = 20.0
 
 
-class _Exchange:
+class Exchange:
     """Where all ranks of a model meet."""
 
     def __init__(self, layout: Layout) -> None:
@@ -36,18 +36,28 @@ class _Exchange:
         self.shares: dict[int, queue.SimpleQueue[Tensor]] = {
             rank: queue.SimpleQueue() for rank in range(layout.num_ranks)
         }
+        self.told: dict[int, queue.SimpleQueue[Tensor]] = {
+            rank: queue.SimpleQueue() for rank in range(1, layout.num_ranks)
+        }
 
 
 class ThreadRanks:
     """See `Ranks`."""
 
-    def __init__(self, place: Place, exchange: _Exchange) -> None:
+    def __init__(self, place: Place, exchange: Exchange) -> None:
         self.place = place
         self.num_exchanges = 0
         self._exchange = exchange
 
     def broadcast(self, values: Tensor) -> None:
-        raise AssertionError("threads are given the step itself")
+        self.num_exchanges += 1
+        if self.place.rank == 0:
+            for each in self._exchange.told.values():
+                each.put(values.clone())
+        else:
+            told = self._exchange.told[self.place.rank].get(timeout=_TIMEOUT_S)
+            assert told.shape == values.shape
+            values.copy_(told)
 
     def sum(self, partial: Tensor) -> Tensor:
         self.num_exchanges += 1
@@ -62,6 +72,7 @@ class ThreadRanks:
         self._exchange.barriers[self.place.stage].wait(_TIMEOUT_S)
 
     def pass_on(self, hidden: Tensor) -> None:
+        self.num_exchanges += 1
         self._exchange.sent[self.place.behind].put(hidden.clone())
 
     def take_over(self, hidden: Tensor) -> None:
@@ -92,7 +103,7 @@ class ShardedModel:
     ) -> None:
         """bounds: the first layer of each stage, and their number. size: of a block."""
         config = opened.config
-        exchange = _Exchange(layout)
+        exchange = Exchange(layout)
         self.config = config
         self.shards: list[Shard] = []
         self.caches: list[KVCache] = []

@@ -48,6 +48,8 @@ class ForwardBatch:
     # The same lengths where kernels read them; None: whoever needs them brings them there.
     lengths: DeviceLengths | None = None
     are_bounds: bool = False  # what AttentionMetadata says of it
+    # Of block_tables, the columns that are in use, where they are wider; None: all.
+    num_table_columns: int | None = None
     captured: CapturedShape | None = None  # what it is padded to; None: to nothing
     adapters: tuple[int, ...] | None = None  # per sequence, -1 for none; None: nobody has one
     # The same per token where kernels read it, [num_tokens] int32; None: whoever needs it brings it

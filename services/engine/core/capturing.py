@@ -10,7 +10,7 @@ from typing import Any
 
 from services.engine.core.batch import CapturedShape, ForwardBatch
 from services.engine.core.device_sampling import DeviceSampler
-from services.engine.core.graphs import CapturedChoice, GraphedModel
+from services.engine.core.graphs import CapturedChoice, CapturingModel, GraphedModel
 from services.engine.core.kernels.sampling import SamplingForm
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def shapes_for_drafting(
 
 
 def capture_all(
-    model: GraphedModel,
+    model: CapturingModel,
     kv_cache: Any,
     shapes: Sequence[CapturedShape],
     padding: Callable[[CapturedShape], ForwardBatch],

@@ -96,12 +96,11 @@ class DeviceInputs:
         None: to nothing. adapters: the slot of each sequence's, -1 for none; None: nobody has one.
         """
         numbers = _Numbers.of(step, token_ids, adapters)
-        changes = self._state.take_changes()
+        changes, width = self._state.take_changes(), step.block_tables.shape[-1]
         if captured is not None and captured.max_query_length is not None:
-            return self._bounded(numbers, captured, latest, changes)
+            return self._bounded(numbers, captured, width, latest, changes)
         if captured is not None:
             numbers.pad_tokens(captured.num_tokens, self._padding_slots)
-        width = step.block_tables.shape[-1]
         lengths = (step.plan.token_counts, step.context_lengths)
         batch = self._batch(numbers, lengths, width, latest, changes)
         return replace(batch, captured=captured)
@@ -128,7 +127,7 @@ class DeviceInputs:
         """A step of a captured shape in which there is nothing but padding."""
         numbers = self._nothing(shape)
         if shape.max_query_length is not None:
-            return self._bounded(numbers, shape, None, [])
+            return self._bounded(numbers, shape, 1, None, [])
         numbers.pad_tokens(shape.num_tokens, self._padding_slots)
         batch = self._batch(numbers, ((), ()), self._max_blocks, None, [])
         return replace(batch, captured=shape)
@@ -150,13 +149,15 @@ class DeviceInputs:
         self,
         numbers: _Numbers,
         shape: CapturedShape,
+        width: int,
         latest: LatestTokens | None,
         changes: list[TableChange],
     ) -> ForwardBatch:
-        """A step of whose sequences the host does not tell how long they are."""
+        """A step of whose sequences the host does not tell how long they are. width: the columns of
+        block tables that they use."""
         bounds = self._pad(numbers, shape)
         batch = self._batch(numbers, bounds, self._max_blocks, latest, changes)
-        return replace(batch, captured=shape, are_bounds=True)
+        return replace(batch, captured=shape, are_bounds=True, num_table_columns=width)
 
     def _pad(self, numbers: _Numbers, shape: CapturedShape) -> _Lengths:
         assert shape.max_query_length is not None

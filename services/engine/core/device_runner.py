@@ -7,6 +7,7 @@ waits. The next may be launched behind it before its tokens are known, since the
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from services.engine.core.device_counts import MOST_DISTINCT
 from services.engine.core.device_inputs import DeviceInputs
 from services.engine.core.device_sampling import DeviceSampler, PendingTokens
 from services.engine.core.errors import EngineError
-from services.engine.core.graphs import CudaRecorder, GraphedModel
+from services.engine.core.graphs import CapturingModel, CudaRecorder, GraphedModel
 from services.engine.core.kernels.sampling import SamplingForm
 from services.engine.core.plan import Plan, StepOutputs
 from services.engine.core.preparation import (
@@ -124,14 +125,16 @@ class DeviceRunner:
     def capture(self, limits: CaptureLimits) -> None:
         """Have the model capture the shapes that steps are padded to; who is left out of them is
         not any more. To be called before the first step."""
-        assert isinstance(self._model, GraphedModel)
+        model, cache, inputs = self._model, self._kv_cache, self._inputs
+        assert isinstance(model, CapturingModel)
         began_s = time.monotonic()
-        what = self._model, self._kv_cache
-        done = capture_all(*what, self._candidates, self._inputs.padding, limits)
+        done = capture_all(model, cache, self._candidates, inputs.padding, limits)
         self._shapes = _in_order(done)
+        if not isinstance(model, GraphedModel):
+            return  # of several ranks, whose graphs have parts of the logits
         left = replace(limits, seconds=limits.seconds - (time.monotonic() - began_s))
-        within = self._inputs.padding_within
-        self._choices = capture_choices(*what, done, within, left, self._sampler)
+        within = inputs.padding_within
+        self._choices = capture_choices(model, cache, done, within, left, self._sampler)
 
     def prepare(self, plan: Plan) -> None:
         """Nothing is prepared beforehand: steps are launched instead."""
@@ -264,12 +267,13 @@ def make_device_runner(
     *,
     captures: bool,
     drafts: bool,
+    graphed: Callable[..., CapturingModel] = GraphedModel,
     **shape: Any,
 ) -> DeviceRunner:
     """A runner on a CUDA device, with the graphs that are worth it.
 
-    captures: whether there are to be any. drafts: whether steps verify guesses. shape: what
-    DeviceRunner takes.
+    captures: whether there are to be any. drafts: whether steps verify guesses. graphed: makes a
+    model one with graphs, taking what GraphedModel does. shape: what DeviceRunner takes.
     """
     if not captures:
         return DeviceRunner(model, kv_cache, **shape)
@@ -279,7 +283,7 @@ def make_device_runner(
         max_query_length=_FEW_QUERIES if drafts else 1,
         takes_adapters=shape["takes_adapters"],
     )
-    return _capturing_runner(model, kv_cache, shapes, CaptureLimits(), **shape)
+    return _capturing_runner(model, kv_cache, shapes, CaptureLimits(), graphed, **shape)
 
 
 def make_drafting_runner(
@@ -293,7 +297,7 @@ def make_drafting_runner(
         max_batch_tokens=shape["max_batch_tokens"],
         max_query_length=_FEW_QUERIES,
     )
-    return _capturing_runner(model, kv_cache, shapes, DRAFTING_LIMITS, **shape)
+    return _capturing_runner(model, kv_cache, shapes, DRAFTING_LIMITS, GraphedModel, **shape)
 
 
 def _capturing_runner(
@@ -301,11 +305,12 @@ def _capturing_runner(
     kv_cache: Any,
     shapes: tuple[CapturedShape, ...],
     limits: CaptureLimits,
+    graphed: Callable[..., CapturingModel],
     **shape: Any,
 ) -> DeviceRunner:
     device = shape["device"]
-    graphed = GraphedModel(model, CudaRecorder(device), shapes, device=device)
-    runner = DeviceRunner(graphed, kv_cache, captured_shapes=shapes, **shape)
+    capturing = graphed(model, CudaRecorder(device), shapes, device=device)
+    runner = DeviceRunner(capturing, kv_cache, captured_shapes=shapes, **shape)
     runner.capture(limits)
     return runner
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -97,6 +97,24 @@ class CudaRecorder:
         return max(0, self._free_bytes - torch.cuda.mem_get_info(self._device)[0])
 
 
+@runtime_checkable
+class CapturingModel(Protocol):
+    """A model that can capture steps; those that are, it computes by their graphs."""
+
+    def __call__(self, batch: ForwardBatch, kv_cache: Any, /) -> Tensor:
+        """As `runner.Model`. The logits of a captured step are overwritten by the next."""
+        ...
+
+    def capture(self, batch: ForwardBatch, kv_cache: Any) -> None:
+        """Capture the step of a batch, whose input will lie where it lies now.
+
+        Raises RuntimeError for a step that cannot be captured.
+        """
+
+    def num_bytes(self) -> int:
+        """Memory that graphs hold of a device."""
+
+
 @dataclass(frozen=True, slots=True)
 class CapturedChoice:
     """What a graph does beside computing logits, so that a step is nothing but its replay.
@@ -148,7 +166,7 @@ class GraphedModel:
     def __call__(
         self, batch: ForwardBatch, kv_cache: Any, form: SamplingForm | None = None
     ) -> Tensor:
-        """As Model. The logits of a captured step are overwritten by the next.
+        """As CapturingModel.
 
         form: in which tokens are chosen by the same graph, that was captured so.
         """
@@ -164,10 +182,9 @@ class GraphedModel:
         kv_cache: Any,
         choice: CapturedChoice | None = None,
     ) -> None:
-        """Capture the step of a batch, whose input will lie where it lies now.
+        """As CapturingModel.
 
         choice: what else the graph does; None: logits are all.
-        Raises RuntimeError for a step that cannot be captured.
         """
         assert batch.captured is not None
         logits: Callable[[ForwardBatch, Any], Tensor]
@@ -189,8 +206,12 @@ class GraphedModel:
         form = None if choice is None else choice.form
         self._captured[batch.captured, form] = _Captured(logits, _addresses(batch))
 
+    def forget(self, shape: CapturedShape) -> None:
+        """Forget the graph of a shape that chooses nothing, if there is one."""
+        self._captured.pop((shape, None), None)
+
     def num_bytes(self) -> int:
-        """Memory that the graphs hold."""
+        """As CapturingModel."""
         return self._recorder.num_bytes()
 
 

@@ -26,6 +26,7 @@ from services.engine.core.encoding.startup import build_encoder, reads_whole_seq
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.generation_defaults import read_generation_defaults
+from services.engine.core.graphs import GraphedModel
 from services.engine.core.host_blocks import HostBlocks
 from services.engine.core.kernels import OPS, cpu, cuda, installed, select, triton
 from services.engine.core.kernels.choice import tune
@@ -41,6 +42,7 @@ from services.engine.core.parallel.backend import (
     refuse_ranks,
     start_workers,
 )
+from services.engine.core.parallel.model import ParallelModel
 from services.engine.core.pool_growth import PoolGrowth
 from services.engine.core.processors import available_processors, default_threads
 from services.engine.core.profiling import plan_card
@@ -112,11 +114,13 @@ def build_engine(
     if draft_model is not None:
         bytes_per_row += draft_model.bytes_per_block(settings)
     memory: dict[str, int] = {}
-    if device.type == "cuda" and workers is None:
-        graphs_bytes = 0
+    graphs_bytes = 0
+    if device.type == "cuda":
         if settings.cuda_graphs == "auto":
             graphs_bytes = CaptureLimits().num_bytes
             graphs_bytes += DRAFTING_LIMITS.num_bytes if draft_model is not None else 0
+        if workers is not None:
+            parallel.profile()
         budget = plan_card(
             settings,
             backend,
@@ -130,7 +134,7 @@ def build_engine(
         settings = msgspec.structs.replace(settings, kv_cache_memory_bytes=max(1, budget.kv_cache))
     num_rows = count_rows(settings, config, bytes_per_row, device)
     if workers is not None:
-        num_rows = min(num_rows, parallel.most_rows)
+        num_rows = min(num_rows, parallel.count_rows(graphs_bytes))
     num_blocks = num_rows * num_groups
     shape = TableShape.of_steps(settings.block_size, groups.windows, settings.max_batch_tokens)
     max_context_tokens = shape.most_tokens(num_blocks, config.max_context_tokens)
@@ -187,11 +191,14 @@ def build_engine(
     if device.type == "cuda":
         if workers is None:
             tune(model.matrices(), getattr(torch, backend.dtype))
+        else:
+            parallel.tune()
         make_runner = partial(
             make_device_runner,
             vocab_size=config.vocab_size,
-            captures=settings.cuda_graphs == "auto" and workers is None,
+            captures=settings.cuda_graphs == "auto",
             drafts=speculator is not None,
+            graphed=GraphedModel if workers is None else ParallelModel.graphed,
         )
     runner = make_runner(
         model,

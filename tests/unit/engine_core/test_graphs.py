@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import random
-import threading
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -32,7 +31,6 @@ from services.engine.core.device_runner import (
 from services.engine.core.device_sampling import DeviceSampler
 from services.engine.core.device_staging import DeviceStaging
 from services.engine.core.engine import EngineCore
-from services.engine.core.graph_pieces import ComputePieces, Replay
 from services.engine.core.graphs import Compute, GraphedModel
 from services.engine.core.kernels.sampling import SamplingForm
 from services.engine.core.messages import Sampling, SequenceRequest, Stopping
@@ -41,73 +39,9 @@ from services.engine.core.speculation.draft_model import DraftModelSpeculator
 from services.engine.core.speculation.step_cost import StepCost
 from services.engine.core.startup import build_engine
 from tests.fakes.decoder_families import VOCAB_SIZE, save_model
+from tests.fakes.recorders import Replaying
 
 FAMILIES = ["llama", "gemma2", "qwen3-moe", "gpt2"]
-
-
-class Replaying:
-    """Computes anew what it was given, into the memory of the first time."""
-
-    def __init__(self) -> None:
-        self.replays = 0
-        self.pieces = 0
-
-    def record(self, compute: Compute) -> Compute:
-        output = compute()
-
-        def replay() -> Tensor:
-            self.replays += 1
-            again = compute()
-            return again if again.data_ptr() == output.data_ptr() else output.copy_(again)
-
-        return replay
-
-    def record_pieces(self, compute: ComputePieces) -> tuple[list[Replay], Tensor]:
-        """Each time that the first piece is replayed a thread computes anew, and waits at each cut
-        until the next piece is."""
-        cuts = []
-        output = compute(lambda: cuts.append(None))
-        course: list[InTurns] = []
-
-        def replay(index: int) -> None:
-            self.pieces += 1
-            if index == 0:
-                course[:] = [InTurns(compute)]
-            again = course[0].go_on()
-            if index == len(cuts):
-                assert again is not None
-                output.copy_(again)
-
-        return [partial(replay, index) for index in range(len(cuts) + 1)], output
-
-    def num_bytes(self) -> int:
-        return 0
-
-
-class InTurns:
-    """A computation on a thread of its own, a piece at a time."""
-
-    def __init__(self, compute: ComputePieces) -> None:
-        self._turn, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._result: Tensor | None = None
-
-        def run() -> None:
-            self._turn.acquire()
-            with torch.inference_mode():
-                self._result = compute(self._cut)
-            self._done.release()
-
-        threading.Thread(target=run, daemon=True).start()
-
-    def go_on(self) -> Tensor | None:
-        """Compute the next piece; returns the result with the last."""
-        self._turn.release()
-        assert self._done.acquire(timeout=30)
-        return self._result
-
-    def _cut(self) -> None:
-        self._done.release()
-        self._turn.acquire()
 
 
 def build(path: Path, make_runner: Callable[..., Any] | None = None, **fields: Any) -> EngineCore:

@@ -11,17 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.engine.core.batch import ForwardBatch
+from services.engine.core.batch import CapturedShape, ForwardBatch
 from services.engine.core.kernels import DeviceLengths, LowRankPart
+from services.engine.core.parallel.step_input import StepHeader, StepMemory, pack, unpack
 from services.engine.core.parallel.wire import (
     Beat,
     Connection,
     CopyBlocks,
-    StepHeader,
     adapter_from_wire,
     adapter_to_wire,
-    pack,
-    unpack,
 )
 
 
@@ -83,6 +81,59 @@ def test_a_batch_is_the_same_on_the_other_side(batch: ForwardBatch) -> None:
         assert_same(getattr(found, name), getattr(batch, name))
 
 
+def captured(num_tokens: int, width: int, shape: CapturedShape) -> ForwardBatch:
+    """A step of a captured shape, of one sequence that uses so many blocks."""
+    each = torch.arange(num_tokens) + 1
+    ends = torch.arange(num_tokens + 1, dtype=torch.int32)
+    return ForwardBatch(
+        each,
+        2 * each,
+        3 * each,
+        torch.randint(1, 99, (num_tokens, 8), dtype=torch.int32),
+        (1,) * num_tokens,
+        (128,) * num_tokens,
+        each - 1,
+        DeviceLengths(ends, ends[1:]),
+        are_bounds=shape.max_query_length is not None,
+        num_table_columns=width,
+        captured=shape,
+    )
+
+
+def test_captured_steps_of_a_shape_arrive_at_the_same_places() -> None:
+    shapes = [CapturedShape(4, 1), CapturedShape(6, None), CapturedShape(2, 1)]
+    memory = StepMemory(
+        shapes, max_running_sequences=8, max_blocks=8, num_groups=1, device=torch.device("cpu")
+    )
+    for number, shape in enumerate(shapes):
+        places = []
+        for width in (1, 3, 8):
+            batch = captured(shape.num_tokens, width, shape)
+            header = StepHeader.of(1, batch, captured=number)
+            payload = header.to_bytes()
+            assert len(payload) < 8 * 20  # bounds are told once
+            header = StepHeader.from_bytes(payload)
+            place = memory.packed(header)
+            place.copy_(pack(batch))
+            arrived = memory.batch(header, place)
+            assert arrived.captured == shape
+            for name in ("token_ids", "positions", "slots", "logits_rows", "lengths"):
+                assert_same(getattr(arrived, name), getattr(batch, name))
+            assert torch.equal(arrived.block_tables[:, :width], batch.block_tables[:, :width])
+            if arrived.are_bounds:
+                assert arrived.block_tables.shape == batch.block_tables.shape
+            assert arrived.lengths is not None
+            read = [arrived.token_ids, arrived.positions, arrived.slots]
+            if arrived.are_bounds:
+                read += [arrived.block_tables, arrived.logits_rows]
+                read += [arrived.lengths.query_starts, arrived.lengths.contexts]
+            places.append(
+                tuple(each.data_ptr() - memory.packed(header).data_ptr() for each in read)
+            )
+            assert all(each.data_ptr() % 16 == 0 for each in read)
+        assert len(set(places)) == 1
+
+
 def test_an_adapter_is_the_same_on_the_other_side() -> None:
     parts = {
         "layers.0.attention.qkv": (
@@ -109,7 +160,7 @@ def pair() -> tuple[Connection, Connection]:
 
 def test_orders_and_steps_arrive_in_order() -> None:
     leader, follower = pair()
-    header = StepHeader(1, 2, 1, (1, 4), False, False, False, (2,), (2,), None)
+    header = StepHeader(1, 2, 1, (1, 4), False, False, False, 3, True, (2,), (2,), None)
     for _ in range(3):
         leader.send(CopyBlocks([(1, 2)]))
         leader.send_step(header.to_bytes())

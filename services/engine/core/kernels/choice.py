@@ -84,6 +84,12 @@ def bucket(rows: int) -> int:
     return next(each for each in ROWS if rows <= each)
 
 
+def go_by(choices: Iterable[Choice]) -> None:
+    """Go by these measurements alone."""
+    forget()
+    _measured.update({(each.signature, each.rows): each.fastest for each in choices})
+
+
 def forget() -> None:
     """Go by the rule again."""
     _measured.clear()

@@ -12,13 +12,15 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from services.engine.core.errors import StartupError
 from services.engine.core.kernels import Selection
+from services.engine.core.kernels.choice import go_by, tune
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.models.loader import OpenedModel
 from services.engine.core.parallel.environment import LOOPBACK
 from services.engine.core.parallel.model import ParallelKVCache, ParallelModel
 from services.engine.core.parallel.rank import Rank, layout_of
 from services.engine.core.parallel.ranks import abandon, join, leave
-from services.engine.core.parallel.wire import Allocate, Load, Setup
+from services.engine.core.parallel.tuning import agreed, from_wire, to_wire
+from services.engine.core.parallel.wire import Allocate, CountRows, GoBy, Load, Profile, Setup, Tune
 from services.engine.core.parallel.workers import Workers
 from services.engine.core.settings import CoreSettings
 
@@ -53,11 +55,7 @@ def end_workers() -> None:
 
 
 class ParallelBackend:
-    """See `backends.Backend`.
-
-    Attributes:
-        most_rows: rows of blocks, for all layers, for which the other ranks have room.
-    """
+    """See `backends.Backend`."""
 
     def __init__(
         self,
@@ -82,7 +80,7 @@ class ParallelBackend:
         host = LOOPBACK if is_local else "0.0.0.0"
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         workers.tell(Setup(settings, store.port))
-        free_bytes = [rank.free_bytes, *workers.answers()]
+        free_bytes = [rank.free_bytes, *(each.value for each in workers.answers())]
         config = rank.config
         enough = settings.max_running_sequences * -(
             -config.max_context_tokens // settings.block_size
@@ -94,7 +92,7 @@ class ParallelBackend:
         self._ranks = join(place, store, device, own_sums=own_sums)
         workers.tell(Load(bounds))
         self._shard = rank.load(bounds, self._ranks)
-        self.most_rows = min(workers.answers())
+        workers.answers()
         self.dtype = str(rank.dtype).removeprefix("torch.")
         self.kernels = {each.op: each.implementation for each in selections}
         stages = [f"{last - first}" for first, last in pairwise(bounds)]
@@ -111,11 +109,31 @@ class ParallelBackend:
     @property
     def settings(self) -> CoreSettings:
         """The settings by which rank 0 sizes its KV cache."""
-        return self._rank.settings
+        return self._rank.settings()
 
     def bytes_per_block(self, block_size: int, groups: LayerGroups) -> int:
         """Bytes of one block of the KV cache, of those that rank 0 has."""
         return self._rank.bytes_per_block
+
+    def profile(self) -> None:
+        """Have the other ranks watch what memory the steps that follow take."""
+        self._workers.tell(Profile())
+        self._workers.answers()
+
+    def count_rows(self, graphs_bytes: int) -> int:
+        """The rows of blocks, for all layers, for which the other ranks have room, beside CUDA
+        graphs of so many bytes on each."""
+        self._workers.tell(CountRows(graphs_bytes))
+        return min(each.value for each in self._workers.answers())
+
+    def tune(self) -> None:
+        """Have all ranks go by what all of them measure of their products."""
+        self._workers.tell(Tune())
+        own = tune(self._shard.matrices(), self._rank.dtype)
+        others = [from_wire(each.timings) for each in self._workers.answers()]
+        choices = agreed([own, *others])
+        go_by(choices)
+        self._workers.tell(GoBy(to_wire(choices)))
 
     def allocate(
         self, num_blocks: int, settings: CoreSettings, groups: LayerGroups

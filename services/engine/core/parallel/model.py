@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from services.engine.core.batch import ForwardBatch
+from services.engine.core.batch import CapturedShape, ForwardBatch
+from services.engine.core.graphs import Recorder
 from services.engine.core.kernels import AdapterParts
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layers.adapters import PlacedAdapter
 from services.engine.core.parallel.ranks import Ranks
 from services.engine.core.parallel.shard import Shard
+from services.engine.core.parallel.step_input import NOT_CAPTURED, StepHeader, pack
 from services.engine.core.parallel.wire import (
     AdapterMatrix,
+    BeginCapture,
     CopyBlocks,
+    Forget,
     SetAdapter,
-    StepHeader,
     adapter_to_wire,
-    pack,
 )
 from services.engine.core.parallel.workers import Workers
 
@@ -57,21 +59,16 @@ class ParallelModel:
     """Computes steps on all ranks: `model(batch, kv_cache)`, as Model does.
 
     A step's lengths go ahead to the hosts of the other ranks, its integers from device to device:
-    so nobody waits for a device, and what follows, `compute`, is the same sequence of kernels on
-    every rank, which each may capture for itself.
+    so nobody waits for a device. What follows is the same sequence of kernels on every rank of a
+    stage, which they capture together.
     """
 
-    def __init__(
-        self,
-        shard: Shard,
-        ranks: Ranks,
-        workers: Workers,
-        compute: Callable[[ForwardBatch, KVCache], Tensor] | None = None,
-    ) -> None:
-        """compute: what rank 0 computes its part of a step with; by default its shard."""
+    def __init__(self, shard: Shard, ranks: Ranks, workers: Workers) -> None:
+        """shard: of rank 0."""
         self._shard, self._ranks, self._workers = shard, ranks, workers
-        self._compute = compute or shard
         self._number = 0
+        self._shapes: dict[CapturedShape, int] = {}  # those that may be captured, by their numbers
+        self._graphs_bytes = 0
 
     @torch.inference_mode()
     def __call__(self, batch: ForwardBatch, kv_cache: ParallelKVCache) -> Tensor:
@@ -80,17 +77,63 @@ class ParallelModel:
         Raises:
             FatalEngineError: a rank is gone, or they are no longer at the same point.
         """
-        self._number += 1
-        header = StepHeader.of(self._number, batch)
-        self._workers.tell_step(header.to_bytes())
-        self._ranks.num_exchanges = 0
+        self._tell(batch)
         try:
             self._ranks.broadcast(pack(batch))
-            logits = self._compute(batch, kv_cache.own)
+            logits = self._shard(batch, kv_cache.own)
         except Exception as error:
             self._workers.judge(error, self._number, self._ranks.num_exchanges)
             raise
         return logits
+
+    def _tell(self, batch: ForwardBatch, *, is_to_be_captured: bool = False) -> None:
+        self._number += 1
+        captured = NOT_CAPTURED if batch.captured is None else self._shapes[batch.captured]
+        header = StepHeader.of(
+            self._number, batch, captured=captured, is_to_be_captured=is_to_be_captured
+        )
+        self._workers.tell_step(header.to_bytes())
+        self._ranks.num_exchanges = 0
+
+    def graphed(
+        self, recorder: Recorder, shapes: Sequence[CapturedShape], *, device: torch.device
+    ) -> ParallelModel:
+        """Have all ranks compute steps by graphs where they have been captured; returns the model.
+
+        recorder: of rank 0. shapes: those that may be captured.
+        """
+        self._shapes = {shape: number for number, shape in enumerate(shapes)}
+        self._workers.tell(BeginCapture(list(shapes)))
+        self._shard.begin_capture(recorder, shapes, device)
+        self._workers.answers()
+        return self
+
+    @torch.inference_mode()
+    def capture(self, batch: ForwardBatch, kv_cache: ParallelKVCache) -> None:
+        """Capture a step on all ranks at the same time, or on none.
+
+        Raises:
+            RuntimeError: it cannot be captured on one of them.
+            FatalEngineError: ranks are no longer at the same point.
+        """
+        assert batch.captured is not None
+        self._tell(batch, is_to_be_captured=True)
+        failure: Exception | None = None
+        try:
+            self._ranks.broadcast(pack(batch))
+            self._shard.capture(batch, kv_cache.own)
+        except Exception as error:
+            failure = error
+        captured = self._workers.agree(self._number, failure, self._ranks.num_exchanges)
+        self._graphs_bytes = max(self._shard.graphs.num_bytes(), *captured.num_bytes, 0)
+        if captured.problem:
+            self._shard.graphs.forget(batch.captured)
+            self._workers.tell(Forget(batch.captured))
+            raise RuntimeError(captured.problem) from failure
+
+    def num_bytes(self) -> int:
+        """Memory that graphs hold, of the rank where they hold the most."""
+        return self._graphs_bytes
 
     def prepare_adapter(self, parts: AdapterParts) -> _PreparedAdapter:
         """Return an adapter as `set_adapter` takes it. May be done beside steps."""

@@ -4,16 +4,18 @@ KV cache."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import msgspec
 import torch
 
 from services.engine.core.backends import kept_weights
+from services.engine.core.batch import CapturedShape
 from services.engine.core.errors import StartupError
-from services.engine.core.gpu_memory import DEFAULT_FRACTION, equal_part
+from services.engine.core.gpu_memory import CardMemory, MemoryReader, Readings, divide
 from services.engine.core.kernels import cpu, cuda, installed, triton
 from services.engine.core.kv_cache import KVCache, kv_dtype
 from services.engine.core.layer_groups import LayerGroups
@@ -25,8 +27,14 @@ from services.engine.core.parallel.layout import Layout, Place, check_layout, sh
 from services.engine.core.parallel.ranks import Ranks
 from services.engine.core.parallel.shard import Shard, load_shard, outline_shard
 from services.engine.core.parallel.stages import Costs, divide_layers, stage_groups
+from services.engine.core.parallel.step_input import StepMemory
 from services.engine.core.processors import default_threads
 from services.engine.core.settings import CoreSettings
+
+logger = logging.getLogger(__name__)
+
+# What reads the memory of a rank's device.
+make_reader: Callable[[torch.device], MemoryReader] = CardMemory
 
 # Of what weights leave, where layers are divided among stages and nobody chose a share.
 _FRACTION = 0.5
@@ -88,39 +96,47 @@ class Rank:
         if device.type == "cpu":
             torch.set_num_threads(max(1, (settings.threads or default_threads()) // local_ranks))
         self.groups = LayerGroups.of(self.config)
+        self._reader: MemoryReader | None = None
+        self._before: Readings
 
     @property
     def free_bytes(self) -> int:
         """What this rank could take of its device's memory."""
         return free_memory_bytes(self.device) // self._sharing
 
-    @property
-    def settings(self) -> CoreSettings:
-        """The settings by which the rank sizes its KV cache, once it has its weights. Those who
-        share the memory of a machine have equal parts of it; on a GPU of its own a rank gets what
-        its share of the card leaves beside its weights and the largest step."""
+    def profile(self) -> None:
+        """Begin to watch what memory steps take, once there are weights."""
+        self._reader = make_reader(self.device)
+        self._reader.reset()
+        self._before = self._reader.read()
+
+    def settings(self, graphs_bytes: int = 0) -> CoreSettings:
+        """The settings by which the rank sizes its KV cache. Those who share the memory of a
+        machine have equal parts of it; a card is divided by what steps took that were watched.
+
+        graphs_bytes: kept for CUDA graphs. Raises StartupError where the cache that is asked for
+        does not fit.
+        """
         settings = self._settings
-        if self.device.type == "cpu":
+        if self._reader is None:
             share = settings.memory_share / self._sharing
             return msgspec.structs.replace(settings, memory_share=share)
-        if settings.kv_cache_memory_bytes is not None:
-            return settings
-        free, total = torch.cuda.mem_get_info(self.device)
-        taken = total - free + (1 + settings.waiting_models) * self._step_bytes()
-        taken += settings.waiting_weights_bytes + settings.waiting_cache_bytes
-        left = int((settings.kv_cache_memory_fraction or DEFAULT_FRACTION) * total) - taken
-        budget = max(1, equal_part(settings, left))
-        return msgspec.structs.replace(settings, kv_cache_memory_bytes=budget)
+        after = self._reader.read()
+        self._reader.reset()
+        budget = divide(settings, self._before, after, graphs_bytes)
+        logger.info("memory of rank %d, %s: %s", self.place.rank, self.device, budget)
+        return msgspec.structs.replace(settings, kv_cache_memory_bytes=max(1, budget.kv_cache))
 
-    def _step_bytes(self) -> int:
-        """About what the activations of the largest step take: of each token the residual stream
-        and what a layer makes of it, and of each sequence logits in their stages on rank 0."""
-        config = shard_config(self.config, self.place.layout.tensor)
-        settings = self._settings
-        heads = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
-        token = 6 * config.hidden_size + 4 * config.intermediate_size + heads
-        rows = 4 * settings.max_running_sequences * self.config.vocab_size * 4
-        return settings.max_batch_tokens * token * self.dtype.itemsize + rows
+    def step_memory(self, shapes: Sequence[CapturedShape]) -> StepMemory:
+        """Where steps of shapes arrive that may be captured."""
+        settings, context = self._settings, self.config.max_context_tokens
+        return StepMemory(
+            shapes,
+            max_running_sequences=settings.max_running_sequences,
+            max_blocks=-(-context // settings.block_size),
+            num_groups=len(self.groups.windows),
+            device=self.device,
+        )
 
     def divide(self, free_bytes: Sequence[int], enough_rows: int) -> list[int]:
         """The first layer of each stage, and their number. free_bytes: of each rank."""
@@ -138,8 +154,11 @@ class Rank:
         config = shard_config(self.config, self.place.layout.tensor)
         model = build_skeleton(config).to(self.dtype)
 
+        kept = self._bits() / (8 * self.dtype.itemsize)
+
         def bytes_of(*modules: torch.nn.Module | None) -> int:
-            return sum(each.nbytes for module in modules if module for each in module.parameters())
+            own = [each.parameters() for each in modules if each is not None]
+            return int(kept * sum(each.nbytes for parameters in own for each in parameters))
 
         head = model.embedding if config.tie_embeddings else model.head
         return Costs(

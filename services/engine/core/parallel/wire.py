@@ -11,7 +11,6 @@ import contextlib
 import socket
 import struct
 import threading
-from itertools import pairwise
 from typing import TypeAlias
 
 import msgspec
@@ -19,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine.core.batch import ForwardBatch
-from services.engine.core.kernels import AdapterParts, DeviceLengths, LowRankPart
+from services.engine.core.batch import CapturedShape
+from services.engine.core.kernels import AdapterParts, LowRankPart
+from services.engine.core.parallel.step_input import StepHeader
 from services.engine.core.settings import CoreSettings
 
 _FRAME = struct.Struct("<IB")
 _STEP, _MESSAGE = 0, 1
-_NUM_FIXED = 9  # integers of a step's header that every header has
 _BUFFER_BYTES = 1 << 16
 
 
@@ -37,16 +36,61 @@ class Setup(msgspec.Struct, tag=True):
 
 
 class Load(msgspec.Struct, tag=True):
-    """Load these layers' weights, given by the first layer of each stage and their number. Answered
-    with the rows of blocks for which there is room."""
+    """Load these layers' weights, given by the first layer of each stage and their number."""
 
     bounds: list[int]
+
+
+class Profile(msgspec.Struct, tag=True):
+    """Begin to watch what memory the steps that follow take."""
+
+
+class CountRows(msgspec.Struct, tag=True):
+    """Answered with the rows of blocks, for all layers, for which there is room: beside what the
+    steps took that were watched, if any were, and `graphs_bytes` for CUDA graphs. A KV cache that
+    they were computed on is given up."""
+
+    graphs_bytes: int
 
 
 class Allocate(msgspec.Struct, tag=True):
     """Make the KV cache."""
 
     num_blocks: int
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """How long the implementations of a product take; see `kernels.choice.Choice`."""
+
+    op: str
+    dtype: str
+    outputs: int
+    inputs: int
+    bits: int
+    rows: int
+    seconds: dict[str, float]
+
+
+class Tune(msgspec.Struct, tag=True):
+    """Measure products; answered with the timings."""
+
+
+class GoBy(msgspec.Struct, tag=True):
+    """Choose implementations by these timings alone; not answered."""
+
+    timings: list[Timing]
+
+
+class BeginCapture(msgspec.Struct, tag=True):
+    """Steps of these shapes may be captured from now on."""
+
+    shapes: list[CapturedShape]
+
+
+class Forget(msgspec.Struct, tag=True):
+    """Forget the graphs of a shape, which not all ranks have; not answered."""
+
+    shape: CapturedShape
 
 
 class CopyBlocks(msgspec.Struct, tag=True):
@@ -80,9 +124,11 @@ class Hello(msgspec.Struct, tag=True):
 
 
 class Done(msgspec.Struct, tag=True):
-    """The answer to what is answered."""
+    """The answer to what is answered, and to a step that was captured: with the bytes of all
+    graphs."""
 
     value: int = 0
+    timings: list[Timing] = []
 
 
 class Beat(msgspec.Struct, tag=True):
@@ -97,127 +143,9 @@ class Failed(msgspec.Struct, tag=True):
     num_exchanges: int = 0
 
 
-Order: TypeAlias = Setup | Load | Allocate | CopyBlocks | SetAdapter
+AnsweredOrder: TypeAlias = Setup | Load | Profile | CountRows | Allocate | Tune | BeginCapture
+Order: TypeAlias = AnsweredOrder | GoBy | Forget | CopyBlocks | SetAdapter
 Report: TypeAlias = Hello | Done | Beat | Failed
-
-
-class StepHeader(msgspec.Struct, frozen=True, array_like=True):
-    """What is known on the host of a step: all but the integers that are on the device."""
-
-    number: int
-    num_tokens: int
-    num_rows: int
-    table_shape: tuple[int, ...]
-    has_lengths: bool
-    has_token_adapters: bool
-    are_bounds: bool
-    query_lengths: tuple[int, ...]
-    context_lengths: tuple[int, ...]
-    adapters: tuple[int, ...] | None
-
-    @classmethod
-    def of(cls, number: int, batch: ForwardBatch) -> StepHeader:
-        """That of a batch."""
-        return cls(
-            number,
-            len(batch.token_ids),
-            len(batch.logits_rows),
-            tuple(batch.block_tables.shape),
-            batch.lengths is not None,
-            batch.token_adapters is not None,
-            batch.are_bounds,
-            batch.query_lengths,
-            batch.context_lengths,
-            batch.adapters,
-        )
-
-    @property
-    def num_packed(self) -> int:
-        """How many integers `pack` makes of the batch."""
-        groups = self.table_shape[0] if len(self.table_shape) > 2 else 1
-        lengths = 2 * len(self.query_lengths) + 1 if self.has_lengths else 0
-        tables = int(np.prod(self.table_shape))
-        per_token = 2 + groups + self.has_token_adapters
-        return per_token * self.num_tokens + self.num_rows + tables + lengths
-
-    def to_bytes(self) -> bytes:
-        """As integers, in a fixed order: lengths of what has one first."""
-        fixed = (
-            self.number,
-            self.num_tokens,
-            self.num_rows,
-            len(self.query_lengths),
-            len(self.table_shape),
-            self.has_lengths,
-            self.has_token_adapters,
-            self.are_bounds,
-            self.adapters is not None,
-        )
-        values = (*fixed, *self.table_shape, *self.query_lengths, *self.context_lengths)
-        return np.array((*values, *(self.adapters or ())), np.int64).tobytes()
-
-    @classmethod
-    def from_bytes(cls, payload: bytes) -> StepHeader:
-        """What `to_bytes` made."""
-        values = np.frombuffer(payload, np.int64).tolist()
-        number, num_tokens, num_rows, count, dims, *flags = values[:_NUM_FIXED]
-        has_lengths, has_token_adapters, are_bounds, adapted = map(bool, flags)
-        ends = np.cumsum([_NUM_FIXED, dims, count, count, count * adapted]).tolist()
-        shape, queries, contexts, adapters = (
-            tuple(values[start:end]) for start, end in pairwise(ends)
-        )
-        return cls(
-            number,
-            num_tokens,
-            num_rows,
-            shape,
-            has_lengths,
-            has_token_adapters,
-            are_bounds,
-            queries,
-            contexts,
-            adapters if adapted else None,
-        )
-
-
-def pack(batch: ForwardBatch) -> Tensor:
-    """All integers of a batch that are on the device, in one tensor, [StepHeader.num_packed]
-    int64."""
-    parts = [batch.token_ids, batch.positions, batch.slots, batch.logits_rows, batch.block_tables]
-    if batch.lengths is not None:
-        parts += [batch.lengths.query_starts, batch.lengths.contexts]
-    if batch.token_adapters is not None:
-        parts.append(batch.token_adapters)
-    return torch.cat([part.reshape(-1).long() for part in parts])
-
-
-def unpack(header: StepHeader, packed: Tensor) -> ForwardBatch:
-    """The batch that was packed."""
-    several = len(header.table_shape) > 2
-    slots = (header.table_shape[0], header.num_tokens) if several else (header.num_tokens,)
-    sequences = len(header.query_lengths)
-    shapes = [(header.num_tokens,)] * 2 + [slots, (header.num_rows,), header.table_shape]
-    if header.has_lengths:
-        shapes += [(sequences + 1,), (sequences,)]
-    if header.has_token_adapters:
-        shapes.append((header.num_tokens,))
-    cuts = torch.split(packed, [int(np.prod(shape)) for shape in shapes])
-    token_ids, positions, slots_there, rows, tables, *further = (
-        cut.view(shape) for cut, shape in zip(cuts, shapes, strict=True)
-    )
-    return ForwardBatch(
-        token_ids=token_ids,
-        positions=positions,
-        slots=slots_there,
-        block_tables=tables.int(),
-        query_lengths=header.query_lengths,
-        context_lengths=header.context_lengths,
-        logits_rows=rows,
-        lengths=DeviceLengths(further[0].int(), further[1].int()) if header.has_lengths else None,
-        are_bounds=header.are_bounds,
-        adapters=header.adapters,
-        token_adapters=further[-1].int() if header.has_token_adapters else None,
-    )
 
 
 def adapter_to_wire(parts: AdapterParts) -> list[AdapterMatrix]:

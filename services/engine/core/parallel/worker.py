@@ -15,14 +15,18 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from services.engine.core.batch import ForwardBatch
 from services.engine.core.errors import StartupError
+from services.engine.core.graphs import CudaRecorder, Recorder
 from services.engine.core.kernels import select as select_kernels
+from services.engine.core.kernels.choice import go_by, tune
 from services.engine.core.kernels.device_check import check_device
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.models.loader import open_model
@@ -30,20 +34,27 @@ from services.engine.core.parallel.environment import Meeting, rank_of_worker
 from services.engine.core.parallel.rank import Rank, choose_kernels, device_of, layout_of
 from services.engine.core.parallel.ranks import TorchRanks, join
 from services.engine.core.parallel.shard import Shard
+from services.engine.core.parallel.step_input import NOT_CAPTURED, StepHeader, StepMemory, unpack
+from services.engine.core.parallel.tuning import from_wire, to_wire
 from services.engine.core.parallel.wire import (
     Allocate,
+    AnsweredOrder,
     Beat,
+    BeginCapture,
     Connection,
     CopyBlocks,
+    CountRows,
     Done,
     Failed,
+    Forget,
+    GoBy,
     Hello,
     Load,
+    Profile,
     SetAdapter,
     Setup,
-    StepHeader,
+    Tune,
     adapter_from_wire,
-    unpack,
 )
 from services.engine.core.parallel.workers import BEAT_S
 from services.engine.core.startup import count_rows, resolve_device
@@ -51,6 +62,9 @@ from services.engine.core.startup import count_rows, resolve_device
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+
+# What captures the steps of a rank.
+make_recorder: Callable[[torch.device], Recorder] = CudaRecorder
 
 
 class Worker:
@@ -63,7 +77,8 @@ class Worker:
         self._rank: Rank
         self._ranks: TorchRanks
         self._shard: Shard
-        self._kv_cache: KVCache
+        self._kv_cache: KVCache | None = None
+        self._memory: StepMemory
 
     def follow(self) -> None:
         """Carry out orders.
@@ -77,7 +92,11 @@ class Worker:
                 if isinstance(order, StepHeader):
                     self._step(order)
                 elif isinstance(order, CopyBlocks):
-                    self._kv_cache.copy_blocks(order.pairs)
+                    self._cache.copy_blocks(order.pairs)
+                elif isinstance(order, GoBy):
+                    go_by(from_wire(order.timings))
+                elif isinstance(order, Forget):
+                    self._shard.graphs.forget(order.shape)
                 elif isinstance(order, SetAdapter):
                     parts = order.parts
                     self._shard.set_adapter(
@@ -89,19 +108,38 @@ class Worker:
                 else:
                     self._answer(order)
 
+    @property
+    def _cache(self) -> KVCache:
+        assert self._kv_cache is not None, "it is allocated before there are steps"
+        return self._kv_cache
+
     def _step(self, header: StepHeader) -> None:
         ranks = self._ranks
         ranks.num_exchanges = 0
         try:
-            packed = torch.empty(header.num_packed, dtype=torch.int64, device=self._rank.device)
-            ranks.broadcast(packed)
-            self._shard(unpack(header, packed), self._kv_cache)
+            batch = self._receive(header)
+            if header.is_to_be_captured:
+                self._shard.capture(batch, self._cache)
+                self._connection.send(Done(self._shard.graphs.num_bytes()))
+            else:
+                self._shard(batch, self._cache)
+        except ConnectionError:
+            raise
         except Exception as error:
             logger.exception("step %d failed on rank %d", header.number, self._index)
             problem = f"{type(error).__name__}: {error}"
             self._connection.send(Failed(problem, header.number, ranks.num_exchanges))
 
-    def _answer(self, order: Setup | Load | Allocate) -> None:
+    def _receive(self, header: StepHeader) -> ForwardBatch:
+        if header.captured != NOT_CAPTURED:
+            packed = self._memory.packed(header)
+            self._ranks.broadcast(packed)
+            return self._memory.batch(header, packed)
+        packed = torch.empty(header.num_packed, dtype=torch.int32, device=self._rank.device)
+        self._ranks.broadcast(packed)
+        return unpack(header, packed)
+
+    def _answer(self, order: AnsweredOrder) -> None:
         try:
             if isinstance(order, Setup):
                 self._connection.send(Done(self._open(order)))
@@ -109,11 +147,8 @@ class Worker:
                 self._ranks = join(
                     self._rank.place, self._store, self._rank.device, own_sums=own_sums
                 )
-            elif isinstance(order, Load):
-                self._connection.send(Done(self._load(order)))
             else:
-                self._kv_cache = self._rank.allocate(order.num_blocks)
-                self._connection.send(Done())
+                self._connection.send(self._do(order))
         except ConnectionError:
             raise
         except Exception as error:
@@ -143,11 +178,27 @@ class Worker:
         self._store = TCPStore(self._meeting.address, order.store_port, is_master=False)
         return self._rank.free_bytes
 
-    def _load(self, order: Load) -> int:
+    def _do(self, order: Load | Profile | CountRows | Allocate | Tune | BeginCapture) -> Done:
         rank = self._rank
-        self._shard = rank.load(order.bounds, self._ranks)
+        if isinstance(order, Load):
+            self._shard = rank.load(order.bounds, self._ranks)
+        elif isinstance(order, Profile):
+            rank.profile()
+        elif isinstance(order, CountRows):
+            return Done(self._count_rows(order.graphs_bytes))
+        elif isinstance(order, Allocate):
+            self._kv_cache = rank.allocate(order.num_blocks)
+        elif isinstance(order, Tune):
+            return Done(timings=to_wire(tune(self._shard.matrices(), rank.dtype)))
+        else:
+            self._shard.begin_capture(make_recorder(rank.device), order.shapes, rank.device)
+            self._memory = rank.step_memory(order.shapes)
+        return Done()
+
+    def _count_rows(self, graphs_bytes: int) -> int:
+        rank, self._kv_cache = self._rank, None
         row = len(rank.groups.windows) * rank.bytes_per_block
-        return count_rows(rank.settings, rank.config, row, rank.device)
+        return count_rows(rank.settings(graphs_bytes), rank.config, row, rank.device)
 
 
 def _beat(connection: Connection) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 
 from services.engine.core.errors import FatalEngineError, StartupError
@@ -37,6 +38,19 @@ _LATE_S = 1.0
 _HANDSHAKE_S = 10.0
 _END_S = 2.0
 _SIGNAL = signal.SIGUSR1
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What ranks have made of capturing a step.
+
+    Attributes:
+        problem: why not all of them have captured it; "" where they have.
+        num_bytes: that graphs hold on each of the others that have.
+    """
+
+    problem: str
+    num_bytes: list[int]
 
 
 class Workers:
@@ -101,7 +115,7 @@ class Workers:
         for connection in self._connections.values():
             self._send(connection.send, order)
 
-    def answers(self) -> list[int]:
+    def answers(self) -> list[Done]:
         """What all ranks answer to the latest order, in their order.
 
         Raises:
@@ -112,7 +126,7 @@ class Workers:
         for rank, answer in sorted(answers.items()):
             if isinstance(answer, Failed):
                 raise StartupError(f"rank {rank}: {answer.problem}")
-        return [answer.value for _, answer in sorted(answers.items()) if isinstance(answer, Done)]
+        return [answer for _, answer in sorted(answers.items()) if isinstance(answer, Done)]
 
     def tell_step(self, header: bytes) -> None:
         """Have all ranks compute a step.
@@ -159,6 +173,44 @@ class Workers:
             raise self._fatal(
                 f"a step failed on rank 0, and not alike on others: {what}"
             ) from error
+
+    def agree(self, step: int, error: Exception | None, num_exchanges: int) -> Captured:
+        """Wait until all ranks are through with capturing a step, as rank 0 is: with an error, or
+        without.
+
+        Raises:
+            FatalEngineError: a rank waits for one that has failed, or two that exchange have failed
+                at different points.
+        """
+
+        def are_through() -> bool:
+            return len(self._answers) + len(self._of_step(step)) == len(self._others)
+
+        with self._changed:
+            # While nobody has failed, one may take long: kernels are compiled.
+            self._changed.wait_for(
+                lambda: self._problem or are_through(), None if error is None else _ALIKE_S
+            )
+            failed, answers = self._of_step(step), self._answers
+            if are_through():
+                self._answers = {}
+                for rank in failed:
+                    del self._failed[rank]
+        problems = {rank: f"rank {rank}: {each.problem}" for rank, each in failed.items()}
+        points = {rank: each.num_exchanges for rank, each in failed.items()}
+        if error is not None:
+            problems[0], points[0] = f"rank 0: {type(error).__name__}: {error}", num_exchanges
+        if self._problem:
+            raise self._fatal(self._problem) from error
+        stages = {(self._layout.place(rank).stage, point) for rank, point in points.items()}
+        alike = len(stages) == len({stage for stage, _ in stages})
+        if len(answers) + len(failed) < len(self._others) or not alike:
+            told = "; ".join(each for _, each in sorted(problems.items()))
+            raise self._fatal(f"ranks fail to capture a step together: {told}") from error
+        return Captured(
+            next((each for _, each in sorted(problems.items())), ""),
+            [each.value for each in answers.values() if isinstance(each, Done)],
+        )
 
     def _of_step(self, step: int) -> dict[int, Failed]:
         return {rank: each for rank, (each, _) in self._failed.items() if each.step == step}

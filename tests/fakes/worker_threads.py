@@ -64,7 +64,7 @@ def worker_threads(layout: Layout) -> Iterator[None]:
     def start(command: Any, *, env: Mapping[str, str], **rest: Any) -> WorkerThread:
         return WorkerThread(env)
 
-    def join(place: Place, store: Any, device: Any) -> ThreadRanks:
+    def join(place: Place, store: Any, device: Any, **rest: Any) -> ThreadRanks:
         return ThreadRanks(place, exchange)
 
     with (

@@ -30,9 +30,9 @@ from services.engine.core.layers import adapters as module
 from services.engine.core.messages import LoadAdapter, SequenceRequest, UnloadAdapter
 from tests.fakes.adapters import add_adapters
 from tests.fakes.decoder_families import save_model
+from tests.fakes.recorders import Replaying
 from tests.unit.engine_core.test_graphs import (
     FAMILIES,
-    Replaying,
     answers,
     build,
     graphed,

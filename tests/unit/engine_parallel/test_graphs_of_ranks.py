@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from services.engine.core import device_runner
 from services.engine.core.capturing import CaptureLimits
@@ -21,8 +22,10 @@ from services.engine.core.messages import Sampling, SequenceRequest, Stopping
 from services.engine.core.parallel import worker, workers
 from services.engine.core.parallel.layout import Layout
 from services.engine.core.parallel.model import ParallelModel
+from services.engine.core.runner import Runner
 from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
+from tests.fakes.adapters import add_adapters
 from tests.fakes.decoder_families import VOCAB_SIZE, save_model, served
 from tests.fakes.native_steps import text
 from tests.fakes.recorders import Replaying
@@ -32,7 +35,12 @@ PROMPTS = [text(40), text(14, 1), text(3, 2), text(70, 5)]
 ALONE, TWO_RANKS = Layout(1, 1), Layout(2, 1)
 
 
-def build(path: Path, layout: Layout = ALONE, **fields: Any) -> EngineCore:
+def build(
+    path: Path,
+    layout: Layout = ALONE,
+    make_runner: Callable[..., Any] = Runner,
+    adapters: dict[str, str] | None = None,
+) -> EngineCore:
     settings = CoreSettings(
         model_path=str(path),
         device="cpu",
@@ -47,13 +55,14 @@ def build(path: Path, layout: Layout = ALONE, **fields: Any) -> EngineCore:
         speculation="off",
         tensor_parallel=layout.tensor,
         pipeline_parallel=layout.stages,
+        adapters=adapters or {},
     )
-    core, _ = build_engine(settings, **fields)
+    core, _ = build_engine(settings, make_runner=make_runner)
     assert isinstance(core, EngineCore)
     return core
 
 
-def graphed(path: Path, layout: Layout) -> EngineCore:
+def graphed(path: Path, layout: Layout, adapters: dict[str, str] | None = None) -> EngineCore:
     """A core of ranks that captures as on GPUs."""
     make_runner = partial(
         make_device_runner,
@@ -62,14 +71,21 @@ def graphed(path: Path, layout: Layout) -> EngineCore:
         vocab_size=VOCAB_SIZE,
         graphed=ParallelModel.graphed,
     )
-    return build(path, layout, make_runner=make_runner)
+    return build(path, layout, make_runner, adapters)
 
 
-def answers(core: EngineCore) -> dict[int, list[int]]:
+def answers(core: EngineCore, adapter: str = "") -> dict[int, list[int]]:
+    """adapter: of every other request."""
     stopping = Stopping(max_tokens=12, ignore_eos=True)
     core.add(
         [
-            SequenceRequest(number, prompt, Sampling(temperature=0.0), stopping)
+            SequenceRequest(
+                number,
+                prompt,
+                Sampling(temperature=0.0),
+                stopping,
+                adapter=adapter if number % 2 else "",
+            )
             for number, prompt in enumerate(PROMPTS)
         ]
     )
@@ -129,6 +145,21 @@ def test_answers_are_the_same(
         assert each.pieces > 3
 
 
+@pytest.mark.parametrize("layout", [Layout(2, 1), Layout(1, 2)])
+def test_answers_through_an_adapter_are_the_same(
+    layout: Layout, llama: Path, recorders: Recorders, tmp_path: Path
+) -> None:
+    config = {"r": 4, "lora_alpha": 64, "target_modules": ["q_proj", "o_proj", "down_proj"]}
+    add_adapters(AutoModelForCausalLM.from_pretrained(llama), tmp_path, one=config)
+    adapters = {"one": str(tmp_path / "one")}
+    used = recorders(Replaying(), Replaying())
+    with worker_threads(layout):
+        found = answers(graphed(llama, layout, adapters), "one")
+    assert found == answers(build(llama, adapters=adapters), "one")
+    assert found != answers(build(llama))
+    assert used[1].replays == used[0].replays > 3
+
+
 class Refusing(Replaying):
     """Captures so many steps, and fails with the next."""
 
@@ -156,7 +187,7 @@ def test_what_one_rank_cannot_capture_no_rank_computes_by_graphs(
     with worker_threads(TWO_RANKS):
         core = graphed(llama, TWO_RANKS)
         found = answers(core)
-    assert "captured 2 of 4 shapes" in caplog.text
+    assert "captured 2 of 8 shapes" in caplog.text
     assert f"could not be: rank {failing[0]}: RuntimeError: not permitted when" in caplog.text
     assert found == answers(build(llama))
     assert used[0].replays == used[1].replays > 3
@@ -186,7 +217,7 @@ def test_the_time_and_the_memory_that_one_rank_uses_up_are_used_up_for_all(
     recorders(Replaying(), kind())
     with worker_threads(TWO_RANKS):
         found = answers(graphed(llama, TWO_RANKS))
-    assert "captured 1 of 4 shapes" in caplog.text
+    assert "captured 1 of 8 shapes" in caplog.text
     assert "time or memory for more is used up" in caplog.text
     assert found == answers(build(llama))
 
@@ -225,5 +256,5 @@ def test_ranks_that_fail_alike_before_they_exchange_compute_kernel_by_kernel(
     recorders(Broken(), Broken())
     with worker_threads(TWO_RANKS):
         found = answers(graphed(llama, TWO_RANKS))
-    assert "captured 0 of 4 shapes" in caplog.text
+    assert "captured 0 of 8 shapes" in caplog.text
     assert found == answers(build(llama))

@@ -130,6 +130,7 @@ def _extend(
         numbers,
         pattern,
         most_sequences=64,
+        scores_ahead=tiles.scores_ahead,
         **options,
     )
 
@@ -151,12 +152,13 @@ def _combine(head_dim: int, ceiling: int) -> Specialisation:
 def _compiled() -> tuple[Specialisation, ...]:
     forms = [_combine(128, 64), _combine(256, 64)]
     slow = "three products for one, where being right is all that counts"
-    small = "56 bytes, where scales are many"
-    wide = "8 to 24 bytes, where smaller tiles would be read more often"
+    small = "up to 72 bytes, where scales are many"
+    wide = "up to 40 bytes, where smaller tiles would be read more often"
     for card in _CARDS:
         for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.float32):
             why = {torch.float32: slow, torch.int8: small if card.capability == AMPERE else ""}
-            forms.append(_decode(card, 128, dtype))
+            word = "two words of scales, by Triton 3.9" if dtype == torch.int8 else ""
+            forms.append(_decode(card, 128, dtype, spills=word))
             forms.append(_extend(card, 128, dtype, spills=why.get(dtype, "")))
         forms.append(_decode(card, 128, queries=16))
         forms.append(_decode(card, 256, pattern=_SPARSE, is_capped=True))

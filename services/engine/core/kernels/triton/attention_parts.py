@@ -39,7 +39,7 @@ class Cut(NamedTuple):
 
 class Cached(NamedTuple):
     """What a KV head keeps of a sequence: pointers to it, its block table, and strides of blocks
-    and tokens; of its tokens none is looked at but the global ones and those in [first, end)."""
+    and tokens; of its tokens some row sees the global ones and those in [first, end)."""
 
     key_memory: Any
     value_memory: Any
@@ -117,49 +117,60 @@ def load_heads(pointers, mask, scales, compute: tl.constexpr):  # type: ignore[n
 
 
 @jit
-def attend_tile(  # type: ignore[no-untyped-def]
-    tile, rows, softmax, cached, cut: tl.constexpr, masked: tl.constexpr
-):
-    """Let rows attend to the tokens of a tile of the cache; return the online softmax after these.
+def find_tile(tile, cached, cut: tl.constexpr, masked: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the tokens of a tile are in keys and values, and in their scales.
 
-    masked: whether some row does not see some of the tokens.
+    masked: whether some row does not see some of them. Those that none sees are not looked at: the
+    last token stands for them, so that no load needs a mask.
     """
     tokens = tile * cut.tile_tokens + tl.arange(0, cut.tile_tokens)
-    dims = tl.arange(0, cut.width)
-    mask = None
     if masked:
-        looked_at = tokens < cached.end
+        seen = tokens < cached.end
         if cut.window > 0:
-            looked_at = looked_at & ((tokens >= cached.first) | (tokens < cut.global_tokens))
-        blocks = tl.load(cached.table + tokens // cut.block_size, mask=looked_at, other=0)
-        mask = looked_at[:, None] & (dims < cut.head_dim)[None, :]
-    else:
-        blocks = tl.load(cached.table + tokens // cut.block_size)
-        if cut.width > cut.head_dim:
-            mask = (dims < cut.head_dim)[None, :]
+            seen = seen & ((tokens >= cached.first) | (tokens < cut.global_tokens))
+        tokens = tl.where(seen, tokens, cached.end - 1)
+    blocks = tl.load(cached.table + tokens // cut.block_size)
     if cut.far:
         blocks = blocks.to(tl.int64)
     within = (tokens % cut.block_size).to(blocks.dtype)
-    offsets = blocks * cached.block_stride + within * cached.token_stride
-    places = offsets[:, None] + dims[None, :]
-    of_keys = None
-    of_values = None
+    of_scales = blocks * cached.scale_block_stride + within * cached.scale_token_stride
+    return blocks * cached.block_stride + within * cached.token_stride, of_scales
+
+
+@jit
+def score_tile(places, of_scales, q, cached, cut: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The products of rows of queries with the keys of a tile, float32."""
+    dims = tl.arange(0, cut.width)
+    mask = None
+    if cut.width > cut.head_dim:
+        mask = (dims < cut.head_dim)[None, :]
+    scales = None
     if cached.key_scales is not None:
-        at = blocks * cached.scale_block_stride + within * cached.scale_token_stride
-        if masked:
-            of_keys = tl.load(cached.key_scales + at, mask=looked_at, other=0.0)
-            of_values = tl.load(cached.value_scales + at, mask=looked_at, other=0.0)
-        else:
-            of_keys = tl.load(cached.key_scales + at)
-            of_values = tl.load(cached.value_scales + at)
+        scales = tl.load(cached.key_scales + of_scales)
     # A token's scale is a factor of its scores and weights too: of these there are fewer, unless
     # rows are many. Then they would be spread over more threads than is good for loading them.
-    q = rows.q
     few_rows: tl.constexpr = q.shape[0] < 64
-    k = load_heads(cached.key_memory + places, mask, None if few_rows else of_keys, q.dtype)
+    memory = cached.key_memory + places[:, None] + dims[None, :]
+    k = load_heads(memory, mask, None if few_rows else scales, q.dtype)
     scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], cut.tile_tokens), tl.float32))
-    if few_rows and of_keys is not None:
-        scores *= of_keys[None, :]
+    if few_rows and scales is not None:
+        scores *= scales[None, :]
+    return scores
+
+
+@jit
+def weigh_tile(  # type: ignore[no-untyped-def]
+    tile, places, of_scales, scores, rows, softmax, cached, cut: tl.constexpr, masked: tl.constexpr
+):
+    """The online softmax after a tile of which the scores are known."""
+    tokens = tile * cut.tile_tokens + tl.arange(0, cut.tile_tokens)
+    dims = tl.arange(0, cut.width)
+    mask = None
+    if cut.width > cut.head_dim:
+        mask = (dims < cut.head_dim)[None, :]
+    scales = None
+    if cached.value_scales is not None:
+        scales = tl.load(cached.value_scales + of_scales)
     factor = rows.scale * LOG2_E
     if rows.softcap is not None:
         # tanh(x) is 2 * sigmoid(2x) - 1.
@@ -167,17 +178,33 @@ def attend_tile(  # type: ignore[no-untyped-def]
         scores = bent * rows.softcap
         factor = LOG2_E
     if masked:
-        seen = tokens[None, :] <= rows.positions[:, None]
+        shown = tokens[None, :] <= rows.positions[:, None]
         if cut.window > 0:
             near = tokens[None, :] > rows.positions[:, None] - cut.window
-            seen = seen & (near | (tokens < cut.global_tokens)[None, :])
-        scores = tl.where(seen, scores, float("-inf"))
+            shown = shown & (near | (tokens < cut.global_tokens)[None, :])
+        scores = tl.where(shown, scores, float("-inf"))
     greatest = tl.maximum(softmax.greatest, tl.max(scores, 1) * factor)
     weights = tl.exp2(scores * factor - greatest[:, None])
     decay = tl.exp2(softmax.greatest - greatest)
     total = softmax.total * decay + tl.sum(weights, 1)
-    if few_rows and of_values is not None:
-        weights *= of_values[None, :]
-    v = load_heads(cached.value_memory + places, mask, None if few_rows else of_values, q.dtype)
+    few_rows: tl.constexpr = scores.shape[0] < 64
+    if few_rows and scales is not None:
+        weights *= scales[None, :]
+    q = rows.q
+    memory = cached.value_memory + places[:, None] + dims[None, :]
+    v = load_heads(memory, mask, None if few_rows else scales, q.dtype)
     accumulated = dot(weights.to(q.dtype), v, softmax.accumulated * decay[:, None])
     return Softmax(accumulated, greatest, total)
+
+
+@jit
+def attend_tile(  # type: ignore[no-untyped-def]
+    tile, rows, softmax, cached, cut: tl.constexpr, masked: tl.constexpr
+):
+    """Let rows attend to the tokens of a tile of the cache; return the online softmax after these.
+
+    masked: whether some row does not see some of the tokens.
+    """
+    places, of_scales = find_tile(tile, cached, cut, masked)
+    scores = score_tile(places, of_scales, rows.q, cached, cut)
+    return weigh_tile(tile, places, of_scales, scores, rows, softmax, cached, cut, masked)

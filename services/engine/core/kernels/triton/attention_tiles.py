@@ -68,6 +68,8 @@ class Tiles:
         num_stages: tiles of keys and values come (num_stages - 1) // 2 tiles ahead: the block table
             has to come before them.
         resident: programs that a multiprocessor has room for.
+        scores_ahead: whether the matrix units compute the scores of the next tile while those of
+            this one become weights.
     """
 
     rows: int
@@ -75,6 +77,7 @@ class Tiles:
     num_warps: int
     num_stages: int
     resident: int = 1
+    scores_ahead: bool = False
 
 
 @lru_cache
@@ -120,16 +123,23 @@ def extend_tiles(card: Card, head_dim: int, kv_dtype: torch.dtype) -> Tiles:
     """For programs that compute the output of many queries.
 
     On Hopper two groups of four warps have 64 rows each, which is what an instruction of the matrix
-    units takes: with tiles of 64 tokens 226 registers a thread at head_dim 128, and 128 tokens are
-    spilled. Shared memory holds queries, and two tiles ahead beside the one that is computed: 129
-    KiB. On other cards keys and values pass through registers, so that there is room for half: 204
-    registers and 48 KiB, which the smallest have. Products of float32 take three times the room.
+    units takes: with tiles of 64 tokens all 255 registers a thread at head_dim 128, the scores of
+    the next tile among them, and 128 tokens are spilled. Shared memory holds queries, and two tiles
+    ahead beside the one that is computed: 145 KiB. On other cards keys and values pass through
+    registers, so that there is room for half: up to 230 registers and 48 KiB, which the smallest
+    have. Products of float32 take three times the room.
     """
     width = next_power_of_2(head_dim)
     if kv_dtype == torch.float32:
         return Tiles(min(max(4096 // width, 16), 64), 16, num_warps=4, num_stages=3)
     if card.capability == 90 and width <= 256:
-        return Tiles(128, 64, num_warps=8, num_stages=5 if width <= 128 else 3)
+        return Tiles(
+            128,
+            64,
+            num_warps=8,
+            num_stages=5 if width <= 128 else 3,
+            scores_ahead=width <= 128 and kv_dtype.itemsize == 2,
+        )
     rows = min(max(16384 // width, 16), 128)
     tokens = min(max(4096 // width, 16), 32)
     return Tiles(rows, tokens, num_warps=8 if rows >= 64 else 4, num_stages=3)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import torch
 from msgspec import structs
-from safetensors.torch import save_file
 
 from benchmarks.gpu_bench import Bench, Row
-from benchmarks.gpu_synthetic import LLAMA_31_8B, tiny
+from benchmarks.gpu_synthetic import LLAMA_31_8B, tiny, write_adapter
 from benchmarks.gpu_workloads import Loaded, engine, prompt, request, run
 
 _RANK = 16
@@ -22,7 +18,7 @@ def adapters(bench: Bench) -> None:
     """Llama 3.1 8B in bf16: batches that decode, all without an adapter, through one, and through
     eight in turn. Adapters are of rank 16, of all projections."""
     shape = tiny(LLAMA_31_8B) if bench.tiny else LLAMA_31_8B
-    path = _write_adapter(shape, bench.into / "adapter")
+    path = write_adapter(shape, bench.into / "adapter", rank=_RANK)
     batches = (1, 3) if bench.tiny else (1, 8, 64)
     settings: dict[str, Any] = {
         "max_running_sequences": max(batches),
@@ -70,35 +66,3 @@ def _decode(bench: Bench, loaded: Loaded, batch: int, count: int) -> float:
         )
     )
     return seconds
-
-
-def _write_adapter(config: dict[str, Any], directory: Path) -> Path:
-    """Make an adapter, as PEFT writes it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    queries = config["num_attention_heads"] * config["head_dim"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
-    projections = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        f"base_model.model.model.layers.{layer}.{name}.lora_{kind}.weight": torch.randn(
-            shape, generator=generator
-        )
-        .mul_(0.01)
-        .bfloat16()
-        for layer in range(config["num_hidden_layers"])
-        for name, (outputs, inputs) in projections.items()
-        for kind, shape in (("A", (_RANK, inputs)), ("B", (outputs, _RANK)))
-    }
-    save_file(tensors, directory / "adapter_model.safetensors")
-    fields = {"peft_type": "LORA", "r": _RANK, "lora_alpha": _RANK}
-    (directory / "adapter_config.json").write_text(json.dumps(fields))
-    return directory

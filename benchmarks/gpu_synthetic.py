@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from services.engine.core.kernels.cpu.packing import GroupedWeight
@@ -136,6 +137,40 @@ def write_config(config: dict[str, Any], directory: Path) -> Path:
     """Make a model's directory, with its configuration alone."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def write_adapter(config: dict[str, Any], directory: Path, *, rank: int, seed: int = 0) -> Path:
+    """Make an adapter of all projections of a Llama or a Qwen, as PEFT writes it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    queries = config["num_attention_heads"] * head_dim
+    keys = config["num_key_value_heads"] * head_dim
+    projections = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) * shape[1] ** -0.5).bfloat16()
+
+    tensors: dict[str, Tensor] = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, (outputs, inputs) in projections.items():
+            module = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{module}.lora_A.weight"] = normal(rank, inputs)
+            tensors[f"{module}.lora_B.weight"] = normal(outputs, rank)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    # The same scale as of small weights, so that no number overflows.
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 0.1 * rank}
+    (directory / "adapter_config.json").write_text(json.dumps(fields))
     return directory
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from services.engine.core.messages import FinishReason, Sampling, SequenceRequest, Stopping
+from benchmarks.gpu_synthetic import write_adapter
+from services.engine.core.messages import (
+    FinishReason,
+    LoadAdapter,
+    Sampling,
+    SequenceRequest,
+    Stopping,
+)
 from services.engine.core.settings import CoreSettings
 from services.engine.core.speculation.step_cost import StepCost
 from services.engine.core.startup import build_engine
@@ -23,10 +32,14 @@ NEW_TOKENS = 24
 
 
 def completions(
-    checkpoint: Path, device: str, sampling: Sampling, **changed: Any
+    checkpoint: Path,
+    device: str,
+    sampling: Sampling,
+    through: tuple[str, ...] = ("",),
+    **changed: Any,
 ) -> list[list[int]]:
     """What 24 sequences of different lengths get that share a small cache, so that chunks of
-    prefills, decodes and preemptions meet in one step."""
+    prefills, decodes and preemptions meet in one step. through: adapters, in turn."""
     engine, _ = build_engine(
         CoreSettings(
             model_path=str(checkpoint),
@@ -43,6 +56,7 @@ def completions(
                 [3 + (7 * number + position) % (VOCAB_SIZE - 3) for position in range(1 + number)],
                 sampling,
                 Stopping(max_tokens=NEW_TOKENS, ignore_eos=True),
+                adapter=through[number % len(through)],
             )
             for number in range(24)
         ]
@@ -93,6 +107,53 @@ def test_graphs_and_overlapping_steps_change_no_answer(
     ):
         plain = completions(checkpoint, "cuda:0", sampling, **changed)
         assert completions(checkpoint, "cuda:0", sampling) == plain
+
+
+@pytest.fixture(scope="module")
+def adapters(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where two adapters of the model are."""
+    config, folder = json.loads((checkpoint / "config.json").read_text()), tmp_path_factory
+    return {
+        name: str(write_adapter(config, folder.mktemp(name), rank=rank, seed=rank))
+        for name, rank in (("one", 4), ("two", 20))
+    }
+
+
+def test_through_adapters_answers_are_those_of_the_cpu(
+    checkpoint: Path, adapters: dict[str, str]
+) -> None:
+    greedy, through = Sampling(temperature=0), ("one", "", "two")
+    expected = completions(checkpoint, "cpu", greedy, through, adapters=adapters)
+    assert expected != completions(checkpoint, "cpu", greedy)
+    for graphs in ("auto", "off"):
+        settings: dict[str, Any] = {"adapters": adapters, "cuda_graphs": graphs}
+        assert completions(checkpoint, "cuda:0", greedy, through, **settings) == expected
+
+
+def test_steps_through_adapters_are_graphs_whenever_these_come(
+    checkpoint: Path, adapters: dict[str, str]
+) -> None:
+    engine, _ = build_engine(
+        CoreSettings(model_path=str(checkpoint), device="cuda:0", speculation="off")
+    )
+    engine.change_adapter(LoadAdapter(1, "one", adapters["one"]))
+    while not (changes := engine.adapter_changes()):
+        time.sleep(0.01)
+    assert not changes[0].error_kind
+    stopping = Stopping(max_tokens=200, ignore_eos=True)
+    engine.add(
+        [
+            SequenceRequest(index, [5, 6, 7], stopping=stopping, adapter="one" * (index % 2))
+            for index in range(4)
+        ]
+    )
+    for _ in range(10):
+        engine.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(20):
+            engine.step()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls.get("cudaGraphLaunch", 0) >= 20
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -17,6 +17,7 @@ from services.engine.core.kernels.cpu.kv_cache import KvFormat, PackedKVCache
 from services.engine.core.kv_cache import KVCache
 from services.engine.core.layer_groups import LayerGroups
 from services.engine.core.messages import ModelFacts, Sampling, SequenceRequest, Stopping
+from services.engine.core.model_config import SparseAttention
 from services.engine.core.models.loader import open_model
 from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
@@ -24,6 +25,8 @@ from tests.fakes.decoder_families import VOCAB_SIZE, WINDOW, save_model
 from tests.fakes.native_steps import Sequences
 from tests.fakes.paged_step import libraries
 from tests.fakes.speculators import KnowingSpeculator
+from tests.unit.engine_models.conftest import BLOCK_SIZE as STEPPER_BLOCK_SIZE
+from tests.unit.engine_models.conftest import Stepper
 
 BLOCK_SIZE = 16
 CONTEXT_TOKENS = 512
@@ -197,6 +200,40 @@ def test_on_native_kernels_answers_are_those_of_blocks_for_all(
         assert core.load().cache_hit_tokens > 0
 
 
+SPARSE = SparseAttention(window=40, global_tokens=20)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def part_of_context(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[int, list[int]]]:
+    """A model, and what it answers to each request alone where it sees a part of its context, in a
+    cache that keeps all."""
+    path = tmp_path_factory.mktemp("model")
+    save_model(request.param, path, **SERVED)
+    model = open_model(path, sparse_attention=SPARSE).load(torch.float32, "cpu")
+    alone: dict[int, list[int]] = {}
+    for each in requests():
+        stepper = Stepper(model, num_blocks=CONTEXT_TOKENS // STEPPER_BLOCK_SIZE)
+        new, own = list(each.prompt_token_ids), alone.setdefault(each.sequence_id, [])
+        for _ in range(each.stopping.max_tokens or 0):
+            own.append(int(stepper.step({"it": new})["it"][-1].argmax()))
+            new = own[-1:]
+    return path, alone
+
+
+@pytest.mark.parametrize("fields", COMPANY.values(), ids=COMPANY.keys())
+def test_a_part_of_the_context_is_seen_the_same_where_what_lies_between_is_given_back(
+    part_of_context: tuple[Path, dict[int, list[int]]], fields: dict[str, Any]
+) -> None:
+    path, alone = part_of_context
+    core, facts = build(path, native=False, sparse_attention=SPARSE, **fields)
+    core._scheduler._speculator = KnowingSpeculator(alone, VOCAB_SIZE)
+    assert facts.max_context_tokens == CONTEXT_TOKENS
+    assert answers(core, requests()) == alone
+    assert core.load().cache_hit_tokens > 0
+
+
 def used_by(core: EngineCore, prompt_tokens: int, max_tokens: int) -> int:
     """The most blocks that a request takes at a time."""
     prompt = [7 + number % 50 for number in range(prompt_tokens)]
@@ -259,3 +296,14 @@ def test_a_context_takes_a_sixth_and_windows_where_one_layer_of_six_sees_all(
 
 def _bytes_of_a_layer(native: bool) -> int:
     return 2 * BLOCK_SIZE * 2 * 16 * (2 if native else 4)
+
+
+def test_a_part_of_the_context_takes_its_beginning_its_window_and_a_chunk(tmp_path: Path) -> None:
+    chunk, context = 64, 2048
+    save_model("llama", tmp_path, **SERVED | {"max_position_embeddings": context})
+    limits = {"max_batch_tokens": chunk, "max_running_sequences": 1}
+    core, facts = build(tmp_path, native=False, num_rows=12, sparse_attention=SPARSE, **limits)
+    assert facts.max_context_tokens == context
+    most = used_by(core, prompt_tokens=1500, max_tokens=400)
+    beginning = -(-SPARSE.global_tokens // BLOCK_SIZE)
+    assert most <= beginning + -(-(SPARSE.window + chunk) // BLOCK_SIZE) + 1

@@ -157,8 +157,8 @@ class EngineSettings(ServerSettings):
     swap_bytes: Annotated[int, Field(ge=0)] = Field(
         0,
         description="Memory of the host in which a GPU keeps what sequences have computed that "
-        "have to give up their blocks for others, so that they go on where they were. With 0 they "
-        "compute it again.",
+        "have to give up their blocks for others, so that they go on where they were. With 0, and "
+        "where layers have windows, they compute it again.",
     )
     cuda_graphs: Literal["auto", "off"] = Field(
         "auto",

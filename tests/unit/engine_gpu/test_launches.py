@@ -101,14 +101,17 @@ def test_a_decode_step_launches_what_its_layers_need(model: str, weights: str) -
         assert two - layer - layer == Counter((*ENDS, *first))
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3-moe"])
-def test_adapters_take_two_launches_more_for_each_projection(model: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [("llama", "bfloat16"), ("llama", "int4"), ("gemma2", "w8a8"), ("qwen3-moe", "bfloat16")],
+)
+def test_adapters_take_two_launches_more_for_each_projection(model: str, weights: str) -> None:
     layer: Counter[str] = Counter()
-    for sequences in (1, 64):
+    for sequences in (64, 1):
         two, three = (
             Counter(
                 decode_launches(
-                    model_on_meta(replace(MODELS[model], num_layers=layers), "bfloat16"),
+                    model_on_meta(replace(MODELS[model], num_layers=layers), weights),
                     sequences,
                     compiled=True,
                     has_adapters=True,
@@ -121,8 +124,8 @@ def test_adapters_take_two_launches_more_for_each_projection(model: str) -> None
         # Queries, keys and values are one projection, and so are gate and up.
         projections = 2 if model == "qwen3-moe" else 4
         assert layer["shrink_kernel"] == layer["expand_kernel"] == projections
-    if model == "llama":
-        more = layer - Counter(LAYERS[model, "bfloat16"])
+    if model == "llama":  # one sequence
+        more = layer - Counter(LAYERS[model, weights])
         assert more == Counter(shrink_kernel=4, expand_kernel=4, activation_kernel=1)
 
 

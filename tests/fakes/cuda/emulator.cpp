@@ -57,7 +57,6 @@ struct Written {
 };
 static std::vector<Written> written_before;
 
-
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024, kMaxThreads = 1024, kMaxShared = 227 * 1024;

@@ -19,10 +19,9 @@
 // through when the kernel ends, before the next one sends anything. Which slot it is, cards know
 // from a count of their own, so that a captured graph can be launched again as it is. Kernels of a
 // card that sum must run one after another, as they do on one stream.
-#include "all_reduce.h"
-
 #include <cstring>
 
+#include "all_reduce.h"
 #include "launch.h"
 #include "numbers.h"
 
@@ -217,8 +216,7 @@ __global__ void __launch_bounds__(kMostThreads)
 
 template <typename T>
 int32_t run_all_reduce(const AllReduceArgs& args, cudaStream_t stream) {
-  if (args.blocks > int32_t(kCallUnits) || args.threads > kMostThreads ||
-      args.ranks > kMostRanks) {
+  if (args.blocks > int32_t(kCallUnits) || args.threads > kMostThreads || args.ranks > kMostRanks) {
     return cudaErrorInvalidValue;
   }
   const Launch how{dim3(args.blocks), dim3(args.threads), 0, stream, true};

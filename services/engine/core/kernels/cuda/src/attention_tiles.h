@@ -49,9 +49,11 @@ struct TileReader {
     values = static_cast<const unsigned char*>(args.values) + at;
   }
 
-  // Whether some row sees a token. What a window hides need not be in the block table, and what lies
-  // there need not be numbers.
-  __device__ __forceinline__ bool is_seen(int token) const { return uint32_t(token - begin) < seen; }
+  // Whether some row sees a token. What a window hides need not be in the block table, and what
+  // lies there need not be numbers.
+  __device__ __forceinline__ bool is_seen(int token) const {
+    return uint32_t(token - begin) < seen;
+  }
 
   // The blocks of a tile: of each lane those of the tokens lane + 32 i.
   struct Blocks {

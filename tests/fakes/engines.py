@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from services.engine.core.admission import AdmissionLimits
-from services.engine.core.batch import CapturedShape
+from services.engine.core.batch import CapturedShape, ForwardBatch
 from services.engine.core.block_pool import BlockPool
 from services.engine.core.block_tables import BlockStore
+from services.engine.core.capturing import CaptureLimits
 from services.engine.core.device_runner import DeviceRunner
 from services.engine.core.device_sampling import DeviceSampler
 from services.engine.core.engine import EngineCore
+from services.engine.core.graphs import Compute, GraphedModel
 from services.engine.core.messages import SequenceRequest
 from services.engine.core.noise import stream_key, uniforms
 from services.engine.core.pool_growth import PoolGrowth
@@ -99,9 +101,9 @@ def make_engine(
 ) -> EngineCore:
     """An engine core over the hash model.
 
-    overlaps: whether it runs as on a device that computes steps beside the host; samples_there:
-    whether tokens are chosen as on a device, too. saved_blocks: of preempted sequences that are
-    kept beside the cache.
+    overlaps: whether it runs as on a device that computes steps beside the host. samples_there:
+    whether tokens are chosen as on a device, too, by the graphs of captured shapes. saved_blocks:
+    of preempted sequences that are kept beside the cache.
     """
     model, cache = make_hash_model(windows), HashCache(num_blocks, block_size)
     scheduler = make_scheduler(
@@ -128,6 +130,10 @@ def make_engine(
     }
     if not overlaps:
         return EngineCore(scheduler, Runner(model, cache, **shape), plans_ahead=plans_ahead)
+    has_graphs = samples_there and bool(captured_shapes)
+    if has_graphs:
+        recorder: Any = _Anew()
+        model = GraphedModel(_Hashing(model), recorder, captured_shapes, device=shape["device"])
     runner = DeviceRunner(
         model, cache, vocab_size=VOCAB_SIZE, captured_shapes=captured_shapes, **shape
     )
@@ -135,7 +141,34 @@ def make_engine(
         device = shape["device"]
         runner._sampler = DeviceSampler(device, max_batch_tokens, VOCAB_SIZE, at_once=False)
         runner._inputs._latest = runner._sampler.token_ids
+    if has_graphs:
+        runner.capture(CaptureLimits())
     return EngineCore(scheduler, runner, plans_ahead=True)
+
+
+class _Anew:
+    """Replays steps by computing them anew from where their input was captured."""
+
+    def record(self, compute: Compute) -> Compute:
+        compute()
+        return compute
+
+    def num_bytes(self) -> int:
+        return 0
+
+
+class _Hashing:
+    class config:
+        vocab_size = VOCAB_SIZE
+
+    logits_memory: torch.Tensor | None = None
+
+    def __init__(self, compute: Any) -> None:
+        self._compute = compute
+
+    def __call__(self, batch: ForwardBatch, cache: HashCache) -> torch.Tensor:
+        logits: torch.Tensor = self._compute(batch, cache)
+        return logits
 
 
 def reference_output(

@@ -3,7 +3,7 @@
 A step is staged, enqueued and fetched; `launch` does all three:
 
     form = sampler.stage(batch)         # the numbers of the step: one transfer to the device
-    sampler.enqueue(logits, form)       # kernels alone; a CUDA graph can hold them, see `stage`
+    sampler.enqueue(logits, form)       # kernels alone; a CUDA graph can hold them, see `choose`
     pending = sampler.fetch()           # one transfer back, behind the kernels
     ...                                 # the next step is launched on `pending.token_ids`
     tokens = pending.result()           # waits
@@ -17,7 +17,7 @@ on a CPU, and than in a step that filters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -27,7 +27,6 @@ from torch import Tensor
 
 from services.engine.core.device_counts import MOST_DISTINCT, DeviceCounts
 from services.engine.core.device_edits import pack_edits
-from services.engine.core.errors import EngineError
 from services.engine.core.kernels.sampling import (
     Column,
     DeviceEdits,
@@ -42,14 +41,8 @@ from services.engine.core.kernels.sampling import (
     report_logprobs,
 )
 from services.engine.core.logit_edits import CountedRow, LogitEdits, TokenMasks
-from services.engine.core.messages import TokenLogprobs
-from services.engine.core.sampler import (
-    LogitsError,
-    SampledTokens,
-    SamplingBatch,
-    logits_error,
-    sample,
-)
+from services.engine.core.sampler import SampledTokens, SamplingBatch, sample
+from services.engine.core.staged_step import StagedStep, fill_parameters, form_of, read_step
 
 _IN_FLIGHT = 2
 
@@ -61,19 +54,6 @@ class _Slot:
     parameters: Tensor  # [columns * max_rows] float64
     chosen: Tensor  # [2 * max_rows] int64
     pending: PendingTokens | None = None
-
-
-@dataclass(slots=True)
-class _Staged:
-    """What a staged step has beside its parameters."""
-
-    form: SamplingForm
-    counts: npt.NDArray[np.int64]  # of log-probabilities, by row
-    masks: tuple[Tensor, Tensor] | None = None
-    penalties: Penalties | None = None
-    edits: DeviceEdits | None = None
-    unknown_rows: list[int] = field(default_factory=list)  # whose edits name unknown tokens
-    reports: Tensor | None = None
 
 
 class PendingTokens:
@@ -131,7 +111,7 @@ class DeviceSampler:
         self._vocab_size = vocab_size
         self._at_once = device.type == "cpu" if at_once is None else at_once
         self._steps = 0
-        self._staged: _Staged | None = None
+        self._staged: StagedStep | None = None
         self._chosen = torch.zeros(2 * max_rows, dtype=torch.int64, device=device)
         if self._at_once:
             return
@@ -171,10 +151,10 @@ class DeviceSampler:
             slot.pending.result()  # its memory is about to be written
             slot.pending = None
         form = form or form_of(batch, self._vocab_size)
-        self._staged = staged = _Staged(form, batch.logprobs)
+        self._staged = staged = StagedStep(form, batch.logprobs)
         if not form.is_greedy:
             used = len(Column) * form.num_rows
-            _fill(slot.parameters[:used].view(len(Column), -1).numpy(), batch)
+            fill_parameters(slot.parameters[:used].view(len(Column), -1).numpy(), batch)
             self._parameters[:used].copy_(slot.parameters[:used], non_blocking=True)
         if batch.masks is not None:
             staged.masks = self._send_masks(batch.masks)
@@ -243,7 +223,7 @@ class DeviceSampler:
             done.record()
         slot.pending = PendingTokens(
             self._chosen[: staged.form.num_rows],
-            partial(_read, staged, slot.chosen[:used].view(2, -1), reports),
+            partial(read_step, staged, slot.chosen[:used].view(2, -1), reports),
             done,
         )
         return slot.pending
@@ -267,7 +247,7 @@ class DeviceSampler:
             self._chosen if latest is None else latest,
         )
 
-    def _send_edits(self, edits: LogitEdits, staged: _Staged) -> None:
+    def _send_edits(self, edits: LogitEdits, staged: StagedStep) -> None:
         packed = pack_edits(edits, self._vocab_size, without_counted=MOST_DISTINCT)
         staged.unknown_rows = packed.unknown_rows
         if not len(packed.rows):
@@ -289,58 +269,3 @@ class DeviceSampler:
 
     def _pinned(self, shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
-
-
-def _read(staged: _Staged, chosen: Tensor, reports: Tensor | None) -> SampledTokens:
-    """What a step has brought the host; nobody looks at rows that pad it."""
-    token_ids, statuses = chosen.numpy()[:, : len(staged.counts)]
-    errors: list[EngineError | None] = [None] * len(token_ids)
-    if statuses.any():
-        for row in statuses.nonzero()[0].tolist():
-            errors[row] = logits_error()
-    for row in staged.unknown_rows:
-        errors[row] = LogitsError("a penalty, bias or bar names a token that does not exist")
-    logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
-    if reports is not None:
-        most = staged.form.most_logprobs
-        own, ids, values = (part.numpy() for part in reports.tensor_split((1, 1 + most)))
-        for row in np.flatnonzero(staged.counts >= 0).tolist():
-            likeliest = values[: int(staged.counts[row]), row]
-            # What cannot be chosen is not reported.
-            count = np.count_nonzero(likeliest > -np.inf)
-            logprobs[row] = TokenLogprobs(
-                float(own[0, row]),
-                ids[:count, row].astype(np.int64).tolist(),
-                likeliest[:count].tolist(),
-            )
-    return SampledTokens(token_ids.tolist(), logprobs, errors)
-
-
-def form_of(batch: SamplingBatch, vocab_size: int) -> SamplingForm:
-    """Which kernels sample `batch`."""
-    num_rows = len(batch.temperature)
-    if batch.is_greedy:
-        return SamplingForm(num_rows)
-    drawn = batch.temperature > 0
-    filtered = drawn & ((batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0))
-    return SamplingForm(
-        num_rows,
-        draws=bool(drawn.any()),
-        filters=bool(filtered.any()),
-        gives=batch.given is not None,
-        most_logprobs=min(int(batch.logprobs.max()), vocab_size),
-    )
-
-
-def _fill(parameters: npt.NDArray[np.float64], batch: SamplingBatch) -> None:
-    num_rows = len(batch.temperature)
-    parameters[:, num_rows:] = 0.0  # pads it: the likeliest token is as good as any
-    parameters = parameters[:, :num_rows]
-    parameters[Column.TEMPERATURE] = batch.temperature
-    parameters[Column.TOP_K] = batch.top_k
-    parameters[Column.TOP_P] = batch.top_p
-    with np.errstate(divide="ignore"):
-        parameters[Column.LOG_MIN_P] = np.log(batch.min_p.astype(np.float64)).astype(np.float32)
-    parameters[Column.UNIFORM] = batch.uniforms
-    parameters[Column.GIVEN] = -1 if batch.given is None else batch.given
-    parameters[Column.LOGPROBS] = batch.logprobs

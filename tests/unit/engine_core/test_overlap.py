@@ -278,6 +278,22 @@ def test_who_is_aborted_while_others_have_drafts_leaves_nothing_behind() -> None
     assert not speculator.tracked
 
 
+def test_steps_that_are_graphs_are_launched_ahead_like_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests = [request(0, 12, temperature=0.0), request(1, seed=4), request(2)]
+    engine, plain = overlapping(samples_there=True, captured_shapes=SHAPES), make_engine()
+    journal = Journal(engine, monkeypatch)
+    for each in (engine, plain):
+        each.add(requests)
+    assert run(engine) == run(plain)
+    order = journal.entries
+    # Graphs choose; nothing else is told to.
+    assert not [entry for entry in order if entry[0] == "choose"]
+    for number in range(2, 12):
+        assert order.index(("launch", number)) < order.index(("finish", number - 1))
+
+
 def test_beams_are_the_same() -> None:
     def beams(*, overlaps: bool) -> dict[int, list[int]]:
         engine = make_engine(num_blocks=64, overlaps=overlaps)

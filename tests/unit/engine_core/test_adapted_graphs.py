@@ -89,6 +89,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[CapturedShape | N
         assert (batch.token_adapters is not None) == (
             batch.captured is not None and batch.captured.has_adapters
         )
+        if batch.token_adapters is not None and not batch.are_bounds:
+            assert (batch.token_adapters[sum(batch.query_lengths) :] == -1).all()
         return inner(self, batch, kv_cache)
 
     monkeypatch.setattr(GraphedModel, "__call__", call)
@@ -208,6 +210,17 @@ def test_adapters_come_and_go_between_steps_of_those_who_stay(
     assert number > 3
     assert found == expected
     assert not steps[None]
+
+
+def test_padding_goes_through_no_adapter(tmp_path: Path) -> None:
+    save_model("llama", tmp_path, max_position_embeddings=160)
+    core = build(tmp_path, partial(graphed, Replaying(), drafts=True), max_adapters=2)
+    assert core._overlapping is not None
+    runner = core._overlapping._runner
+    for shape in runner._shapes:
+        slots = runner._inputs.padding(shape).token_adapters
+        assert (slots is not None) == shape.has_adapters
+        assert slots is None or slots.tolist() == [-1] * shape.num_tokens
 
 
 def test_shapes_with_adapters_come_last_and_are_fewer() -> None:

@@ -20,12 +20,11 @@ from triton import language as tl
 
 from services.engine.core.kernels.experts import mixture_of_experts
 from services.engine.core.kernels.triton import why_not
+from services.engine.core.kernels.triton.experts_combine import combine
 from services.engine.core.kernels.triton.experts_routing import plan, rows_of_block
 from services.engine.core.kernels.triton.language import dot, rounded, silu, wait_for_earlier
 from services.engine.core.kernels.triton.serving import begins_early, early_forms
 from services.engine.core.kernels.triton.specialisation import AMPERE, HOPPER, Specialisation
-
-_COMBINE_TILE = 1024
 
 
 @jit
@@ -127,28 +126,6 @@ def down_kernel(  # type: ignore[no-untyped-def]
         tl.store(there, values, inside[:, None] & (column < size)[None, :])
 
 
-@jit
-def combine_kernel(  # type: ignore[no-untyped-def]
-    outer,
-    output,
-    per_token: tl.constexpr,
-    size: tl.constexpr,
-    tile: tl.constexpr,
-    is_early: tl.constexpr,
-):
-    """The sum of what a token's experts made of it, always in the same order."""
-    wait_for_earlier(is_early)
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * tile + tl.arange(0, tile)
-    summed = tl.zeros((tile,), tl.float32)
-    for index in tl.static_range(per_token):
-        row = outer + (token * per_token + index) * size
-        summed += tl.load(row + column, column < size, other=0.0).to(tl.float32)
-    tl.store(
-        output + token * size + column, rounded(summed, output.dtype.element_ty), column < size
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Tiles:
     """Of a product: rows of a block, columns and depth of a tile, warps and stages."""
@@ -241,22 +218,6 @@ def mixture_of_experts_triton(
     return outer if per_token == 1 else combine(outer, per_token)
 
 
-def combine(outer: Tensor, per_token: int) -> Tensor:
-    """The sums of what experts made of each token, [choices, size] -> [num_tokens, size]."""
-    num_tokens, size = len(outer) // per_token, outer.shape[1]
-    output = outer.new_empty(num_tokens, size)
-    combine_kernel[(num_tokens, cdiv(size, _COMBINE_TILE))](
-        outer,
-        output,
-        per_token=per_token,
-        size=size,
-        tile=_COMBINE_TILE,
-        num_warps=4,
-        **begins_early(outer.device),
-    )
-    return output
-
-
 def _launch(tiles: _Tiles) -> dict[str, int]:
     return _shape(tiles) | {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 
@@ -304,8 +265,6 @@ def _compiled() -> tuple[Specialisation, ...]:
                         spills="one word, on Ampere" if few else "",
                     )
                 )
-        combined = {"per_token": per_token, "size": size, "tile": _COMBINE_TILE}
-        forms.append(Specialisation(combine_kernel, {"outer": kind, "output": kind}, combined))
     return tuple(forms)
 
 

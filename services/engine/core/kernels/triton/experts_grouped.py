@@ -19,7 +19,7 @@ from services.engine.core.kernels.activation import silu_and_mul
 from services.engine.core.kernels.experts import grouped_mixture_of_experts, mixture_of_experts
 from services.engine.core.kernels.matrices import GroupedMatrix
 from services.engine.core.kernels.triton import why_not
-from services.engine.core.kernels.triton.experts import combine
+from services.engine.core.kernels.triton.experts_combine import combine
 from services.engine.core.kernels.triton.experts_routing import plan, rows_of_block
 from services.engine.core.kernels.triton.language import rounded, wait_for_earlier
 from services.engine.core.kernels.triton.linear_grouped import float_rows, grouped_product

@@ -197,6 +197,8 @@ def test_adapters_are_added_to_what_is_kept(make_checkpoint: Any, stepper: Any) 
     before = linear(hidden)
 
     class Adapters:
+        is_idle = False
+
         def add(self, projected: Tensor, hidden: Tensor) -> Tensor:
             return projected + hidden.sum(-1, keepdim=True)
 

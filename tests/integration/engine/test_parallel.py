@@ -13,18 +13,23 @@ import torch
 from msgspec import structs
 from transformers import AutoModelForCausalLM
 
+from services.engine.core import device_runner
 from services.engine.core.device_runner import make_device_runner
 from services.engine.core.engine import EngineCore
 from services.engine.core.errors import StartupError
 from services.engine.core.kernels.cpu import library
 from services.engine.core.messages import Delta, Sampling, SequenceRequest, Stopping
+from services.engine.core.parallel import workers
 from services.engine.core.parallel.backend import end_workers
+from services.engine.core.parallel.model import ParallelModel
 from services.engine.core.runner import Runner
 from services.engine.core.settings import CoreSettings
 from services.engine.core.startup import build_engine
 from tests.fakes.adapters import add_adapters
+from tests.fakes.capturing_ranks import COMMAND
 from tests.fakes.decoder_families import save_model, served
 from tests.fakes.native_steps import text
+from tests.fakes.recorders import Replaying
 from tests.fakes.speculators import KnowingSpeculator
 
 VOCAB_SIZE = 97
@@ -186,6 +191,29 @@ def test_ranks_compute_steps_that_are_launched_ahead_of_their_tokens(
     ahead = partial(make_device_runner, vocab_size=VOCAB_SIZE, captures=False, drafts=False)
     fields = {"tensor_parallel": 2, "pipeline_parallel": 2, "adapters": adapters}
     assert answers(engine(path, ahead, plan_ahead="on", **fields), made) == expected
+
+
+@pytest.mark.slow
+def test_ranks_capture_steps_together_over_their_own_exchanges(
+    engine: Callable[..., EngineCore],
+    llama: tuple[Path, dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, _ = llama
+    expected = answers(engine(path), requests())
+    recorder = Replaying()
+    monkeypatch.setattr(workers, "WORKER_COMMAND", COMMAND)
+    monkeypatch.setattr(device_runner, "CudaRecorder", lambda device: recorder)
+    graphed = partial(
+        make_device_runner,
+        vocab_size=VOCAB_SIZE,
+        captures=True,
+        drafts=False,
+        graphed=ParallelModel.graphed,
+    )
+    ranks = engine(path, graphed, plan_ahead="on", tensor_parallel=2, pipeline_parallel=2)
+    assert answers(ranks, requests()) == expected
+    assert recorder.replays > 3
 
 
 @pytest.mark.slow

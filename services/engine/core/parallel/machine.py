@@ -6,10 +6,12 @@ MASTER_ADDR and MASTER_PORT, or what a Kubernetes LeaderWorkerSet sets.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import FrameType
 
@@ -26,7 +28,7 @@ class Machine:
 
     def __init__(self, meeting: Meeting, ranks: range) -> None:
         self._meeting = meeting
-        self._is_ending = False
+        self._ending = threading.Event()
         self._processes = {rank: self._start(rank) for rank in ranks}
 
     def _start(self, rank: int) -> subprocess.Popen[bytes]:
@@ -34,21 +36,28 @@ class Machine:
 
     def end(self, number: int, frame: FrameType | None) -> None:
         """Ask the ranks to end with rank 0."""
-        self._is_ending = True
+        self._ending.set()
         for process in self._processes.values():
-            process.send_signal(signal.SIGTERM)
+            self._ask(process)
+
+    def _ask(self, process: subprocess.Popen[bytes]) -> None:
+        # Not by Popen, which would take from `run` who has just ended.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)
 
     def run(self) -> None:
         """Return once all ranks have ended."""
         while self._processes:
             pid, _ = os.wait()
             rank = next(rank for rank, each in self._processes.items() if each.pid == pid)
-            if self._is_ending:
-                del self._processes[rank]
-            else:
+            del self._processes[rank]
+            if not self._ending.is_set():
                 # One that was killed, or could not go on: the next engine needs it as well.
                 time.sleep(_RESTART_DELAY_S)
+            if not self._ending.is_set():
                 self._processes[rank] = self._start(rank)
+                if self._ending.is_set():  # since it was last looked at
+                    self._ask(self._processes[rank])
 
 
 def main() -> int:

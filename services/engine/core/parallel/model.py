@@ -121,7 +121,7 @@ class ParallelModel:
         failure: Exception | None = None
         try:
             self._ranks.broadcast(pack(batch))
-            self._shard.capture(batch, kv_cache.own)
+            self._shard.graphs.capture(batch, kv_cache.own)
         except Exception as error:
             failure = error
         captured = self._workers.agree(self._number, failure, self._ranks.num_exchanges)

@@ -69,13 +69,14 @@ class Stage:
     def entrance(self, batch: ForwardBatch) -> Tensor:
         """Where the stage before is to leave the hidden states of a step, [num_tokens,
         hidden_size]."""
-        count = len(batch.token_ids)
-        if batch.captured is None:
-            self._hidden = self._like.new_empty(count, self._hidden_size)
-        else:
-            assert self._captured is not None, "it expects captured steps"
-            self._hidden = self._captured[:count]
+        if batch.captured is not None:
+            return self._captured_hidden(batch)
+        self._hidden = self._like.new_empty(len(batch.token_ids), self._hidden_size)
         return self._hidden
+
+    def _captured_hidden(self, batch: ForwardBatch) -> Tensor:
+        assert self._captured is not None, "it expects captured steps"
+        return self._captured[: len(batch.token_ids)]
 
     def __call__(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Compute the stage's part of a step; returns what `logits` does."""
@@ -85,6 +86,8 @@ class Stage:
         """As Model; behind the first stage, what has arrived."""
         if self._place.is_first:
             return self._model.embed(batch)
+        if batch.captured is not None:
+            return self._captured_hidden(batch)
         assert self._hidden is not None, "an entrance was given"
         return self._hidden
 
@@ -175,12 +178,6 @@ class Shard:
         to rank 0, is not captured. Precondition: begin_capture has been called."""
         assert self._graphs is not None, "capturing has begun"
         return self._graphs
-
-    def capture(self, batch: ForwardBatch, kv_cache: KVCache) -> None:
-        """As CapturingModel."""
-        if not self._place.is_first:
-            self._stage.entrance(batch)
-        self.graphs.capture(batch, kv_cache)
 
     def place_adapter(self, parts: AdapterParts) -> PlacedAdapter:
         """What the rank has of an adapter, as `set_adapter` takes it."""

@@ -119,7 +119,7 @@ class Worker:
         try:
             batch = self._receive(header)
             if header.is_to_be_captured:
-                self._shard.capture(batch, self._cache)
+                self._shard.graphs.capture(batch, self._cache)
                 self._connection.send(Done(self._shard.graphs.num_bytes()))
             else:
                 self._shard(batch, self._cache)

@@ -184,13 +184,14 @@ def reference_output(
     key = np.array([stream_key(sampling.seed, request.choice_index)], np.uint64)
     while len(output) < limit:
         logits = logits_after(tokens, windows)
-        for token in set(tokens):
-            logits[token] *= sampling.repetition_penalty ** (-1 if logits[token] > 0 else 1)
+        numbers = logits.numpy()  # the same memory
+        for token in set(tokens) if sampling.repetition_penalty != 1 else ():
+            numbers[token] *= sampling.repetition_penalty ** (-1 if numbers[token] > 0 else 1)
         for token in set(output):
-            logits[token] -= sampling.presence_penalty
-            logits[token] -= sampling.frequency_penalty * output.count(token)
+            numbers[token] -= sampling.presence_penalty
+            numbers[token] -= sampling.frequency_penalty * output.count(token)
         for token, bias in sampling.logit_bias.items():
-            logits[token] += bias
+            numbers[token] += bias
         if len(output) < stopping.min_tokens:
             logits[list(ends)] = -torch.inf
         if sampling.temperature == 0:

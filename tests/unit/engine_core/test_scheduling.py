@@ -6,9 +6,12 @@ shared wrongly, copied too late, published too early or evicted while in use cha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -53,6 +56,15 @@ stoppings = st.builds(
         tuple
     ),
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Of so few numbers, waking more takes longer than computing them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class EngineUnderRandomLoad(RuleBasedStateMachine):

@@ -49,9 +49,9 @@ class AttentionMetadata:
     other lengths than it was captured with: then `lengths` tell them, and what the host knows are
     bounds, `query_lengths` of each sequence and `context_lengths` of all.
 
-    is_settled: of what attention reads, the kernel launched just before it wrote the queries and
-    the keys and values of the step's own tokens at most. What lies further back has been waited
-    for, and a kernel that begins early may read it.
+    is_settled: whether all that attention reads but the queries and the step's own keys and values
+    was there before any kernel began that lets the next begin early. So a kernel that does may read
+    it before it waits for those before it, however many of them still run.
     """
 
     query_lengths: tuple[int, ...]

@@ -54,7 +54,8 @@ class StepContext:
                 kv_cache.block_size,
                 batch.lengths,
                 batch.are_bounds,
-                # A step begins with a transfer of its numbers, behind all that earlier ones do.
+                # A step begins with transfers and with kernels that let none begin early: what
+                # earlier steps wrote, and these, is there before any other kernel is.
                 is_settled=True,
             )
             for tables in (batch.block_tables if several else (batch.block_tables,))

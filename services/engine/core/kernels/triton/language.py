@@ -122,6 +122,8 @@ def wait_for_earlier(is_early: tl.constexpr):  # type: ignore[no-untyped-def]
 
     In this order, the next one's blocks come as those of the last one leave, and read their weights
     while this one runs. They wait in their turn for this one to end, which ends after the last one.
+    What one reads ahead of this has to be older than all kernels in a row that begin early: several
+    of them may still run.
     """
     if is_early:
         gdc_launch_dependents()

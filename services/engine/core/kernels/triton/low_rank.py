@@ -74,11 +74,12 @@ _OF_MANY = _Division(1 << 31, 64, 64, 8192)
 
 
 @jit(do_not_specialize=["tokens"])
-def group_by_adapter_kernel(  # type: ignore[no-untyped-def]
-    slots, grouped, tokens, tile: tl.constexpr, chunk: tl.constexpr, is_early: tl.constexpr
-):
-    """A tile of tokens: the place of each is the number of those that come before it."""
-    wait_for_earlier(is_early)
+def group_by_adapter_kernel(slots, grouped, tokens, tile: tl.constexpr, chunk: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of tokens: the place of each is the number of those that come before it.
+
+    It lets no kernel begin early, so that all that come after it may read what it has written
+    before they wait for others.
+    """
     token = tl.program_id(0) * tile + tl.arange(0, tile)
     is_own = token < tokens
     slot = tl.load(slots + token, is_own, other=-1)
@@ -192,7 +193,7 @@ def expand_kernel(  # type: ignore[no-untyped-def]
     is_early: tl.constexpr,
 ):
     """projected += (the sum of the splits) * up^T: [tiles of tokens, tiles of outputs]."""
-    # The launch before this one is `shrink`, which does not write what is read ahead of the wait.
+    # What is read ahead of the wait was there before any kernel since has begun.
     row, slot_of = _own_of(grouped, tokens, own_rows, tile_rows)
     wait_for_earlier(is_early)
     column = tl.program_id(1) * columns + tl.arange(0, columns)
@@ -248,7 +249,6 @@ def group_by_adapter_triton(slots: Tensor) -> Tensor:
         tile=_GROUP_TILE,
         chunk=_GROUP_CHUNK,
         num_warps=4,
-        **begins_early(slots.device),
     )
     return grouped
 
@@ -368,13 +368,13 @@ def _pair(
 
 def _compiled() -> tuple[Specialisation, ...]:
     few, *_, middle, _many = _DIVISIONS
-    return early_forms(
+    grouping = Specialisation(
+        group_by_adapter_kernel,
+        {"slots": "*i32", "grouped": "*i32", "tokens": "i32"},
+        {"tile": _GROUP_TILE, "chunk": _GROUP_CHUNK},
+    )
+    pairs = early_forms(
         (
-            Specialisation(
-                group_by_adapter_kernel,
-                {"slots": "*i32", "grouped": "*i32", "tokens": "i32"},
-                {"tile": _GROUP_TILE, "chunk": _GROUP_CHUNK},
-            ),
             # The projections of an 8B model, for every number of tokens, by the rank that is served
             # unless settings say otherwise.
             *(
@@ -389,6 +389,7 @@ def _compiled() -> tuple[Specialisation, ...]:
             *_pair("*fp32", _OF_MANY, 2, 1024, 4096, 64),
         )
     )
+    return grouping, *pairs
 
 
 COMPILED = _compiled()

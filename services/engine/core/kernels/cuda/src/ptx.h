@@ -199,8 +199,9 @@ __device__ __forceinline__ void grid_dependency_wait() {
 
 // Lets the kernel after this one start, up to its own grid_dependency_wait. To be called first: all
 // blocks of this kernel are resident when the last has, so those of the next take no place of
-// theirs, and since each kernel waits before it ends, none reads what one further back has not
-// written.
+// theirs, and since each kernel waits before it ends, none reads behind its wait what one further
+// back has not written. Ahead of its wait it may read only what was there before the first of a
+// chain of such kernels: as one lets the next begin before it waits, several still run then.
 __device__ __forceinline__ void grid_dependency_launch() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

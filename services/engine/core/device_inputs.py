@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from services.engine.core.device_staging import DeviceStaging
 from services.engine.core.kernels import DeviceLengths
 from services.engine.core.preparation import LatestTokens, Preparation
 from services.engine.core.sequence_rows import SequenceRows, TableChange
+from services.engine.core.step_numbers import StepNumbers, padded
 
 # Of each sequence, its tokens in the step and in the cache.
 _Lengths: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
@@ -95,7 +95,7 @@ class DeviceInputs:
         token_ids: of all tokens, those of `latest` being anything. captured: what it is padded to;
         None: to nothing. adapters: the slot of each sequence's, -1 for none; None: nobody has one.
         """
-        numbers = _Numbers.of(step, token_ids, adapters)
+        numbers = StepNumbers.of(step, token_ids, adapters)
         changes, width = self._state.take_changes(), step.block_tables.shape[-1]
         if captured is not None and captured.max_query_length is not None:
             return self._bounded(numbers, captured, width, latest, changes)
@@ -116,7 +116,7 @@ class DeviceInputs:
         """The same for a graph that takes in what is new, as `padding_within` has it captured, and
         is replayed next. Until then the latest tokens are missing, and the block tables those of
         another step."""
-        numbers = _Numbers.of(step, token_ids, adapters)
+        numbers = StepNumbers.of(step, token_ids, adapters)
         return self._within(numbers, captured, latest, self._state.take_changes())[0]
 
     def padding_within(self, shape: CapturedShape) -> tuple[ForwardBatch, Callable[[], None]]:
@@ -132,9 +132,9 @@ class DeviceInputs:
         batch = self._batch(numbers, ((), ()), self._max_blocks, None, [])
         return replace(batch, captured=shape)
 
-    def _nothing(self, shape: CapturedShape) -> _Numbers:
+    def _nothing(self, shape: CapturedShape) -> StepNumbers:
         nothing = np.empty(0, np.int64)
-        return _Numbers(
+        return StepNumbers(
             token_ids=nothing,
             positions=nothing,
             logits_rows=nothing,
@@ -147,7 +147,7 @@ class DeviceInputs:
 
     def _bounded(
         self,
-        numbers: _Numbers,
+        numbers: StepNumbers,
         shape: CapturedShape,
         width: int,
         latest: LatestTokens | None,
@@ -159,7 +159,7 @@ class DeviceInputs:
         batch = self._batch(numbers, bounds, self._max_blocks, latest, changes)
         return replace(batch, captured=shape, are_bounds=True, num_table_columns=width)
 
-    def _pad(self, numbers: _Numbers, shape: CapturedShape) -> _Lengths:
+    def _pad(self, numbers: StepNumbers, shape: CapturedShape) -> _Lengths:
         assert shape.max_query_length is not None
         size, count = shape.num_tokens, len(numbers.token_ids)
         numbers.pad_tokens(size, self._padding_slots)
@@ -168,7 +168,7 @@ class DeviceInputs:
 
     def _within(
         self,
-        numbers: _Numbers,
+        numbers: StepNumbers,
         shape: CapturedShape,
         latest: LatestTokens | None,
         changes: list[TableChange],
@@ -182,12 +182,12 @@ class DeviceInputs:
             self._tell_news(None, changes, self._latest)
             cells, blocks = self._cells([])
         # What pads these goes behind the tokens, and to the table of sequences that pad.
-        numbers.token_ids = _padded(numbers.token_ids, size + 1, 0)
+        numbers.token_ids = padded(numbers.token_ids, size + 1, 0)
         news = [
-            _padded(places, size, size),
-            _padded(sources, size, 0),
-            _padded(cells, room, self._padding_row * self._max_blocks),
-            _padded(blocks, room, self._padding_block),
+            padded(places, size, size),
+            padded(sources, size, 0),
+            padded(cells, room, self._padding_row * self._max_blocks),
+            padded(blocks, room, self._padding_block),
         ]
         ids, *others = self._numbers.send([*numbers.arrays(), *news])
         numbers_there, there = [ids[:size], *others[: -len(news)]], others[-len(news) :]
@@ -203,7 +203,7 @@ class DeviceInputs:
 
     def _batch(
         self,
-        numbers: _Numbers,
+        numbers: StepNumbers,
         lengths: _Lengths,
         width: int,
         latest: LatestTokens | None,
@@ -274,80 +274,3 @@ def _places(latest: LatestTokens | None) -> tuple[npt.NDArray[np.int64], npt.NDA
     """Where in a step's input the latest tokens go, and where they are."""
     places, sources = np.array([] if latest is None else latest.rows, np.int64).reshape(-1, 2).T
     return places, sources
-
-
-@dataclass(slots=True)
-class _Numbers:
-    """The numbers of a step, on the host."""
-
-    token_ids: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.int64]
-    logits_rows: npt.NDArray[np.int64]
-    slots: npt.NDArray[np.int64]  # [groups, num_tokens]
-    query_starts: npt.NDArray[np.int32]
-    contexts: npt.NDArray[np.int32]
-    owners: npt.NDArray[np.int32]  # the row of each sequence in the block tables
-    adapters: npt.NDArray[np.int32] | None  # of each token, -1 for none; None: of nobody
-
-    @classmethod
-    def of(
-        cls,
-        step: Preparation,
-        token_ids: npt.NDArray[np.int64],
-        adapters: tuple[int, ...] | None,
-    ) -> _Numbers:
-        """Those of a step as it is. adapters: by sequence."""
-        of_tokens = None
-        if adapters is not None:
-            of_tokens = np.repeat(np.array(adapters, np.int32), step.plan.token_counts)
-        return cls(
-            token_ids=token_ids,
-            positions=step.positions,
-            logits_rows=np.array(step.logits_rows, np.int64),
-            slots=step.slots.reshape(-1, len(token_ids)),
-            query_starts=np.array([0, *accumulate(step.plan.token_counts)], np.int32),
-            contexts=np.array(step.context_lengths, np.int32),
-            owners=step.rows.astype(np.int32),
-            adapters=of_tokens,
-        )
-
-    def pad_tokens(self, size: int, slots: npt.NDArray[np.int64]) -> None:
-        """Make so many tokens of them; those that pad go to these slots."""
-        more = size - len(self.token_ids)
-        self.token_ids = _padded(self.token_ids, size, 0)
-        self.positions = _padded(self.positions, size, 0)
-        pads = np.broadcast_to(np.resize(slots, more), (len(self.slots), more))
-        self.slots = np.concatenate([self.slots, pads], axis=1)
-        if self.adapters is not None:
-            self.adapters = _padded(self.adapters, size, -1)
-
-    def pad_sequences(self, size: int, num_tokens: int, padding_row: int) -> None:
-        """Make as many sequences and rows of logits as there are tokens, of which `num_tokens` are
-        no padding: a sequence for each token that is, the others have none."""
-        sequences = len(self.contexts)
-        ends = np.minimum(num_tokens + 1 + np.arange(size - sequences), size)
-        self.logits_rows = _padded(self.logits_rows, size, 0)
-        self.query_starts = np.concatenate([self.query_starts, ends]).astype(np.int32)
-        self.contexts = _padded(self.contexts, size, 0)
-        self.contexts[sequences : sequences + size - num_tokens] = 1
-        self.owners = _padded(self.owners, size, padding_row)
-
-    def arrays(self) -> list[npt.NDArray[Any]]:
-        """All of them, in the order in which they are sent: those of tokens first, which lie in the
-        same places in all steps of so many."""
-        return [
-            self.token_ids,
-            self.positions,
-            self.slots,
-            *([] if self.adapters is None else [self.adapters]),
-            self.logits_rows,
-            self.query_starts,
-            self.contexts,
-            self.owners,
-        ]
-
-
-def _padded(array: npt.NDArray[Any], size: int, value: int) -> npt.NDArray[Any]:
-    padded = np.full(size, value, array.dtype)
-    padded[: len(array)] = array
-    return padded

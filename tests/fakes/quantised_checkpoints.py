@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -252,3 +252,14 @@ def quantise_checkpoint(
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+
+
+def damage(directory: Path, projection: str, change: dict[str, Tensor | None]) -> None:
+    """Change tensors of a projection in a saved checkpoint, by their kinds; None: leave one out."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    for kind, tensor in change.items():
+        tensors.pop(f"{projection}.{kind}", None)
+        if tensor is not None:
+            tensors[f"{projection}.{kind}"] = tensor
+    save_file(tensors, file)

@@ -52,6 +52,21 @@ class Replaying:
         return 0
 
 
+class Refusing(Replaying):
+    """Captures so many steps, and fails with the next."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._left = most
+
+    def record(self, compute: Compute) -> Compute:
+        recorded = super().record(compute)
+        self._left -= 1
+        if self._left < 0:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return recorded
+
+
 class InTurns:
     """A computation on a thread of its own, a piece at a time."""
 

@@ -130,6 +130,14 @@ def test_through_adapters_answers_are_those_of_the_cpu(
         assert completions(checkpoint, "cuda:0", greedy, through, **settings) == expected
 
 
+def calls_of(engine: Any, steps: int) -> dict[str, int]:
+    """How often each of CUDA's functions is called in so many steps."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(steps):
+            engine.step()
+    return {event.key: event.count for event in profile.key_averages()}
+
+
 def test_steps_through_adapters_are_graphs_whenever_these_come(
     checkpoint: Path, adapters: dict[str, str]
 ) -> None:
@@ -149,10 +157,7 @@ def test_steps_through_adapters_are_graphs_whenever_these_come(
     )
     for _ in range(10):
         engine.step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(20):
-            engine.step()
-    calls = {event.key: event.count for event in profile.key_averages()}
+    calls = calls_of(engine, 20)
     assert calls.get("cudaGraphLaunch", 0) >= 20
 
 
@@ -178,10 +183,7 @@ def test_a_draft_model_has_its_next_step_before_it_is_through_with_one(
     engine.add([SequenceRequest(index, [5, 6, 7], stopping=stopping) for index in range(4)])
     for _ in range(3):
         engine.step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(4):
-            engine.step()
-    calls = {event.key: event.count for event in profile.key_averages()}
+    calls = calls_of(engine, 4)
     waits = {name for name in calls if "Synchronize" in name or name == "cudaMemcpy"}
     assert waits <= {"cudaEventSynchronize"}
     # Of the draft model, and one to verify.
@@ -198,10 +200,7 @@ def test_a_steady_decode_is_a_transfer_a_graph_and_a_transfer_back(checkpoint: P
     for _ in range(10):
         engine.step()
     steps = 40
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(steps):
-            engine.step()
-    calls = {event.key: event.count for event in profile.key_averages()}
+    calls = calls_of(engine, steps)
     assert calls.get("cudaGraphLaunch", 0) == steps
     assert calls.get("cudaMemcpyAsync", 0) == 2 * steps
     assert not [name for name in calls if "LaunchKernel" in name]
@@ -216,10 +215,7 @@ def test_a_steady_decode_never_waits_for_all_that_the_device_has_to_do(checkpoin
     for _ in range(10):
         engine.step()
     steps = 40
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(steps):
-            engine.step()
-    calls = {event.key: event.count for event in profile.key_averages()}
+    calls = calls_of(engine, steps)
     waits = {name: calls[name] for name in calls if "Synchronize" in name or name == "cudaMemcpy"}
     # For the tokens of the step before, while the next is queued; and for memory of transfers that
     # were over two steps ago.

@@ -31,7 +31,7 @@ from services.engine.core.device_runner import (
 from services.engine.core.device_sampling import DeviceSampler
 from services.engine.core.device_staging import DeviceStaging
 from services.engine.core.engine import EngineCore
-from services.engine.core.graphs import Compute, GraphedModel
+from services.engine.core.graphs import GraphedModel
 from services.engine.core.kernels.sampling import SamplingForm
 from services.engine.core.messages import Sampling, SequenceRequest, Stopping
 from services.engine.core.settings import CoreSettings
@@ -39,7 +39,7 @@ from services.engine.core.speculation.draft_model import DraftModelSpeculator
 from services.engine.core.speculation.step_cost import StepCost
 from services.engine.core.startup import build_engine
 from tests.fakes.decoder_families import VOCAB_SIZE, save_model
-from tests.fakes.recorders import Replaying
+from tests.fakes.recorders import Refusing, Replaying
 
 FAMILIES = ["llama", "gemma2", "qwen3-moe", "gpt2"]
 
@@ -239,21 +239,6 @@ def test_who_enters_with_many_blocks_is_heard_of_by_a_graph(tmp_path: Path) -> N
 def likeliest(sequence_id: int, prompt: list[int]) -> SequenceRequest:
     stopping = Stopping(max_tokens=30, ignore_eos=True)
     return SequenceRequest(sequence_id, prompt, Sampling(temperature=0.0), stopping)
-
-
-class Refusing(Replaying):
-    """Captures nothing larger than it can."""
-
-    def __init__(self, most_tokens: int) -> None:
-        super().__init__()
-        self.most_tokens = most_tokens
-
-    def record(self, compute: Compute) -> Compute:
-        recorded = super().record(compute)
-        self.most_tokens -= 1
-        if self.most_tokens < 0:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return recorded
 
 
 def test_what_cannot_be_captured_is_computed_kernel_by_kernel(

@@ -24,6 +24,7 @@ from services.runtime.modelfiles import ModelFileError
 from tests.fakes.native_steps import Sequences
 from tests.fakes.paged_step import libraries
 from tests.fakes.quantised_checkpoints import (
+    damage,
     float_config,
     fp8,
     fp8_config,
@@ -253,13 +254,7 @@ def test_damaged_projections_are_refused_by_tensor(
     quantise_checkpoint(
         directory, reference, partial(fp8, block=BY_OUTPUT), float_config("channel")
     )
-    tensors = load_file(directory / "model.safetensors")
     prefix = "model.layers.0.self_attn.q_proj"
-    for kind, tensor in change.items():
-        if tensor is None:
-            del tensors[f"{prefix}.{kind}"]
-        else:
-            tensors[f"{prefix}.{kind}"] = tensor
-    save_file(tensors, directory / "model.safetensors")
+    damage(directory, prefix, change)
     with pytest.raises(ModelFileError, match=rf"model\.safetensors: .*{prefix}.*{message}.*byte"):
         load_model(directory, dtype=torch.float32, device="cpu")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.engine.core.models import load_model
@@ -20,6 +19,7 @@ from tests.fakes.quantised_checkpoints import (
     awq_config,
     compressed,
     compressed_config,
+    damage,
     gptq,
     gptq_config,
     quantise_checkpoint,
@@ -236,13 +236,7 @@ def test_damaged_projections_are_refused_by_tensor(
     quantise_checkpoint(
         directory, reference, partial(gptq, bits=4, group_size=128), gptq_config(4, 128)
     )
-    tensors = load_file(directory / "model.safetensors")
     prefix = "model.layers.0.self_attn.q_proj"
-    for kind, tensor in change.items():
-        if tensor is None:
-            del tensors[f"{prefix}.{kind}"]
-        else:
-            tensors[f"{prefix}.{kind}"] = tensor
-    save_file(tensors, directory / "model.safetensors")
+    damage(directory, prefix, change)
     with pytest.raises(ModelFileError, match=rf"model\.safetensors: .*{prefix}.*{message}.*byte"):
         load_model(directory, dtype=torch.float32, device="cpu")

@@ -210,7 +210,12 @@ class Scheduler:
         planned, copies = (
             self._planner.plan() if ahead is None else (dict.fromkeys(ahead.sequences, 1), [])
         )
-        if self._speculator is not None and len(planned) == sum(planned.values()):
+        # A prefill may have a token of a step, too: what a decode has is the last one.
+        if (
+            self._speculator is not None
+            and len(planned) == sum(planned.values())
+            and all(each.num_uncomputed_tokens == 1 for each in planned)
+        ):
             room = self._max_batch_tokens - len(planned)
             plan_drafts(self._speculator, planned, self.block_tables, self.pool, max_tokens=room)
         if not planned and self.has_work:
